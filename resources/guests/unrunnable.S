@@ -1,0 +1,28 @@
+/*
+ * Jumps to where there is no memory. Linux 6.12 cannot tell the guest: KVM_RUN fails there and then. Newer kernels let the
+ * guest see an instruction access fault; its handler says so, and comes to the same end by an instruction that no kernel
+ * emulates (see amo.S).
+ * rvmm: exit status 122.
+ */
+#include "common.inc"
+
+#define NO_CODE     0x04000000
+
+main:
+    on_trap fault
+    print   "jumping\n"
+    li      t0, NO_CODE
+    jr      t0
+
+    .balign 4
+fault:
+    csrr    s2, scause
+    print   "fault: cause="
+    mv      a0, s2
+    call    print_dec
+    print   "\n"
+    li      t0, NOWHERE
+    li      t1, 1
+    amoadd.w t2, t1, (t0)
+    print   "amo: went on\n"
+    ret
