@@ -1,0 +1,75 @@
+//! Which kind of host this is, asked of KVM itself: rvmm's own opinion is what the cases check.
+
+use std::sync::OnceLock;
+
+use kvm_bindings::{
+    KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_MODE_AUTO,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+};
+use kvm_ioctls::Kvm;
+
+const EINVAL: i32 = 22;
+const ENODEV: i32 = 19;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// An AIA with guest interrupt files: KVM's mode AUTO.
+    Aia,
+    /// An AIA without them: KVM emulates the IMSIC.
+    AiaEmul,
+    /// No AIA.
+    NoAia,
+}
+
+impl Kind {
+    /// Its name in `RVMM_TEST_HOST`.
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Aia => "aia",
+            Kind::AiaEmul => "aia-emul",
+            Kind::NoAia => "none",
+        }
+    }
+}
+
+/// The kind of this host. Panics, and so fails the case, when `RVMM_TEST_HOST` names another.
+pub(crate) fn kind() -> Kind {
+    static KIND: OnceLock<Kind> = OnceLock::new();
+    let kind = *KIND.get_or_init(probe);
+    if let Ok(want) = std::env::var("RVMM_TEST_HOST") {
+        assert_eq!(
+            kind.name(),
+            want,
+            "this host's kind, and the one RVMM_TEST_HOST names"
+        );
+    }
+    kind
+}
+
+fn probe() -> Kind {
+    let kvm =
+        Kvm::new().unwrap_or_else(|e| panic!("these cases need /dev/kvm (modprobe kvm): {e}"));
+    let vm = kvm.create_vm().expect("KVM_CREATE_VM");
+    let mut device = kvm_create_device {
+        type_: kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+        fd: 0,
+        flags: 0,
+    };
+    let aia = match vm.create_device(&mut device) {
+        Ok(aia) => aia,
+        Err(e) if e.errno() == ENODEV => return Kind::NoAia,
+        Err(e) => panic!("KVM_CREATE_DEVICE: {e}"),
+    };
+    let mode = KVM_DEV_RISCV_AIA_MODE_AUTO;
+    let attr = kvm_device_attr {
+        flags: 0,
+        group: KVM_DEV_RISCV_AIA_GRP_CONFIG,
+        attr: u64::from(KVM_DEV_RISCV_AIA_CONFIG_MODE),
+        addr: std::ptr::from_ref(&mode).addr() as u64,
+    };
+    match aia.set_device_attr(&attr) {
+        Ok(()) => Kind::Aia,
+        Err(e) if e.errno() == EINVAL => Kind::AiaEmul,
+        Err(e) => panic!("KVM_SET_DEVICE_ATTR of the AIA's mode: {e}"),
+    }
+}

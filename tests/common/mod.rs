@@ -1,0 +1,57 @@
+//! The harness of the integration tests: rvmm as a child process, its guest's console and its own messages in buffers.
+//!
+//! Nothing here waits for a time: a case waits for a line, for the end of the process, or for a pipe to fill, and every
+//! process has one deadline that only a hanging case ever meets. A case that fails shows the command, the guest's console and
+//! rvmm's messages.
+//!
+//! | variable             | meaning                                                   | default                       |
+//! |----------------------|-----------------------------------------------------------|-------------------------------|
+//! | `RVMM_TEST_BIN`      | the rvmm to test                                          | the one cargo built           |
+//! | `RVMM_TEST_HOST`     | the host this is meant to be: `aia`, `aia-emul` or `none` | whatever it is                |
+//! | `RVMM_TEST_KERNEL`   | a Linux `Image`                                           | `/boot/vmlinux-$(uname -r)`   |
+//! | `RVMM_TEST_GUESTS`   | what `scripts/guests` built                               | `target/guests`               |
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "every test file uses a part of this"
+)]
+
+pub(crate) mod files;
+#[cfg(target_arch = "riscv64")]
+pub(crate) mod host;
+mod vm;
+
+pub(crate) use vm::{Outcome, Rvmm, Vm};
+
+/// Exit status: the guest powered off.
+pub(crate) const POWERED_OFF: i32 = 0;
+/// Exit status: the guest asked for a reset.
+pub(crate) const RESET: i32 = 120;
+/// Exit status: the guest reported failure.
+pub(crate) const GUEST_FAILED: i32 = 121;
+/// Exit status: the guest cannot go on.
+pub(crate) const CANNOT_GO_ON: i32 = 122;
+/// Exit status: the host or its files failed.
+pub(crate) const HOST_FAILED: i32 = 123;
+/// Exit status: the command line is wrong.
+pub(crate) const USAGE: i32 = 125;
+/// Exit status: ended by SIGTERM (128 + 15).
+pub(crate) const TERMINATED: i32 = 143;
+
+/// A text that no earlier run has seen.
+pub(crate) fn nonce() -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    format!("{:016x}", RandomState::new().build_hasher().finish())
+}
+
+/// Start a guest. On a host without AIA, where this version of rvmm runs none, check that it says so in one line, and return
+/// `None`: the case has nothing more to show there.
+#[cfg(target_arch = "riscv64")]
+pub(crate) fn boot(rvmm: Rvmm) -> Option<Vm> {
+    if host::kind() != host::Kind::NoAia {
+        return Some(rvmm.spawn());
+    }
+    let end = rvmm.run();
+    end.assert_refused(HOST_FAILED, &["AIA"]);
+    None
+}

@@ -1,0 +1,407 @@
+//! One run of rvmm.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::files;
+
+/// How long one process may take, emulated on a busy machine. Only a case that hangs gets there.
+const DEADLINE: Duration = Duration::from_secs(180);
+/// How often to look at what gives no notice (the end of a process, the fill of a pipe).
+const POLL: Duration = Duration::from_millis(10);
+
+/// A command line of rvmm, and what its standard streams are.
+pub(crate) struct Rvmm {
+    args: Vec<OsString>,
+    stdin: StdinKind,
+    read_console: bool,
+}
+
+#[derive(Clone, Copy)]
+enum StdinKind {
+    /// A pipe that stays open until the case closes it.
+    Pipe,
+    /// `/dev/null`: at its end from the start.
+    Null,
+    /// No file descriptor 0 at all.
+    Closed,
+}
+
+impl Rvmm {
+    /// rvmm with nothing on its command line.
+    pub(crate) fn new() -> Self {
+        // Every case passes here: none may run on another kind of host than it was meant for.
+        #[cfg(target_arch = "riscv64")]
+        super::host::kind();
+        Rvmm {
+            args: Vec::new(),
+            stdin: StdinKind::Pipe,
+            read_console: true,
+        }
+    }
+
+    /// rvmm with one of our own guests (`resources/guests/NAME.S`), and with a log.
+    pub(crate) fn guest(name: &str) -> Self {
+        Rvmm::new()
+            .arg("-v")
+            .arg("--kernel")
+            .arg(files::guest(name))
+    }
+
+    /// rvmm with the Linux under test and our initramfs, and with a log.
+    pub(crate) fn linux() -> Self {
+        Rvmm::new()
+            .arg("-v")
+            .arg("--kernel")
+            .arg(files::kernel())
+            .arg("--initrd")
+            .arg(files::initramfs())
+    }
+
+    pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    pub(crate) fn args<I: IntoIterator<Item: AsRef<OsStr>>>(mut self, args: I) -> Self {
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Give it an input that ends at once.
+    pub(crate) fn stdin_null(mut self) -> Self {
+        self.stdin = StdinKind::Null;
+        self
+    }
+
+    /// Give it no input: file descriptor 0 is closed.
+    pub(crate) fn stdin_closed(mut self) -> Self {
+        self.stdin = StdinKind::Closed;
+        self
+    }
+
+    /// Let nobody read the console until [`Vm::read_console`] or [`Vm::close_console`].
+    pub(crate) fn console_unread(mut self) -> Self {
+        self.read_console = false;
+        self
+    }
+
+    /// Start it and wait for its end.
+    pub(crate) fn run(self) -> Outcome {
+        self.spawn().finish()
+    }
+
+    pub(crate) fn spawn(self) -> Vm {
+        let bin = files::rvmm();
+        let mut command = match self.stdin {
+            StdinKind::Closed => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", "exec \"$0\" \"$@\" <&-"]).arg(&bin);
+                shell
+            }
+            StdinKind::Pipe | StdinKind::Null => Command::new(&bin),
+        };
+        command
+            .args(&self.args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command.stdin(match self.stdin {
+            StdinKind::Pipe => Stdio::piped(),
+            StdinKind::Null | StdinKind::Closed => Stdio::null(),
+        });
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot run {}: {e}", bin.display()));
+        let stdout = child.stdout.take().expect("stdout is a pipe");
+        let stderr = child.stderr.take().expect("stderr is a pipe");
+        let mut vm = Vm {
+            stdin: child.stdin.take(),
+            child,
+            stdout: Some(stdout),
+            console: Arc::default(),
+            log: Capture::of(stderr),
+            command: format!("{command:?}"),
+            deadline: Instant::now() + DEADLINE,
+        };
+        if self.read_console {
+            vm.read_console();
+        }
+        vm
+    }
+}
+
+/// A running rvmm. Dropped, it is killed.
+pub(crate) struct Vm {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    /// The console, as long as nobody reads it.
+    stdout: Option<ChildStdout>,
+    console: Arc<Capture>,
+    log: Arc<Capture>,
+    command: String,
+    deadline: Instant,
+}
+
+impl Vm {
+    /// Wait until the console shows `text`; panics when the console ends without it.
+    pub(crate) fn wait_for(&self, text: &str) {
+        let mut state = self.console.lock();
+        while !contains(&state.bytes, text.as_bytes()) {
+            assert!(!state.ended, "the console ended without {text:?}");
+            state = self.console.wait(state, self.deadline, text);
+        }
+    }
+
+    /// Type `bytes`.
+    pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let stdin = self.stdin.as_mut().expect("stdin is open");
+        stdin
+            .write_all(bytes.as_ref())
+            .and_then(|()| stdin.flush())
+            .expect("write to rvmm's stdin");
+    }
+
+    /// End the input.
+    pub(crate) fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Start to read the console after [`Rvmm::console_unread`].
+    pub(crate) fn read_console(&mut self) {
+        self.console = Capture::of(self.stdout.take().expect("nobody reads the console yet"));
+    }
+
+    /// Close the reading end of the console after [`Rvmm::console_unread`].
+    pub(crate) fn close_console(&mut self) {
+        drop(self.stdout.take().expect("nobody reads the console yet"));
+        self.console.end();
+    }
+
+    /// Wait until at least `bytes` lie unread in the console's pipe (which holds 64 KiB).
+    pub(crate) fn wait_for_unread(&self, bytes: u64) {
+        let pipe = self.stdout.as_ref().expect("nobody reads the console yet");
+        while rustix::io::ioctl_fionread(pipe).expect("FIONREAD") < bytes {
+            assert!(
+                Instant::now() < self.deadline,
+                "timed out waiting for {bytes} unread bytes"
+            );
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Send SIGTERM.
+    pub(crate) fn terminate(&self) {
+        // The shell's builtin: std has no way to send a signal other than SIGKILL.
+        let kill = format!("kill -TERM {}", self.child.id());
+        let status = Command::new("sh")
+            .args(["-c", &kill])
+            .status()
+            .expect("run sh");
+        assert!(status.success(), "{kill}: {status}");
+    }
+
+    /// Wait for the end of the process and of both its streams.
+    pub(crate) fn finish(mut self) -> Outcome {
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("wait for rvmm") {
+                break status;
+            }
+            assert!(
+                Instant::now() < self.deadline,
+                "timed out waiting for rvmm to end"
+            );
+            thread::sleep(POLL);
+        };
+        if self.stdout.take().is_some() {
+            self.console.end();
+        }
+        for stream in [&self.console, &self.log] {
+            let mut state = stream.lock();
+            while !state.ended {
+                state = stream.wait(state, self.deadline, "the end of the stream");
+            }
+        }
+        Outcome {
+            status,
+            console: self.console.text(),
+            log: self.log.text(),
+            command: std::mem::take(&mut self.command),
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // After finish() the child is reaped, and this fails without harm.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() && !self.command.is_empty() {
+            report(
+                &self.command,
+                "killed",
+                &self.console.text(),
+                &self.log.text(),
+            );
+        }
+    }
+}
+
+/// How a run ended.
+pub(crate) struct Outcome {
+    pub(crate) status: ExitStatus,
+    /// What the guest wrote: rvmm's stdout.
+    pub(crate) console: String,
+    /// What rvmm itself said: its stderr.
+    pub(crate) log: String,
+    command: String,
+}
+
+impl Outcome {
+    /// The exit status, and not a signal.
+    #[track_caller]
+    pub(crate) fn assert_status(&self, want: i32) {
+        assert_eq!(
+            self.status.code(),
+            Some(want),
+            "exit status: {}",
+            self.status
+        );
+    }
+
+    /// The exit status, and exactly these lines on the console.
+    #[track_caller]
+    pub(crate) fn assert_console(&self, want: i32, lines: &[&str]) {
+        let console: Vec<&str> = self.console.lines().collect();
+        assert_eq!(console, lines, "the guest's console");
+        assert!(
+            self.console.is_empty() || self.console.ends_with('\n'),
+            "the console ends within a line"
+        );
+        self.assert_status(want);
+    }
+
+    /// rvmm gave up: with this status, before the guest wrote anything, and with one line that names each of `words`
+    /// (upper and lower case alike). Returns the line.
+    #[track_caller]
+    pub(crate) fn assert_refused(&self, status: i32, words: &[&str]) -> String {
+        assert_eq!(self.console, "", "nothing may be on stdout");
+        let mut errors = self.log.lines().filter(|line| line.starts_with("rvmm: "));
+        let line = errors
+            .next()
+            .expect("a line that starts with \"rvmm: \"")
+            .to_owned();
+        assert_eq!(errors.next(), None, "one line says it");
+        let lower = line.to_lowercase();
+        for word in words {
+            assert!(
+                lower.contains(&word.to_lowercase()),
+                "{line:?} does not name {word:?}"
+            );
+        }
+        self.assert_status(status);
+        line
+    }
+
+    /// The same, where that line is all of stderr (no `-v`).
+    #[track_caller]
+    pub(crate) fn assert_one_line(&self, status: i32, words: &[&str]) -> String {
+        let line = self.assert_refused(status, words);
+        assert_eq!(self.log, format!("{line}\n"), "stderr is that one line");
+        line
+    }
+}
+
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            report(
+                &self.command,
+                &self.status.to_string(),
+                &self.console,
+                &self.log,
+            );
+        }
+    }
+}
+
+/// For a case that fails: everything there is to see. libtest shows it with the failure.
+fn report(command: &str, end: &str, console: &str, log: &str) {
+    let mut text = format!("---- {command}\n---- ended: {end}\n---- the guest's console:\n");
+    for line in console.lines() {
+        let _ = writeln!(text, "  | {}", line.escape_debug());
+    }
+    text.push_str("---- rvmm's messages:\n");
+    for line in log.lines() {
+        let _ = writeln!(text, "  | {line}");
+    }
+    eprint!("{text}");
+}
+
+/// Everything that has come out of a pipe so far.
+#[derive(Default)]
+struct Capture {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl Capture {
+    /// Read `pipe` to its end, on a thread of its own.
+    fn of(mut pipe: impl Read + Send + 'static) -> Arc<Self> {
+        let capture = Arc::new(Capture::default());
+        let filled = Arc::clone(&capture);
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(n @ 1..) = pipe.read(&mut chunk) {
+                filled.lock().bytes.extend_from_slice(&chunk[..n]);
+                filled.changed.notify_all();
+            }
+            filled.end();
+        });
+        capture
+    }
+
+    fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Nothing can be half done in there: a panic of another thread does not matter.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wait for the next bytes or the end; panics at the deadline.
+    fn wait<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        deadline: Instant,
+        what: &str,
+    ) -> MutexGuard<'a, State> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "timed out waiting for {what:?}");
+        self.changed
+            .wait_timeout(state, left)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}

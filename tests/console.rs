@@ -1,0 +1,144 @@
+//! The guest's console on rvmm's own standard streams: input, readers that lag or leave, and signals.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use common::{POWERED_OFF, Rvmm, TERMINATED, boot, nonce};
+
+/// Bytes in the console's pipe that show that nobody reads (the pipe holds 64 KiB, the flood is 1 MiB).
+const STALLED: u64 = 32 << 10;
+
+/// What `flood` writes.
+fn flood() -> String {
+    let mut text = String::new();
+    for number in 0..16384 {
+        text.push_str(&format!("flood {number:08} {}\n", ".".repeat(48)));
+    }
+    text.push_str("flood: done\n");
+    text
+}
+
+#[test]
+fn input_by_dbcn_and_uart() {
+    let Some(mut vm) = boot(Rvmm::guest("echo")) else {
+        return;
+    };
+    let (first, second) = (nonce(), nonce());
+    vm.wait_for("ready\n");
+    vm.send(format!("{first}\n"));
+    vm.wait_for("uart ready\n");
+    vm.send(format!("{second}\n"));
+    let lines = [
+        "ready",
+        &format!("got {first}"),
+        "uart ready",
+        &format!("uart got {second}"),
+    ];
+    vm.finish().assert_console(POWERED_OFF, &lines);
+}
+
+/// Input that comes before the guest asks for it, and ends: all of it arrives.
+#[test]
+fn input_ahead_of_the_guest() {
+    let Some(mut vm) = boot(Rvmm::guest("echo")) else {
+        return;
+    };
+    vm.send("first\nsecond\n");
+    vm.close_stdin();
+    vm.finish().assert_console(
+        POWERED_OFF,
+        &["ready", "got first", "uart ready", "uart got second"],
+    );
+}
+
+#[test]
+fn input_at_its_end() {
+    let Some(vm) = boot(Rvmm::guest("console").stdin_null()) else {
+        return;
+    };
+    let end = vm.finish();
+    assert!(end.console.ends_with("console: done\n"));
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn input_closed() {
+    let Some(vm) = boot(Rvmm::guest("console").stdin_closed()) else {
+        return;
+    };
+    let end = vm.finish();
+    assert!(end.console.ends_with("console: done\n"));
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn a_flood_is_complete() {
+    let Some(vm) = boot(Rvmm::guest("flood")) else {
+        return;
+    };
+    let end = vm.finish();
+    // Not assert_eq: a failure would print the flood twice more.
+    assert!(
+        end.console == flood(),
+        "something of the flood is lost or changed"
+    );
+    end.assert_status(POWERED_OFF);
+}
+
+/// The guest writes more than anyone takes: it is told so, and nothing is lost once somebody reads.
+#[test]
+fn a_flood_that_stalls_is_complete() {
+    let Some(mut vm) = boot(Rvmm::guest("flood").console_unread()) else {
+        return;
+    };
+    vm.wait_for_unread(STALLED);
+    vm.read_console();
+    let end = vm.finish();
+    assert!(
+        end.console == flood(),
+        "something of the flood is lost or changed"
+    );
+    end.assert_status(POWERED_OFF);
+}
+
+/// A reader that goes away (`rvmm ... | head`) ends neither rvmm nor the guest.
+#[test]
+fn a_reader_that_leaves() {
+    let Some(mut vm) = boot(Rvmm::guest("flood").console_unread()) else {
+        return;
+    };
+    vm.wait_for_unread(STALLED);
+    vm.close_console();
+    vm.finish().assert_status(POWERED_OFF);
+}
+
+#[test]
+fn sigterm_to_a_guest_that_spins() {
+    let Some(vm) = boot(Rvmm::guest("spin")) else {
+        return;
+    };
+    vm.wait_for("spinning\n");
+    vm.terminate();
+    vm.finish().assert_console(TERMINATED, &["spinning"]);
+}
+
+#[test]
+fn sigterm_to_a_guest_that_sleeps() {
+    let Some(vm) = boot(Rvmm::guest("idle")) else {
+        return;
+    };
+    vm.wait_for("idle\n");
+    vm.terminate();
+    vm.finish().assert_console(TERMINATED, &["idle"]);
+}
+
+/// Output that nobody reads does not keep rvmm from ending.
+#[test]
+fn sigterm_while_nobody_reads() {
+    let Some(vm) = boot(Rvmm::guest("flood").console_unread()) else {
+        return;
+    };
+    vm.wait_for_unread(STALLED);
+    vm.terminate();
+    vm.finish().assert_status(TERMINATED);
+}

@@ -1,0 +1,143 @@
+//! Our own guests (`resources/guests/`): each has one behaviour, and rvmm's answer to it is its exit status and the exact
+//! lines on the console.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, boot};
+
+/// Run guest `name` to its end and compare all that it wrote.
+#[track_caller]
+fn check(name: &str, status: i32, lines: &[&str]) {
+    let Some(vm) = boot(Rvmm::guest(name)) else {
+        return;
+    };
+    vm.finish().assert_console(status, lines);
+}
+
+/// The simplest guest there is: the VM is entered, the guest's one act is the SBI call that shuts down, rvmm exits 0.
+#[test]
+fn shutdown() {
+    check("shutdown", POWERED_OFF, &[]);
+}
+
+#[test]
+fn shutdown_for_a_failure() {
+    check("failure", GUEST_FAILED, &[]);
+}
+
+#[test]
+fn cold_reboot() {
+    check("reset", RESET, &[]);
+}
+
+#[test]
+fn console() {
+    let Some(vm) = boot(Rvmm::guest("console").args(["--mem", "128M"])) else {
+        return;
+    };
+    let end = vm.finish();
+    // Where the host's kernel has the legacy calls (Debian's has not), the call arrives, and the byte does too.
+    let putchar = if end.console.contains("putchar: [X]") {
+        "putchar: [X] a0=0 a1=kept"
+    } else {
+        "putchar: [] a0=-2 a1=kept"
+    };
+    end.assert_console(
+        POWERED_OFF,
+        &[
+            "hart=0 fdt=ok",
+            "dbcn: hello from DBCN",
+            "error=0 count=22",
+            "byte: hello by write_byte",
+            "errors=0",
+            "uart: hello from the UART",
+            putchar,
+            "write address zero: -3",
+            "write below RAM: -3",
+            "write across the end: -3",
+            "write at the end: -3",
+            "write all and more: -3",
+            "write high half: -3",
+            "write longest: -3",
+            "write wrapping: -3",
+            "write into the UART: -3",
+            "read address zero: -3",
+            "read across the end: -3",
+            "read high half: -3",
+            "read longest: -3",
+            "read wrapping: -3",
+            "error=0 count=0",
+            "", // RAM's last byte
+            "error=0 count=1",
+            "error=0 count=0",
+            "console: done",
+        ],
+    );
+}
+
+#[test]
+fn touching_what_is_not_there() {
+    let Some(vm) = boot(Rvmm::guest("missing")) else {
+        return;
+    };
+    let end = vm.finish();
+    // Whether there is a seed CSR is the host CPU's to say (Zkr); where there is one, it has entropy.
+    let seed = if end.console.contains("seed: trap") {
+        "seed: trap"
+    } else {
+        "seed: es16"
+    };
+    end.assert_console(
+        POWERED_OFF,
+        &[
+            "nowhere: lbu=ff lhu=ffff lwu=ffffffff ld=ffffffffffffffff",
+            "nowhere: stored",
+            "uart: scratch=5a",
+            "uart: odd accesses done",
+            "sbi unknown extension: -2",
+            "sbi experimental: -2",
+            "sbi vendor: -2",
+            "sbi unknown function: -2",
+            "sbi probe experimental: 0",
+            "csr read: trap cause=2",
+            "csr write: trap cause=2",
+            seed,
+            "missing: alive",
+        ],
+    );
+}
+
+/// An instruction that KVM emulates on no kernel.
+#[test]
+fn unrunnable_atomic() {
+    let Some(vm) = boot(Rvmm::guest("amo")) else {
+        return;
+    };
+    let end = vm.finish();
+    end.assert_console(CANNOT_GO_ON, &["amo"]);
+    assert!(
+        end.log.lines().any(|line| line.starts_with("rvmm: ")),
+        "rvmm says why"
+    );
+}
+
+/// A jump to where there is no memory: the end on Linux 6.12, a fault that the guest sees on newer kernels, which then makes
+/// sure of the end.
+#[test]
+fn unrunnable_jump() {
+    let Some(vm) = boot(Rvmm::guest("unrunnable")) else {
+        return;
+    };
+    let end = vm.finish();
+    let lines: &[&str] = if end.console.contains("fault") {
+        &["jumping", "fault: cause=1"]
+    } else {
+        &["jumping"]
+    };
+    end.assert_console(CANNOT_GO_ON, lines);
+    assert!(
+        end.log.lines().any(|line| line.starts_with("rvmm: ")),
+        "rvmm says why"
+    );
+}

@@ -1,0 +1,106 @@
+//! The command line, as far as it needs neither KVM nor a guest: on any host.
+
+mod common;
+
+use common::{Outcome, Rvmm, USAGE};
+
+fn rvmm(args: &[&str]) -> Outcome {
+    Rvmm::new().args(args).stdin_null().run()
+}
+
+/// A wrong command line is told in one line, before anything else is looked at (there is no file `x`).
+#[track_caller]
+fn wrong(args: &[&str], words: &[&str]) -> String {
+    rvmm(args).assert_one_line(USAGE, words)
+}
+
+#[test]
+fn bare_rvmm_prints_a_short_help() {
+    let end = rvmm(&[]);
+    let help = format!("{}{}", end.console, end.log);
+    assert!(
+        help.contains("--kernel"),
+        "it names the one flag that is needed"
+    );
+    assert!(help.lines().count() <= 24, "it fits on a screen");
+}
+
+#[test]
+fn help_lists_the_exit_statuses() {
+    let end = rvmm(&["--help"]);
+    for status in ["120", "121", "122", "123", "124", "125", "128"] {
+        assert!(
+            end.console.contains(status),
+            "--help does not explain exit status {status}"
+        );
+    }
+    for flag in [
+        "--kernel",
+        "--initrd",
+        "--cmdline",
+        "--mem",
+        "--cpus",
+        "--log-file",
+        "--dump-dtb",
+        "--version",
+    ] {
+        assert!(end.console.contains(flag), "--help does not explain {flag}");
+    }
+    assert_eq!(end.log, "");
+    end.assert_status(0);
+}
+
+#[test]
+fn version() {
+    rvmm(&["--version"]).assert_console(0, &[concat!("rvmm ", env!("CARGO_PKG_VERSION"))]);
+}
+
+#[test]
+fn unknown_flag() {
+    wrong(&["--kernel", "x", "--frobnicate"], &["--frobnicate"]);
+}
+
+#[test]
+fn flag_without_its_value() {
+    wrong(&["--kernel"], &["--kernel"]);
+}
+
+#[test]
+fn initrd_without_a_kernel() {
+    wrong(&["--initrd", "x"], &["--kernel"]);
+}
+
+#[test]
+fn memory_sizes_that_are_none() {
+    for size in [
+        "0",
+        "-1",
+        "abc",
+        "12Q",
+        "",
+        "1.5G",
+        "99999999999999999999",
+        "99999999T",
+    ] {
+        wrong(&["--kernel", "x", &format!("--mem={size}")], &["--mem"]);
+    }
+    wrong(&["--kernel", "x", "--mem", "-1"], &["-1"]);
+}
+
+#[test]
+fn cpus() {
+    wrong(&["--kernel", "x", "--cpus", "2"], &["--cpus", "2"]);
+    wrong(&["--kernel", "x", "--cpus", "0"], &["--cpus", "0"]);
+    wrong(&["--kernel", "x", "--cpus", "many"], &["--cpus", "many"]);
+}
+
+/// Elsewhere than on riscv64: what is missing, and what to do.
+#[cfg(not(target_arch = "riscv64"))]
+#[test]
+fn other_architectures() {
+    let end = rvmm(&["--kernel", "x"]);
+    end.assert_one_line(
+        common::HOST_FAILED,
+        &["riscv64", std::env::consts::ARCH, "scripts/demo"],
+    );
+}
