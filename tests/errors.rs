@@ -135,7 +135,6 @@ fn kernel_is_empty() {
 
 #[test]
 fn kernel_is_text() {
-    refuse_kernel(Path::new("/etc/passwd"), &["not a RISC-V"]);
     let dir = TempDir::new();
     let text = "root:x:0:0:root:/root:/bin/sh\n".repeat(100);
     refuse_kernel(&dir.file("passwd", &text), &["not a RISC-V"]);
