@@ -22,7 +22,7 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
 fn number(value: &[u8]) -> u64 {
     value
         .chunks(4)
-        .fold(0, |sum, cell| sum << 32 | u64::from(be32(cell, 0)))
+        .fold(0, |sum, cell| (sum << 32) | u64::from(be32(cell, 0)))
 }
 
 fn text(bytes: &[u8]) -> String {
