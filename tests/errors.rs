@@ -50,7 +50,7 @@ fn refuse_mem(size: &str, words: &[&str]) {
         "--mem".as_ref(),
         size.as_ref(),
     ];
-    refuse(&args, &[&["--mem", size], words].concat());
+    refuse(&args, &[&["--mem"], words].concat());
 }
 
 #[track_caller]
@@ -123,8 +123,8 @@ fn kernel_is_a_directory() {
 
 #[test]
 fn kernel_is_a_device() {
-    refuse_kernel(Path::new("/dev/zero"), &["regular file"]);
-    refuse_kernel(Path::new("/dev/null"), &[]);
+    refuse_kernel(Path::new("/dev/zero"), &["a device"]);
+    refuse_kernel(Path::new("/dev/null"), &["empty"]);
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn kernel_is_text() {
     let dir = TempDir::new();
     let text = "root:x:0:0:root:/root:/bin/sh\n".repeat(100);
     refuse_kernel(&dir.file("passwd", &text), &["not a RISC-V"]);
-    refuse_kernel(&dir.file("short", &text[..30]), &["short"]);
+    refuse_kernel(&dir.file("line", &text[..30]), &["not a RISC-V"]);
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn kernel_is_an_elf_file() {
 fn kernel_is_truncated() {
     let image = fs::read(files::kernel()).expect("read the kernel");
     let dir = TempDir::new();
-    refuse_kernel(&dir.file("63-bytes", &image[..63]), &["short"]);
+    refuse_kernel(&dir.file("63-bytes", &image[..63]), &["truncated"]);
     refuse_kernel(&dir.file("header", &image[..64]), &["truncated"]);
     refuse_kernel(&dir.file("half", &image[..image.len() / 2]), &["truncated"]);
 }
@@ -234,13 +234,13 @@ fn initrd_is_too_large() {
         "--initrd".as_ref(),
         initrd.as_os_str(),
     ];
-    refuse(&args, &["--mem", "128M"]);
+    refuse(&args, &["too small", "at least --mem 2G"]);
 }
 
 #[test]
 fn memory_too_small() {
-    for size in ["1", "1K", "1M"] {
-        refuse_mem(size, &["needs"]);
+    for size in ["1", "1K", "1M", "2M"] {
+        refuse_mem(size, &["too small", "at least --mem"]);
     }
 }
 
@@ -259,6 +259,11 @@ fn memory_more_than_the_host_has() {
         .expect("a number of KiB");
     refuse_mem(&format!("{}G", (kib >> 20) + 1), &["host"]);
     refuse_mem(&format!("{}G", (kib >> 20) * 4 + 64), &["host"]);
+}
+
+#[test]
+fn memory_that_is_not_whole_pages() {
+    refuse_mem("134217729", &["pages"]);
 }
 
 /// KVM's limit of one memory slot: 2^31 - 1 pages, 8 TiB less one page.

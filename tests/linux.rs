@@ -120,7 +120,9 @@ fn in_the_size_that_rvmm_names() {
     let Some(vm) = boot(linux(&nonce, "poweroff").args(["--mem", "1K"])) else {
         return;
     };
-    let line = vm.finish().assert_refused(HOST_FAILED, &["1K", "--mem"]);
+    let line = vm
+        .finish()
+        .assert_refused(HOST_FAILED, &["too small", "at least --mem"]);
     let size = line
         .split(|c: char| !c.is_ascii_alphanumeric())
         .rfind(|word| {
