@@ -1,1 +1,106 @@
-fn main() { println!("rvmm"); }
+//! The `rvmm` command: parse, set up logging, run, and tell the end in an exit status.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use log::{LevelFilter, info};
+use rvmm::cli::{self, Cli, Request, STATUS_HOST, STATUS_USAGE};
+use rvmm::hypervisor::Hypervisor;
+use rvmm::machine::{Machine, Outcome};
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os()) {
+        Request::Run(cli) => run(&cli),
+        Request::Print(text) => {
+            // A reader that has gone wants no more of it.
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Request::Refuse(message) => end(&message, STATUS_USAGE),
+    }
+}
+
+fn run(cli: &Cli) -> ExitCode {
+    if let Err(error) = start_logging(cli) {
+        return end(&format!("{error:#}"), STATUS_HOST);
+    }
+    match run_machine(cli) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(outcome)) if outcome.is_expected() => {
+            info!("{outcome}");
+            ExitCode::from(outcome.exit_status())
+        }
+        Ok(Some(outcome)) => end(&outcome.to_string(), outcome.exit_status()),
+        Err(error) => end(&format!("{error:#}"), STATUS_HOST),
+    }
+}
+
+/// The only line of an end that is not a success.
+fn end(message: &str, status: u8) -> ExitCode {
+    eprintln!("rvmm: {message}");
+    ExitCode::from(status)
+}
+
+/// Builds and runs the machine; `None` when only its device tree was wanted.
+fn run_machine(cli: &Cli) -> Result<Option<Outcome>> {
+    let hypervisor = open_hypervisor()?;
+    let machine = Machine::build(&cli.vm, hypervisor.as_ref())?;
+    if let Some(path) = &cli.dump_dtb {
+        write_whole(path, machine.device_tree())
+            .with_context(|| format!("Failed to write device tree {path:?}"))?;
+        return Ok(None);
+    }
+    machine.run().map(Some)
+}
+
+#[cfg(target_arch = "riscv64")]
+fn open_hypervisor() -> Result<Box<dyn Hypervisor>> {
+    Ok(Box::new(rvmm::hypervisor::kvm::Kvm::open()?))
+}
+
+#[cfg(not(target_arch = "riscv64"))]
+fn open_hypervisor() -> Result<Box<dyn Hypervisor>> {
+    Err(rvmm::hypervisor::host::Unfit::NotRiscv(std::env::consts::ARCH).into())
+}
+
+/// Writes a file whole or not at all: under another name first. What is there and no file (a
+/// terminal, a pipe) is written to, not replaced.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return fs::write(path, bytes);
+    }
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn start_logging(cli: &Cli) -> Result<()> {
+    let level = match cli.verbose {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        _ => LevelFilter::Debug,
+    };
+    // The terminal may be in raw mode, for the guest: a new line does not begin by itself there.
+    let on_terminal = cli.log_file.is_none() && io::stderr().is_terminal();
+    let line_end = if on_terminal { "\r\n" } else { "\n" };
+    let mut logger = env_logger::Builder::new();
+    logger.filter_level(level).format(move |buffer, record| {
+        let level = record.level().as_str().to_ascii_lowercase();
+        write!(buffer, "rvmm: {level}: {}{line_end}", record.args())
+    });
+    if let Some(path) = &cli.log_file {
+        let file =
+            File::create(path).with_context(|| format!("Failed to create log file {path:?}"))?;
+        logger.target(env_logger::Target::Pipe(Box::new(file)));
+    }
+    logger.init();
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! The device tree: the skeleton here, and each device's own node in `/soc`.
+//!
+//! Devicetree Specification 0.4, and the riscv bindings of `Documentation/devicetree/bindings/riscv`.
+//! Nodes and properties have a fixed order, so that two trees can be compared as text.
+
+use std::ops::Range;
+
+use crate::bus::{Device, FdtError, FdtWriter};
+use crate::util::ByteSize;
+
+use super::isa::HartFacts;
+
+/// Bytes of entropy the guest's kernel gets.
+pub const RNG_SEED_SIZE: usize = 64;
+
+/// What the tree tells of the machine.
+pub struct Machine<'a> {
+    /// Kernel command line.
+    pub cmdline: &'a str,
+    /// Path of the console's node.
+    pub stdout_path: &'a str,
+    /// Where the initrd is.
+    pub initrd: Option<&'a Range<u64>>,
+    /// Fresh entropy for the guest.
+    pub rng_seed: [u8; RNG_SEED_SIZE],
+    /// Guest-physical start of RAM.
+    pub ram_base: u64,
+    /// Size of RAM.
+    pub ram_size: ByteSize,
+    /// What each hart offers.
+    pub hart: &'a HartFacts,
+    /// Number of harts, ids from 0.
+    pub harts: u32,
+    /// Phandle of the interrupt controller in a hart's node.
+    pub hart_intc_phandle: fn(u32) -> u32,
+    /// Everything in `/soc`, in this order.
+    pub devices: &'a [&'a dyn Device],
+}
+
+/// Writes the tree as a flattened blob.
+///
+/// # Errors
+/// The writer refused a name or value, such as a NUL byte in the command line.
+pub fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
+    let mut fdt = FdtWriter::new()?;
+    let root = fdt.begin_node("")?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_string("compatible", "riscv-virtio")?;
+    fdt.property_string("model", "rvmm")?;
+    chosen(machine, &mut fdt)?;
+    memory(machine, &mut fdt)?;
+    cpus(machine, &mut fdt)?;
+    soc(machine, &mut fdt)?;
+    fdt.end_node(root)?;
+    fdt.finish()
+}
+
+fn chosen(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+    let node = fdt.begin_node("chosen")?;
+    fdt.property_string("bootargs", machine.cmdline)?;
+    fdt.property_string("stdout-path", machine.stdout_path)?;
+    if let Some(initrd) = machine.initrd {
+        fdt.property_u64("linux,initrd-start", initrd.start)?;
+        fdt.property_u64("linux,initrd-end", initrd.end)?;
+    }
+    fdt.property("rng-seed", &machine.rng_seed)?;
+    fdt.end_node(node)
+}
+
+fn memory(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+    let node = fdt.begin_node(&format!("memory@{:x}", machine.ram_base))?;
+    fdt.property_string("device_type", "memory")?;
+    fdt.property_array_u64("reg", &[machine.ram_base, machine.ram_size.bytes()])?;
+    fdt.end_node(node)
+}
+
+fn cpus(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+    let node = fdt.begin_node("cpus")?;
+    fdt.property_u32("#address-cells", 1)?;
+    fdt.property_u32("#size-cells", 0)?;
+    // One cell in every binding and kernel; no machine ticks at 4 GHz.
+    let timebase = u32::try_from(machine.hart.timebase).unwrap_or(u32::MAX);
+    fdt.property_u32("timebase-frequency", timebase)?;
+    for hart in 0..machine.harts {
+        cpu(machine, hart, fdt)?;
+    }
+    fdt.end_node(node)
+}
+
+fn cpu(machine: &Machine, hart: u32, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+    let facts = machine.hart;
+    let extensions = facts.extensions.iter().map(ToString::to_string).collect();
+    let node = fdt.begin_node(&format!("cpu@{hart:x}"))?;
+    fdt.property_string("device_type", "cpu")?;
+    fdt.property_string("compatible", "riscv")?;
+    fdt.property_u32("reg", hart)?;
+    fdt.property_string("status", "okay")?;
+    fdt.property_string("riscv,isa", &facts.isa_string())?;
+    fdt.property_string("riscv,isa-base", "rv64i")?;
+    fdt.property_string_list("riscv,isa-extensions", extensions)?;
+    fdt.property_string("mmu-type", facts.mmu_type())?;
+    for (name, size) in [
+        ("riscv,cbom-block-size", facts.cbom_block),
+        ("riscv,cboz-block-size", facts.cboz_block),
+        ("riscv,cbop-block-size", facts.cbop_block),
+    ] {
+        if let Some(size) = size.and_then(|size| u32::try_from(size).ok()) {
+            fdt.property_u32(name, size)?;
+        }
+    }
+    let intc = fdt.begin_node("interrupt-controller")?;
+    fdt.property_string("compatible", "riscv,cpu-intc")?;
+    fdt.property_null("interrupt-controller")?;
+    fdt.property_u32("#interrupt-cells", 1)?;
+    fdt.property_phandle((machine.hart_intc_phandle)(hart))?;
+    fdt.end_node(intc)?;
+    fdt.end_node(node)
+}
+
+fn soc(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+    let node = fdt.begin_node("soc")?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_string("compatible", "simple-bus")?;
+    fdt.property_null("ranges")?;
+    for device in machine.devices {
+        device.fdt_node(fdt)?;
+    }
+    fdt.end_node(node)
+}
+
+#[cfg(test)]
+mod tests;

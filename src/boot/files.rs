@@ -1,0 +1,198 @@
+//! Kernel and initrd: opened, checked, and read into guest RAM.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::kernel::{HEAD_SIZE, Image, KernelError};
+use crate::memory::GuestMemory;
+
+/// Why a boot file cannot be used.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// The host refused.
+    #[error("Failed to {act} {what} {path:?}")]
+    Io {
+        /// "open", "read".
+        act: &'static str,
+        /// "kernel", "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// The file is no kernel.
+    #[error("Failed to load kernel {path:?}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        source: KernelError,
+    },
+    /// The initrd has no bytes.
+    #[error("Failed to load initrd {0:?}: the file is empty")]
+    EmptyInitrd(PathBuf),
+    /// Not a regular file.
+    #[error("Failed to open {what} {path:?}: {kind}, not a file")]
+    NotAFile {
+        /// "kernel", "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// "a directory".
+        kind: &'static str,
+    },
+}
+
+/// A boot file, open. What is loaded is what was checked, whatever happens to its name.
+#[derive(Debug)]
+pub struct BootFile {
+    file: File,
+    what: &'static str,
+    path: PathBuf,
+    size: u64,
+}
+
+impl BootFile {
+    /// Opens `path`; `what` is "kernel" or "initrd", for errors.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is no regular file.
+    pub fn open(what: &'static str, path: &Path) -> Result<Self, FileError> {
+        let failed = |source| FileError::Io {
+            act: "open",
+            what,
+            path: path.to_owned(),
+            source,
+        };
+        // Before opening: that could wait for ever, on a pipe.
+        let metadata = std::fs::metadata(path).map_err(failed)?;
+        if metadata.is_dir() {
+            return Err(FileError::NotAFile {
+                what,
+                path: path.to_owned(),
+                kind: "a directory",
+            });
+        }
+        // /dev/null reads as an empty file, and is told as one.
+        if !metadata.is_file() && path != Path::new("/dev/null") {
+            return Err(FileError::NotAFile {
+                what,
+                path: path.to_owned(),
+                kind: "a device, pipe or socket",
+            });
+        }
+        let file = File::open(path).map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        Ok(Self {
+            file,
+            what,
+            path: path.to_owned(),
+            size,
+        })
+    }
+
+    /// Bytes of the file.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Checks that the file is a kernel Image.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none.
+    pub fn image(&mut self) -> Result<Image, FileError> {
+        let mut head = Vec::with_capacity(HEAD_SIZE);
+        let read = self
+            .file
+            .by_ref()
+            .take(HEAD_SIZE as u64)
+            .read_to_end(&mut head);
+        read.map_err(|source| self.failed_read(source))?;
+        Image::parse(&head, self.size).map_err(|source| FileError::Kernel {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Refuses an empty initrd.
+    ///
+    /// # Errors
+    /// The file has no bytes.
+    pub fn not_empty(self) -> Result<Self, FileError> {
+        match self.size {
+            0 => Err(FileError::EmptyInitrd(self.path)),
+            _ => Ok(self),
+        }
+    }
+
+    /// Reads the whole file to the start of `range` of guest RAM.
+    ///
+    /// # Errors
+    /// The file cannot be read, has shrunk, or leaves RAM.
+    pub fn load(&mut self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
+        let length = usize::try_from(self.size).unwrap_or(usize::MAX);
+        self.file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| {
+                ram.read_exact_volatile_from(GuestAddress(range.start), &mut self.file, length)
+                    .map_err(io::Error::other)
+            })
+            .map_err(|source| self.failed_read(source))
+    }
+
+    fn failed_read(&self, source: io::Error) -> FileError {
+        FileError::Io {
+            act: "read",
+            what: self.what,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+    use crate::util::ByteSize;
+
+    #[test]
+    fn a_file_lands_where_it_should() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
+        let mut file = BootFile::open("initrd", &path).unwrap();
+        let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+        file.load(&ram, &(0x8000_1000..0x8008_0000)).unwrap();
+        let mut loaded = vec![0; usize::try_from(file.size()).unwrap()];
+        ram.read_slice(&mut loaded, GuestAddress(0x8000_1000))
+            .unwrap();
+        assert_eq!(loaded, std::fs::read(&path).unwrap());
+    }
+
+    #[test]
+    fn errors_name_act_and_object() {
+        let line = |path: &str| {
+            let error = BootFile::open("kernel", Path::new(path)).unwrap_err();
+            format!("{:#}", anyhow::Error::from(error))
+        };
+        assert_eq!(
+            line("/nope"),
+            "Failed to open kernel \"/nope\": No such file or directory (os error 2)"
+        );
+        assert_eq!(
+            line("/"),
+            "Failed to open kernel \"/\": a directory, not a file"
+        );
+        assert!(line("/dev/zero").contains("a device"));
+        let empty = BootFile::open("initrd", Path::new("/dev/null")).unwrap();
+        assert_eq!(
+            empty.not_empty().unwrap_err().to_string(),
+            "Failed to load initrd \"/dev/null\": the file is empty"
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! What the guest's harts can do, asked of KVM: the facts of the `cpu` nodes.
+
+use crate::hypervisor::{RegId, Result, Vcpu, regs};
+
+/// ISA extensions by `KVM_RISCV_ISA_EXT_*` number, as the device tree names them
+/// (`arch/riscv/include/uapi/asm/kvm.h`; `Documentation/devicetree/bindings/riscv/extensions.yaml`).
+const EXTENSIONS: [&str; 78] = [
+    "a",
+    "c",
+    "d",
+    "f",
+    "h",
+    "i",
+    "m",
+    "svpbmt",
+    "sstc",
+    "svinval",
+    "zihintpause",
+    "zicbom",
+    "zicboz",
+    "zbb",
+    "ssaia",
+    "v",
+    "svnapot",
+    "zba",
+    "zbs",
+    "zicntr",
+    "zicsr",
+    "zifencei",
+    "zihpm",
+    "smstateen",
+    "zicond",
+    "zbc",
+    "zbkb",
+    "zbkc",
+    "zbkx",
+    "zknd",
+    "zkne",
+    "zknh",
+    "zkr",
+    "zksed",
+    "zksh",
+    "zkt",
+    "zvbb",
+    "zvbc",
+    "zvkb",
+    "zvkg",
+    "zvkned",
+    "zvknha",
+    "zvknhb",
+    "zvksed",
+    "zvksh",
+    "zvkt",
+    "zfh",
+    "zfhmin",
+    "zihintntl",
+    "zvfh",
+    "zvfhmin",
+    "zfa",
+    "ztso",
+    "zacas",
+    "sscofpmf",
+    "zimop",
+    "zca",
+    "zcb",
+    "zcd",
+    "zcf",
+    "zcmop",
+    "zawrs",
+    "smnpm",
+    "ssnpm",
+    "svade",
+    "svadu",
+    "svvptc",
+    "zabha",
+    "ziccrse",
+    "zaamo",
+    "zalrsc",
+    "zicbop",
+    "zfbfmin",
+    "zvfbfmin",
+    "zvfbfwma",
+    "zclsd",
+    "zilsd",
+    "zalasr",
+];
+
+/// The order of single letters in an ISA string, which also sorts the Z extensions (The RISC-V
+/// Instruction Set Manual, volume I, chapter "ISA Extension Naming Conventions").
+const CANONICAL: &str = "iemafdqlcbkjtpvnh";
+
+/// What one hart offers the guest. All harts are alike.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HartFacts {
+    /// Extensions in canonical order: single letters, then Z, then S.
+    pub extensions: Vec<&'static str>,
+    /// `satp.MODE`: 8 Sv39, 9 Sv48, 10 Sv57, 0 none.
+    pub satp_mode: u64,
+    /// Ticks a second of the `time` CSR.
+    pub timebase: u64,
+    /// Bytes a cbo.clean, cbo.flush or cbo.inval acts on.
+    pub cbom_block: Option<u64>,
+    /// Bytes a cbo.zero acts on.
+    pub cboz_block: Option<u64>,
+    /// Bytes a prefetch acts on.
+    pub cbop_block: Option<u64>,
+}
+
+impl HartFacts {
+    /// Asks `vcpu`.
+    ///
+    /// # Errors
+    /// A register every host has could not be read.
+    pub fn of(vcpu: &dyn Vcpu) -> Result<Self> {
+        let mut extensions = Vec::new();
+        for (index, name) in (0u64..).zip(EXTENSIONS) {
+            if vcpu.reg(RegId::isa_ext(index))? == Some(1) {
+                extensions.push(name);
+            }
+        }
+        extensions.sort_by_key(|name| canonical_key(name));
+        // A block size belongs to its extension: some kernels read 0 where it is absent.
+        let block = |extension: &str, register| -> Result<Option<u64>> {
+            let size = if extensions.contains(&extension) {
+                vcpu.reg(register)?
+            } else {
+                None
+            };
+            Ok(size.filter(|size| *size > 0))
+        };
+        Ok(Self {
+            satp_mode: vcpu.reg(regs::SATP_MODE)?.unwrap_or(0),
+            timebase: vcpu.reg(regs::TIMER_FREQUENCY)?.unwrap_or(0),
+            cbom_block: block("zicbom", regs::ZICBOM_BLOCK_SIZE)?,
+            cboz_block: block("zicboz", regs::ZICBOZ_BLOCK_SIZE)?,
+            cbop_block: block("zicbop", regs::ZICBOP_BLOCK_SIZE)?,
+            extensions,
+        })
+    }
+
+    /// The `riscv,isa` string: `rv64imafdc_zicsr_sstc`.
+    pub fn isa_string(&self) -> String {
+        let mut isa = String::from("rv64");
+        for name in &self.extensions {
+            if name.len() > 1 {
+                isa.push('_');
+            }
+            isa.push_str(name);
+        }
+        isa
+    }
+
+    /// The `mmu-type` string.
+    pub fn mmu_type(&self) -> &'static str {
+        match self.satp_mode {
+            8 => "riscv,sv39",
+            9 => "riscv,sv48",
+            10 => "riscv,sv57",
+            _ => "riscv,none",
+        }
+    }
+}
+
+/// Sorts single letters first, then Z extensions by their second letter, then S extensions.
+fn canonical_key(name: &'static str) -> (usize, usize, &'static str) {
+    let rank = |letter: Option<char>| {
+        let letter = letter.unwrap_or('z');
+        CANONICAL.find(letter).unwrap_or(CANONICAL.len())
+    };
+    let mut letters = name.chars();
+    match (name.len(), letters.next()) {
+        (1, first) => (0, rank(first), name),
+        (_, Some('z')) => (1, rank(letters.next()), name),
+        _ => (2, 0, name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extensions_stand_in_canonical_order() {
+        let mut names = vec![
+            "zba", "sstc", "c", "zicsr", "a", "svinval", "i", "zfa", "zicbom", "m", "zca", "zvbb",
+            "v", "d", "f", "ssaia", "zacas",
+        ];
+        names.sort_by_key(|name| canonical_key(name));
+        let facts = HartFacts {
+            extensions: names,
+            ..HartFacts::default()
+        };
+        assert_eq!(
+            facts.isa_string(),
+            "rv64imafdcv_zicbom_zicsr_zacas_zfa_zca_zba_zvbb_ssaia_sstc_svinval"
+        );
+    }
+
+    #[test]
+    fn the_table_has_kvms_numbers() {
+        for (index, name) in [
+            (5, "i"),
+            (14, "ssaia"),
+            (32, "zkr"),
+            (61, "zawrs"),
+            (77, "zalasr"),
+        ] {
+            assert_eq!(EXTENSIONS[index], name);
+        }
+    }
+
+    #[test]
+    fn the_mmu_type_is_the_bindings_string() {
+        for (mode, name) in [
+            (8, "riscv,sv39"),
+            (9, "riscv,sv48"),
+            (10, "riscv,sv57"),
+            (0, "riscv,none"),
+        ] {
+            let facts = HartFacts {
+                satp_mode: mode,
+                ..HartFacts::default()
+            };
+            assert_eq!(facts.mmu_type(), name);
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What kind of file a kernel is, and whether its header tells the truth.
+//!
+//! The Image header is that of `Documentation/arch/riscv/boot-image-header.rst`:
+//!
+//! ```text
+//!  0 code0, code1   16 image_size   32 version        48 magic  "RISCV\0\0\0" (old)
+//!  8 text_offset    24 flags        36 reserved, 12   56 magic2 "RSC\x05"   60 PE header's offset
+//! ```
+
+use thiserror::Error;
+
+use crate::util::ByteSize;
+
+/// Bytes of a file that [`Image::parse`] wants to see: the header and, of an EFI-stub kernel, the
+/// PE section table.
+pub const HEAD_SIZE: usize = 4096;
+
+const HEADER_SIZE: usize = 64;
+const MAGIC2: &[u8] = b"RSC\x05";
+const FLAG_BIG_ENDIAN: u64 = 1;
+/// `text_offset` and the place of the kernel follow 2 MiB pages on rv64.
+const TEXT_ALIGN: u64 = 2 << 20;
+/// No RISC-V machine has as much memory (Sv57x4 ends here): such a size is a lie.
+const SIZE_LIMIT: u64 = 1 << 59;
+
+/// Why a file is no kernel that rvmm can load.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum KernelError {
+    /// No bytes.
+    #[error("the file is empty")]
+    Empty,
+    /// An ELF file for another machine.
+    #[error("an ELF file for {0}, not a RISC-V kernel")]
+    ForeignElf(String),
+    /// An ELF file for RISC-V.
+    #[error("an ELF file: rvmm loads the Image, as `objcopy -O binary` makes it of vmlinux")]
+    Elf,
+    /// A compressed file.
+    #[error("compressed with {0}: decompress it, rvmm loads the Image inside")]
+    Compressed(&'static str),
+    /// Neither.
+    #[error("not a RISC-V kernel Image (no \"RSC\\x05\" at byte 56)")]
+    NotImage,
+    /// The header's version is not 0.x.
+    #[error("its Image header has version {0}.{1}, and rvmm knows 0.x")]
+    Version(u16, u16),
+    /// A big-endian kernel.
+    #[error("a big-endian kernel (Image header flag 0): KVM's guests are little-endian")]
+    BigEndian,
+    /// `text_offset` is not what a kernel can be linked for.
+    #[error("its Image header lies: text_offset {0:#x} is no multiple of 2 MiB below 2^59")]
+    TextOffset(u64),
+    /// `image_size` is nothing a kernel can have.
+    #[error("its Image header lies: image_size is {0:#x}")]
+    ImageSize(u64),
+    /// `image_size` is less than the file.
+    #[error("its Image header lies: image_size is {image} bytes, the file has {file}")]
+    ImageSmallerThanFile {
+        /// The header's claim.
+        image: u64,
+        /// The file's size.
+        file: u64,
+    },
+    /// The file ends before its sections do.
+    #[error("the file is truncated: its header promises {promised} bytes, it has {file}")]
+    Truncated {
+        /// Where the last section ends.
+        promised: u64,
+        /// The file's size.
+        file: u64,
+    },
+}
+
+/// A kernel Image whose header was found true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Where the kernel wants to be, from the start of RAM. A multiple of 2 MiB.
+    pub text_offset: u64,
+    /// Bytes the kernel occupies once it runs, its BSS included; at least `file_size`.
+    pub image_size: u64,
+    /// Bytes of the file.
+    pub file_size: u64,
+}
+
+impl Image {
+    /// Checks the header of a file of `file_size` bytes that starts with `head`, its first
+    /// [`HEAD_SIZE`] bytes or all it has.
+    ///
+    /// # Errors
+    /// What the file is instead, or what is wrong with its header.
+    pub fn parse(head: &[u8], file_size: u64) -> Result<Self, KernelError> {
+        if head.is_empty() {
+            return Err(KernelError::Empty);
+        }
+        if head.get(56..60) != Some(MAGIC2) {
+            return Err(other_format(head));
+        }
+        if head.len() < HEADER_SIZE {
+            return Err(KernelError::Truncated {
+                promised: HEADER_SIZE as u64,
+                file: file_size,
+            });
+        }
+        let image = Self {
+            text_offset: u64_at(head, 8),
+            image_size: u64_at(head, 16),
+            file_size,
+        };
+        image.check_header(u64_at(head, 24), u32_at(head, 32))?;
+        image.check_sections(head)?;
+        Ok(image)
+    }
+
+    fn check_header(&self, flags: u64, version: u32) -> Result<(), KernelError> {
+        let [minor, major] = [version & 0xffff, version >> 16].map(|v| v as u16);
+        if major != 0 {
+            return Err(KernelError::Version(major, minor));
+        }
+        if flags & FLAG_BIG_ENDIAN != 0 {
+            return Err(KernelError::BigEndian);
+        }
+        if self.text_offset % TEXT_ALIGN != 0 || self.text_offset >= SIZE_LIMIT {
+            return Err(KernelError::TextOffset(self.text_offset));
+        }
+        if self.image_size == 0 || self.image_size >= SIZE_LIMIT {
+            return Err(KernelError::ImageSize(self.image_size));
+        }
+        if self.image_size < self.file_size {
+            return Err(KernelError::ImageSmallerThanFile {
+                image: self.image_size,
+                file: self.file_size,
+            });
+        }
+        Ok(())
+    }
+
+    /// An EFI-stub kernel is a PE file too, and its section table tells where the file ends.
+    fn check_sections(&self, head: &[u8]) -> Result<(), KernelError> {
+        match pe_file_end(head) {
+            Some(promised) if promised > self.file_size => Err(KernelError::Truncated {
+                promised,
+                file: self.file_size,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The end of the last section's bytes in the file, where the Image is a PE file whose section
+/// table lies in `head` (PE Format, "COFF File Header" and "Section Table").
+fn pe_file_end(head: &[u8]) -> Option<u64> {
+    const COFF_SIZE: usize = 24;
+    const SECTION_SIZE: usize = 40;
+    let pe = usize::try_from(u32_at(head, 60)).ok()?;
+    let coff = head.get(pe..)?;
+    if !head.starts_with(b"MZ") || !coff.starts_with(b"PE\0\0") || coff.len() < COFF_SIZE {
+        return None;
+    }
+    let (sections, optional) = (u16_at(coff, 6), u16_at(coff, 20));
+    let table = coff.get(COFF_SIZE + usize::from(optional)..)?;
+    let ends = table
+        .chunks_exact(SECTION_SIZE)
+        .take(sections.into())
+        .map(|section| u64::from(u32_at(section, 16)) + u64::from(u32_at(section, 20)));
+    ends.max()
+}
+
+/// Names what a file without an Image header is.
+fn other_format(head: &[u8]) -> KernelError {
+    if head.starts_with(b"\x7fELF") {
+        return match head.get(18..20).map(|_| u16_at(head, 18)) {
+            Some(243) => KernelError::Elf,
+            Some(machine) => KernelError::ForeignElf(elf_machine(machine)),
+            None => KernelError::NotImage,
+        };
+    }
+    let compressed = [
+        (&b"\x1f\x8b"[..], "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"BZh", "bzip2"),
+        (b"\x04\x22\x4d\x18", "lz4"),
+        (b"\x02\x21\x4c\x18", "lz4"),
+    ];
+    match compressed.iter().find(|(magic, _)| head.starts_with(magic)) {
+        Some((_, name)) => KernelError::Compressed(name),
+        None => KernelError::NotImage,
+    }
+}
+
+/// ELF's `e_machine`, where it is one people have.
+fn elf_machine(machine: u16) -> String {
+    match machine {
+        3 => "x86".into(),
+        40 => "Arm".into(),
+        62 => "x86-64".into(),
+        183 => "AArch64".into(),
+        258 => "LoongArch".into(),
+        other => format!("machine {other}"),
+    }
+}
+
+/// Little-endian numbers; the callers have checked the length.
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+/// The size as an error names it.
+impl Image {
+    /// Bytes from the start of RAM to the kernel's end.
+    pub fn end_offset(&self) -> ByteSize {
+        ByteSize(self.text_offset + self.image_size)
+    }
+}
+
+#[cfg(test)]
+mod tests;

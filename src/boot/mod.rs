@@ -1,0 +1,7 @@
+//! What the guest finds at its first instruction: a kernel, an initrd and a device tree in RAM.
+
+pub mod fdt;
+pub mod files;
+pub mod isa;
+pub mod kernel;
+pub mod placement;

@@ -1,0 +1,158 @@
+//! Where kernel, initrd and device tree go in RAM.
+//!
+//! ```text
+//! RAM   +text_offset                                          end of RAM
+//!  |     | kernel, with its BSS | free ...  | device tree | initrd |
+//! ```
+//!
+//! initrd and tree lie at the top, so that the kernel's first allocations, which follow its BSS,
+//! meet neither, and a guest that takes RAM for its own finds it in one piece.
+
+use std::ops::Range;
+
+use thiserror::Error;
+
+use super::kernel::Image;
+use crate::memory::PAGE_SIZE;
+use crate::util::ByteSize;
+
+/// Room for a device tree: the machine, and what each hart adds.
+pub const fn fdt_room(harts: u32) -> u64 {
+    (32 << 10) + harts as u64 * 1024
+}
+
+/// Guest-physical ranges that do not overlap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The kernel with its BSS. Entered at its start.
+    pub kernel: Range<u64>,
+    /// The initrd, exactly.
+    pub initrd: Option<Range<u64>>,
+    /// Room for the device tree; it starts on a page.
+    pub fdt: Range<u64>,
+}
+
+/// RAM is too small for what it should hold.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "{ram} of guest RAM are too small for a kernel that ends {} into it{}: give at least --mem {}",
+    .kernel,
+    .initrd.map(|size| format!(" and an initrd of {size}")).unwrap_or_default(),
+    .enough.as_flag()
+)]
+pub struct TooSmall {
+    ram: ByteSize,
+    kernel: ByteSize,
+    initrd: Option<ByteSize>,
+    /// A size that would do, for the guest's work too.
+    pub enough: ByteSize,
+}
+
+impl Placement {
+    /// Places `image`, an initrd of `initrd` bytes and `fdt` bytes of device tree in RAM of
+    /// `ram` bytes at `base`.
+    ///
+    /// # Errors
+    /// They do not fit.
+    pub fn plan(
+        base: u64,
+        ram: ByteSize,
+        image: &Image,
+        initrd: Option<u64>,
+        fdt: u64,
+    ) -> Result<Self, TooSmall> {
+        let pages = |bytes: u64| bytes.next_multiple_of(PAGE_SIZE);
+        let kernel_end = pages(image.end_offset().bytes());
+        // An initrd longer than any RAM may not overflow the sum.
+        let initrd_pages = pages(initrd.unwrap_or(0).min(1 << 60));
+        let needed = kernel_end + initrd_pages + pages(fdt);
+        if needed > ram.bytes() {
+            return Err(TooSmall {
+                ram,
+                kernel: image.end_offset(),
+                initrd: initrd.map(ByteSize),
+                enough: enough(needed),
+            });
+        }
+        let end = base + ram.bytes() / PAGE_SIZE * PAGE_SIZE;
+        let initrd_start = end - initrd_pages;
+        let fdt_start = initrd_start - pages(fdt);
+        let start = base + image.text_offset;
+        Ok(Self {
+            kernel: start..start + image.image_size,
+            initrd: initrd.map(|size| initrd_start..initrd_start + size),
+            fdt: fdt_start..fdt_start + fdt,
+        })
+    }
+}
+
+/// A round size for a guest whose boot files take `needed` bytes, with as much again as Linux
+/// needs to unpack an initrd and start: at least 8 MiB and a quarter more.
+fn enough(needed: u64) -> ByteSize {
+    ByteSize((needed + needed / 4 + ByteSize::mib(8).bytes()).next_power_of_two())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: u64 = 0x8000_0000;
+    const DEBIAN: Image = Image {
+        text_offset: 0x20_0000,
+        image_size: 31_895_552,
+        file_size: 31_165_952,
+    };
+
+    fn plan(ram: ByteSize, initrd: Option<u64>) -> Result<Placement, TooSmall> {
+        Placement::plan(BASE, ram, &DEBIAN, initrd, fdt_room(1))
+    }
+
+    #[test]
+    fn nothing_overlaps() {
+        for (ram, initrd) in [
+            (ByteSize::mib(128), Some(1_234_567)),
+            (ByteSize::mib(64), None),
+            (ByteSize::kib(35 << 10), Some(1)),
+            (ByteSize::mib(1 << 20), Some(1 << 30)),
+        ] {
+            let at = plan(ram, initrd).unwrap();
+            assert_eq!(at.kernel.start, 0x8020_0000);
+            assert_eq!(at.kernel.end, 0x8020_0000 + DEBIAN.image_size);
+            assert!(at.kernel.end <= at.fdt.start);
+            assert_eq!(at.fdt.start % 8, 0);
+            assert_eq!(at.fdt.end - at.fdt.start, fdt_room(1));
+            let top = at.initrd.clone().map_or(BASE + ram.bytes(), |initrd| {
+                assert_eq!(initrd.start % PAGE_SIZE, 0);
+                assert!(initrd.end <= BASE + ram.bytes());
+                initrd.start
+            });
+            assert!(at.fdt.end <= top);
+            assert_eq!(
+                at.initrd.map(|range| range.end - range.start),
+                initrd,
+                "the initrd is not rounded"
+            );
+        }
+    }
+
+    #[test]
+    fn the_smallest_ram_is_exact() {
+        let needed = (DEBIAN.text_offset + DEBIAN.image_size).next_multiple_of(PAGE_SIZE)
+            + PAGE_SIZE
+            + fdt_room(1).next_multiple_of(PAGE_SIZE);
+        assert!(plan(ByteSize(needed), Some(17)).is_ok());
+        assert!(plan(ByteSize(needed - PAGE_SIZE), Some(17)).is_err());
+    }
+
+    #[test]
+    fn too_small_names_what_would_do() {
+        let error = plan(ByteSize::kib(1), Some(2 << 20)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "1 KiB of guest RAM are too small for a kernel that ends 32.4 MiB into it and an \
+             initrd of 2 MiB: give at least --mem 64M"
+        );
+        assert!(plan(error.enough, Some(2 << 20)).is_ok());
+        assert!(plan(ByteSize::mib(1), Some(u64::MAX)).is_err());
+    }
+}

@@ -1,0 +1,173 @@
+//! MMIO dispatch, and what a device is to the rest of the machine.
+
+mod irq;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use thiserror::Error;
+pub use vm_fdt::{Error as FdtError, FdtWriter};
+
+use crate::guest_warn;
+use crate::util::RateLimit;
+pub use irq::{IrqLine, IrqSink};
+
+/// Registers that the guest reaches by loads and stores.
+///
+/// Called by vCPU threads, any number at once; must not wait for a host file or reader.
+pub trait MmioDevice: Send + Sync {
+    /// A load at `offset` from the start of the device's range. `data` is 1, 2, 4 or 8 bytes,
+    /// zeroed, and wholly inside the range.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// A store at `offset`; `data` as above.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// A part of the machine that the device tree describes.
+pub trait Device: Send + Sync {
+    /// Adds its node to the tree, inside `/soc`.
+    ///
+    /// # Errors
+    /// The writer refused a name or value: a fault of rvmm's.
+    fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError>;
+}
+
+/// Two devices that claim the same address: a fault of the machine's layout.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("the MMIO ranges {} and {} overlap", range(.0), range(.1))]
+pub struct Overlap(Range<u64>, Range<u64>);
+
+fn range(r: &Range<u64>) -> String {
+    format!("{:#x}..{:#x}", r.start, r.end)
+}
+
+/// The guest-physical addresses without RAM: a sorted list of ranges, fixed once it is built.
+#[derive(Default)]
+pub struct Bus {
+    ranges: Vec<(Range<u64>, Arc<dyn MmioDevice>)>,
+    unmapped: RateLimit,
+}
+
+impl Bus {
+    /// Gives `range` to `device`.
+    ///
+    /// # Errors
+    /// Part of it is taken.
+    pub fn insert(
+        &mut self,
+        range: Range<u64>,
+        device: Arc<dyn MmioDevice>,
+    ) -> Result<(), Overlap> {
+        let at = self.ranges.partition_point(|(r, _)| r.start < range.start);
+        let neighbours = at.saturating_sub(1)..self.ranges.len().min(at + 1);
+        for (taken, _) in &self.ranges[neighbours] {
+            if taken.start < range.end && range.start < taken.end {
+                return Err(Overlap(taken.clone(), range));
+            }
+        }
+        self.ranges.insert(at, (range, device));
+        Ok(())
+    }
+
+    /// A load of `len` bytes (at most 8) by the guest: little-endian, all ones where nothing is.
+    pub fn read(&self, gpa: u64, len: usize) -> u64 {
+        let mut bytes = [0; 8];
+        let data = &mut bytes[..len.min(8)];
+        match self.find(gpa, data.len()) {
+            Some((offset, device)) => device.read(offset, data),
+            None => {
+                guest_warn!(
+                    self.unmapped,
+                    "the guest read {len} bytes at {gpa:#x}, where nothing is"
+                );
+                data.fill(0xff);
+            }
+        }
+        u64::from_le_bytes(bytes)
+    }
+
+    /// A store by the guest; without effect where nothing is.
+    pub fn write(&self, gpa: u64, data: &[u8]) {
+        match self.find(gpa, data.len()) {
+            Some((offset, device)) => device.write(offset, data),
+            None => {
+                let len = data.len();
+                guest_warn!(
+                    self.unmapped,
+                    "the guest wrote {len} bytes at {gpa:#x}, where nothing is"
+                );
+            }
+        }
+    }
+
+    /// The device that holds all of `len` bytes at `gpa`, and the offset in its range.
+    fn find(&self, gpa: u64, len: usize) -> Option<(u64, &dyn MmioDevice)> {
+        let after = self.ranges.partition_point(|(r, _)| r.start <= gpa);
+        let (range, device) = self.ranges.get(after.checked_sub(1)?)?;
+        let room = range.end.checked_sub(gpa)?;
+        (len as u64 <= room).then(|| (gpa - range.start, device.as_ref()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::util::sync::lock;
+    use std::sync::Mutex;
+
+    /// Reads its offset, keeps what was written.
+    #[derive(Default)]
+    struct Probe(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl MmioDevice for Probe {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data[0] = u8::try_from(offset).unwrap();
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            lock(&self.0).push((offset, data.to_vec()));
+        }
+    }
+
+    fn bus() -> (Bus, Arc<Probe>) {
+        let (mut bus, high) = (Bus::default(), Arc::new(Probe::default()));
+        bus.insert(0x2000..0x2010, high.clone()).unwrap();
+        bus.insert(0x1000..0x1010, Arc::new(Probe::default()))
+            .unwrap();
+        (bus, high)
+    }
+
+    #[test]
+    fn an_access_finds_its_device() {
+        let (bus, high) = bus();
+        assert_eq!(bus.read(0x1008, 4), 8);
+        assert_eq!(bus.read(0x2000, 1), 0);
+        bus.write(0x200c, &[1, 2, 3, 4]);
+        assert_eq!(*lock(&high.0), [(0xc, vec![1, 2, 3, 4])]);
+    }
+
+    #[test]
+    fn where_nothing_is_reads_all_ones() {
+        let (bus, high) = bus();
+        for gpa in [0, 0xfff, 0x1010, 0x200d, 0x2010, u64::MAX] {
+            assert_eq!(bus.read(gpa, 4), 0xffff_ffff, "{gpa:#x}");
+            bus.write(gpa, &[0; 4]);
+        }
+        assert_eq!(bus.read(u64::MAX, 8), u64::MAX);
+        assert!(lock(&high.0).is_empty());
+    }
+
+    #[test]
+    fn overlaps_are_refused() {
+        let (mut bus, probe) = bus();
+        for range in [
+            0x0fff..0x1001,
+            0x1000..0x1010,
+            0x100f..0x1011,
+            0x0000..0x9000,
+            0x2008..0x2009,
+        ] {
+            assert!(bus.insert(range, probe.clone()).is_err());
+        }
+        bus.insert(0x1010..0x2000, probe).unwrap();
+    }
+}

@@ -1,0 +1,169 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+
+use crate::config::VmConfig;
+
+/// rvmm: wrong usage.
+pub const STATUS_USAGE: u8 = 125;
+/// rvmm: the host or one of its files failed.
+pub const STATUS_HOST: u8 = 123;
+
+const AFTER_HELP: &str = "\
+Example:
+  rvmm --kernel Image --initrd initramfs.cpio.gz --mem 256M
+
+On a terminal, Ctrl-A X ends rvmm and Ctrl-A H shows the other keys.
+
+Exit status:
+  0         the guest powered off, or Ctrl-A X
+  1-119     chosen by the guest (not served yet)
+  120       the guest asked for a reset
+  121       the guest powered off and reported a failure
+  122       the guest cannot go on
+  123       the host or one of its files failed
+  124       time-out (not served yet)
+  125       wrong usage
+  128+n     ended by signal n";
+
+const BARE_HELP: &str = "\
+rvmm runs a RISC-V virtual machine on KVM.
+
+  rvmm --kernel Image --initrd initramfs.cpio.gz --mem 128M
+
+rvmm --help tells every flag.
+";
+
+/// Runs a RISC-V virtual machine on KVM
+#[derive(Debug, Parser)]
+#[command(name = "rvmm", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// The machine.
+    #[command(flatten)]
+    pub vm: VmConfig,
+
+    /// Write the guest's device tree to FILE, and do not run it
+    #[arg(long, value_name = "FILE")]
+    pub dump_dtb: Option<PathBuf>,
+
+    /// Tell more: -v what rvmm does, -vv also details
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Write rvmm's messages to FILE instead of standard error
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+}
+
+/// What a command line asks for.
+#[derive(Debug)]
+pub enum Request {
+    /// Run a VM.
+    Run(Box<Cli>),
+    /// Print this on standard output and end with 0: help, or the version.
+    Print(String),
+    /// Print this on standard error and end with [`STATUS_USAGE`].
+    Refuse(String),
+}
+
+/// Parses and validates a command line, program name first.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.len() <= 1 {
+        return Request::Print(BARE_HELP.into());
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                return Request::Print(error.render().to_string());
+            }
+            _ => return Request::Refuse(one_line(&error)),
+        },
+    };
+    match cli.vm.validate() {
+        Ok(()) => Request::Run(Box::new(cli)),
+        Err(error) => Request::Refuse(error.to_string()),
+    }
+}
+
+/// clap's message without its usage and hints, and where to read on.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let message = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let message = words.join(" ");
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    format!("{message}; rvmm --help tells every flag")
+}
+
+/// The whole of `--help`.
+pub fn help() -> String {
+    Cli::command().render_help().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::util::ByteSize;
+
+    fn parsed(line: &str) -> Request {
+        parse(line.split(' ').map(OsString::from))
+    }
+
+    fn refused(line: &str) -> String {
+        match parsed(line) {
+            Request::Refuse(message) => message,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_make_a_machine() {
+        let Request::Run(cli) = parsed("rvmm --kernel Image --initrd i --mem 1G -vv") else {
+            panic!("refused");
+        };
+        assert_eq!(cli.vm.kernel, PathBuf::from("Image"));
+        assert_eq!(cli.vm.mem, ByteSize::mib(1024));
+        assert_eq!(cli.vm.cmdline, "console=ttyS0");
+        assert_eq!(cli.verbose, 2);
+    }
+
+    #[test]
+    fn wrong_usage_is_one_line() {
+        for (line, part) in [
+            ("rvmm --kernel", "--kernel <FILE>"),
+            ("rvmm --mem 1G", "--kernel <FILE>"),
+            ("rvmm --kernel x --mem 12Q", "not a size"),
+            ("rvmm --kernel x --mem -1", "--mem"),
+            ("rvmm --kernel x --mem 0", "--mem 0"),
+            ("rvmm --kernel x --cpus 2", "--cpus 1"),
+            ("rvmm --kernel x --nope", "--nope"),
+            ("rvmm x", "'x'"),
+        ] {
+            let message = refused(line);
+            assert!(message.contains(part), "{line}: {message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+
+    #[test]
+    fn help_tells_every_exit_status() {
+        let Request::Print(short) = parsed("rvmm") else {
+            panic!("bare rvmm helps");
+        };
+        assert!(short.lines().count() < 10);
+        for status in ["120", "121", "122", "123", "124", "125", "128+n"] {
+            assert!(help().contains(status));
+        }
+    }
+}

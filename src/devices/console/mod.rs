@@ -1,0 +1,184 @@
+//! The guest's console: two bounded queues between the guest and the host.
+//!
+//! The UART and the SBI debug console share them. A vCPU thread never waits here: when the output
+//! queue is full the UART is not ready to transmit and a DBCN write is short. Host threads
+//! ([`stdio`]) wait for the guest as long as they must.
+
+pub mod escape;
+pub mod stdio;
+mod tty;
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use crate::util::sync::lock;
+
+/// Bytes of output kept for a reader that is slower than the guest.
+pub const OUTPUT_CAPACITY: usize = 64 << 10;
+/// Bytes of input kept for a guest that is slower than the typist.
+pub const INPUT_CAPACITY: usize = 4 << 10;
+
+/// Told, on a host thread, that a queue's state has changed: input came, or room for output.
+/// Called without any console lock held.
+pub trait Listener: Send + Sync {
+    /// Input may be waiting, or room for output be there again.
+    fn console_changed(&self);
+}
+
+/// The queues. The guest's side never waits; the host's side may.
+#[derive(Default)]
+pub struct Console {
+    queues: Mutex<Queues>,
+    /// Output came, or the console was closed.
+    output_ready: Condvar,
+    /// Input was taken, or the console was closed.
+    input_room: Condvar,
+    /// Output was written to the host.
+    output_drained: Condvar,
+    listener: OnceLock<Weak<dyn Listener>>,
+}
+
+#[derive(Default)]
+struct Queues {
+    output: VecDeque<u8>,
+    input: VecDeque<u8>,
+    /// Bytes that the writer has taken and not yet written.
+    in_flight: usize,
+    /// Counts completed writes, so that a drain sees progress.
+    writes: u64,
+    closed: bool,
+}
+
+/// The guest's side.
+impl Console {
+    /// Queues as much of `bytes` as there is room for, and tells how many.
+    pub fn write(&self, bytes: &[u8]) -> usize {
+        let mut queues = lock(&self.queues);
+        let count = bytes.len().min(queues.output_room());
+        queues.output.extend(&bytes[..count]);
+        drop(queues);
+        self.output_ready.notify_one();
+        count
+    }
+
+    /// Bytes that [`Console::write`] would take now.
+    pub fn output_room(&self) -> usize {
+        lock(&self.queues).output_room()
+    }
+
+    /// Takes waiting input into `bytes`, and tells how many.
+    pub fn read(&self, bytes: &mut [u8]) -> usize {
+        let mut queues = lock(&self.queues);
+        let count = bytes.len().min(queues.input.len());
+        for (byte, from) in bytes.iter_mut().zip(queues.input.drain(..count)) {
+            *byte = from;
+        }
+        drop(queues);
+        self.input_room.notify_one();
+        count
+    }
+
+    /// Bytes of input that wait.
+    pub fn input_len(&self) -> usize {
+        lock(&self.queues).input.len()
+    }
+}
+
+/// The host's side.
+impl Console {
+    /// Sets who is told of changes: the UART. Only the first call counts.
+    pub fn set_listener(&self, listener: Weak<dyn Listener>) {
+        let _ = self.listener.set(listener);
+    }
+
+    /// Hands `bytes` to the guest, waiting while its queue is full. False when the console was
+    /// closed meanwhile.
+    pub fn push_input(&self, mut bytes: &[u8]) -> bool {
+        while !bytes.is_empty() {
+            let mut queues = lock(&self.queues);
+            while !queues.closed && queues.input.len() == INPUT_CAPACITY {
+                queues = self
+                    .input_room
+                    .wait(queues)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            if queues.closed {
+                return false;
+            }
+            let count = bytes.len().min(INPUT_CAPACITY - queues.input.len());
+            queues.input.extend(&bytes[..count]);
+            drop(queues);
+            bytes = &bytes[count..];
+            self.tell_listener();
+        }
+        true
+    }
+
+    /// Waits for output and takes all of it into `bytes`, which is emptied first. False, without
+    /// output, once the console is closed and all was taken. Each call says that what the one
+    /// before took is written.
+    pub fn take_output(&self, bytes: &mut Vec<u8>) -> bool {
+        bytes.clear();
+        let mut queues = lock(&self.queues);
+        let was_full = queues.in_flight > 0 && queues.output_room() == 0;
+        queues.in_flight = 0;
+        queues.writes += 1;
+        self.output_drained.notify_all();
+        if was_full {
+            drop(queues);
+            self.tell_listener();
+            queues = lock(&self.queues);
+        }
+        while queues.output.is_empty() && !queues.closed {
+            queues = self
+                .output_ready
+                .wait(queues)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        bytes.extend(queues.output.drain(..));
+        queues.in_flight = bytes.len();
+        !bytes.is_empty()
+    }
+
+    /// Ends the console: what is queued can still be taken, [`Console::push_input`] returns.
+    pub fn close(&self) {
+        lock(&self.queues).closed = true;
+        self.output_ready.notify_all();
+        self.input_room.notify_all();
+    }
+
+    /// Waits until all output is written, as long as some is written every `patience`. False when
+    /// the reader lost that patience.
+    pub fn drain(&self, patience: Duration) -> bool {
+        let mut queues = lock(&self.queues);
+        while !queues.output.is_empty() || queues.in_flight > 0 {
+            let before = queues.writes;
+            let (next, timeout) = self
+                .output_drained
+                .wait_timeout(queues, patience)
+                .unwrap_or_else(PoisonError::into_inner);
+            queues = next;
+            if timeout.timed_out() && queues.writes == before {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn tell_listener(&self) {
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            listener.console_changed();
+        }
+    }
+}
+
+impl Queues {
+    /// What the writer has taken counts until it is written, or the queue would hold twice as much.
+    fn output_room(&self) -> usize {
+        OUTPUT_CAPACITY - (self.output.len() + self.in_flight).min(OUTPUT_CAPACITY)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+
+#[derive(Default)]
+struct Calls(AtomicUsize);
+
+impl Listener for Calls {
+    fn console_changed(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn listened() -> (Arc<Console>, Arc<Calls>) {
+    let (console, calls) = (Arc::new(Console::default()), Arc::new(Calls::default()));
+    let as_listener: Arc<dyn Listener> = calls.clone();
+    console.set_listener(Arc::downgrade(&as_listener));
+    (console, calls)
+}
+
+#[test]
+fn output_is_bounded_and_the_guest_never_waits() {
+    let console = Console::default();
+    let flood = vec![b'x'; 3 * OUTPUT_CAPACITY];
+    assert_eq!(console.write(&flood), OUTPUT_CAPACITY);
+    assert_eq!(console.write(b"y"), 0);
+    assert_eq!(console.output_room(), 0);
+    let mut taken = Vec::new();
+    assert!(console.take_output(&mut taken));
+    assert_eq!(taken.len(), OUTPUT_CAPACITY);
+    // Taken is not written: there is room only when the writer comes back.
+    assert_eq!(console.write(b"y"), 0);
+}
+
+#[test]
+fn room_is_told_when_a_full_queue_was_written() {
+    let (console, calls) = listened();
+    let mut taken = Vec::new();
+    console.write(&vec![b'x'; OUTPUT_CAPACITY]);
+    assert!(console.take_output(&mut taken));
+    console.close();
+    assert_eq!(calls.0.load(Ordering::SeqCst), 0);
+    assert!(!console.take_output(&mut taken));
+    assert_eq!(calls.0.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn input_arrives_in_order_and_waits_for_room() {
+    let (console, calls) = listened();
+    let typed: Vec<u8> = (0..INPUT_CAPACITY * 2 + 5)
+        .map(|i| (i % 251) as u8)
+        .collect();
+    let (expected, pusher) = (typed.clone(), console.clone());
+    let thread = thread::spawn(move || pusher.push_input(&typed));
+    let mut got: Vec<u8> = Vec::new();
+    let mut bytes = [0; 100];
+    while got.len() < expected.len() {
+        let count = console.read(&mut bytes);
+        got.extend(&bytes[..count]);
+        thread::yield_now();
+    }
+    assert!(thread.join().unwrap());
+    assert_eq!(got, expected);
+    assert!(calls.0.load(Ordering::SeqCst) >= 3);
+}
+
+#[test]
+fn closing_frees_both_sides() {
+    let console = Arc::new(Console::default());
+    assert!(console.push_input(&[0; INPUT_CAPACITY]));
+    let (pusher, taker) = (console.clone(), console.clone());
+    let push = thread::spawn(move || pusher.push_input(b"more"));
+    let take = thread::spawn(move || taker.take_output(&mut Vec::new()));
+    console.close();
+    assert!(!push.join().unwrap());
+    assert!(!take.join().unwrap());
+}
+
+#[test]
+fn what_was_queued_before_closing_is_taken() {
+    let console = Console::default();
+    console.write(b"last words");
+    console.close();
+    let mut taken = Vec::new();
+    assert!(console.take_output(&mut taken));
+    assert_eq!(taken, b"last words");
+    assert!(!console.take_output(&mut taken));
+}
+
+#[test]
+fn draining_waits_for_a_reader_but_not_for_ever() {
+    let console = Arc::new(Console::default());
+    assert!(console.drain(Duration::ZERO));
+    console.write(b"x");
+    assert!(!console.drain(Duration::from_millis(1)));
+
+    let (taker, (go, wait)) = (console.clone(), mpsc::channel::<()>());
+    let thread = thread::spawn(move || {
+        let mut taken = Vec::new();
+        while taker.take_output(&mut taken) {
+            wait.recv().unwrap();
+        }
+    });
+    go.send(()).unwrap();
+    assert!(console.drain(Duration::from_secs(60)));
+    console.close();
+    thread.join().unwrap();
+}

@@ -1,0 +1,72 @@
+//! The plan of the house, checked: a module may use only those listed before it.
+
+use std::fs;
+use std::path::Path;
+
+/// Modules from the ground up. A module names only modules above it in this list.
+const STOREYS: &[&str] = &[
+    "util",
+    "config",
+    "memory",
+    "hypervisor",
+    "bus",
+    "irqchip",
+    "devices",
+    "boot",
+    "vcpu",
+    "machine",
+    "cli",
+];
+
+/// The modules a source text names through `crate::`.
+fn named_modules(source: &str) -> impl Iterator<Item = &str> {
+    source.split("crate::").skip(1).map(|rest| {
+        let end = rest
+            .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+            .unwrap_or(rest.len());
+        &rest[..end]
+    })
+}
+
+fn check(path: &Path, storey: usize, violations: &mut Vec<String>) {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).unwrap() {
+            check(&entry.unwrap().path(), storey, violations);
+        }
+        return;
+    }
+    let source = fs::read_to_string(path).unwrap();
+    for name in named_modules(&source) {
+        match STOREYS.iter().position(|s| *s == name) {
+            Some(used) if used <= storey => {}
+            _ => violations.push(format!("{} uses crate::{name}", path.display())),
+        }
+    }
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut violations = Vec::new();
+    for (storey, name) in STOREYS.iter().enumerate() {
+        let (folder, file) = (src.join(name), src.join(format!("{name}.rs")));
+        assert!(folder.is_dir() || file.is_file(), "no module {name}");
+        for path in [folder, file] {
+            if path.exists() {
+                check(&path, storey, &mut violations);
+            }
+        }
+    }
+    assert!(violations.is_empty(), "{}", violations.join("\n"));
+}
+
+#[test]
+fn every_module_has_a_storey() {
+    let lib = include_str!("lib.rs");
+    for line in lib.lines() {
+        if let Some(name) = line.strip_prefix("pub mod ") {
+            let name = name.trim_end_matches(';');
+            assert!(STOREYS.contains(&name), "module {name} has no storey");
+        }
+    }
+}

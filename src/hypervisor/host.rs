@@ -1,0 +1,90 @@
+//! Why a host cannot run guests, told from what it shows, and the way out.
+
+use std::io;
+
+use thiserror::Error;
+
+/// A host that cannot run guests. Each is one line: what is missing, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Unfit {
+    /// rvmm was built for another machine than RISC-V.
+    #[error(
+        "rvmm needs a 64-bit RISC-V host with the H extension, and this machine is {0}: \
+         scripts/demo in rvmm's source tree runs it nested in QEMU"
+    )]
+    NotRiscv(&'static str),
+    /// The harts have no H extension.
+    #[error(
+        "Failed to open /dev/kvm: this machine's harts have no H extension (/proc/cpuinfo), which \
+         KVM needs: scripts/demo in rvmm's source tree runs rvmm nested in QEMU"
+    )]
+    NoHypervisorExtension,
+    /// The harts have it, the kernel shows no /dev/kvm.
+    #[error("Failed to open /dev/kvm: there is none; load KVM with `modprobe kvm` as root")]
+    NoModule,
+    /// /dev/kvm belongs to others.
+    #[error(
+        "Failed to open /dev/kvm: no permission; join its group with `usermod -aG kvm $USER` \
+         as root and log in again"
+    )]
+    NoPermission,
+    /// Anything else.
+    #[error("Failed to open /dev/kvm: {0}")]
+    Other(String),
+    /// Not the KVM that every Linux since 2.6.22 has.
+    #[error("/dev/kvm speaks KVM API version {0}, not 12: this kernel cannot run rvmm")]
+    ApiVersion(i32),
+}
+
+/// Explains why /dev/kvm did not open, from the error and the text of /proc/cpuinfo.
+pub fn explain_open(error: &io::Error, cpuinfo: &str) -> Unfit {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => Unfit::NoPermission,
+        io::ErrorKind::NotFound if !has_h_extension(cpuinfo) => Unfit::NoHypervisorExtension,
+        io::ErrorKind::NotFound => Unfit::NoModule,
+        // ENODEV, ENXIO: the node is there, the driver is not.
+        _ if matches!(error.raw_os_error(), Some(6 | 19)) => Unfit::NoModule,
+        _ => Unfit::Other(error.to_string()),
+    }
+}
+
+/// Whether the first hart's `isa` line has the single letter h. Without such a line (an ACPI or
+/// much older kernel) the answer is yes: then KVM itself must say no.
+fn has_h_extension(cpuinfo: &str) -> bool {
+    let isa = cpuinfo.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == "isa").then_some(value.trim())
+    });
+    let Some(letters) = isa.and_then(|isa| isa.split('_').next()) else {
+        return true;
+    };
+    letters.trim_start_matches("rv64").contains('h')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WITH_H: &str = "processor\t: 0\nhart\t\t: 1\nisa\t\t: rv64imafdch_zicsr_ssaia\n";
+    const WITHOUT: &str = "processor\t: 0\nhart\t\t: 1\nisa\t\t: rv64imafdc_zihpm_svinvalh\n";
+
+    #[test]
+    fn the_missing_piece_is_named() {
+        let gone = io::Error::from_raw_os_error(2);
+        let denied = io::Error::from_raw_os_error(13);
+        let no_device = io::Error::from_raw_os_error(19);
+        let busy = io::Error::from_raw_os_error(16);
+        for (error, cpuinfo, expected) in [
+            (&gone, WITHOUT, "no H extension"),
+            (&gone, WITH_H, "modprobe kvm"),
+            (&gone, "", "modprobe kvm"),
+            (&denied, WITHOUT, "usermod -aG kvm"),
+            (&no_device, WITH_H, "modprobe kvm"),
+            (&busy, WITH_H, "busy"),
+        ] {
+            let line = explain_open(error, cpuinfo).to_string();
+            assert!(line.contains(expected), "{line}");
+            assert!(!line.contains('\n'));
+        }
+    }
+}

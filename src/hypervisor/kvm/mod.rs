@@ -1,0 +1,211 @@
+//! KVM on riscv64, through kvm-ioctls: `arch/riscv/kvm/vm.c` and `aia_device.c` from the other side.
+#![allow(unsafe_code)]
+
+mod vcpu;
+
+use std::fs;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_VM_GPA_BITS, KVM_DEV_RISCV_AIA_ADDR_APLIC,
+    KVM_DEV_RISCV_AIA_CTRL_INIT, KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG,
+    KVM_DEV_RISCV_AIA_GRP_CTRL, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, DeviceFd, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::host::{Unfit, explain_open};
+use super::{Aia, AiaConfig, Error, Hypervisor, Result, Vcpu, Vm};
+use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::util::ByteSize;
+
+/// The most pages a memslot holds (KVM_MEM_MAX_NR_PAGES, `include/linux/kvm_host.h`).
+const MEMSLOT_MAX: ByteSize = ByteSize(((1 << 31) - 1) * PAGE_SIZE);
+
+/// The G-stage's narrowest mode, Sv39x4, for a kernel that does not tell.
+const GPA_BITS_MIN: u32 = 41;
+
+/// /dev/kvm, opened.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens /dev/kvm.
+    ///
+    /// # Errors
+    /// [`Error::Host`], which says what this host lacks.
+    pub fn open() -> Result<Self> {
+        let fd = kvm_ioctls::Kvm::new().map_err(|errno| {
+            let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            explain_open(&errno.into(), &cpuinfo)
+        })?;
+        match fd.get_api_version() {
+            version if u32::try_from(version) == Ok(KVM_API_VERSION) => Ok(Self { fd }),
+            version => Err(Unfit::ApiVersion(version).into()),
+        }
+    }
+}
+
+impl Hypervisor for Kvm {
+    fn create_vm(&self) -> Result<Arc<dyn Vm>> {
+        let fd = self
+            .fd
+            .create_vm()
+            .map_err(|e| Error::refused("create a virtual machine (KVM_CREATE_VM)", e))?;
+        let inner = VmInner {
+            fd,
+            ram: Mutex::new(Vec::new()),
+        };
+        Ok(Arc::new(KvmVm(Arc::new(inner))))
+    }
+}
+
+/// The VM's descriptor, and the RAM that the kernel reaches through it.
+struct VmInner {
+    fd: VmFd,
+    /// Kept mapped until the last vCPU is gone.
+    ram: Mutex<Vec<Arc<GuestMemory>>>,
+}
+
+struct KvmVm(Arc<VmInner>);
+
+impl KvmVm {
+    fn gpa_bits(&self) -> u32 {
+        let bits = self.0.fd.check_extension_raw(KVM_CAP_VM_GPA_BITS.into());
+        u32::try_from(bits).unwrap_or(0).max(GPA_BITS_MIN)
+    }
+}
+
+impl Vm for KvmVm {
+    fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()> {
+        let bits = self.gpa_bits();
+        // KVM wants the end below the limit, not at it (kvm_arch_prepare_memory_region).
+        let max = ByteSize((1u64 << bits.min(63)) - base.0 - PAGE_SIZE);
+        if size > max {
+            return Err(Error::GpaWidth { size, bits, max });
+        }
+        if size > MEMSLOT_MAX {
+            let max = MEMSLOT_MAX;
+            return Err(Error::MemslotSize { size, max });
+        }
+        Ok(())
+    }
+
+    fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()> {
+        for (slot, region) in (0u32..).zip(ram.iter()) {
+            let act = || format!("give the guest its RAM (memslot {slot})");
+            let hva = region
+                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .map_err(|e| Error::refused(act(), io::Error::other(e)))?;
+            let memslot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: hva as u64,
+            };
+            // SAFETY: the region is mapped for its whole length, and `self.0.ram` keeps it so
+            // until the VM and all its vCPUs, which hold `self.0`, are gone.
+            unsafe { self.0.fd.set_user_memory_region(memslot) }
+                .map_err(|e| Error::refused(act(), e))?;
+        }
+        let mut kept = self.0.ram.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push(ram);
+        Ok(())
+    }
+
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>> {
+        let fd = self
+            .0
+            .fd
+            .create_vcpu(id.into())
+            .map_err(|e| Error::refused(format!("create vCPU {id}"), e))?;
+        Ok(Box::new(vcpu::KvmVcpu::new(fd, Arc::clone(&self.0), id)))
+    }
+
+    fn create_aia(&self) -> Result<Option<Box<dyn Aia>>> {
+        if !self.0.fd.check_extension(Cap::Irqchip) {
+            return Ok(None);
+        }
+        let mut device = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+            fd: 0,
+            flags: 0,
+        };
+        let fd = self
+            .0
+            .fd
+            .create_device(&mut device)
+            .map_err(|e| Error::refused("create the in-kernel AIA", e))?;
+        Ok(Some(Box::new(KvmAia { fd })))
+    }
+
+    fn set_irq_line(&self, source: u32, high: bool) -> Result<()> {
+        self.0
+            .fd
+            .set_irq_line(source, high)
+            .map_err(|e| Error::refused(format!("set interrupt line {source}"), e))
+    }
+}
+
+struct KvmAia {
+    fd: DeviceFd,
+}
+
+impl KvmAia {
+    /// Sets an attribute whose value KVM reads from memory as a `T`: u32 for CONFIG, u64 for ADDR.
+    fn set<T>(&self, group: u32, attr: u64, value: &T, act: &str) -> Result<()> {
+        let attr = kvm_device_attr {
+            flags: 0,
+            group,
+            attr,
+            addr: std::ptr::from_ref(value) as u64,
+        };
+        self.fd
+            .set_device_attr(&attr)
+            .map_err(|e| Error::refused(act, e))
+    }
+}
+
+impl Aia for KvmAia {
+    fn set_config(&self, attr: AiaConfig, value: u32) -> Result<()> {
+        let act = format!("set the AIA's {attr:?} to {value}");
+        self.set(KVM_DEV_RISCV_AIA_GRP_CONFIG, attr as u64, &value, &act)
+    }
+
+    fn config(&self, attr: AiaConfig) -> Result<u32> {
+        let mut value = 0u32;
+        let mut request = kvm_device_attr {
+            flags: 0,
+            group: KVM_DEV_RISCV_AIA_GRP_CONFIG,
+            attr: attr as u64,
+            addr: std::ptr::from_mut(&mut value) as u64,
+        };
+        // SAFETY: attributes of group CONFIG are a u32 (aia_get_attr), and `value` is one.
+        unsafe { self.fd.get_device_attr(&mut request) }
+            .map_err(|e| Error::refused(format!("read the AIA's {attr:?}"), e))?;
+        Ok(value)
+    }
+
+    fn place_aplic(&self, base: GuestAddress) -> Result<()> {
+        let (group, attr) = (KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_ADDR_APLIC);
+        let act = format!("place the APLIC at {:#x}", base.0);
+        self.set(group, attr.into(), &base.0, &act)
+    }
+
+    fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()> {
+        // KVM_DEV_RISCV_AIA_ADDR_IMSIC(i), a macro the bindings do not carry.
+        let attr = 1 + u64::from(index);
+        let act = format!("place the IMSIC of vCPU {index} at {:#x}", base.0);
+        self.set(KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &base.0, &act)
+    }
+
+    fn init(&self) -> Result<()> {
+        let (group, attr) = (KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_CTRL_INIT);
+        self.set(group, attr.into(), &0u64, "initialise the in-kernel AIA")
+    }
+}

@@ -1,0 +1,208 @@
+//! A vCPU on KVM: registers by ONE_REG, and `kvm_run` decoded into values.
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use kvm_bindings::{
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR, KVM_EXIT_RISCV_SBI,
+    KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+};
+use kvm_ioctls::VcpuFd;
+use rustix::fd::BorrowedFd;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::VmInner;
+use crate::hypervisor::{
+    Error, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, regs,
+};
+use crate::memory::PAGE_SIZE;
+
+pub(super) struct KvmVcpu {
+    fd: VcpuFd,
+    /// Keeps the guest's RAM mapped.
+    _vm: Arc<VmInner>,
+    id: u32,
+}
+
+impl KvmVcpu {
+    pub(super) fn new(fd: VcpuFd, vm: Arc<VmInner>, id: u32) -> Self {
+        Self { fd, _vm: vm, id }
+    }
+
+    /// Writes what the guest is to see of its last exit into `kvm_run`.
+    fn enter(&mut self, entry: VmEntry) {
+        let run = self.fd.get_kvm_run();
+        match entry {
+            VmEntry::Run => {}
+            VmEntry::MmioRead(value) => {
+                run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
+            }
+            VmEntry::Sbi(ret) => {
+                run.__bindgen_anon_1.riscv_sbi.ret = [ret.error.cast_unsigned(), ret.value];
+            }
+            VmEntry::Csr(value) => run.__bindgen_anon_1.riscv_csr.ret_value = value,
+        }
+    }
+
+    /// An errno of KVM_RUN that the guest can cause (`vcpu_exit.c`, `vcpu_insn.c`).
+    fn failed_run(&self, errno: kvm_ioctls::Error) -> Result<VmExit> {
+        match Errno::from_raw_os_error(errno.errno()) {
+            Errno::INTR | Errno::AGAIN => Ok(VmExit::Interrupted),
+            Errno::OPNOTSUPP | Errno::IO | Errno::FAULT => Ok(VmExit::Unrunnable {
+                errno: errno.errno(),
+                pc: self.reg(regs::PC)?.unwrap_or_default(),
+            }),
+            _ => Err(Error::refused(format!("run vCPU {}", self.id), errno)),
+        }
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+        self.enter(entry);
+        match self.fd.run().map(|_| ()) {
+            Ok(()) => Ok(decode(self.fd.get_kvm_run())),
+            Err(errno) => self.failed_run(errno),
+        }
+    }
+
+    fn reg(&self, id: RegId) -> Result<Option<u64>> {
+        let mut bytes = [0; 8];
+        match self.fd.get_one_reg(id.0, &mut bytes) {
+            Ok(_) => Ok(Some(u64::from_le_bytes(bytes))),
+            // Linux 6.12 says ENOENT for some absent registers and EINVAL for others.
+            Err(e) if e.errno() == Errno::NOENT.raw_os_error() => Ok(None),
+            Err(e) if e.errno() == Errno::INVAL.raw_os_error() => Ok(None),
+            Err(e) => Err(Error::refused(
+                format!("read register {:#x} of vCPU {}", id.0, self.id),
+                e,
+            )),
+        }
+    }
+
+    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
+        match self.fd.set_one_reg(id.0, &value.to_le_bytes()) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(Error::refused(
+                format!("write register {:#x} of vCPU {}", id.0, self.id),
+                e,
+            )),
+        }
+    }
+
+    fn kicker(&self) -> Result<Box<dyn Kicker>> {
+        let act = || format!("map the run page of vCPU {}", self.id);
+        let page = RunPage::map(&self.fd).map_err(|e| Error::refused(act(), e))?;
+        Ok(Box::new(page))
+    }
+}
+
+/// The union member that `exit_reason` selects, copied out.
+fn decode(run: &kvm_run) -> VmExit {
+    let exit = &run.__bindgen_anon_1;
+    match run.exit_reason {
+        // SAFETY: KVM filled the member that belongs to the exit reason; all are plain integers.
+        KVM_EXIT_MMIO => decode_mmio(unsafe { exit.mmio }),
+        KVM_EXIT_RISCV_SBI => {
+            // SAFETY: as above.
+            let sbi = unsafe { exit.riscv_sbi };
+            VmExit::Sbi(SbiCall {
+                extension: sbi.extension_id,
+                function: sbi.function_id,
+                args: sbi.args,
+            })
+        }
+        // SAFETY: as above.
+        KVM_EXIT_RISCV_CSR => VmExit::Csr {
+            number: unsafe { exit.riscv_csr.csr_num } as u32,
+        },
+        // SAFETY: as above.
+        KVM_EXIT_SYSTEM_EVENT => decode_system_event(unsafe { exit.system_event }),
+        KVM_EXIT_FAIL_ENTRY => {
+            // SAFETY: as above.
+            let fail = unsafe { exit.fail_entry };
+            VmExit::FailEntry {
+                reason: fail.hardware_entry_failure_reason,
+                cpu: fail.cpu,
+            }
+        }
+        KVM_EXIT_INTR => VmExit::Interrupted,
+        reason => VmExit::Unknown { reason },
+    }
+}
+
+type Mmio = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_6;
+
+fn decode_mmio(mmio: Mmio) -> VmExit {
+    let (gpa, len, data) = (mmio.phys_addr, mmio.len.min(8) as usize, mmio.data);
+    match mmio.is_write {
+        0 => VmExit::MmioRead { gpa, len },
+        _ => VmExit::MmioWrite { gpa, len, data },
+    }
+}
+
+type Event = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_19;
+
+fn decode_system_event(event: Event) -> VmExit {
+    // SAFETY: `data` and `flags` share a place and are both u64s.
+    let data = unsafe { event.__bindgen_anon_1.data };
+    let reason = if event.ndata > 0 { data[0] } else { 0 };
+    VmExit::System(match event.type_ {
+        KVM_SYSTEM_EVENT_SHUTDOWN => SystemEvent::Shutdown { reason },
+        KVM_SYSTEM_EVENT_RESET => SystemEvent::Reset { reason },
+        kind => SystemEvent::Other { kind },
+    })
+}
+
+/// A mapping of a vCPU's `kvm_run` page of its own, so that it may outlive the vCPU's.
+struct RunPage(NonNull<kvm_run>);
+
+// SAFETY: only `immediate_exit` is touched, and atomically.
+unsafe impl Send for RunPage {}
+// SAFETY: as above.
+unsafe impl Sync for RunPage {}
+
+impl RunPage {
+    fn map(fd: &VcpuFd) -> io::Result<Self> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: `fd` is open, and outlives this borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        // SAFETY: a new mapping at an address of the kernel's choice; KVM's first page of a vCPU
+        // is its `kvm_run`.
+        let page = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                PAGE_SIZE as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        }?;
+        NonNull::new(page.cast())
+            .map(Self)
+            .ok_or_else(|| Errno::FAULT.into())
+    }
+}
+
+impl Kicker for RunPage {
+    fn set_immediate_exit(&self, on: bool) {
+        // SAFETY: the page is mapped until drop; KVM and this are the only users of the byte, and
+        // KVM reads it once per KVM_RUN (READ_ONCE in kvm_arch_vcpu_ioctl_run).
+        let flag = unsafe {
+            AtomicU8::from_ptr(std::ptr::addr_of_mut!((*self.0.as_ptr()).immediate_exit))
+        };
+        flag.store(on.into(), Ordering::Release);
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and not unmapped since. A failure could only
+        // leak the page.
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), PAGE_SIZE as usize) };
+    }
+}

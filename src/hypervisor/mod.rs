@@ -1,0 +1,256 @@
+//! The seam to the kernel: what rvmm needs of a hypervisor, in values that any host can make.
+//!
+//! [`kvm`] speaks to KVM, on riscv64 only; unit tests bring fakes. Nothing outside this module
+//! names an ioctl.
+
+pub mod host;
+pub mod regs;
+
+#[cfg(target_arch = "riscv64")]
+pub mod kvm;
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::GuestAddress;
+
+use crate::memory::GuestMemory;
+use crate::util::ByteSize;
+pub use regs::RegId;
+
+/// A request that the kernel refused, or that cannot be made on this host.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The act and its object, with the kernel's reason.
+    #[error("Failed to {act}")]
+    Refused {
+        /// "create vCPU 3", "map guest RAM".
+        act: String,
+        /// The errno.
+        source: io::Error,
+    },
+    /// This host cannot run guests at all.
+    #[error(transparent)]
+    Host(#[from] host::Unfit),
+    /// More guest RAM than guest-physical addresses reach.
+    #[error(
+        "{size} of guest RAM end beyond this host's {bits}-bit guest-physical addresses: \
+         --mem can be at most {}", .max.as_flag()
+    )]
+    GpaWidth {
+        /// What was asked for.
+        size: ByteSize,
+        /// Width of a guest-physical address (G-stage mode).
+        bits: u32,
+        /// The most that fits above the RAM's base.
+        max: ByteSize,
+    },
+    /// More guest RAM than one memslot holds.
+    #[error(
+        "{size} of guest RAM are more than one KVM memslot holds: --mem can be at most {}",
+        .max.as_flag()
+    )]
+    MemslotSize {
+        /// What was asked for.
+        size: ByteSize,
+        /// KVM_MEM_MAX_NR_PAGES in bytes.
+        max: ByteSize,
+    },
+}
+
+impl Error {
+    /// A refused request: "Failed to `act`", with the errno of `source`.
+    pub fn refused(act: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Error::Refused {
+            act: act.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// The outcome of a request to the hypervisor.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Makes virtual machines. One per process: [`kvm::Kvm`], or a fake.
+pub trait Hypervisor {
+    /// A machine without RAM and vCPUs.
+    fn create_vm(&self) -> Result<Arc<dyn Vm>>;
+}
+
+/// A virtual machine. All calls may come from any thread.
+pub trait Vm: Send + Sync {
+    /// Refuses RAM of `size` bytes at `base` that no memslot or guest-physical address could
+    /// hold, before the host is asked for that much.
+    fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()>;
+
+    /// Makes `ram` the guest's RAM. The VM keeps it mapped as long as a vCPU lives.
+    fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()>;
+
+    /// Creates the vCPU of hart `id`. The first one created boots; the others start stopped.
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>>;
+
+    /// Creates the in-kernel AIA, before any vCPU; `None` where the host has no AIA.
+    fn create_aia(&self) -> Result<Option<Box<dyn Aia>>>;
+
+    /// Sets the level of wired interrupt `source` (1 and up) of the in-kernel APLIC.
+    fn set_irq_line(&self, source: u32, high: bool) -> Result<()>;
+}
+
+/// The in-kernel AIA (`arch/riscv/kvm/aia_device.c`).
+pub trait Aia: Send + Sync {
+    /// Sets an attribute of group CONFIG, `KVM_DEV_RISCV_AIA_CONFIG_*`.
+    fn set_config(&self, attr: AiaConfig, value: u32) -> Result<()>;
+    /// Reads an attribute of group CONFIG.
+    fn config(&self, attr: AiaConfig) -> Result<u32>;
+    /// Places the APLIC's registers, 16 KiB.
+    fn place_aplic(&self, base: GuestAddress) -> Result<()>;
+    /// Places the IMSIC page of the vCPU that was created as number `index`.
+    fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()>;
+    /// Ends configuration, after all vCPUs exist.
+    fn init(&self) -> Result<()>;
+}
+
+/// Attributes of the AIA's CONFIG group, with KVM's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AiaConfig {
+    /// 0 EMUL, 1 HWACCEL, 2 AUTO.
+    Mode = 0,
+    /// Interrupt identities an IMSIC file has.
+    Ids = 1,
+    /// Wired sources of the APLIC.
+    Sources = 2,
+    /// Bits of the hart index in IMSIC addresses.
+    HartBits = 5,
+    /// Bits of the guest index in IMSIC addresses.
+    GuestBits = 6,
+}
+
+/// A virtual hart. It belongs to the thread that runs it.
+pub trait Vcpu: Send {
+    /// Completes the last exit with `entry` and runs the guest until the next exit.
+    ///
+    /// # Errors
+    /// The kernel failed in a way no guest can cause.
+    fn run(&mut self, entry: VmEntry) -> Result<VmExit>;
+
+    /// Reads a register; `None` where this host has no such register.
+    fn reg(&self, id: RegId) -> Result<Option<u64>>;
+
+    /// Writes a register.
+    fn set_reg(&self, id: RegId, value: u64) -> Result<()>;
+
+    /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
+    fn kicker(&self) -> Result<Box<dyn Kicker>>;
+}
+
+/// Lets another thread interrupt a vCPU: set, then signal the thread.
+pub trait Kicker: Send + Sync {
+    /// While true, [`Vcpu::run`] completes the last exit and returns [`VmExit::Interrupted`]
+    /// without running the guest (KVM's `immediate_exit`).
+    fn set_immediate_exit(&self, on: bool);
+}
+
+/// Why the guest stopped running. Values only: nothing borrows the vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmExit {
+    /// A load of `len` bytes (1, 2, 4, 8) from an address without RAM.
+    MmioRead {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes to read.
+        len: usize,
+    },
+    /// A store of `len` bytes to an address without RAM.
+    MmioWrite {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes written.
+        len: usize,
+        /// The bytes, in guest order, the first `len` of them valid.
+        data: [u8; 8],
+    },
+    /// An ecall that KVM does not serve itself.
+    Sbi(SbiCall),
+    /// An access to a CSR that KVM does not serve itself.
+    Csr {
+        /// The CSR's number.
+        number: u32,
+    },
+    /// SRST, or the legacy shutdown call.
+    System(SystemEvent),
+    /// A signal, or `immediate_exit`.
+    Interrupted,
+    /// The guest did what KVM cannot emulate: KVM_RUN failed with this errno.
+    Unrunnable {
+        /// EOPNOTSUPP, EIO or EFAULT.
+        errno: i32,
+        /// The program counter, where it could be read.
+        pc: u64,
+    },
+    /// The host could not enter the guest on this CPU.
+    FailEntry {
+        /// KVM's hardware reason.
+        reason: u64,
+        /// The host CPU.
+        cpu: u32,
+    },
+    /// An exit this rvmm does not know.
+    Unknown {
+        /// `kvm_run.exit_reason`.
+        reason: u32,
+    },
+}
+
+/// How the last exit is completed when the vCPU runs again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmEntry {
+    /// Nothing to hand in.
+    Run,
+    /// The value loaded, little-endian, for [`VmExit::MmioRead`].
+    MmioRead(u64),
+    /// The answer to [`VmExit::Sbi`].
+    Sbi(SbiRet),
+    /// The CSR's old value for [`VmExit::Csr`].
+    Csr(u64),
+}
+
+/// An SBI call as the guest made it: raw register values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SbiCall {
+    /// Extension id, a7.
+    pub extension: u64,
+    /// Function id, a6.
+    pub function: u64,
+    /// a0 to a5.
+    pub args: [u64; 6],
+}
+
+/// The answer to an SBI call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SbiRet {
+    /// a0: 0 or a negative error.
+    pub error: i64,
+    /// a1.
+    pub value: u64,
+}
+
+/// What the guest asked of the whole system (SBI SRST, chapter "System Reset Extension").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SystemEvent {
+    /// Power off; `reason` 0 none, 1 system failure.
+    Shutdown {
+        /// The SRST reset reason.
+        reason: u64,
+    },
+    /// Reboot, cold or warm: KVM does not tell which.
+    Reset {
+        /// The SRST reset reason.
+        reason: u64,
+    },
+    /// A type that riscv's KVM does not make today.
+    Other {
+        /// `kvm_run.system_event.type`.
+        kind: u32,
+    },
+}

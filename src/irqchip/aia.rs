@@ -1,0 +1,168 @@
+//! The AIA in the kernel: an APLIC that turns wires into MSIs, and an IMSIC a hart.
+//!
+//! RISC-V Advanced Interrupt Architecture 1.0; `arch/riscv/kvm/aia_device.c` for the order of
+//! set-up: created before the vCPUs, configured after them.
+
+use std::sync::Arc;
+
+use log::info;
+use vm_memory::GuestAddress;
+
+use super::{IrqChip, hart_intc_phandle};
+use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
+use crate::guest_warn;
+use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
+use crate::util::RateLimit;
+
+/// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
+/// KVM wants no more sources than interrupt identities (63 at least).
+pub const SOURCES: u32 = 63;
+
+/// An APLIC's registers for one domain, as KVM maps them.
+pub const APLIC_SIZE: u64 = 0x4000;
+
+/// An IMSIC's page for one hart.
+pub const IMSIC_SIZE: u64 = 0x1000;
+
+const APLIC_PHANDLE: u32 = 0x1000;
+const IMSIC_PHANDLE: u32 = 0x1001;
+
+/// Supervisor external interrupt, as a hart's local interrupt controller numbers it.
+const S_EXTERNAL: u32 = 9;
+/// IRQ_TYPE_LEVEL_HIGH of the interrupt bindings.
+const LEVEL_HIGH: u32 = 4;
+
+/// KVM_DEV_RISCV_AIA_MODE_EMUL and _AUTO.
+const MODE_EMUL: u32 = 0;
+const MODE_AUTO: u32 = 2;
+
+/// Where the controllers are.
+#[derive(Clone, Copy, Debug)]
+pub struct Placement {
+    /// The APLIC's registers, [`APLIC_SIZE`].
+    pub aplic: GuestAddress,
+    /// Hart 0's IMSIC page, the others follow; aligned to their number, rounded up to a power
+    /// of two, times [`IMSIC_SIZE`].
+    pub imsic: GuestAddress,
+}
+
+/// The in-kernel AIA of a running machine.
+pub struct InKernelAia {
+    vm: Arc<dyn Vm>,
+    placement: Placement,
+    harts: u32,
+    ids: u32,
+    failures: RateLimit,
+}
+
+impl InKernelAia {
+    /// Configures and starts `aia`, after all `harts` vCPUs of `vm` exist.
+    ///
+    /// Uses the host's guest interrupt files where it has them (AUTO), KVM's emulation elsewhere.
+    ///
+    /// # Errors
+    /// KVM refused a step.
+    pub fn start(vm: Arc<dyn Vm>, aia: &dyn Aia, placement: Placement, harts: u32) -> Result<Self> {
+        // KVM takes AUTO only where the host has guest files.
+        let mode = match aia.set_config(AiaConfig::Mode, MODE_AUTO) {
+            Ok(()) => "AUTO",
+            Err(_) => {
+                aia.set_config(AiaConfig::Mode, MODE_EMUL)?;
+                "EMUL"
+            }
+        };
+        aia.set_config(AiaConfig::Sources, SOURCES)?;
+        aia.set_config(AiaConfig::GuestBits, 0)?;
+        aia.set_config(AiaConfig::HartBits, hart_bits(harts))?;
+        let ids = aia.config(AiaConfig::Ids)?;
+        aia.place_aplic(placement.aplic)?;
+        for hart in 0..harts {
+            let base = placement.imsic.0 + u64::from(hart) * IMSIC_SIZE;
+            aia.place_imsic(hart, GuestAddress(base))?;
+        }
+        aia.init()?;
+        info!("in-kernel AIA: mode {mode}, {ids} interrupt identities, {SOURCES} wired sources");
+        Ok(Self {
+            vm,
+            placement,
+            harts,
+            ids,
+            failures: RateLimit::default(),
+        })
+    }
+
+    fn imsic_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
+        let base = self.placement.imsic.0;
+        let size = u64::from(self.harts) * IMSIC_SIZE;
+        let files: Vec<u32> = (0..self.harts)
+            .flat_map(|hart| [hart_intc_phandle(hart), S_EXTERNAL])
+            .collect();
+        let node = fdt.begin_node(&format!("interrupt-controller@{base:x}"))?;
+        fdt.property_string("compatible", "riscv,imsics")?;
+        fdt.property_array_u64("reg", &[base, size])?;
+        fdt.property_null("interrupt-controller")?;
+        fdt.property_u32("#interrupt-cells", 0)?;
+        fdt.property_null("msi-controller")?;
+        fdt.property_u32("#msi-cells", 0)?;
+        fdt.property_array_u32("interrupts-extended", &files)?;
+        fdt.property_u32("riscv,num-ids", self.ids)?;
+        fdt.property_phandle(IMSIC_PHANDLE)?;
+        fdt.end_node(node)
+    }
+
+    fn aplic_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
+        let base = self.placement.aplic.0;
+        let node = fdt.begin_node(&format!("interrupt-controller@{base:x}"))?;
+        fdt.property_string("compatible", "riscv,aplic")?;
+        fdt.property_array_u64("reg", &[base, APLIC_SIZE])?;
+        fdt.property_null("interrupt-controller")?;
+        fdt.property_u32("#interrupt-cells", 2)?;
+        fdt.property_u32("#address-cells", 0)?;
+        fdt.property_u32("msi-parent", IMSIC_PHANDLE)?;
+        fdt.property_u32("riscv,num-sources", SOURCES)?;
+        fdt.property_phandle(APLIC_PHANDLE)?;
+        fdt.end_node(node)
+    }
+}
+
+/// Bits that number `harts` harts.
+fn hart_bits(harts: u32) -> u32 {
+    harts.next_power_of_two().trailing_zeros()
+}
+
+impl IrqSink for InKernelAia {
+    fn set_level(&self, source: u32, high: bool) {
+        if let Err(error) = self.vm.set_irq_line(source, high) {
+            guest_warn!(
+                self.failures,
+                "{error}: {:?}",
+                std::error::Error::source(&error)
+            );
+        }
+    }
+
+    fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
+        vec![APLIC_PHANDLE, source, LEVEL_HIGH]
+    }
+}
+
+impl Device for InKernelAia {
+    fn fdt_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
+        self.aplic_node(fdt)?;
+        self.imsic_node(fdt)
+    }
+}
+
+impl IrqChip for InKernelAia {}
+
+#[cfg(test)]
+mod tests {
+    use super::hart_bits;
+
+    #[test]
+    fn hart_bits_number_every_hart() {
+        for (harts, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (512, 9)] {
+            assert_eq!(hart_bits(harts), bits, "{harts} harts");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The recipe of a machine, step by step.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use log::{debug, info, warn};
+use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::layout::{self, RAM_BASE};
+use crate::boot::fdt::{self, RNG_SEED_SIZE};
+use crate::boot::files::BootFile;
+use crate::boot::isa::HartFacts;
+use crate::boot::placement::{Placement, fdt_room};
+use crate::bus::{Bus, Device};
+use crate::config::VmConfig;
+use crate::devices::console::Console;
+use crate::devices::uart16550::Uart;
+use crate::hypervisor::{Hypervisor, Vcpu, Vm, regs};
+use crate::irqchip::aia::{self, InKernelAia};
+use crate::irqchip::{hart_intc_phandle, line};
+use crate::memory::{self, GuestMemory};
+use crate::vcpu::exits::Exits;
+use crate::vcpu::sbi::Sbi;
+
+/// A machine that is ready to run its first instruction.
+pub struct Machine {
+    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
+    pub(super) exits: Arc<Exits>,
+    pub(super) console: Arc<Console>,
+    device_tree: Vec<u8>,
+}
+
+impl Machine {
+    /// Makes the machine that `config` describes.
+    ///
+    /// # Errors
+    /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
+    pub fn build(config: &VmConfig, hypervisor: &dyn Hypervisor) -> Result<Self> {
+        let mut files = BootFiles::open(config)?;
+        let placement = files.plan(config)?;
+        let vm = hypervisor.create_vm()?;
+        let ram = create_ram(config, vm.as_ref())?;
+        let aia = vm.create_aia()?.context(NO_AIA)?;
+        let vcpus = create_vcpus(config, vm.as_ref())?;
+        let irqchip = Arc::new(InKernelAia::start(
+            Arc::clone(&vm),
+            aia.as_ref(),
+            AIA_PLACEMENT,
+            config.cpus,
+        )?);
+        let console = Arc::new(Console::default());
+        let uart_line = line(&irqchip, layout::UART_IRQ);
+        let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(&console));
+        let mut bus = Bus::default();
+        bus.insert(layout::UART, Arc::clone(&uart) as _)?;
+        files.load(&ram, &placement)?;
+        let facts = HartFacts::of(first(&vcpus)?)?;
+        let devices: [&dyn Device; 2] = [irqchip.as_ref(), uart.as_ref()];
+        let device_tree = build_tree(config, &facts, &placement, &devices)?;
+        load_tree(&ram, &placement, &device_tree)?;
+        boot_hart(first(&vcpus)?, &placement)?;
+        let sbi = Sbi::new(ram, Arc::clone(&console));
+        let exits = Arc::new(Exits::new(Arc::new(bus), sbi));
+        Ok(Self {
+            vcpus,
+            exits,
+            console,
+            device_tree,
+        })
+    }
+
+    /// The flattened device tree that the guest gets.
+    pub fn device_tree(&self) -> &[u8] {
+        &self.device_tree
+    }
+}
+
+const NO_AIA: &str = "this host has no AIA (its KVM offers no interrupt controller), which this \
+     version of rvmm needs: use a host with Ssaia, or scripts/demo in rvmm's source tree, which \
+     runs one in QEMU";
+
+const AIA_PLACEMENT: aia::Placement = aia::Placement {
+    aplic: GuestAddress(layout::APLIC.start),
+    imsic: GuestAddress(layout::IMSIC.start),
+};
+
+/// Kernel and initrd, opened and checked before anything is asked of the host.
+struct BootFiles {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+}
+
+impl BootFiles {
+    fn open(config: &VmConfig) -> Result<Self> {
+        let kernel = BootFile::open("kernel", &config.kernel)?;
+        let initrd = match &config.initrd {
+            Some(path) => Some(BootFile::open("initrd", path)?.not_empty()?),
+            None => None,
+        };
+        Ok(Self { kernel, initrd })
+    }
+
+    fn plan(&mut self, config: &VmConfig) -> Result<Placement> {
+        let image = self.kernel.image()?;
+        let initrd = self.initrd.as_ref().map(BootFile::size);
+        let room = fdt_room(config.cpus);
+        let placement = Placement::plan(RAM_BASE, config.mem, &image, initrd, room)?;
+        debug!("placement: {placement:x?}");
+        Ok(placement)
+    }
+
+    fn load(&mut self, ram: &GuestMemory, placement: &Placement) -> Result<()> {
+        self.kernel.load(ram, &placement.kernel)?;
+        if let (Some(initrd), Some(range)) = (&mut self.initrd, &placement.initrd) {
+            initrd.load(ram, range)?;
+        }
+        Ok(())
+    }
+}
+
+fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
+    let base = GuestAddress(RAM_BASE);
+    vm.check_ram(base, config.mem)?;
+    let ram = memory::create(base, config.mem)?;
+    vm.map_ram(Arc::clone(&ram))?;
+    Ok(ram)
+}
+
+/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
+/// before the first run: later KVM refuses.
+fn create_vcpus(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
+    let mut vcpus = Vec::new();
+    for id in 0..config.cpus {
+        let vcpu = vm.create_vcpu(id)?;
+        choose_sbi(vcpu.as_ref())?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// DBCN on, and off what nothing here serves. A host without an extension has no such register.
+fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
+    for (register, on) in [
+        (regs::SBI_DBCN, 1),
+        (regs::SBI_EXPERIMENTAL, 0),
+        (regs::SBI_VENDOR, 0),
+    ] {
+        match vcpu.reg(register)? {
+            Some(_) => vcpu.set_reg(register, on)?,
+            None if register == regs::SBI_DBCN => {
+                warn!("this host's KVM has no SBI debug console (Linux 6.9 has)");
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
+    let vcpu = vcpus.first().context("a machine needs a vCPU")?;
+    Ok(vcpu.as_ref())
+}
+
+fn build_tree(
+    config: &VmConfig,
+    facts: &HartFacts,
+    placement: &Placement,
+    devices: &[&dyn Device],
+) -> Result<Vec<u8>> {
+    info!("harts: {}, {}", facts.isa_string(), facts.mmu_type());
+    let tree = fdt::build(&fdt::Machine {
+        cmdline: &config.cmdline,
+        stdout_path: layout::UART_PATH,
+        initrd: placement.initrd.as_ref(),
+        rng_seed: rng_seed()?,
+        ram_base: RAM_BASE,
+        ram_size: config.mem,
+        hart: facts,
+        harts: config.cpus,
+        hart_intc_phandle,
+        devices,
+    });
+    tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
+}
+
+fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
+    let mut seed = [0; RNG_SEED_SIZE];
+    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
+    let count = getrandom(&mut seed, GetRandomFlags::empty());
+    match count.context("Failed to read entropy for the guest")? {
+        RNG_SEED_SIZE => Ok(seed),
+        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
+    }
+}
+
+fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
+    let room = placement.fdt.end - placement.fdt.start;
+    if tree.len() as u64 > room {
+        bail!("the device tree has {} bytes, its room {room}", tree.len());
+    }
+    ram.write_slice(tree, GuestAddress(placement.fdt.start))
+        .context("Failed to write the device tree to guest RAM")
+}
+
+/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
+/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
+/// processes read `time`.
+fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
+    const CYCLE_TIME_INSTRET: u64 = 0b111;
+    const HART_ID: u64 = 0;
+    for (register, value) in [
+        (regs::PC, placement.kernel.start),
+        (regs::A0, HART_ID),
+        (regs::A1, placement.fdt.start),
+        (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
+    ] {
+        vcpu.set_reg(register, value)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! The guest-physical map: that of QEMU's `virt` machine, so that guests built for it run.
+//!
+//! ```text
+//! 0x0010_0000  sifive_test *       0x1000_1000  virtio-mmio *
+//! 0x0010_1000  goldfish RTC *      0x2800_0000  IMSIC, one page a hart
+//! 0x0c00_0000  PLIC *              0x3000_0000  PCIe ECAM *
+//! 0x0d00_0000  APLIC               0x4000_0000  PCIe MMIO window *
+//! 0x1000_0000  UART                0x8000_0000  RAM
+//! ```
+//!
+//! What has a star is kept free and not there yet.
+
+use std::ops::Range;
+
+use crate::devices::uart16550;
+use crate::irqchip::aia;
+
+/// The APLIC's supervisor domain.
+pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
+/// The UART.
+pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
+/// IMSIC pages, for as many harts as QEMU's virt machine has room for.
+pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS * aia::IMSIC_SIZE);
+/// Guest RAM starts here.
+pub const RAM_BASE: u64 = 0x8000_0000;
+
+/// Harts the map has room for.
+pub const MAX_HARTS: u64 = 512;
+
+/// The UART's wired interrupt.
+pub const UART_IRQ: u32 = 10;
+
+/// The UART's node in the device tree.
+pub const UART_PATH: &str = "/soc/serial@10000000";
+
+const fn range(start: u64, size: u64) -> Range<u64> {
+    start..start + size
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_overlaps() {
+        let mut ranges = [APLIC, UART, IMSIC, RAM_BASE..u64::MAX];
+        ranges.sort_by_key(|range| range.start);
+        for pair in ranges.windows(2) {
+            assert!(pair[0].end <= pair[1].start, "{pair:x?}");
+        }
+        assert_eq!(IMSIC.start % MAX_HARTS.next_power_of_two(), 0);
+        assert!(UART_PATH.ends_with(&format!("@{:x}", UART.start)));
+        assert!(UART_IRQ <= aia::SOURCES);
+    }
+}

@@ -1,0 +1,78 @@
+//! How a machine ended, and what rvmm's exit status says of it.
+
+use std::fmt;
+
+use anyhow::Result;
+
+use super::Event;
+use crate::vcpu::Stop;
+
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest, or what it did, ended it.
+    Guest(Stop),
+    /// A signal asked for the end.
+    Signal(i32),
+    /// The user typed Ctrl-A X.
+    Left,
+}
+
+impl Outcome {
+    pub(super) fn of(event: Event) -> Result<Self> {
+        match event {
+            Event::Vcpu(end) => Ok(Self::Guest(end?)),
+            Event::Signal(number) => Ok(Self::Signal(number)),
+            Event::Left => Ok(Self::Left),
+        }
+    }
+
+    /// rvmm's exit status, as `--help` documents it.
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Outcome::Guest(Stop::PowerOff) | Outcome::Left => 0,
+            Outcome::Guest(Stop::Reset) => 120,
+            Outcome::Guest(Stop::Failure(_)) => 121,
+            Outcome::Guest(_) => 122,
+            // Signal numbers end at 64.
+            Outcome::Signal(number) => 128u8.saturating_add(u8::try_from(number).unwrap_or(127)),
+        }
+    }
+
+    /// Whether the user expects this end; any other deserves a line.
+    pub fn is_expected(self) -> bool {
+        matches!(self, Outcome::Guest(Stop::PowerOff) | Outcome::Left)
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Guest(stop) => stop.fmt(f),
+            Outcome::Signal(number) => write!(f, "ended by signal {number}"),
+            Outcome::Left => write!(f, "ended by Ctrl-A X"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_status_is_the_documented_one() {
+        let crash = Stop::Unrunnable { errno: 95, pc: 0 };
+        for (outcome, status) in [
+            (Outcome::Guest(Stop::PowerOff), 0),
+            (Outcome::Left, 0),
+            (Outcome::Guest(Stop::Reset), 120),
+            (Outcome::Guest(Stop::Failure(1)), 121),
+            (Outcome::Guest(crash), 122),
+            (Outcome::Guest(Stop::UnknownExit(7)), 122),
+            (Outcome::Signal(15), 143),
+            (Outcome::Signal(2), 130),
+        ] {
+            assert_eq!(outcome.exit_status(), status, "{outcome}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The recipe, on a hypervisor that only keeps what it was told.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::Mutex;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::config::VmConfig;
+use crate::hypervisor::{
+    Aia, AiaConfig, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry, VmExit, regs,
+};
+use crate::memory::GuestMemory;
+use crate::util::ByteSize;
+use crate::util::sync::lock;
+
+/// What the fakes were told, shared by all of them.
+#[derive(Default)]
+struct Record {
+    ram: Mutex<Option<Arc<GuestMemory>>>,
+    registers: Mutex<HashMap<RegId, u64>>,
+    steps: Mutex<Vec<String>>,
+    has_aia: bool,
+    has_guest_files: bool,
+}
+
+impl Record {
+    fn step(&self, step: impl Into<String>) -> HvResult<()> {
+        lock(&self.steps).push(step.into());
+        Ok(())
+    }
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Record>);
+
+impl Hypervisor for Fake {
+    fn create_vm(&self) -> HvResult<Arc<dyn Vm>> {
+        Ok(Arc::new(self.clone()))
+    }
+}
+
+impl Vm for Fake {
+    fn check_ram(&self, _: GuestAddress, _: ByteSize) -> HvResult<()> {
+        Ok(())
+    }
+    fn map_ram(&self, ram: Arc<GuestMemory>) -> HvResult<()> {
+        *lock(&self.0.ram) = Some(ram);
+        Ok(())
+    }
+    fn create_vcpu(&self, id: u32) -> HvResult<Box<dyn Vcpu>> {
+        self.0.step(format!("vCPU {id}"))?;
+        Ok(Box::new(self.clone()))
+    }
+    fn create_aia(&self) -> HvResult<Option<Box<dyn Aia>>> {
+        self.0.step("AIA")?;
+        Ok(self.0.has_aia.then(|| Box::new(self.clone()) as _))
+    }
+    fn set_irq_line(&self, _: u32, _: bool) -> HvResult<()> {
+        Ok(())
+    }
+}
+
+impl Aia for Fake {
+    fn set_config(&self, attr: AiaConfig, value: u32) -> HvResult<()> {
+        if attr == AiaConfig::Mode && value == 2 && !self.0.has_guest_files {
+            let invalid = std::io::Error::from_raw_os_error(22);
+            return Err(hypervisor::Error::refused("set the mode", invalid));
+        }
+        self.0.step(format!("{attr:?} = {value}"))
+    }
+    fn config(&self, _: AiaConfig) -> HvResult<u32> {
+        Ok(255)
+    }
+    fn place_aplic(&self, base: GuestAddress) -> HvResult<()> {
+        self.0.step(format!("APLIC at {:#x}", base.0))
+    }
+    fn place_imsic(&self, index: u32, base: GuestAddress) -> HvResult<()> {
+        self.0.step(format!("IMSIC {index} at {:#x}", base.0))
+    }
+    fn init(&self) -> HvResult<()> {
+        self.0.step("init")
+    }
+}
+
+impl Vcpu for Fake {
+    fn run(&mut self, _: VmEntry) -> HvResult<VmExit> {
+        unreachable!("built, not run")
+    }
+    fn reg(&self, id: RegId) -> HvResult<Option<u64>> {
+        let isa_i = RegId::isa_ext(5);
+        let known = HashMap::from([
+            (isa_i, 1),
+            (regs::SATP_MODE, 9),
+            (regs::TIMER_FREQUENCY, 10_000_000),
+            (regs::SBI_DBCN, 0),
+        ]);
+        Ok(known.get(&id).copied())
+    }
+    fn set_reg(&self, id: RegId, value: u64) -> HvResult<()> {
+        lock(&self.0.registers).insert(id, value);
+        Ok(())
+    }
+    fn kicker(&self) -> HvResult<Box<dyn Kicker>> {
+        unreachable!("built, not run")
+    }
+}
+
+/// A file below the test's own directory.
+fn file(name: &str, content: &[u8]) -> std::path::PathBuf {
+    let path = std::env::temp_dir().join(format!("rvmm-{}-{name}", std::process::id()));
+    std::fs::File::create(&path)
+        .unwrap()
+        .write_all(content)
+        .unwrap();
+    path
+}
+
+fn image() -> Vec<u8> {
+    let mut image = vec![0x13; 8192];
+    image[..64].fill(0);
+    image[8..16].copy_from_slice(&0x20_0000u64.to_le_bytes());
+    image[16..24].copy_from_slice(&0x1_0000u64.to_le_bytes());
+    image[32..36].copy_from_slice(&2u32.to_le_bytes());
+    image[56..60].copy_from_slice(b"RSC\x05");
+    image
+}
+
+fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
+    let (kernel, initrd) = (format!("{name}-kernel"), format!("{name}-initrd"));
+    let config = VmConfig {
+        kernel: file(&kernel, &image()),
+        initrd: Some(file(&initrd, b"initrd bytes")),
+        cmdline: "console=ttyS0".into(),
+        mem: ByteSize::mib(16),
+        cpus: 1,
+    };
+    let fake = Fake(Arc::new(record));
+    let machine = Machine::build(&config, &fake);
+    for path in [Some(config.kernel), config.initrd].into_iter().flatten() {
+        std::fs::remove_file(path).unwrap();
+    }
+    (fake.0, machine)
+}
+
+#[test]
+fn the_boot_hart_finds_kernel_and_tree() {
+    let record = Record {
+        has_aia: true,
+        has_guest_files: true,
+        ..Record::default()
+    };
+    let (record, machine) = build("boot", record);
+    let machine = machine.unwrap();
+    let registers = lock(&record.registers);
+    let ram = lock(&record.ram).clone().unwrap();
+    assert_eq!(registers[&regs::PC], 0x8020_0000);
+    assert_eq!(registers[&regs::A0], 0, "hart id");
+    assert_eq!(registers[&regs::SCOUNTEREN], 7);
+    assert_eq!(registers[&regs::SBI_DBCN], 1);
+    assert!(!registers.contains_key(&regs::SBI_VENDOR), "absent here");
+
+    let mut kernel = vec![0; 8192];
+    ram.read_slice(&mut kernel, GuestAddress(0x8020_0000))
+        .unwrap();
+    assert_eq!(kernel, image());
+    let mut tree = vec![0; machine.device_tree().len()];
+    ram.read_slice(&mut tree, GuestAddress(registers[&regs::A1]))
+        .unwrap();
+    assert_eq!(tree, machine.device_tree());
+    assert_eq!(tree[..4], [0xd0, 0x0d, 0xfe, 0xed]);
+    let mut initrd = [0; 12];
+    ram.read_slice(&mut initrd, GuestAddress(0x80ff_f000))
+        .unwrap();
+    assert_eq!(&initrd, b"initrd bytes");
+}
+
+#[test]
+fn the_aia_is_set_up_in_kvms_order() {
+    let steps = |has_guest_files| {
+        let record = Record {
+            has_aia: true,
+            has_guest_files,
+            ..Record::default()
+        };
+        let (record, machine) = build(&format!("aia-{has_guest_files}"), record);
+        machine.unwrap();
+        std::mem::take(&mut *lock(&record.steps))
+    };
+    let expected = |mode| {
+        [
+            "AIA",
+            "vCPU 0",
+            mode,
+            "Sources = 63",
+            "GuestBits = 0",
+            "HartBits = 0",
+            "APLIC at 0xd000000",
+            "IMSIC 0 at 0x28000000",
+            "init",
+        ]
+    };
+    assert_eq!(steps(true), expected("Mode = 2"));
+    assert_eq!(steps(false), expected("Mode = 0"));
+}
+
+#[test]
+fn a_host_without_aia_is_told() {
+    let (_, machine) = build("none", Record::default());
+    let line = format!("{:#}", machine.err().unwrap());
+    assert!(line.contains("no AIA"), "{line}");
+}

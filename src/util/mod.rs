@@ -1,0 +1,9 @@
+//! Small things every other module may use.
+
+pub mod bytesize;
+pub mod ratelimit;
+pub mod sync;
+pub mod thread;
+
+pub use bytesize::ByteSize;
+pub use ratelimit::RateLimit;

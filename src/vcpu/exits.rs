@@ -1,0 +1,226 @@
+//! What each exit leads to: the bus, SBI, a CSR, or the end of the machine.
+
+use std::sync::Arc;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::Stop;
+use super::sbi::Sbi;
+use crate::bus::Bus;
+use crate::guest_warn;
+use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
+use crate::util::RateLimit;
+
+/// The entropy source of Zkr.
+const CSR_SEED: u32 = 0x015;
+/// `seed.OPST` ES16: the low 16 bits are fresh entropy (RISC-V Cryptography Extensions, volume I,
+/// "The seed CSR").
+const SEED_ES16: u64 = 0b10 << 30;
+/// `seed.OPST` WAIT: none now, ask again.
+const SEED_WAIT: u64 = 0b01 << 30;
+
+/// SRST's reset reason "no reason".
+const NO_REASON: u64 = 0;
+
+/// What the vCPU's thread does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Run the guest, with this for its last exit.
+    Enter(VmEntry),
+    /// End the machine.
+    Stop(Stop),
+}
+
+/// Serves exits, for every vCPU alike.
+pub struct Exits {
+    bus: Arc<Bus>,
+    sbi: Sbi,
+    csrs: RateLimit,
+}
+
+impl Exits {
+    /// Exits of a machine with this bus and these SBI calls.
+    pub fn new(bus: Arc<Bus>, sbi: Sbi) -> Self {
+        Self {
+            bus,
+            sbi,
+            csrs: RateLimit::default(),
+        }
+    }
+
+    /// Serves `exit`. Never waits, whatever the guest did.
+    pub fn handle(&self, exit: VmExit) -> Next {
+        match exit {
+            VmExit::MmioRead { gpa, len } => {
+                Next::Enter(VmEntry::MmioRead(self.bus.read(gpa, len)))
+            }
+            VmExit::MmioWrite { gpa, len, data } => {
+                self.bus.write(gpa, &data[..len.min(data.len())]);
+                Next::Enter(VmEntry::Run)
+            }
+            VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(&call))),
+            VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
+            VmExit::System(event) => Next::Stop(system_event(event)),
+            VmExit::Interrupted => Next::Enter(VmEntry::Run),
+            VmExit::Unrunnable { errno, pc } => Next::Stop(Stop::Unrunnable { errno, pc }),
+            VmExit::FailEntry { reason, cpu } => Next::Stop(Stop::FailEntry { reason, cpu }),
+            VmExit::Unknown { reason } => Next::Stop(Stop::UnknownExit(reason)),
+        }
+    }
+
+    fn csr(&self, number: u32) -> u64 {
+        if number == CSR_SEED {
+            return seed();
+        }
+        guest_warn!(
+            self.csrs,
+            "the guest accessed CSR {number:#x}, which nothing serves"
+        );
+        0
+    }
+}
+
+/// 16 bits of the host's entropy.
+fn seed() -> u64 {
+    let mut bytes = [0; 2];
+    match getrandom(&mut bytes, GetRandomFlags::NONBLOCK) {
+        Ok(2) => SEED_ES16 | u64::from(u16::from_le_bytes(bytes)),
+        _ => SEED_WAIT,
+    }
+}
+
+fn system_event(event: SystemEvent) -> Stop {
+    match event {
+        SystemEvent::Shutdown { reason: NO_REASON } => Stop::PowerOff,
+        SystemEvent::Shutdown { reason } => Stop::Failure(reason),
+        SystemEvent::Reset { .. } => Stop::Reset,
+        SystemEvent::Other { kind } => Stop::UnknownEvent(kind),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::MmioDevice;
+    use crate::devices::console::Console;
+    use crate::hypervisor::SbiCall;
+    use crate::memory;
+    use crate::util::{ByteSize, sync::lock};
+    use std::sync::Mutex;
+    use vm_memory::GuestAddress;
+
+    #[derive(Default)]
+    struct Cell(Mutex<u64>);
+
+    impl MmioDevice for Cell {
+        fn read(&self, _: u64, data: &mut [u8]) {
+            let value = lock(&self.0).to_le_bytes();
+            data.copy_from_slice(&value[..data.len()]);
+        }
+        fn write(&self, _: u64, data: &[u8]) {
+            let mut value = [0; 8];
+            value[..data.len()].copy_from_slice(data);
+            *lock(&self.0) = u64::from_le_bytes(value);
+        }
+    }
+
+    fn exits() -> Exits {
+        let mut bus = Bus::default();
+        bus.insert(0x1000..0x1008, Arc::new(Cell::default()))
+            .unwrap();
+        let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+        let sbi = Sbi::new(ram, Arc::new(Console::default()));
+        Exits::new(Arc::new(bus), sbi)
+    }
+
+    #[test]
+    fn mmio_goes_to_the_bus() {
+        let exits = exits();
+        let data = [0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0xff];
+        let write = |len| VmExit::MmioWrite {
+            gpa: 0x1000,
+            len,
+            data,
+        };
+        assert_eq!(exits.handle(write(4)), Next::Enter(VmEntry::Run));
+        let read = |gpa, len| exits.handle(VmExit::MmioRead { gpa, len });
+        assert_eq!(read(0x1000, 8), Next::Enter(VmEntry::MmioRead(0x4433_2211)));
+        assert_eq!(read(0x1000, 1), Next::Enter(VmEntry::MmioRead(0x11)));
+        assert_eq!(read(0x2000, 2), Next::Enter(VmEntry::MmioRead(0xffff)));
+        // A length no hardware has.
+        exits.handle(write(99));
+        read(0x1000, 99);
+    }
+
+    #[test]
+    fn an_unknown_sbi_call_lets_the_guest_go_on() {
+        let call = SbiCall {
+            extension: 0x0bad_beef,
+            function: 0,
+            args: [0; 6],
+        };
+        let Next::Enter(VmEntry::Sbi(ret)) = exits().handle(VmExit::Sbi(call)) else {
+            panic!("not answered");
+        };
+        assert_eq!(ret.error, -2);
+    }
+
+    #[test]
+    fn the_seed_is_fresh_and_other_csrs_are_zero() {
+        let exits = exits();
+        let read = |number| match exits.handle(VmExit::Csr { number }) {
+            Next::Enter(VmEntry::Csr(value)) => value,
+            other => panic!("{other:?}"),
+        };
+        let seeds: Vec<u64> = (0..16).map(|_| read(CSR_SEED)).collect();
+        assert!(seeds.iter().all(|seed| seed & !0xffff == SEED_ES16));
+        assert!(seeds.iter().any(|seed| *seed != seeds[0]));
+        assert_eq!(read(0x151), 0);
+    }
+
+    #[test]
+    fn the_end_has_its_reason() {
+        let exits = exits();
+        let stop = |event| match exits.handle(VmExit::System(event)) {
+            Next::Stop(stop) => stop,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(stop(SystemEvent::Shutdown { reason: 0 }), Stop::PowerOff);
+        assert_eq!(stop(SystemEvent::Shutdown { reason: 1 }), Stop::Failure(1));
+        assert_eq!(
+            stop(SystemEvent::Shutdown { reason: u64::MAX }),
+            Stop::Failure(u64::MAX)
+        );
+        assert_eq!(stop(SystemEvent::Reset { reason: 0 }), Stop::Reset);
+        assert_eq!(stop(SystemEvent::Other { kind: 9 }), Stop::UnknownEvent(9));
+    }
+
+    #[test]
+    fn what_cannot_run_ends_the_machine() {
+        let exits = exits();
+        let crash = VmExit::Unrunnable {
+            errno: 95,
+            pc: 0x8020_0000,
+        };
+        assert_eq!(
+            exits.handle(crash),
+            Next::Stop(Stop::Unrunnable {
+                errno: 95,
+                pc: 0x8020_0000
+            })
+        );
+        let fail = VmExit::FailEntry {
+            reason: 0x600,
+            cpu: 1,
+        };
+        assert!(matches!(
+            exits.handle(fail),
+            Next::Stop(Stop::FailEntry { .. })
+        ));
+        assert_eq!(
+            exits.handle(VmExit::Unknown { reason: 99 }),
+            Next::Stop(Stop::UnknownExit(99))
+        );
+        assert_eq!(exits.handle(VmExit::Interrupted), Next::Enter(VmEntry::Run));
+    }
+}

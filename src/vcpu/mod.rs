@@ -1,0 +1,74 @@
+//! vCPUs: the thread that runs one, and what its exits lead to.
+
+pub mod exits;
+pub mod sbi;
+pub mod thread;
+
+use std::fmt;
+
+/// Why a vCPU ended the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest powered off and reported a failure: the SRST reset reason.
+    Failure(u64),
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest did what the hardware cannot run.
+    Unrunnable {
+        /// The errno of KVM_RUN.
+        errno: i32,
+        /// Where the guest was.
+        pc: u64,
+    },
+    /// The host cannot enter the guest on one of its CPUs.
+    FailEntry {
+        /// KVM's reason.
+        reason: u64,
+        /// The host CPU.
+        cpu: u32,
+    },
+    /// KVM ended with what this rvmm does not know.
+    UnknownExit(u32),
+    /// KVM reported a system event that this rvmm does not know.
+    UnknownEvent(u32),
+}
+
+impl fmt::Display for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stop::PowerOff => write!(f, "the guest powered off"),
+            Stop::Failure(reason) => {
+                write!(
+                    f,
+                    "the guest powered off and reported a failure (SRST reason {reason:#x})"
+                )
+            }
+            Stop::Reset => write!(
+                f,
+                "the guest asked for a reset, which rvmm does not serve yet"
+            ),
+            Stop::Unrunnable { errno, pc } => write!(
+                f,
+                "the guest cannot go on: KVM cannot run what it did near {pc:#x} (errno {errno})"
+            ),
+            Stop::FailEntry { reason, cpu } => write!(
+                f,
+                "the guest cannot go on: host CPU {cpu} cannot enter it (reason {reason:#x})"
+            ),
+            Stop::UnknownExit(reason) => {
+                write!(
+                    f,
+                    "the guest cannot go on: KVM exit {reason} is not known to rvmm"
+                )
+            }
+            Stop::UnknownEvent(kind) => {
+                write!(
+                    f,
+                    "the guest cannot go on: KVM system event {kind} is not known to rvmm"
+                )
+            }
+        }
+    }
+}

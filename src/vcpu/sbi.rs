@@ -1,0 +1,161 @@
+//! SBI calls that KVM hands to userspace: the debug console, and the legacy console of old kernels.
+//!
+//! RISC-V Supervisor Binary Interface 3.0, chapters "Debug Console Extension" and "Legacy
+//! Extensions". KVM serves every other extension itself; what reaches rvmm and is not known here
+//! is not supported, and the guest goes on.
+
+use std::sync::Arc;
+
+use log::debug;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::devices::console::{Console, OUTPUT_CAPACITY};
+use crate::hypervisor::{SbiCall, SbiRet};
+use crate::memory::GuestMemory;
+
+const LEGACY_PUTCHAR: u64 = 1;
+const LEGACY_GETCHAR: u64 = 2;
+const DBCN: u64 = 0x4442_434e;
+const DBCN_WRITE: u64 = 0;
+const DBCN_READ: u64 = 1;
+const DBCN_WRITE_BYTE: u64 = 2;
+
+/// SBI_ERR_FAILED.
+const FAILED: i64 = -1;
+/// SBI_ERR_NOT_SUPPORTED.
+const NOT_SUPPORTED: i64 = -2;
+/// SBI_ERR_INVALID_PARAM.
+const INVALID_PARAM: i64 = -3;
+
+/// Bytes moved between guest RAM and console at a time.
+const CHUNK: usize = 1024;
+
+/// Serves SBI calls. Never waits, whatever the guest asks.
+#[derive(Clone)]
+pub struct Sbi {
+    ram: Arc<GuestMemory>,
+    console: Arc<Console>,
+}
+
+impl Sbi {
+    /// Calls of a guest with this RAM, on this console.
+    pub fn new(ram: Arc<GuestMemory>, console: Arc<Console>) -> Self {
+        Self { ram, console }
+    }
+
+    /// The answer to `call`.
+    pub fn call(&self, call: &SbiCall) -> SbiRet {
+        let [a0, a1, a2, ..] = call.args;
+        let answer = match (call.extension, call.function) {
+            (LEGACY_PUTCHAR, _) => return legacy(call, self.putchar(a0)),
+            (LEGACY_GETCHAR, _) => return legacy(call, self.getchar()),
+            (DBCN, DBCN_WRITE) => self.range(a0, a1, a2).map(|(at, len)| self.write(at, len)),
+            (DBCN, DBCN_READ) => self.range(a0, a1, a2).map(|(at, len)| self.read(at, len)),
+            (DBCN, DBCN_WRITE_BYTE) => self.write_byte(a0),
+            _ => {
+                debug!("SBI extension {:#x} is not supported", call.extension);
+                Err(NOT_SUPPORTED)
+            }
+        };
+        match answer {
+            Ok(value) => SbiRet { error: 0, value },
+            Err(error) => SbiRet { error, value: 0 },
+        }
+    }
+
+    /// A byte range as DBCN passes it, if all of it is RAM. The address has XLEN bits in `low`
+    /// and the bits above them in `high`, which on rv64 no RAM reaches.
+    fn range(&self, len: u64, low: u64, high: u64) -> Result<(GuestAddress, usize), i64> {
+        let len = usize::try_from(len).map_err(|_| INVALID_PARAM)?;
+        let base = GuestAddress(low);
+        let in_ram = len == 0 || self.ram.check_range(base, len);
+        if high != 0 || !in_ram {
+            return Err(INVALID_PARAM);
+        }
+        Ok((base, len))
+    }
+
+    /// Queues what the console has room for: the guest asks again with the rest.
+    fn write(&self, base: GuestAddress, len: usize) -> u64 {
+        let mut chunk = [0; CHUNK];
+        let mut done = 0;
+        while done < len.min(OUTPUT_CAPACITY) {
+            let want = CHUNK.min(len - done);
+            let bytes = &mut chunk[..want];
+            if self.ram.read_slice(bytes, at(base, done)).is_err() {
+                break;
+            }
+            let taken = self.console.write(bytes);
+            done += taken;
+            if taken < want {
+                break;
+            }
+        }
+        done as u64
+    }
+
+    /// Hands over the input that waits.
+    fn read(&self, base: GuestAddress, len: usize) -> u64 {
+        let mut chunk = [0; CHUNK];
+        let mut done = 0;
+        while done < len {
+            let want = CHUNK.min(len - done);
+            let count = self.console.read(&mut chunk[..want]);
+            if self
+                .ram
+                .write_slice(&chunk[..count], at(base, done))
+                .is_err()
+            {
+                break;
+            }
+            done += count;
+            if count < want {
+                break;
+            }
+        }
+        done as u64
+    }
+
+    /// The specification lets this call wait for room; a vCPU thread of rvmm never does.
+    fn write_byte(&self, byte: u64) -> Result<u64, i64> {
+        match self.console.write(&[low_byte(byte)]) {
+            1 => Ok(0),
+            _ => Err(FAILED),
+        }
+    }
+
+    fn putchar(&self, byte: u64) -> i64 {
+        match self.console.write(&[low_byte(byte)]) {
+            1 => 0,
+            _ => FAILED,
+        }
+    }
+
+    fn getchar(&self) -> i64 {
+        let mut byte = [0];
+        match self.console.read(&mut byte) {
+            1 => byte[0].into(),
+            _ => FAILED,
+        }
+    }
+}
+
+/// A legacy call answers in a0 alone; a1 is preserved.
+fn legacy(call: &SbiCall, a0: i64) -> SbiRet {
+    SbiRet {
+        error: a0,
+        value: call.args[1],
+    }
+}
+
+/// `offset` bytes into a range that was checked.
+fn at(base: GuestAddress, offset: usize) -> GuestAddress {
+    GuestAddress(base.0.wrapping_add(offset as u64))
+}
+
+fn low_byte(register: u64) -> u8 {
+    register.to_le_bytes()[0]
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+//! The thread that runs a vCPU, and the handle with which others stop it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use log::debug;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::Stop;
+use super::exits::{Exits, Next};
+use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry};
+use crate::util::thread::{Kind, spawn};
+
+/// How a vCPU's thread ends by itself; nothing is told when it was stopped from outside.
+pub type OnStop = Box<dyn FnOnce(Result<Stop>) + Send>;
+
+/// A running vCPU. Dropping it stops the vCPU and waits for its thread.
+pub struct VcpuHandle {
+    stopping: Arc<AtomicBool>,
+    kicker: Box<dyn Kicker>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The signal that gets a thread out of KVM_RUN. Its handler does nothing: EINTR is the message.
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+impl VcpuHandle {
+    /// Runs `vcpu`, number `id`, on a thread of its own until `exits` ends it or the handle is
+    /// dropped.
+    ///
+    /// # Errors
+    /// The host refused the thread, its signal, or the vCPU's run page.
+    pub fn start(id: u32, vcpu: Box<dyn Vcpu>, exits: Arc<Exits>, on_stop: OnStop) -> Result<Self> {
+        let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
+        register_signal_handler(kick_signal(), on_kick)
+            .map_err(|e| refused("set the signal of", e.into()))?;
+        let kicker = vcpu.kicker()?;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stopping);
+        let body = move || {
+            if let Some(end) = run(vcpu, &exits, &flag) {
+                on_stop(end);
+            }
+        };
+        let thread = spawn(Kind::Vcpu, &id.to_string(), body)
+            .map_err(|e| refused("start the thread of", e))?;
+        Ok(Self {
+            stopping,
+            kicker,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
+        self.kicker.set_immediate_exit(true);
+        if let Some(thread) = self.thread.take() {
+            if let Err(error) = thread.kill(kick_signal()) {
+                debug!("the vCPU's thread has ended already: {error}");
+            }
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
+fn run(mut vcpu: Box<dyn Vcpu>, exits: &Exits, stopping: &AtomicBool) -> Option<Result<Stop>> {
+    let mut entry = VmEntry::Run;
+    while !stopping.load(Ordering::Acquire) {
+        let exit = match vcpu.run(entry) {
+            Ok(exit) => exit,
+            Err(error) => return Some(Err(error)),
+        };
+        match exits.handle(exit) {
+            Next::Enter(next) => entry = next,
+            Next::Stop(stop) => return Some(Ok(stop)),
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;

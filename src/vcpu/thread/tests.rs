@@ -1,0 +1,129 @@
+//! A scripted vCPU through the real loop.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::bus::Bus;
+use crate::devices::console::Console;
+use crate::hypervisor::{RegId, SbiCall, SbiRet, SystemEvent, VmExit};
+use crate::memory;
+use crate::util::ByteSize;
+use crate::util::sync::lock;
+use crate::vcpu::sbi::Sbi;
+
+/// Plays its exits and keeps the entries; at the end of the script it waits to be kicked.
+#[derive(Default)]
+struct Script {
+    exits: VecDeque<VmExit>,
+    entries: Arc<Mutex<Vec<VmEntry>>>,
+    kicked: Arc<AtomicBool>,
+}
+
+struct Flag(Arc<AtomicBool>);
+
+impl Kicker for Flag {
+    fn set_immediate_exit(&self, on: bool) {
+        self.0.store(on, Ordering::SeqCst);
+    }
+}
+
+impl Vcpu for Script {
+    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+        lock(&self.entries).push(entry);
+        if let Some(exit) = self.exits.pop_front() {
+            return Ok(exit);
+        }
+        while !self.kicked.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(VmExit::Interrupted)
+    }
+    fn reg(&self, _: RegId) -> Result<Option<u64>> {
+        Ok(None)
+    }
+    fn set_reg(&self, _: RegId, _: u64) -> Result<()> {
+        Ok(())
+    }
+    fn kicker(&self) -> Result<Box<dyn Kicker>> {
+        Ok(Box::new(Flag(Arc::clone(&self.kicked))))
+    }
+}
+
+fn start(
+    exits: &[VmExit],
+) -> (
+    VcpuHandle,
+    mpsc::Receiver<Result<Stop>>,
+    Arc<Mutex<Vec<VmEntry>>>,
+) {
+    let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+    let sbi = Sbi::new(ram, Arc::new(Console::default()));
+    let script = Script {
+        exits: exits.iter().copied().collect(),
+        ..Script::default()
+    };
+    let entries = Arc::clone(&script.entries);
+    let (told, stops) = mpsc::channel();
+    let on_stop = Box::new(move |stop| told.send(stop).unwrap());
+    let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi));
+    let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop).unwrap();
+    (handle, stops, entries)
+}
+
+#[test]
+fn the_simplest_guest_there_is() {
+    let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
+    let (_handle, stops, entries) = start(&[shutdown]);
+    assert!(matches!(stops.recv().unwrap(), Ok(Stop::PowerOff)));
+    assert_eq!(*lock(&entries), [VmEntry::Run]);
+}
+
+#[test]
+fn every_exit_is_completed_by_its_entry() {
+    let call = SbiCall {
+        extension: 99,
+        function: 0,
+        args: [0; 6],
+    };
+    let (_handle, stops, entries) = start(&[
+        VmExit::MmioRead { gpa: 0, len: 2 },
+        VmExit::MmioWrite {
+            gpa: 0,
+            len: 8,
+            data: [0; 8],
+        },
+        VmExit::Sbi(call),
+        VmExit::Csr { number: 7 },
+        VmExit::Interrupted,
+        VmExit::Unrunnable { errno: 95, pc: 4 },
+    ]);
+    let stop = stops.recv().unwrap().unwrap();
+    assert_eq!(stop, Stop::Unrunnable { errno: 95, pc: 4 });
+    let not_supported = SbiRet {
+        error: -2,
+        value: 0,
+    };
+    assert_eq!(
+        *lock(&entries),
+        [
+            VmEntry::Run,
+            VmEntry::MmioRead(0xffff),
+            VmEntry::Run,
+            VmEntry::Sbi(not_supported),
+            VmEntry::Csr(0),
+            VmEntry::Run,
+        ]
+    );
+}
+
+#[test]
+fn dropping_the_handle_stops_a_guest_that_spins() {
+    let (handle, stops, _) = start(&[]);
+    drop(handle);
+    assert!(stops.recv().is_err(), "nothing is told");
+}
