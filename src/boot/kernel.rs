@@ -43,7 +43,7 @@ pub enum KernelError {
     NotImage,
     /// The header's version is not 0.x.
     #[error("its Image header has version {0}.{1}, and rvmm knows 0.x")]
-    Version(u16, u16),
+    Version(u32, u32),
     /// A big-endian kernel.
     #[error("a big-endian kernel (Image header flag 0): KVM's guests are little-endian")]
     BigEndian,
@@ -111,8 +111,13 @@ impl Image {
         Ok(image)
     }
 
+    /// Bytes from the start of RAM to the kernel's end.
+    pub fn end_offset(&self) -> ByteSize {
+        ByteSize(self.text_offset + self.image_size)
+    }
+
     fn check_header(&self, flags: u64, version: u32) -> Result<(), KernelError> {
-        let [minor, major] = [version & 0xffff, version >> 16].map(|v| v as u16);
+        let (major, minor) = (version >> 16, version & 0xffff);
         if major != 0 {
             return Err(KernelError::Version(major, minor));
         }
@@ -211,14 +216,6 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
-}
-
-/// The size as an error names it.
-impl Image {
-    /// Bytes from the start of RAM to the kernel's end.
-    pub fn end_offset(&self) -> ByteSize {
-        ByteSize(self.text_offset + self.image_size)
-    }
 }
 
 #[cfg(test)]

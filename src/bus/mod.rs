@@ -8,8 +8,7 @@ use std::sync::Arc;
 use thiserror::Error;
 pub use vm_fdt::{Error as FdtError, FdtWriter};
 
-use crate::guest_warn;
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_warn};
 pub use irq::{IrqLine, IrqSink};
 
 /// Registers that the guest reaches by loads and stores.

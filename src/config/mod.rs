@@ -27,7 +27,12 @@ pub struct VmConfig {
     pub cmdline: String,
 
     /// Guest RAM, in bytes or with K, M, G or T (powers of 1024)
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        allow_negative_numbers = true,
+        default_value = "128M"
+    )]
     pub mem: ByteSize,
 
     /// Virtual CPUs; this version runs one

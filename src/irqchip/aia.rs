@@ -10,9 +10,8 @@ use vm_memory::GuestAddress;
 
 use super::{IrqChip, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
-use crate::guest_warn;
 use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_warn};
 
 /// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
 /// KVM wants no more sources than interrupt identities (63 at least).

@@ -7,3 +7,4 @@ pub mod thread;
 
 pub use bytesize::ByteSize;
 pub use ratelimit::RateLimit;
+pub(crate) use ratelimit::guest_warn;

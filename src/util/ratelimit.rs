@@ -55,7 +55,6 @@ impl Window {
 }
 
 /// Logs a line that a guest can cause, as a warning, within the limit given first.
-#[macro_export]
 macro_rules! guest_warn {
     ($limit:expr, $($arg:tt)+) => {
         match $limit.admit() {
@@ -65,6 +64,8 @@ macro_rules! guest_warn {
         }
     };
 }
+
+pub(crate) use guest_warn;
 
 #[cfg(test)]
 mod tests {

@@ -7,9 +7,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::Stop;
 use super::sbi::Sbi;
 use crate::bus::Bus;
-use crate::guest_warn;
 use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_warn};
 
 /// The entropy source of Zkr.
 const CSR_SEED: u32 = 0x015;

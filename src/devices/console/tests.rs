@@ -51,7 +51,7 @@ fn room_is_told_when_a_full_queue_was_written() {
 fn input_arrives_in_order_and_waits_for_room() {
     let (console, calls) = listened();
     let typed: Vec<u8> = (0..INPUT_CAPACITY * 2 + 5)
-        .map(|i| (i % 251) as u8)
+        .map(|i| u8::try_from(i % 251).unwrap())
         .collect();
     let (expected, pusher) = (typed.clone(), console.clone());
     let thread = thread::spawn(move || pusher.push_input(&typed));

@@ -54,13 +54,14 @@ impl Vcpu for Script {
     }
 }
 
-fn start(
-    exits: &[VmExit],
-) -> (
-    VcpuHandle,
-    mpsc::Receiver<Result<Stop>>,
-    Arc<Mutex<Vec<VmEntry>>>,
-) {
+/// A script under way: its handle, how it stopped, and the entries so far.
+struct Started {
+    handle: VcpuHandle,
+    stops: mpsc::Receiver<Result<Stop>>,
+    entries: Arc<Mutex<Vec<VmEntry>>>,
+}
+
+fn start(exits: &[VmExit]) -> Started {
     let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
     let sbi = Sbi::new(ram, Arc::new(Console::default()));
     let script = Script {
@@ -72,15 +73,19 @@ fn start(
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
     let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi));
     let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop).unwrap();
-    (handle, stops, entries)
+    Started {
+        handle,
+        stops,
+        entries,
+    }
 }
 
 #[test]
 fn the_simplest_guest_there_is() {
     let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
-    let (_handle, stops, entries) = start(&[shutdown]);
-    assert!(matches!(stops.recv().unwrap(), Ok(Stop::PowerOff)));
-    assert_eq!(*lock(&entries), [VmEntry::Run]);
+    let vcpu = start(&[shutdown]);
+    assert!(matches!(vcpu.stops.recv().unwrap(), Ok(Stop::PowerOff)));
+    assert_eq!(*lock(&vcpu.entries), [VmEntry::Run]);
 }
 
 #[test]
@@ -90,7 +95,7 @@ fn every_exit_is_completed_by_its_entry() {
         function: 0,
         args: [0; 6],
     };
-    let (_handle, stops, entries) = start(&[
+    let vcpu = start(&[
         VmExit::MmioRead { gpa: 0, len: 2 },
         VmExit::MmioWrite {
             gpa: 0,
@@ -102,14 +107,14 @@ fn every_exit_is_completed_by_its_entry() {
         VmExit::Interrupted,
         VmExit::Unrunnable { errno: 95, pc: 4 },
     ]);
-    let stop = stops.recv().unwrap().unwrap();
+    let stop = vcpu.stops.recv().unwrap().unwrap();
     assert_eq!(stop, Stop::Unrunnable { errno: 95, pc: 4 });
     let not_supported = SbiRet {
         error: -2,
         value: 0,
     };
     assert_eq!(
-        *lock(&entries),
+        *lock(&vcpu.entries),
         [
             VmEntry::Run,
             VmEntry::MmioRead(0xffff),
@@ -123,7 +128,7 @@ fn every_exit_is_completed_by_its_entry() {
 
 #[test]
 fn dropping_the_handle_stops_a_guest_that_spins() {
-    let (handle, stops, _) = start(&[]);
-    drop(handle);
-    assert!(stops.recv().is_err(), "nothing is told");
+    let vcpu = start(&[]);
+    drop(vcpu.handle);
+    assert!(vcpu.stops.recv().is_err(), "nothing is told");
 }
