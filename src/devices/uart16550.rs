@@ -144,7 +144,7 @@ impl Registers {
             return MSR_CONNECTED;
         }
         let (dtr, rts) = (self.mcr & 0x01, self.mcr & 0x02);
-        dtr << 5 | rts << 3 | (self.mcr & 0x0c) << 4
+        (dtr << 5) | (rts << 3) | ((self.mcr & 0x0c) << 4)
     }
 
     fn write_ier(&mut self, value: u8) {

@@ -61,9 +61,31 @@ fn has_h_extension(cpuinfo: &str) -> bool {
     letters.trim_start_matches("rv64").contains('h')
 }
 
+/// Whether a guest may have the legacy SBI calls of a host with this kernel release (uname -r).
+///
+/// Where KVM is built with them (CONFIG_RISCV_SBI_V01), kernels before 7.2 follow a null pointer
+/// when a guest sends a legacy IPI to a hart that is not there (`vcpu_sbi_v01.c`).
+pub fn legacy_sbi_is_safe(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0u32));
+    let version = (numbers.next(), numbers.next());
+    version >= (Some(7), Some(2))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn legacy_calls_wait_for_linux_7_2() {
+        for safe in ["7.2.13-riscv64", "7.10", "8.0.1"] {
+            assert!(legacy_sbi_is_safe(safe), "{safe}");
+        }
+        for unsafe_ in ["6.12.107+deb13-riscv64", "7.1.9", "6.99", "7", "", "next"] {
+            assert!(!legacy_sbi_is_safe(unsafe_), "{unsafe_}");
+        }
+    }
 
     const WITH_H: &str = "processor\t: 0\nhart\t\t: 1\nisa\t\t: rv64imafdch_zicsr_ssaia\n";
     const WITHOUT: &str = "processor\t: 0\nhart\t\t: 1\nisa\t\t: rv64imafdc_zihpm_svinvalh\n";

@@ -175,7 +175,7 @@ pub enum VmExit {
     /// An access to a CSR that KVM does not serve itself.
     Csr {
         /// The CSR's number.
-        number: u32,
+        number: u64,
     },
     /// SRST, or the legacy shutdown call.
     System(SystemEvent),

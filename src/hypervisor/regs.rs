@@ -10,7 +10,7 @@ const SIZE_U64: u64 = 3 << 52;
 
 impl RegId {
     const fn u64(kind: u64, index: u64) -> Self {
-        Self(RISCV | SIZE_U64 | kind << 24 | index)
+        Self(RISCV | SIZE_U64 | (kind << 24) | index)
     }
 
     /// Group CONFIG.

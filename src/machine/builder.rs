@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use log::{debug, info, warn};
 use rustix::rand::{GetRandomFlags, getrandom};
+use rustix::system::uname;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{self, RAM_BASE};
@@ -16,6 +17,7 @@ use crate::bus::{Bus, Device};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::devices::uart16550::Uart;
+use crate::hypervisor::host::legacy_sbi_is_safe;
 use crate::hypervisor::{Hypervisor, Vcpu, Vm, regs};
 use crate::irqchip::aia::{self, InKernelAia};
 use crate::irqchip::{hart_intc_phandle, line};
@@ -139,10 +141,14 @@ fn create_vcpus(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
     Ok(vcpus)
 }
 
-/// DBCN on, and off what nothing here serves. A host without an extension has no such register.
+/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
+/// has no such register.
 fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
+    let release = uname();
+    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
     for (register, on) in [
         (regs::SBI_DBCN, 1),
+        (regs::SBI_V01, u64::from(legacy)),
         (regs::SBI_EXPERIMENTAL, 0),
         (regs::SBI_VENDOR, 0),
     ] {

@@ -11,7 +11,7 @@ use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
 use crate::util::{RateLimit, guest_warn};
 
 /// The entropy source of Zkr.
-const CSR_SEED: u32 = 0x015;
+const CSR_SEED: u64 = 0x015;
 /// `seed.OPST` ES16: the low 16 bits are fresh entropy (RISC-V Cryptography Extensions, volume I,
 /// "The seed CSR").
 const SEED_ES16: u64 = 0b10 << 30;
@@ -67,7 +67,7 @@ impl Exits {
         }
     }
 
-    fn csr(&self, number: u32) -> u64 {
+    fn csr(&self, number: u64) -> u64 {
         if number == CSR_SEED {
             return seed();
         }

@@ -180,8 +180,12 @@ fn value_text(value: &[u8]) -> String {
 }
 
 fn cells(value: &[u8]) -> String {
-    let cells = value
-        .chunks(4)
-        .map(|c| c.iter().map(|b| format!("{b:02x}")).collect());
-    format!(" = {}", cells.collect::<Vec<String>>().join(" "))
+    let mut text = String::from(" =");
+    for cell in value.chunks(4) {
+        text.push(' ');
+        for byte in cell {
+            write!(text, "{byte:02x}").unwrap();
+        }
+    }
+    text
 }

@@ -18,7 +18,6 @@ use super::VmInner;
 use crate::hypervisor::{
     Error, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, regs,
 };
-use crate::memory::PAGE_SIZE;
 
 pub(super) struct KvmVcpu {
     fd: VcpuFd,
@@ -41,7 +40,7 @@ impl KvmVcpu {
                 run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
             }
             VmEntry::Sbi(ret) => {
-                run.__bindgen_anon_1.riscv_sbi.ret = [ret.error.cast_unsigned(), ret.value];
+                run.__bindgen_anon_1.riscv_sbi.ret = [ret.error as u64, ret.value];
             }
             VmEntry::Csr(value) => run.__bindgen_anon_1.riscv_csr.ret_value = value,
         }
@@ -115,10 +114,11 @@ fn decode(run: &kvm_run) -> VmExit {
                 args: sbi.args,
             })
         }
-        // SAFETY: as above.
-        KVM_EXIT_RISCV_CSR => VmExit::Csr {
-            number: unsafe { exit.riscv_csr.csr_num } as u32,
-        },
+        KVM_EXIT_RISCV_CSR => {
+            // SAFETY: as above.
+            let number = unsafe { exit.riscv_csr.csr_num };
+            VmExit::Csr { number }
+        }
         // SAFETY: as above.
         KVM_EXIT_SYSTEM_EVENT => decode_system_event(unsafe { exit.system_event }),
         KVM_EXIT_FAIL_ENTRY => {
@@ -175,7 +175,7 @@ impl RunPage {
         let page = unsafe {
             mmap(
                 std::ptr::null_mut(),
-                PAGE_SIZE as usize,
+                size_of::<kvm_run>(),
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
                 fd,
@@ -203,6 +203,6 @@ impl Drop for RunPage {
     fn drop(&mut self) {
         // SAFETY: mapped by `map` with this length, and not unmapped since. A failure could only
         // leak the page.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), PAGE_SIZE as usize) };
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
     }
 }

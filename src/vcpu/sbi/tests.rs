@@ -125,7 +125,7 @@ fn legacy_calls_preserve_a1() {
         assert_eq!(ret.value, 0x1111);
         ret.error
     };
-    assert_eq!(answer(LEGACY_PUTCHAR, u64::from(b'p') | 1 << 40), 0);
+    assert_eq!(answer(LEGACY_PUTCHAR, u64::from(b'p') | (1 << 40)), 0);
     assert_eq!(answer(LEGACY_GETCHAR, 0), FAILED);
     sbi.console.push_input(&[0xff]);
     assert_eq!(answer(LEGACY_GETCHAR, 0), 0xff);
