@@ -1,0 +1,58 @@
+# The cross-environment: everything rvmm is built, checked and run with, and the only list of it.
+#
+# scripts/lib/env.sh builds it with Docker or Podman, or without an engine on a base made by mmdebstrap. By hand:
+#
+#     docker build --tag rvmm-env .
+#
+# One suite, Debian trixie main, so that amd64 and riscv64 are always of the same age.
+FROM debian:trixie-slim
+
+# Empty: the mirror that the base image came with.
+ARG MIRROR=
+
+# The host's certificate authorities, where the context has them (Dockerfile is there so that COPY finds something).
+COPY Dockerfile host-ca.crt* /opt/rvmm/
+RUN set -eu; \
+    sources="/etc/apt/sources.list /etc/apt/sources.list.d/*"; \
+    mirror=${MIRROR:-$(sed -nE 's/^(URIs:|deb) *([a-z]+:[^ ]+).*/\2/p' $sources 2>/dev/null | head -n 1)}; \
+    rm -f $sources; \
+    echo "deb ${mirror%/} trixie main" >/etc/apt/sources.list; \
+    { echo 'APT::Install-Recommends "false";'; \
+      echo 'APT::Get::Assume-Yes "true";'; \
+      echo 'Acquire::Languages "none";'; \
+      echo 'Acquire::Retries "3";'; \
+      ! [ -s /opt/rvmm/host-ca.crt ] || echo 'Acquire::https::CAInfo "/opt/rvmm/host-ca.crt";'; \
+    } >/etc/apt/apt.conf.d/90rvmm; \
+    dpkg --add-architecture riscv64
+
+# The toolchain for x86-64 and riscv64, the emulator, and what the scripts call.
+RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
+    apt-get update; \
+    apt-get install \
+        binutils-riscv64-linux-gnu ca-certificates cargo cpio device-tree-compiler gcc gcc-riscv64-linux-gnu git kmod \
+        libc6-dev libc6-dev-riscv64-cross libstd-rust-dev libstd-rust-dev:riscv64 qemu-system-riscv qemu-user rust-clippy \
+        rustc rustfmt shellcheck xz-utils; \
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /usr/share/doc /usr/share/man
+
+# What riscv64 runs, unpacked and never installed: the kernel of L1 and of the guest, L1's modules, one static busybox.
+# The kernel's package is named by what its metapackage depends on.
+RUN set -eu; cd /opt/rvmm; \
+    apt-get update; \
+    linux=$(apt-cache depends linux-image-riscv64:riscv64 | sed -nE 's/^ *Depends: (linux-image-[0-9][^ ]*)$/\1/p'); \
+    apt-get download "$linux" busybox-static:riscv64; \
+    for deb in *.deb; do dpkg-deb --extract "$deb" root; done; \
+    mkdir modules; \
+    mv root/boot/vmlinux-* Image; \
+    mv root/boot/config-* config; \
+    mv root/usr/bin/busybox busybox; \
+    modules=$(find root -type d -path '*/lib/modules/*/kernel'); \
+    for name in irqbypass kvm; do \
+        file=$(find "$modules" -name "$name.ko*"); \
+        case $file in *.xz) xz -dc "$file" >"modules/$name.ko" ;; *) cp "$file" "modules/$name.ko" ;; esac; \
+    done; \
+    rm -rf root ./*.deb /var/lib/apt/lists/* /var/cache/apt/*.bin
+
+# For riscv64, cargo links statically (L1 has no libraries) and runs tests in user-mode emulation.
+ENV CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_LINKER=riscv64-linux-gnu-gcc \
+    CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static" \
+    CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_RUNNER=qemu-riscv64

@@ -1,0 +1,121 @@
+# shellcheck shell=bash
+# What a person sees while the scripts work. Everything here goes to stderr: stdout is the guest's console, or the result.
+#
+# A step is `step TITLE COMMAND...`. On a terminal it is one live line, elsewhere a line when it starts, one about every
+# half minute, and one when it ends. Its output is in a log, whose last lines are shown when it fails.
+
+readonly UI_HEARTBEAT=30
+UI_LOG=
+UI_CHILD=
+
+# Say one line.
+say() {
+    printf '%s\n' "$*" >&2
+}
+
+# End with one line. 123 is rvmm's own "the host or its files failed".
+die() {
+    say "${0##*/}: $*"
+    exit 123
+}
+
+# Run a command as a named step; its exit status is the command's.
+step() {
+    local title=$1 start=$EPOCHREALTIME status=0
+    shift
+    UI_LOG=$(ui_log_name "$title")
+    ui_begin "$title"
+    set -m # its own process group: an interrupt ends all of it, and nothing else
+    "$@" >"$UI_LOG" 2>&1 </dev/null &
+    UI_CHILD=$!
+    set +m
+    ui_watch "$title"
+    wait "$UI_CHILD" || status=$?
+    UI_CHILD=
+    ui_end "$title" "$start" "$status"
+    return "$status"
+}
+
+# The same for a step that nothing can go on without.
+must() {
+    local title=$1
+    step "$@" && return
+    ui_show_log
+    die "$title: failed; all it said is in $UI_LOG"
+}
+
+# The end of the last step's log, set off from what the scripts say.
+ui_show_log() {
+    tail -n "${1:-25}" "$UI_LOG" | sed 's/^/    | /' >&2
+}
+
+ui_log_name() {
+    local name=${1//[^A-Za-z0-9]/-}
+    mkdir -p "$RVMM_CACHE/log"
+    printf '%s/log/%s.log' "$RVMM_CACHE" "${name,,}"
+}
+
+# Seconds since an $EPOCHREALTIME, with one decimal, right-aligned.
+ui_since() {
+    local now=$EPOCHREALTIME tenths
+    tenths=$(((${now/[.,]/} - ${1/[.,]/}) / 100000))
+    printf '%4d.%d' $((tenths / 10)) $((tenths % 10))
+}
+
+ui_begin() {
+    [[ -t 2 ]] || say "[        ] $1 ..."
+}
+
+ui_end() {
+    local title=$1 took failed=
+    took=$(ui_since "$2")
+    [[ $3 == 0 ]] || failed=': failed'
+    [[ ! -t 2 ]] || printf '\r\e[K' >&2
+    say "[$took s] $title$failed"
+}
+
+# Until the step ends: redraw the live line, or beat.
+ui_watch() {
+    local title=$1 start=$SECONDS told=$SECONDS pause=0.02
+    while kill -0 "$UI_CHILD" 2>/dev/null; do
+        if [[ -t 2 ]]; then
+            ui_live "$title" "$((SECONDS - start))"
+        elif ((SECONDS - told >= UI_HEARTBEAT)); then
+            told=$SECONDS
+            say "[$((SECONDS - start)) s] $title: $(ui_last_line)"
+        fi
+        sleep "$pause"
+        ((SECONDS - start < 1)) || pause=0.2
+    done
+}
+
+ui_live() {
+    local width line
+    width=$(stty size <&2 2>/dev/null | cut -d' ' -f2)
+    line=$(printf '[%4d   s] %s: %s' "$2" "$1" "$(ui_last_line)")
+    printf '\r\e[K%s' "${line:0:${width:-80}-1}" >&2
+}
+
+ui_last_line() {
+    tail -c 400 "$UI_LOG" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | grep -v '^ *$' | tail -n 1
+}
+
+# What apt and cargo say in the last step's log that they downloaded is added to a running total of bytes.
+UI_BYTES=0
+ui_count_downloads() {
+    local bytes
+    bytes=$(sed -nE 's/,//g; s/.*Fetched ([0-9.]+) ([kMG]?)B in .*/\1 \2/p
+                     s/.*Downloaded .*crates? \(([0-9.]+) ?([KMG]?)i?B\).*/\1 \2/p' "$UI_LOG" |
+        awk '{ x["k"] = x["K"] = 1e3; x["M"] = 1e6; x["G"] = 1e9; x[""] = 1; sum += $1 * x[$2] } END { printf "%d", sum }')
+    UI_BYTES=$((UI_BYTES + bytes))
+}
+
+# "; downloaded 612 MB" when anything was.
+ui_downloaded() {
+    ((UI_BYTES == 0)) || printf '; downloaded %d.%d MB' $((UI_BYTES / 1000000)) $((UI_BYTES / 100000 % 10))
+}
+
+# Every way out: the running step goes too.
+ui_cleanup() {
+    [[ -z $UI_CHILD ]] || kill -TERM -- "-$UI_CHILD" 2>/dev/null
+}
