@@ -140,6 +140,9 @@ pub trait Vcpu: Send {
     /// Writes a register.
     fn set_reg(&self, id: RegId, value: u64) -> Result<()>;
 
+    /// The wire to this hart's external interrupt; it may outlive the vCPU.
+    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>>;
+
     /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
     fn kicker(&self) -> Result<Box<dyn Kicker>>;
 }
@@ -149,6 +152,12 @@ pub trait Kicker: Send + Sync {
     /// While true, [`Vcpu::run`] completes the last exit and returns [`VmExit::Interrupted`]
     /// without running the guest (KVM's `immediate_exit`).
     fn set_immediate_exit(&self, on: bool);
+}
+
+/// The supervisor external interrupt of one hart, for an interrupt controller in userspace.
+pub trait ExternalIrq: Send + Sync {
+    /// Sets its level, from any thread; the hart may be running.
+    fn set_external(&self, high: bool) -> Result<()>;
 }
 
 /// Why the guest stopped running. Values only: nothing borrows the vCPU.

@@ -1,6 +1,7 @@
 //! Interrupt controllers.
 
 pub mod aia;
+pub mod plic;
 
 use std::sync::Arc;
 

@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::VmConfig;
 use crate::hypervisor::{
-    Aia, AiaConfig, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry, VmExit, regs,
+    Aia, AiaConfig, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry,
+    VmExit, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -101,6 +102,9 @@ impl Vcpu for Fake {
     fn set_reg(&self, id: RegId, value: u64) -> HvResult<()> {
         lock(&self.0.registers).insert(id, value);
         Ok(())
+    }
+    fn external_irq(&self) -> HvResult<Arc<dyn ExternalIrq>> {
+        unreachable!("has none")
     }
     fn kicker(&self) -> HvResult<Box<dyn Kicker>> {
         unreachable!("built, not run")

@@ -1,22 +1,26 @@
 //! A vCPU on KVM: registers by ONE_REG, and `kvm_run` decoded into values.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR, KVM_EXIT_RISCV_SBI,
-    KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_SYSTEM_EVENT, KVM_INTERRUPT_SET, KVM_INTERRUPT_UNSET, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, kvm_interrupt, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::{ioctl_ioc_nr, ioctl_iow_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
-    Error, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, regs,
+    Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, regs,
 };
 
 pub(super) struct KvmVcpu {
@@ -92,6 +96,15 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
+        // SAFETY: `fd` is open, and outlives this borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        let fd = fd.try_clone_to_owned().map_err(|e| {
+            Error::refused(format!("duplicate the descriptor of vCPU {}", self.id), e)
+        })?;
+        Ok(Arc::new(InterruptFd { fd, id: self.id }))
+    }
+
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
         let act = || format!("map the run page of vCPU {}", self.id);
         let page = RunPage::map(&self.fd).map_err(|e| Error::refused(act(), e))?;
@@ -157,6 +170,34 @@ fn decode_system_event(event: Event) -> VmExit {
     })
 }
 
+// kvm-ioctls has no KVM_INTERRUPT on riscv64.
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+
+/// A vCPU's descriptor, for KVM_INTERRUPT alone: the one ioctl that takes no lock of the vCPU's.
+struct InterruptFd {
+    fd: OwnedFd,
+    id: u32,
+}
+
+impl ExternalIrq for InterruptFd {
+    fn set_external(&self, high: bool) -> Result<()> {
+        let irq = if high {
+            KVM_INTERRUPT_SET
+        } else {
+            KVM_INTERRUPT_UNSET
+        };
+        let request = kvm_interrupt { irq: irq as u32 };
+        // SAFETY: the descriptor is a vCPU's, and KVM reads a kvm_interrupt.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &request) } {
+            0 => Ok(()),
+            _ => Err(Error::refused(
+                format!("set the external interrupt of vCPU {}", self.id),
+                io::Error::last_os_error(),
+            )),
+        }
+    }
+}
+
 /// A mapping of a vCPU's `kvm_run` page of its own, so that it may outlive the vCPU's.
 struct RunPage(NonNull<kvm_run>);
 
@@ -167,7 +208,6 @@ unsafe impl Sync for RunPage {}
 
 impl RunPage {
     fn map(fd: &VcpuFd) -> io::Result<Self> {
-        use std::os::fd::AsRawFd;
         // SAFETY: `fd` is open, and outlives this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         // SAFETY: a new mapping at an address of the kernel's choice; KVM's first page of a vCPU

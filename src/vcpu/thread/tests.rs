@@ -10,7 +10,7 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::bus::Bus;
 use crate::devices::console::Console;
-use crate::hypervisor::{RegId, SbiCall, SbiRet, SystemEvent, VmExit};
+use crate::hypervisor::{ExternalIrq, RegId, SbiCall, SbiRet, SystemEvent, VmExit};
 use crate::memory;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
@@ -48,6 +48,9 @@ impl Vcpu for Script {
     }
     fn set_reg(&self, _: RegId, _: u64) -> Result<()> {
         Ok(())
+    }
+    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
+        unreachable!("has none")
     }
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
         Ok(Box::new(Flag(Arc::clone(&self.kicked))))

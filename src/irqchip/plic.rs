@@ -1,0 +1,133 @@
+//! The PLIC, in userspace, for hosts without AIA: RISC-V Platform-Level Interrupt Controller
+//! Specification 1.0.0, level-triggered gateways.
+//!
+//! [`Core`] is the controller, pure; [`Plic`] attaches it to the bus and to the harts. As under
+//! QEMU's TCG each hart has two contexts: the even one is machine mode's, kept for guests that
+//! count, and never delivers; the odd one is supervisor mode's.
+
+mod core;
+
+use std::sync::{Arc, Mutex};
+
+use self::core::Core;
+pub use self::core::SOURCES;
+
+use super::{IrqChip, hart_intc_phandle};
+use crate::bus::{Device, FdtError, FdtWriter, IrqSink, MmioDevice};
+use crate::hypervisor::ExternalIrq;
+use crate::util::sync::lock;
+use crate::util::{RateLimit, guest_warn};
+
+/// The range on the bus, as QEMU's virt machine has it.
+pub const SIZE: u64 = 0x60_0000;
+
+/// Harts that [`SIZE`] has contexts for.
+pub const MAX_HARTS: u32 = 512;
+
+const PHANDLE: u32 = 0x1000;
+/// Machine and supervisor external interrupt, as a hart's local interrupt controller numbers them.
+const M_EXTERNAL: u32 = 11;
+const S_EXTERNAL: u32 = 9;
+
+/// The PLIC of a running machine.
+pub struct Plic {
+    state: Mutex<State>,
+    base: u64,
+    failures: RateLimit,
+}
+
+struct State {
+    core: Core,
+    harts: Vec<Hart>,
+}
+
+struct Hart {
+    line: Arc<dyn ExternalIrq>,
+    /// The level the hart's line has now.
+    level: bool,
+}
+
+impl Plic {
+    /// A PLIC at guest-physical address `base` for harts whose external interrupts are `lines`,
+    /// at most [`MAX_HARTS`].
+    pub fn new(base: u64, lines: Vec<Arc<dyn ExternalIrq>>) -> Self {
+        let harts = lines.into_iter().map(|line| Hart { line, level: false });
+        let harts: Vec<Hart> = harts.collect();
+        Self {
+            state: Mutex::new(State {
+                core: Core::new(2 * harts.len()),
+                harts,
+            }),
+            base,
+            failures: RateLimit::default(),
+        }
+    }
+
+    /// Accesses the controller, then moves the harts' lines whose level has changed.
+    fn with_core<T>(&self, access: impl FnOnce(&mut Core) -> T) -> T {
+        let mut state = lock(&self.state);
+        let State { core, harts } = &mut *state;
+        let result = access(core);
+        for (hart, context) in harts.iter_mut().zip(supervisor_contexts()) {
+            let level = core.delivers(context);
+            if level != hart.level {
+                hart.level = level;
+                if let Err(error) = hart.line.set_external(level) {
+                    guest_warn!(self.failures, "{error}");
+                }
+            }
+        }
+        result
+    }
+}
+
+/// The contexts that deliver: of hart 0, hart 1, and so on.
+fn supervisor_contexts() -> impl Iterator<Item = usize> {
+    (1..).step_by(2)
+}
+
+impl MmioDevice for Plic {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.with_core(|core| core.read(offset, data));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.with_core(|core| core.write(offset, data));
+    }
+}
+
+impl IrqSink for Plic {
+    fn set_level(&self, source: u32, high: bool) {
+        self.with_core(|core| core.set_level(source, high));
+    }
+
+    fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
+        vec![PHANDLE, source]
+    }
+}
+
+impl Device for Plic {
+    fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+        let harts = (0..).take(lock(&self.state).harts.len());
+        let contexts: Vec<u32> = harts
+            .map(hart_intc_phandle)
+            .flat_map(|intc| [intc, M_EXTERNAL, intc, S_EXTERNAL])
+            .collect();
+        let compatible = ["sifive,plic-1.0.0", "riscv,plic0"].map(String::from);
+        let node = fdt.begin_node(&format!("interrupt-controller@{:x}", self.base))?;
+        fdt.property_string_list("compatible", compatible.into())?;
+        fdt.property_array_u64("reg", &[self.base, SIZE])?;
+        fdt.property_null("interrupt-controller")?;
+        fdt.property_u32("#interrupt-cells", 1)?;
+        fdt.property_u32("#address-cells", 0)?;
+        fdt.property_array_u32("interrupts-extended", &contexts)?;
+        fdt.property_u32("riscv,ndev", SOURCES)?;
+        fdt.property_phandle(PHANDLE)?;
+        fdt.end_node(node)
+    }
+}
+
+impl IrqChip for Plic {}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,357 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::core::Core;
+use super::*;
+use crate::hypervisor;
+
+const PENDING: u64 = 0x1000;
+
+fn enable(context: u64) -> u64 {
+    0x2000 + 0x80 * context
+}
+
+fn threshold(context: u64) -> u64 {
+    0x20_0000 + 0x1000 * context
+}
+
+fn claim(context: u64) -> u64 {
+    threshold(context) + 4
+}
+
+fn read(core: &mut Core, offset: u64) -> u32 {
+    let mut data = [0; 4];
+    core.read(offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn write(core: &mut Core, offset: u64, value: u32) {
+    core.write(offset, &value.to_le_bytes());
+}
+
+/// Two harts; source 10 has priority 3 and is enabled in context 1.
+fn ready() -> Core {
+    let mut core = Core::new(4);
+    write(&mut core, 4 * 10, 3);
+    write(&mut core, enable(1), 1 << 10);
+    core
+}
+
+#[test]
+fn a_level_interrupts_until_it_is_served() {
+    let mut core = ready();
+    core.set_level(10, true);
+    assert!(core.delivers(1));
+    assert!(!core.delivers(3));
+    assert_eq!(read(&mut core, PENDING), 1 << 10);
+    assert_eq!(read(&mut core, claim(1)), 10);
+    assert!(!core.delivers(1));
+    assert_eq!(read(&mut core, claim(1)), 0, "claimed once");
+    // Still asserted at completion: it comes back.
+    write(&mut core, claim(1), 10);
+    assert!(core.delivers(1));
+    assert_eq!(read(&mut core, claim(1)), 10);
+    core.set_level(10, false);
+    write(&mut core, claim(1), 10);
+    assert!(!core.delivers(1));
+}
+
+#[test]
+fn a_request_that_has_passed_stays() {
+    let mut core = ready();
+    core.set_level(10, true);
+    core.set_level(10, false);
+    assert!(core.delivers(1));
+    assert_eq!(read(&mut core, claim(1)), 10);
+    write(&mut core, claim(1), 10);
+    assert!(!core.delivers(1));
+}
+
+#[test]
+fn the_threshold_masks_delivery_but_no_claim() {
+    let mut core = ready();
+    core.set_level(10, true);
+    write(&mut core, threshold(1), 3);
+    assert!(!core.delivers(1), "priority 3 is not above threshold 3");
+    write(&mut core, threshold(1), 2);
+    assert!(core.delivers(1));
+    write(&mut core, threshold(1), 7);
+    assert_eq!(read(&mut core, claim(1)), 10);
+}
+
+#[test]
+fn the_highest_priority_wins_then_the_lowest_number() {
+    let mut core = Core::new(4);
+    for (source, priority) in [(3, 1), (40, 5), (41, 5), (7, 0)] {
+        write(&mut core, 4 * u64::from(source), priority);
+        core.set_level(source, true);
+    }
+    for word in 0..3 {
+        write(&mut core, enable(1) + 4 * word, !0);
+    }
+    let claims: Vec<u32> = (0..4).map(|_| read(&mut core, claim(1))).collect();
+    assert_eq!(claims, [40, 41, 3, 0], "priority 0 never interrupts");
+}
+
+#[test]
+fn two_harts_race_for_one_claim() {
+    let mut core = ready();
+    write(&mut core, enable(3), 1 << 10);
+    core.set_level(10, true);
+    assert!(core.delivers(1) && core.delivers(3));
+    assert_eq!(read(&mut core, claim(3)), 10);
+    assert!(!core.delivers(1));
+    assert_eq!(read(&mut core, claim(1)), 0);
+    // A context that has the source enabled may complete what another claimed; others may not.
+    write(&mut core, enable(1), 0);
+    write(&mut core, claim(1), 10);
+    assert!(!core.delivers(3), "still in service");
+    write(&mut core, claim(3), 10);
+    assert!(core.delivers(3));
+}
+
+#[test]
+fn completion_without_claim_changes_nothing() {
+    let mut core = ready();
+    write(&mut core, claim(1), 10);
+    core.set_level(10, true);
+    write(&mut core, claim(1), 10);
+    for hostile in [0, 9, 96, 1 << 31, u32::MAX] {
+        write(&mut core, claim(1), hostile);
+    }
+    assert_eq!(read(&mut core, claim(1)), 10);
+    assert_eq!(read(&mut core, claim(1)), 0);
+}
+
+#[test]
+fn every_access_size_reads_and_writes_the_same_registers() {
+    let mut core = ready();
+    core.write(4 * 10, &[5]);
+    assert_eq!(read(&mut core, 4 * 10), 5);
+    core.write(4 * 10 + 1, &[0xff, 0xff]);
+    assert_eq!(read(&mut core, 4 * 10), 5, "no bits there");
+    core.write(enable(1) + 1, &[0xff]);
+    assert_eq!(read(&mut core, enable(1)), 0xff00);
+    core.write(enable(1), &[0xff; 8]);
+    assert_eq!(read(&mut core, enable(1)), 0xffff_fffe, "source 0 is none");
+    assert_eq!(read(&mut core, enable(1) + 4), !0);
+    // An 8-byte load of threshold and claim.
+    core.set_level(10, true);
+    let mut both = [0; 8];
+    core.read(threshold(1), &mut both);
+    assert_eq!(u64::from_le_bytes(both), 10 << 32);
+    // Upper bytes of a claim are no claim, and no completion.
+    let mut upper = [0xee];
+    core.read(claim(1) + 1, &mut upper);
+    core.write(claim(1) + 1, &[0]);
+    assert_eq!(upper, [0]);
+    core.write(claim(1), &[10]);
+    assert_eq!(read(&mut core, claim(1)), 10);
+}
+
+#[test]
+fn hostile_offsets_do_nothing() {
+    let mut core = Core::new(4);
+    let before = format!("{core:?}");
+    let offsets = [0x1000, 0x1f000, SIZE - 4, SIZE, u64::MAX - 3, u64::MAX]
+        .into_iter()
+        .chain([
+            0,
+            4 * 96,
+            enable(4),
+            enable(1) + 0xc,
+            threshold(4),
+            claim(4),
+            threshold(1) + 8,
+        ]);
+    for offset in offsets {
+        for length in [1, 2, 4, 8] {
+            let data = &mut [0; 8][..length];
+            core.read(offset, data);
+            assert!(data.iter().all(|byte| *byte == 0), "{offset:#x}");
+            if !(offset == 0 && length == 8) {
+                core.write(offset, &[0xff; 8][..length]);
+            }
+        }
+    }
+    for source in [0, 96, u32::MAX] {
+        core.set_level(source, true);
+    }
+    assert_eq!(format!("{core:?}"), before);
+}
+
+/// Keeps every level a hart was given.
+#[derive(Default)]
+struct Wire(Mutex<Vec<bool>>);
+
+impl ExternalIrq for Wire {
+    fn set_external(&self, high: bool) -> hypervisor::Result<()> {
+        lock(&self.0).push(high);
+        Ok(())
+    }
+}
+
+#[test]
+fn harts_are_told_changes_only() {
+    let wires = [Arc::new(Wire::default()), Arc::new(Wire::default())];
+    let lines = wires.iter().map(|wire| wire.clone() as _).collect();
+    let plic = Plic::new(0x0c00_0000, lines);
+    plic.write(4 * 10, &[1]);
+    for context in 0..4 {
+        plic.write(enable(context) + 1, &[4]);
+    }
+    plic.set_level(10, true);
+    plic.set_level(10, true);
+    let mut data = [0; 4];
+    plic.read(claim(3), &mut data);
+    assert_eq!(data, [10, 0, 0, 0]);
+    for wire in &wires {
+        assert_eq!(*lock(&wire.0), [true, false]);
+    }
+}
+
+/// The specification as sets, written to be read beside it.
+#[derive(Clone, Default)]
+struct Model {
+    priority: BTreeMap<u32, u32>,
+    threshold: BTreeMap<u64, u32>,
+    enabled: BTreeSet<(u64, u32)>,
+    high: BTreeSet<u32>,
+    pending: BTreeSet<u32>,
+    in_service: BTreeSet<u32>,
+}
+
+impl Model {
+    fn priority(&self, source: u32) -> u32 {
+        self.priority.get(&source).copied().unwrap_or(0)
+    }
+    /// Requests that pass their gateways.
+    fn settle(&mut self) {
+        let passing = self.high.difference(&self.in_service);
+        self.pending.extend(passing);
+    }
+    /// Pending, enabled and able to interrupt, the one to claim first at the end.
+    fn candidates(&self, context: u64) -> Vec<u32> {
+        let mut sources: Vec<u32> = self.pending.iter().copied().collect();
+        sources.retain(|s| self.enabled.contains(&(context, *s)) && self.priority(*s) > 0);
+        sources.sort_by_key(|s| (self.priority(*s), std::cmp::Reverse(*s)));
+        sources
+    }
+    fn delivers(&self, context: u64) -> bool {
+        let threshold = self.threshold.get(&context).copied().unwrap_or(0);
+        let mut sources = self.candidates(context).into_iter();
+        sources.any(|source| self.priority(source) > threshold)
+    }
+    fn claim(&mut self, context: u64) -> u32 {
+        let Some(source) = self.candidates(context).pop() else {
+            return 0;
+        };
+        self.pending.remove(&source);
+        self.in_service.insert(source);
+        source
+    }
+    fn complete(&mut self, context: u64, source: u32) {
+        if self.enabled.contains(&(context, source)) {
+            self.in_service.remove(&source);
+            self.settle();
+        }
+    }
+}
+
+/// Numbers that look random and are the same every time (xorshift64).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        u32::try_from(self.0 % u64::from(limit)).unwrap()
+    }
+}
+
+const CONTEXTS: u32 = 6;
+
+/// One random operation on both; the values that a guest would see must agree.
+fn step(core: &mut Core, model: &mut Model, numbers: &mut Numbers) {
+    // Few sources meet often; all of them must work.
+    let source = match numbers.below(4) {
+        0 => numbers.below(SOURCES) + 1,
+        _ => numbers.below(5) + 30,
+    };
+    let context = u64::from(numbers.below(CONTEXTS));
+    match numbers.below(8) {
+        0 | 1 => {
+            let high = numbers.below(2) == 1;
+            core.set_level(source, high);
+            if high {
+                model.high.insert(source);
+            } else {
+                model.high.remove(&source);
+            }
+            model.settle();
+        }
+        2 => {
+            let priority = numbers.below(8);
+            write(core, 4 * u64::from(source), priority);
+            model.priority.insert(source, priority);
+        }
+        3 => {
+            let limit = numbers.below(8);
+            write(core, threshold(context), limit);
+            model.threshold.insert(context, limit);
+        }
+        4 => {
+            let register = enable(context) + 4 * u64::from(source / 32);
+            let flipped = read(core, register) ^ 1 << (source % 32);
+            write(core, register, flipped);
+            if !model.enabled.remove(&(context, source)) {
+                model.enabled.insert((context, source));
+            }
+        }
+        5 | 6 => assert_eq!(read(core, claim(context)), model.claim(context)),
+        _ => {
+            // Mostly what is in service, sometimes anything.
+            let served = model.in_service.iter().next().copied();
+            let done = served.filter(|_| numbers.below(4) > 0).unwrap_or(source);
+            write(core, claim(context), done);
+            model.complete(context, done);
+        }
+    }
+}
+
+fn agree(core: &mut Core, model: &Model) {
+    for context in 0..u64::from(CONTEXTS) {
+        let index = usize::try_from(context).unwrap();
+        assert_eq!(core.delivers(index), model.delivers(context), "{context}");
+    }
+    for word in 0..=SOURCES / 32 {
+        let sources = model.pending.iter().filter(|source| **source / 32 == word);
+        let expected = sources.fold(0, |bits, source| bits | 1 << (source % 32));
+        assert_eq!(read(core, PENDING + 4 * u64::from(word)), expected);
+    }
+}
+
+#[test]
+fn random_operations_agree_with_the_model() {
+    const SEEDS: u64 = 50;
+    const OPERATIONS: u32 = 1000;
+    let (mut claims, mut masked) = (0, 0);
+    for seed in 1..=SEEDS {
+        let mut core = Core::new(CONTEXTS as usize);
+        let (mut model, mut numbers) = (Model::default(), Numbers(seed * 0x9e37_79b9));
+        for _ in 0..OPERATIONS {
+            let before = model.in_service.len();
+            step(&mut core, &mut model, &mut numbers);
+            agree(&mut core, &model);
+            claims += usize::from(model.in_service.len() > before);
+            masked += (0..u64::from(CONTEXTS))
+                .filter(|c| !model.candidates(*c).is_empty() && !model.delivers(*c))
+                .count();
+        }
+    }
+    // The walk met what it is meant to check.
+    assert!(
+        claims > 1000 && masked > 1000,
+        "{claims} claims, {masked} masked"
+    );
+}
