@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use thiserror::Error;
 
 use crate::util::ByteSize;
@@ -35,9 +35,27 @@ pub struct VmConfig {
     )]
     pub mem: ByteSize,
 
+    /// Interrupt controller
+    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    pub irqchip: IrqchipKind,
+
     /// Virtual CPUs; this version runs one
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
+}
+
+/// The interrupt controller that the guest gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum IrqchipKind {
+    /// The AIA where the host has it, else the PLIC
+    #[default]
+    Auto,
+    /// The AIA in the kernel, with guest interrupt files where the host has them
+    Aia,
+    /// The AIA in the kernel, emulated
+    AiaEmul,
+    /// The PLIC in userspace, on any host
+    Plic,
 }
 
 /// A configuration that no host could run. Each names its flag.
@@ -83,6 +101,7 @@ mod tests {
             initrd: None,
             cmdline: "console=ttyS0".into(),
             mem: ByteSize::mib(128),
+            irqchip: IrqchipKind::Auto,
             cpus: 1,
         }
     }

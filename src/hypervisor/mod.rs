@@ -109,6 +109,10 @@ pub trait Aia: Send + Sync {
     fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()>;
     /// Ends configuration, after all vCPUs exist.
     fn init(&self) -> Result<()>;
+    /// Reads the register `select` (an `miselect` value) of the IMSIC of hart `hart`, after `init`.
+    fn imsic(&self, hart: u32, select: u64) -> Result<u64>;
+    /// Writes it.
+    fn set_imsic(&self, hart: u32, select: u64, value: u64) -> Result<()>;
 }
 
 /// Attributes of the AIA's CONFIG group, with KVM's numbers.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use log::info;
 use vm_memory::GuestAddress;
 
-use super::{IrqChip, hart_intc_phandle};
+use super::hart_intc_phandle;
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
 use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
 use crate::util::{RateLimit, guest_warn};
@@ -16,6 +16,10 @@ use crate::util::{RateLimit, guest_warn};
 /// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
 /// KVM wants no more sources than interrupt identities (63 at least).
 pub const SOURCES: u32 = 63;
+
+/// Wired sources that the device tree tells of on a host with the lossy IMSIC: a guest that uses
+/// all of them, each with an identity of its own, and one more for IPIs, stays within 31.
+pub const SOURCES_LOSSY: u32 = 30;
 
 /// An APLIC's registers for one domain, as KVM maps them.
 pub const APLIC_SIZE: u64 = 0x4000;
@@ -51,25 +55,31 @@ pub struct InKernelAia {
     placement: Placement,
     harts: u32,
     ids: u32,
+    /// Wired sources that the guest is told of.
+    sources: u32,
     failures: RateLimit,
 }
 
 impl InKernelAia {
     /// Configures and starts `aia`, after all `harts` vCPUs of `vm` exist.
     ///
-    /// Uses the host's guest interrupt files where it has them (AUTO), KVM's emulation elsewhere.
+    /// Uses the host's guest interrupt files where it has them (AUTO), KVM's emulation elsewhere
+    /// and where `emulate` asks for it.
     ///
     /// # Errors
     /// KVM refused a step.
-    pub fn start(vm: Arc<dyn Vm>, aia: &dyn Aia, placement: Placement, harts: u32) -> Result<Self> {
+    pub fn start(
+        vm: Arc<dyn Vm>,
+        aia: &dyn Aia,
+        placement: Placement,
+        harts: u32,
+        emulate: bool,
+    ) -> Result<Self> {
         // KVM takes AUTO only where the host has guest files.
-        let mode = match aia.set_config(AiaConfig::Mode, MODE_AUTO) {
-            Ok(()) => "AUTO",
-            Err(_) => {
-                aia.set_config(AiaConfig::Mode, MODE_EMUL)?;
-                "EMUL"
-            }
-        };
+        let auto = !emulate && aia.set_config(AiaConfig::Mode, MODE_AUTO).is_ok();
+        if !auto {
+            aia.set_config(AiaConfig::Mode, MODE_EMUL)?;
+        }
         aia.set_config(AiaConfig::Sources, SOURCES)?;
         aia.set_config(AiaConfig::GuestBits, 0)?;
         aia.set_config(AiaConfig::HartBits, hart_bits(harts))?;
@@ -80,12 +90,22 @@ impl InKernelAia {
             aia.place_imsic(hart, GuestAddress(base))?;
         }
         aia.init()?;
-        info!("in-kernel AIA: mode {mode}, {ids} interrupt identities, {SOURCES} wired sources");
+        let mode = if auto { "AUTO" } else { "EMUL" };
+        let lossy = is_lossy(aia)?;
+        let sources = if lossy { SOURCES_LOSSY } else { SOURCES };
+        info!("in-kernel AIA: mode {mode}, {ids} interrupt identities, {sources} wired sources");
+        if lossy {
+            info!(
+                "in-kernel AIA: this host's KVM loses the upper half of every 64 identities of an \
+                 emulated IMSIC (lr.w in aia_imsic.c): the guest is offered what needs at most 31"
+            );
+        }
         Ok(Self {
             vm,
             placement,
             harts,
             ids,
+            sources,
             failures: RateLimit::default(),
         })
     }
@@ -118,10 +138,22 @@ impl InKernelAia {
         fdt.property_u32("#interrupt-cells", 2)?;
         fdt.property_u32("#address-cells", 0)?;
         fdt.property_u32("msi-parent", IMSIC_PHANDLE)?;
-        fdt.property_u32("riscv,num-sources", SOURCES)?;
+        fdt.property_u32("riscv,num-sources", self.sources)?;
         fdt.property_phandle(APLIC_PHANDLE)?;
         fdt.end_node(node)
     }
+}
+
+/// Whether the software IMSIC file drops enables above identity 31 of a 64-bit word: Linux to 7.2
+/// at least handles them as 32-bit words. It serves EMUL, and AUTO where guest files run out.
+fn is_lossy(aia: &dyn Aia) -> Result<bool> {
+    /// `eie0`: enables of identities 0 to 63 (AIA 1.0, section 3.8.4).
+    const EIE0: u64 = 0xc0;
+    const PROBE: u64 = (1 << 40) | (1 << 5);
+    aia.set_imsic(0, EIE0, PROBE)?;
+    let kept = aia.imsic(0, EIE0)?;
+    aia.set_imsic(0, EIE0, 0)?;
+    Ok(kept != PROBE)
 }
 
 /// Bits that number `harts` harts.
@@ -151,8 +183,6 @@ impl Device for InKernelAia {
         self.imsic_node(fdt)
     }
 }
-
-impl IrqChip for InKernelAia {}
 
 #[cfg(test)]
 mod tests {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use self::core::Core;
 pub use self::core::SOURCES;
 
-use super::{IrqChip, hart_intc_phandle};
+use super::hart_intc_phandle;
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink, MmioDevice};
 use crate::hypervisor::ExternalIrq;
 use crate::util::sync::lock;
@@ -126,8 +126,6 @@ impl Device for Plic {
         fdt.end_node(node)
     }
 }
-
-impl IrqChip for Plic {}
 
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::uname;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::irqchip::{self, Choice};
 use super::layout::{self, RAM_BASE};
 use crate::boot::fdt::{self, RNG_SEED_SIZE};
 use crate::boot::files::BootFile;
@@ -19,8 +20,7 @@ use crate::devices::console::Console;
 use crate::devices::uart16550::Uart;
 use crate::hypervisor::host::legacy_sbi_is_safe;
 use crate::hypervisor::{Hypervisor, Vcpu, Vm, regs};
-use crate::irqchip::aia::{self, InKernelAia};
-use crate::irqchip::{hart_intc_phandle, line};
+use crate::irqchip::hart_intc_phandle;
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::exits::Exits;
 use crate::vcpu::sbi::Sbi;
@@ -43,22 +43,20 @@ impl Machine {
         let placement = files.plan(config)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
-        let aia = vm.create_aia()?.context(NO_AIA)?;
+        let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let vcpus = create_vcpus(config, vm.as_ref())?;
-        let irqchip = Arc::new(InKernelAia::start(
-            Arc::clone(&vm),
-            aia.as_ref(),
-            AIA_PLACEMENT,
-            config.cpus,
-        )?);
+        let facts = hart_facts(&vcpus, &choice)?;
+        let irqchip = choice.start(&vm, &vcpus)?;
         let console = Arc::new(Console::default());
-        let uart_line = line(&irqchip, layout::UART_IRQ);
+        let uart_line = irqchip.line(layout::UART_IRQ);
         let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(&console));
         let mut bus = Bus::default();
         bus.insert(layout::UART, Arc::clone(&uart) as _)?;
+        if let Some(registers) = irqchip.mmio() {
+            bus.insert(layout::PLIC, registers)?;
+        }
         files.load(&ram, &placement)?;
-        let facts = HartFacts::of(first(&vcpus)?)?;
-        let devices: [&dyn Device; 2] = [irqchip.as_ref(), uart.as_ref()];
+        let devices = [irqchip.device(), uart.as_ref()];
         let device_tree = build_tree(config, &facts, &placement, &devices)?;
         load_tree(&ram, &placement, &device_tree)?;
         boot_hart(first(&vcpus)?, &placement)?;
@@ -77,15 +75,6 @@ impl Machine {
         &self.device_tree
     }
 }
-
-const NO_AIA: &str = "this host has no AIA (its KVM offers no interrupt controller), which this \
-     version of rvmm needs: use a host with Ssaia, or scripts/demo in rvmm's source tree, which \
-     runs one in QEMU";
-
-const AIA_PLACEMENT: aia::Placement = aia::Placement {
-    aplic: GuestAddress(layout::APLIC.start),
-    imsic: GuestAddress(layout::IMSIC.start),
-};
 
 /// Kernel and initrd, opened and checked before anything is asked of the host.
 struct BootFiles {
@@ -161,6 +150,15 @@ fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What the guest is told of its harts; of the AIA only where it has one.
+fn hart_facts(vcpus: &[Box<dyn Vcpu>], choice: &Choice) -> Result<HartFacts> {
+    let mut facts = HartFacts::of(first(vcpus)?)?;
+    if !choice.is_aia() {
+        facts.extensions.retain(|name| *name != "ssaia");
+    }
+    Ok(facts)
 }
 
 fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {

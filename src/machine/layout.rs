@@ -3,7 +3,7 @@
 //! ```text
 //! 0x0010_0000  sifive_test *       0x1000_1000  virtio-mmio *
 //! 0x0010_1000  goldfish RTC *      0x2800_0000  IMSIC, one page a hart
-//! 0x0c00_0000  PLIC *              0x3000_0000  PCIe ECAM *
+//! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM *
 //! 0x0d00_0000  APLIC               0x4000_0000  PCIe MMIO window *
 //! 0x1000_0000  UART                0x8000_0000  RAM
 //! ```
@@ -13,10 +13,12 @@
 use std::ops::Range;
 
 use crate::devices::uart16550;
-use crate::irqchip::aia;
+use crate::irqchip::{aia, plic};
 
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
+/// The PLIC.
+pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 /// The UART.
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// IMSIC pages, for as many harts as QEMU's virt machine has room for.
@@ -43,7 +45,7 @@ mod tests {
 
     #[test]
     fn nothing_overlaps() {
-        let mut ranges = [APLIC, UART, IMSIC, RAM_BASE..u64::MAX];
+        let mut ranges = [PLIC, APLIC, UART, IMSIC, RAM_BASE..u64::MAX];
         ranges.sort_by_key(|range| range.start);
         for pair in ranges.windows(2) {
             assert!(pair[0].end <= pair[1].start, "{pair:x?}");

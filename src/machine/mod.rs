@@ -8,6 +8,7 @@
 //! ```
 
 pub mod builder;
+mod irqchip;
 pub mod layout;
 mod outcome;
 mod signals;

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::config::VmConfig;
+use crate::config::{IrqchipKind, VmConfig};
 use crate::hypervisor::{
     Aia, AiaConfig, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry,
     VmExit, regs,
@@ -24,6 +24,9 @@ struct Record {
     steps: Mutex<Vec<String>>,
     has_aia: bool,
     has_guest_files: bool,
+    is_lossy: bool,
+    kind: IrqchipKind,
+    eie0: Mutex<u64>,
 }
 
 impl Record {
@@ -83,6 +86,27 @@ impl Aia for Fake {
     fn init(&self) -> HvResult<()> {
         self.0.step("init")
     }
+    fn imsic(&self, _: u32, _: u64) -> HvResult<u64> {
+        Ok(*lock(&self.0.eie0))
+    }
+    fn set_imsic(&self, _: u32, _: u64, value: u64) -> HvResult<()> {
+        let kept = if self.0.is_lossy {
+            value & 0xffff_ffff
+        } else {
+            value
+        };
+        *lock(&self.0.eie0) = kept;
+        Ok(())
+    }
+}
+
+/// A hart's external interrupt, to nowhere.
+struct Wire;
+
+impl ExternalIrq for Wire {
+    fn set_external(&self, _: bool) -> HvResult<()> {
+        Ok(())
+    }
 }
 
 impl Vcpu for Fake {
@@ -93,6 +117,7 @@ impl Vcpu for Fake {
         let isa_i = RegId::isa_ext(5);
         let known = HashMap::from([
             (isa_i, 1),
+            (RegId::isa_ext(14), 1),
             (regs::SATP_MODE, 9),
             (regs::TIMER_FREQUENCY, 10_000_000),
             (regs::SBI_DBCN, 0),
@@ -104,7 +129,7 @@ impl Vcpu for Fake {
         Ok(())
     }
     fn external_irq(&self) -> HvResult<Arc<dyn ExternalIrq>> {
-        unreachable!("has none")
+        Ok(Arc::new(Wire))
     }
     fn kicker(&self) -> HvResult<Box<dyn Kicker>> {
         unreachable!("built, not run")
@@ -138,6 +163,7 @@ fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
         initrd: Some(file(&initrd, b"initrd bytes")),
         cmdline: "console=ttyS0".into(),
         mem: ByteSize::mib(16),
+        irqchip: record.kind,
         cpus: 1,
     };
     let fake = Fake(Arc::new(record));
@@ -209,9 +235,71 @@ fn the_aia_is_set_up_in_kvms_order() {
     assert_eq!(steps(false), expected("Mode = 0"));
 }
 
+fn contains(tree: &[u8], text: &str) -> bool {
+    tree.windows(text.len())
+        .any(|bytes| bytes == text.as_bytes())
+}
+
 #[test]
-fn a_host_without_aia_is_told() {
-    let (_, machine) = build("none", Record::default());
-    let line = format!("{:#}", machine.err().unwrap());
-    assert!(line.contains("no AIA"), "{line}");
+fn a_host_without_aia_gets_a_plic() {
+    let tree = |name, has_aia, kind| {
+        let record = Record {
+            has_aia,
+            kind,
+            ..Record::default()
+        };
+        build(name, record)
+            .1
+            .map(|machine| machine.device_tree().to_vec())
+    };
+    let auto = tree("auto", false, IrqchipKind::Auto).unwrap();
+    assert!(contains(&auto, "plic-1.0.0") && !contains(&auto, "imsic"));
+    assert!(!contains(&auto, "ssaia"));
+    let chosen = tree("plic", true, IrqchipKind::Plic).unwrap();
+    assert!(contains(&chosen, "plic-1.0.0") && !contains(&chosen, "ssaia"));
+    let aia = tree("aia", true, IrqchipKind::Aia).unwrap();
+    assert!(contains(&aia, "imsic") && contains(&aia, "ssaia"));
+    for (name, kind) in [
+        ("no-aia", IrqchipKind::Aia),
+        ("no-emul", IrqchipKind::AiaEmul),
+    ] {
+        let line = format!("{:#}", tree(name, false, kind).unwrap_err());
+        assert!(
+            line.contains("no AIA") && line.contains("--irqchip plic"),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_lossy_imsic_is_offered_fewer_sources() {
+    let sources = |name, is_lossy| {
+        let record = Record {
+            has_aia: true,
+            has_guest_files: true,
+            is_lossy,
+            ..Record::default()
+        };
+        let (record, machine) = build(name, record);
+        assert_eq!(*lock(&record.eie0), 0, "the probe leaves nothing behind");
+        let tree = machine.unwrap().device_tree().to_vec();
+        // No other cell of this tree has one of these two values.
+        let cell = |value: u32| tree.chunks(4).any(|cell| cell == value.to_be_bytes());
+        (cell(63), cell(30))
+    };
+    assert_eq!(sources("whole", false), (true, false));
+    assert_eq!(sources("lossy", true), (false, true));
+}
+
+#[test]
+fn emulation_can_be_asked_for() {
+    let record = Record {
+        has_aia: true,
+        has_guest_files: true,
+        kind: IrqchipKind::AiaEmul,
+        ..Record::default()
+    };
+    let (record, machine) = build("emul", record);
+    machine.unwrap();
+    assert!(lock(&record.steps).contains(&"Mode = 0".into()));
 }
