@@ -302,7 +302,7 @@ fn step(core: &mut Core, model: &mut Model, numbers: &mut Numbers) {
         }
         4 => {
             let register = enable(context) + 4 * u64::from(source / 32);
-            let flipped = read(core, register) ^ 1 << (source % 32);
+            let flipped = read(core, register) ^ (1 << (source % 32));
             write(core, register, flipped);
             if !model.enabled.remove(&(context, source)) {
                 model.enabled.insert((context, source));
@@ -326,7 +326,7 @@ fn agree(core: &mut Core, model: &Model) {
     }
     for word in 0..=SOURCES / 32 {
         let sources = model.pending.iter().filter(|source| **source / 32 == word);
-        let expected = sources.fold(0, |bits, source| bits | 1 << (source % 32));
+        let expected = sources.fold(0, |bits, source| bits | (1 << (source % 32)));
         assert_eq!(read(core, PENDING + 4 * u64::from(word)), expected);
     }
 }
