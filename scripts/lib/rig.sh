@@ -1,2 +1,136 @@
 # shellcheck shell=bash
-rig_cleanup() { :; }
+# The rig: build rvmm and L1, boot L1 in QEMU, run a payload in it, get its result.
+#
+#   rig_build            rvmm (release, static riscv64), the guests, L1's base
+#   rig_begin KIND       a new payload for a kind of host; add files below $RIG_RUN/root/payload
+#   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
+#   rig_status           the payload's exit status; fails when L1 gave none
+#
+# L1 is an initramfs and nothing else: a base kept in the cache, and the payload behind it.
+
+readonly RIG_KINDS=(aia aia-emul none)
+readonly RIG_GUESTS=$RVMM_TARGET/guests
+readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
+
+RIG_RUN=
+RIG_TTY=
+
+rig_build() {
+    must "Build rvmm for riscv64" env_run cargo build --release --locked --bin rvmm --target "$RVMM_TRIPLE"
+    ui_count_downloads
+    must "Build the guests" env_run scripts/guests "$RIG_GUESTS"
+    RIG_BASE=$RVMM_CACHE/l1/$(rig_base_key).cpio
+    [[ -e $RIG_BASE ]] || must "Assemble L1" rig_make_base
+}
+
+rig_base_key() {
+    { printf '%s\n' "$ENV_NAME" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
+}
+
+rig_make_base() {
+    mkdir -p "$RVMM_CACHE/l1"
+    env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2.$3" && mv "$2.$3" "$2"' - "$RVMM_REPO" "$RIG_BASE" "$$"
+    env_run cp /opt/rvmm/Image "$RVMM_CACHE/l1/"
+}
+
+# What every payload has: rvmm, the guests, and who the host is meant to be.
+rig_begin() {
+    local kind=$1
+    rig_machine "$kind" >/dev/null || die "no such kind of host: '$kind' (there are ${RIG_KINDS[*]})"
+    rig_cleanup
+    mkdir -p "$RVMM_CACHE/run"
+    RIG_RUN=$(mktemp -d "$RVMM_CACHE/run/XXXXXX")
+    RIG_KIND=$kind
+    mkdir -p "$RIG_RUN"/root/payload/bin
+    cp "$RIG_RVMM" "$RIG_RUN/root/payload/bin/rvmm"
+    cp -r "$RIG_GUESTS" "$RIG_RUN/root/payload/guests"
+    rig_set RVMM_TEST_BIN /payload/bin/rvmm
+    rig_set RVMM_TEST_HOST "$kind"
+    rig_set RVMM_TEST_KERNEL /guest/Image
+    rig_set RVMM_TEST_GUESTS /payload/guests
+}
+
+# Give the payload a variable.
+rig_set() {
+    printf '%s=%q\n' "$1" "$2" >>"$RIG_RUN/root/payload/env"
+}
+
+# What the payload runs, from stdin.
+rig_script() {
+    cat >"$RIG_RUN/root/payload/run"
+}
+
+rig_machine() {
+    case $1 in
+        aia) echo virt,aia=aplic-imsic,aia-guests=4 ;;
+        aia-emul) echo virt,aia=aplic-imsic ;;
+        none) echo virt ;;
+        *) return 1 ;;
+    esac
+}
+
+rig_boot() {
+    local limit=$1 command
+    : >"$RIG_RUN/result"
+    : >"$RIG_RUN/log"
+    rig_pack
+    command=(
+        qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp 2 -m 2G -no-reboot
+        -nodefaults -display none -monitor none
+        -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
+        -serial "file:$RIG_RUN/l1.log"
+        -device virtio-serial-pci
+        -chardev stdio,signal=off,id=con -device virtconsole,chardev=con
+        -chardev "file,id=result,path=$RIG_RUN/result" -device virtserialport,chardev=result,name=org.rvmm.result
+        -chardev "file,id=log,path=$RIG_RUN/log" -device virtserialport,chardev=log,name=org.rvmm.log
+    )
+    env_run timeout --foreground --kill-after=5 "$limit" "${command[@]}"
+}
+
+rig_pack() {
+    env_run bash -c 'source scripts/lib/pack.sh && { cat "$1" && pack_dir "$2"; } >"$3"' - \
+        "$RIG_BASE" "$RIG_RUN/root" "$RIG_RUN/initrd"
+}
+
+# The "done" record is L1's last; without it L1 ended early.
+rig_status() {
+    local status
+    status=$(sed -n 's/^done \([0-9]*\)$/\1/p' "$RIG_RUN/result")
+    [[ -n $status ]] && printf '%s' "$status"
+}
+
+# A person's terminal as it is to a program at it: every key goes to the guest.
+rig_terminal() {
+    RIG_TTY=$(stty --save)
+    rig_set RIG_WINSIZE "$(rig_winsize)"
+    stty raw -echo
+}
+
+rig_winsize() {
+    stty size | sed -E 's/([0-9]+) ([0-9]+)/\2x\1/'
+}
+
+rig_terminal_back() {
+    [[ -z $RIG_TTY ]] || stty "$RIG_TTY"
+    RIG_TTY=
+}
+
+# Every way out: the terminal as it was, no files of the run.
+rig_cleanup() {
+    rig_terminal_back
+    [[ -z $RIG_RUN ]] || rm -rf "$RIG_RUN"
+    RIG_RUN=
+}
+
+# Both commands that run one thing in L1: boot, tell what went wrong, end with its status.
+rig_run() {
+    local limit=$1 status
+    rig_boot "$limit" || true
+    rig_terminal_back
+    if ! status=$(rig_status); then
+        say "L1 ended without a result; the end of its log:"
+        tail -n 15 "$RIG_RUN/l1.log" | sed 's/^/    | /' >&2
+        return 123
+    fi
+    return "$status"
+}

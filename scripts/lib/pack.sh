@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Making initramfs archives. Runs where the cross-tools are: in the cross-environment, or on a riscv64 machine.
+
+readonly PACK_ENV=/opt/rvmm
+
+# A directory as a cpio archive on stdout: root's, in a fixed order.
+pack_dir() {
+    (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet --create --format=newc --owner=+0:+0 --reproducible)
+}
+
+# A riscv64 root directory with busybox under all its names.
+pack_busybox() {
+    local root=$1 busybox=$PACK_ENV/busybox emulator=qemu-riscv64 name
+    [[ -e $busybox ]] || busybox=$(command -v busybox)
+    [[ $(uname -m) != riscv64 ]] || emulator=
+    mkdir -p "$root"/{bin,sbin,usr/bin,usr/sbin,proc,sys,dev,tmp,root,etc}
+    cp "$busybox" "$root/bin/busybox"
+    for name in $($emulator "$busybox" --list); do
+        [[ $name == busybox ]] || ln -s /bin/busybox "$root/bin/$name"
+    done
+    # Pid 1 is a script here: what would ask it to end the machine does so by itself.
+    for name in poweroff reboot halt; do
+        rm "$root/bin/$name"
+        printf '#!/bin/sh\nexec /bin/busybox %s -f\n' "$name" >"$root/bin/$name"
+        chmod +x "$root/bin/$name"
+    done
+}
+
+# The Linux guest's initramfs.
+pack_guest_initramfs() {
+    local repo=$1 out=$2 root
+    root=$(mktemp -d)
+    pack_busybox "$root"
+    install -m 755 "$repo/resources/initramfs/init" "$root/init"
+    pack_dir "$root" | gzip -9n >"$out.tmp"
+    mv "$out.tmp" "$out"
+    rm -rf "$root"
+}
+
+# The part of L1's initramfs that is the same in every run: busybox, KVM, the guest's kernel, init.
+pack_l1_base() {
+    local repo=$1 out=$2 root
+    root=$(mktemp -d)
+    pack_busybox "$root"
+    mkdir "$root/guest"
+    cp "$PACK_ENV/Image" "$root/guest/Image"
+    cp -r "$PACK_ENV/modules" "$root/modules"
+    install -m 755 "$repo/resources/rig/init" "$root/init"
+    pack_dir "$root" >"$out.tmp"
+    mv "$out.tmp" "$out"
+    rm -rf "$root"
+}
