@@ -41,7 +41,8 @@ env_key() {
 env_choose_engine() {
     local engine
     for engine in ${RVMM_ENGINE:-docker podman}; do
-        [[ $engine != buildah ]] && command -v "$engine" >/dev/null || continue
+        [[ $engine != buildah ]] || break
+        command -v "$engine" >/dev/null || continue
         timeout 10 "$engine" info >/dev/null 2>&1 || continue
         ENV_ENGINE=$engine
         return
@@ -54,9 +55,13 @@ env_choose_engine() {
 env_check_bare_host() {
     local id
     id=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID-} ${VERSION_ID-}")
-    [[ -n $(command -v buildah) && -n $(command -v mmdebstrap) || $id =~ ^debian\ 1[23]$ ]] ||
+    env_has_tools || [[ $id =~ ^debian\ 1[23]$ ]] ||
         die "no container engine answers, and only on Debian 12 or 13 can this go on without one (this is '${id:-unknown}'): install and start Docker or Podman"
     ((EUID == 0)) || die "not root, and no container engine answers: run this as root, or install and start Docker or Podman"
+}
+
+env_has_tools() {
+    command -v buildah >/dev/null && command -v mmdebstrap >/dev/null
 }
 
 env_is_built() {
@@ -125,7 +130,7 @@ env_buildah() {
 # Each is done when its .done file is there, and what an earlier attempt left half done goes first.
 env_build_buildah() {
     env_prepare
-    if ! command -v buildah mmdebstrap >/dev/null; then
+    if ! env_has_tools; then
         must "Install ${ENV_PACKAGES[*]}" env_install
         ui_count_downloads
     fi

@@ -74,6 +74,7 @@ rig_boot() {
     : >"$RIG_RUN/result"
     : >"$RIG_RUN/log"
     rig_pack
+    # shellcheck disable=SC2054 # the commas are QEMU's
     command=(
         qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp 2 -m 2G -no-reboot
         -nodefaults -display none -monitor none

@@ -46,7 +46,7 @@ must() {
 
 # The end of the last step's log, set off from what the scripts say.
 ui_show_log() {
-    tail -n "${1:-25}" "$UI_LOG" | sed 's/^/    | /' >&2
+    grep -v '^subprocess exited with status' "$UI_LOG" | tail -n 25 | sed 's/^/    | /' >&2
 }
 
 ui_log_name() {
