@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use log::{LevelFilter, info};
-use rvmm::cli::{self, Cli, Request, STATUS_HOST, STATUS_USAGE};
+use rvmm::cli::{self, Cli, Request, STATUS_HOST};
+use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::machine::{Machine, Outcome};
 
@@ -19,11 +20,12 @@ fn main() -> ExitCode {
             let _ = io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Request::Refuse(message) => end(&message, STATUS_USAGE),
+        Request::Refuse(message, status) => end(&message, status),
     }
 }
 
 fn run(cli: &Cli) -> ExitCode {
+    end_on_panic();
     if let Err(error) = start_logging(cli) {
         return end(&format!("{error:#}"), STATUS_HOST);
     }
@@ -44,6 +46,22 @@ fn end(message: &str, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
+/// A panic on any thread is a fault of rvmm's: the terminal is restored, one line told, and
+/// nothing goes on.
+fn end_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        terminal::restore();
+        let place = panic.location().map(ToString::to_string);
+        let place = place.unwrap_or_default();
+        let payload = panic.payload();
+        let message = payload.downcast_ref::<&str>().copied();
+        let message = message.or(payload.downcast_ref::<String>().map(String::as_str));
+        let message = message.unwrap_or("no message");
+        eprintln!("rvmm: internal error at {place}: {message}; please report it");
+        std::process::exit(STATUS_HOST.into());
+    }));
+}
+
 /// Builds and runs the machine; `None` when only its device tree was wanted.
 fn run_machine(cli: &Cli) -> Result<Option<Outcome>> {
     let hypervisor = open_hypervisor()?;
@@ -53,7 +71,7 @@ fn run_machine(cli: &Cli) -> Result<Option<Outcome>> {
             .with_context(|| format!("Failed to write device tree {path:?}"))?;
         return Ok(None);
     }
-    machine.run().map(Some)
+    machine.run(&cli.vm.console, cli.timeout).map(Some)
 }
 
 #[cfg(target_arch = "riscv64")]

@@ -1,29 +1,36 @@
 //! What a virtual machine should be, apart from how it is made.
 
-use std::path::PathBuf;
+mod console;
+
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::util::ByteSize;
+pub use console::ConsoleConfig;
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
 /// `arch/riscv/include/uapi/asm/setup.h`); it would cut off the rest in silence.
 const CMDLINE_MAX: usize = 1023;
 
-/// A virtual machine. The doc comments are the text of `--help`.
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
+/// A virtual machine: its flags, its JSON, and, in the doc comments, the text of `--help`.
+#[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
     /// Kernel to boot: an uncompressed RISC-V Image, as Debian's /boot/vmlinux-* is
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
 
     /// Initial RAM disk for the kernel, as an initramfs archive
     #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
     /// Kernel command line; the default gives Linux its console
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
     pub cmdline: String,
 
     /// Guest RAM, in bytes or with K, M, G or T (powers of 1024)
@@ -35,17 +42,39 @@ pub struct VmConfig {
     )]
     pub mem: ByteSize,
 
+    /// Virtual CPUs; this version runs one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+
     /// Interrupt controller
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub irqchip: IrqchipKind,
 
-    /// Virtual CPUs; this version runs one
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub cpus: u32,
+    /// Where the guest's console goes: stdio, none, pty, file=PATH or socket=PATH
+    #[arg(long, value_name = "WHERE", default_value_t)]
+    pub console: ConsoleConfig,
+}
+
+const DEFAULT_CMDLINE: &str = "console=ttyS0";
+
+/// The same as the flags' defaults.
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: None,
+            cmdline: DEFAULT_CMDLINE.into(),
+            mem: ByteSize::mib(128),
+            cpus: 1,
+            irqchip: IrqchipKind::default(),
+            console: ConsoleConfig::default(),
+        }
+    }
 }
 
 /// The interrupt controller that the guest gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum IrqchipKind {
     /// The AIA where the host has it, else the PLIC
     #[default]
@@ -61,6 +90,9 @@ pub enum IrqchipKind {
 /// A configuration that no host could run. Each names its flag.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigError {
+    /// No kernel.
+    #[error("no kernel: give --kernel FILE")]
+    NoKernel,
     /// No RAM.
     #[error("--mem 0: a guest needs RAM, as in --mem 128M")]
     NoMemory,
@@ -70,6 +102,9 @@ pub enum ConfigError {
     /// Longer than Linux keeps.
     #[error("--cmdline: {0} bytes are more than the {CMDLINE_MAX} that a RISC-V Linux keeps")]
     CmdlineLength(usize),
+    /// What no command line can hold.
+    #[error("--cmdline: a NUL byte would end it")]
+    CmdlineNul,
 }
 
 impl VmConfig {
@@ -78,16 +113,28 @@ impl VmConfig {
     /// # Errors
     /// The first value that no host could serve.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        self.kernel()?;
         if self.mem.bytes() == 0 {
             return Err(ConfigError::NoMemory);
         }
         if self.cpus != 1 {
             return Err(ConfigError::Cpus(self.cpus));
         }
+        if self.cmdline.contains('\0') {
+            return Err(ConfigError::CmdlineNul);
+        }
         match self.cmdline.len() {
             0..=CMDLINE_MAX => Ok(()),
             length => Err(ConfigError::CmdlineLength(length)),
         }
+    }
+
+    /// The kernel's file.
+    ///
+    /// # Errors
+    /// None was given.
+    pub fn kernel(&self) -> Result<&Path, ConfigError> {
+        self.kernel.as_deref().ok_or(ConfigError::NoKernel)
     }
 }
 
@@ -95,28 +142,25 @@ impl VmConfig {
 mod tests {
     use super::*;
 
-    fn config() -> VmConfig {
-        VmConfig {
-            kernel: "Image".into(),
-            initrd: None,
-            cmdline: "console=ttyS0".into(),
-            mem: ByteSize::mib(128),
-            irqchip: IrqchipKind::Auto,
-            cpus: 1,
-        }
-    }
-
     #[test]
     fn values_no_host_could_serve_are_refused() {
-        assert_eq!(config().validate(), Ok(()));
         let with = |change: fn(&mut VmConfig)| {
-            let mut config = config();
+            let mut config = VmConfig {
+                kernel: Some("Image".into()),
+                ..VmConfig::default()
+            };
             change(&mut config);
             config.validate()
         };
+        assert_eq!(with(|_| ()), Ok(()));
+        assert_eq!(with(|c| c.kernel = None), Err(ConfigError::NoKernel));
         assert_eq!(with(|c| c.mem = ByteSize(0)), Err(ConfigError::NoMemory));
         assert_eq!(with(|c| c.cpus = 2), Err(ConfigError::Cpus(2)));
         assert_eq!(with(|c| c.cpus = 0), Err(ConfigError::Cpus(0)));
+        assert_eq!(
+            with(|c| c.cmdline = "a\0b".into()),
+            Err(ConfigError::CmdlineNul)
+        );
         assert_eq!(with(|c| c.cmdline = "x".repeat(1023)), Ok(()));
         assert_eq!(
             with(|c| c.cmdline = "x".repeat(1024)),

@@ -84,7 +84,7 @@ struct BootFiles {
 
 impl BootFiles {
     fn open(config: &VmConfig) -> Result<Self> {
-        let kernel = BootFile::open("kernel", &config.kernel)?;
+        let kernel = BootFile::open("kernel", config.kernel()?)?;
         let initrd = match &config.initrd {
             Some(path) => Some(BootFile::open("initrd", path)?.not_empty()?),
             None => None,

@@ -14,13 +14,14 @@ mod outcome;
 mod signals;
 
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use log::info;
 
-use crate::devices::console::stdio::Stdio;
+use crate::config::ConsoleConfig;
+use crate::devices::console::host::Host;
 use crate::hypervisor;
 use crate::vcpu::Stop;
 use crate::vcpu::thread::VcpuHandle;
@@ -28,10 +29,9 @@ pub use builder::Machine;
 pub use outcome::Outcome;
 use signals::Signals;
 
-/// How long a reader of the console may pause before the guest's last output is given up.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
-/// The same when somebody wants the VM gone.
-const DRAIN_PATIENCE_STOPPED: Duration = Duration::from_millis(500);
+/// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
+/// for it like any program that writes to a pipe.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What ends a running machine.
 enum Event {
@@ -44,24 +44,26 @@ enum Event {
 }
 
 impl Machine {
-    /// Runs the machine to its end.
+    /// Runs the machine to its end, `timeout` from now at the latest.
     ///
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
-    pub fn run(self) -> Result<Outcome> {
+    pub fn run(self, console: &ConsoleConfig, timeout: Option<Duration>) -> Result<Outcome> {
         let (tell, events) = channel();
         let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;
         let leave = tell.clone();
         let on_leave = Box::new(move || send(&leave, Event::Left));
-        let stdio = Stdio::start(Arc::clone(&self.console), on_leave)
-            .context("Failed to start the console")?;
+        let host = Host::start(Arc::clone(&self.console), console, on_leave)?;
         let vcpus = self.start_vcpus(&tell)?;
         info!("the guest runs");
-        let event = events.recv().context("every vCPU has gone")?;
-        let outcome = Outcome::of(event);
+        let outcome = first_event(&events, timeout)?;
         // No guest runs on: what the console holds now is the last of it.
         drop(vcpus);
-        stdio.finish(patience(&outcome));
+        let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
+        host.finish(|idle| {
+            hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
+            !hurried || idle < DRAIN_PATIENCE
+        });
         drop(signals);
         outcome
     }
@@ -83,10 +85,16 @@ fn send(tell: &Sender<Event>, event: Event) {
     let _ = tell.send(event);
 }
 
-fn patience(outcome: &Result<Outcome>) -> Duration {
-    match outcome {
-        Ok(Outcome::Signal(_) | Outcome::Left) => DRAIN_PATIENCE_STOPPED,
-        _ => DRAIN_PATIENCE,
+/// Waits for what ends the machine.
+fn first_event(events: &Receiver<Event>, timeout: Option<Duration>) -> Result<Result<Outcome>> {
+    let event = match timeout {
+        Some(timeout) => events.recv_timeout(timeout),
+        None => events.recv().map_err(Into::into),
+    };
+    match event {
+        Ok(event) => Ok(Outcome::of(event)),
+        Err(RecvTimeoutError::Timeout) => Ok(Ok(Outcome::TimedOut)),
+        Err(RecvTimeoutError::Disconnected) => bail!("every vCPU has gone"),
     }
 }
 

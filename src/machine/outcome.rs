@@ -16,6 +16,8 @@ pub enum Outcome {
     Signal(i32),
     /// The user typed Ctrl-A X.
     Left,
+    /// The time given to the machine is over.
+    TimedOut,
 }
 
 impl Outcome {
@@ -34,6 +36,7 @@ impl Outcome {
             Outcome::Guest(Stop::Reset) => 120,
             Outcome::Guest(Stop::Failure(_)) => 121,
             Outcome::Guest(_) => 122,
+            Outcome::TimedOut => 124,
             // Signal numbers end at 64.
             Outcome::Signal(number) => 128u8.saturating_add(u8::try_from(number).unwrap_or(127)),
         }
@@ -51,6 +54,7 @@ impl fmt::Display for Outcome {
             Outcome::Guest(stop) => stop.fmt(f),
             Outcome::Signal(number) => write!(f, "ended by signal {number}"),
             Outcome::Left => write!(f, "ended by Ctrl-A X"),
+            Outcome::TimedOut => write!(f, "the time of --timeout is over"),
         }
     }
 }
@@ -69,6 +73,7 @@ mod tests {
             (Outcome::Guest(Stop::Failure(1)), 121),
             (Outcome::Guest(crash), 122),
             (Outcome::Guest(Stop::UnknownExit(7)), 122),
+            (Outcome::TimedOut, 124),
             (Outcome::Signal(15), 143),
             (Outcome::Signal(2), 130),
         ] {

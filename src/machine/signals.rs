@@ -1,13 +1,15 @@
-//! Signals that ask for the end of the VM.
+//! Signals: those that ask for the end of the VM, and those that stop rvmm for a while.
 
 use std::io;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator;
+use signal_hook::low_level::emulate_default_handler;
 
 use super::{Event, send};
+use crate::devices::console::terminal;
 use crate::util::thread::{Kind, spawn};
 
 /// A thread that turns signals into events, until it is dropped.
@@ -17,13 +19,19 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Starts to tell every SIGTERM, SIGINT, SIGHUP and SIGQUIT.
+    /// Starts to tell every SIGTERM, SIGINT, SIGHUP and SIGQUIT; SIGTSTP and SIGCONT give the
+    /// terminal back and take it again.
     pub(super) fn start(tell: Sender<Event>) -> io::Result<Self> {
-        let mut signals = iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT])?;
+        let mut signals =
+            iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT])?;
         let handle = signals.handle();
         let thread = spawn(Kind::Signals, "wait", move || {
             for signal in signals.forever() {
-                send(&tell, Event::Signal(signal));
+                match signal {
+                    SIGTSTP => suspend(),
+                    SIGCONT => terminal::resume(),
+                    _ => send(&tell, Event::Signal(signal)),
+                }
             }
         })?;
         Ok(Self {
@@ -31,6 +39,13 @@ impl Signals {
             thread: Some(thread),
         })
     }
+}
+
+/// Stops the whole process, vCPUs too, with the terminal as its user knows it.
+fn suspend() {
+    terminal::restore();
+    // Fails for signals without a default action only.
+    let _ = emulate_default_handler(SIGTSTP);
 }
 
 impl Drop for Signals {

@@ -159,16 +159,15 @@ fn image() -> Vec<u8> {
 fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
     let (kernel, initrd) = (format!("{name}-kernel"), format!("{name}-initrd"));
     let config = VmConfig {
-        kernel: file(&kernel, &image()),
+        kernel: Some(file(&kernel, &image())),
         initrd: Some(file(&initrd, b"initrd bytes")),
-        cmdline: "console=ttyS0".into(),
         mem: ByteSize::mib(16),
         irqchip: record.kind,
-        cpus: 1,
+        ..VmConfig::default()
     };
     let fake = Fake(Arc::new(record));
     let machine = Machine::build(&config, &fake);
-    for path in [Some(config.kernel), config.initrd].into_iter().flatten() {
+    for path in [config.kernel, config.initrd].into_iter().flatten() {
         std::fs::remove_file(path).unwrap();
     }
     (fake.0, machine)

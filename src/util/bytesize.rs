@@ -3,10 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// A number of bytes. Suffixes are powers of 1024: K, M, G, T; `M`, `MB` and `MiB` mean the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// JSON has it as a string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ByteSize(pub u64);
 
 /// Suffix and binary exponent, largest first.
@@ -37,6 +40,20 @@ impl ByteSize {
             Some((suffix, shift)) => format!("{}{suffix}", self.0 >> shift),
             None => self.0.to_string(),
         }
+    }
+}
+
+impl From<ByteSize> for String {
+    fn from(size: ByteSize) -> Self {
+        size.as_flag()
+    }
+}
+
+impl TryFrom<String> for ByteSize {
+    type Error = ParseError;
+
+    fn try_from(text: String) -> Result<Self, ParseError> {
+        text.parse()
     }
 }
 

@@ -11,6 +11,9 @@ pub enum Key {
     Leave,
     /// Ctrl-A H or Ctrl-A ?: show the keys.
     Help,
+    /// Ctrl-A P, in debug builds: panic, to see what that leaves behind.
+    #[cfg(debug_assertions)]
+    Panic,
 }
 
 /// The keys, as Ctrl-A H shows them.
@@ -37,6 +40,8 @@ impl Escape {
             (false, _) | (true, CTRL_A) => Key::Byte(byte),
             (true, b'x' | b'X') => Key::Leave,
             (true, b'h' | b'H' | b'?') => Key::Help,
+            #[cfg(debug_assertions)]
+            (true, b'p' | b'P') => Key::Panic,
             (true, _) => Key::Held,
         }
     }

@@ -2,15 +2,15 @@
 //!
 //! The UART and the SBI debug console share them. A vCPU thread never waits here: when the output
 //! queue is full the UART is not ready to transmit and a DBCN write is short. Host threads
-//! ([`stdio`]) wait for the guest as long as they must.
+//! ([`host`]) wait for the guest as long as they must.
 
 pub mod escape;
-pub mod stdio;
-mod tty;
+pub mod host;
+pub mod terminal;
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::util::sync::lock;
 
@@ -115,6 +115,19 @@ impl Console {
         true
     }
 
+    /// Hands `bytes` to the guest as far as its queue has room; the rest is lost, as on a serial
+    /// line. For a keyboard: its keys for rvmm must not wait behind those for a guest that does
+    /// not read. False when the console is closed.
+    pub fn type_input(&self, bytes: &[u8]) -> bool {
+        let mut queues = lock(&self.queues);
+        let count = bytes.len().min(INPUT_CAPACITY - queues.input.len());
+        queues.input.extend(&bytes[..count]);
+        let open = !queues.closed;
+        drop(queues);
+        self.tell_listener();
+        open
+    }
+
     /// Waits for output and takes all of it into `bytes`, which is emptied first. False, without
     /// output, once the console is closed and all was taken. Each call says that what the one
     /// before took is written.
@@ -148,20 +161,21 @@ impl Console {
         self.input_room.notify_all();
     }
 
-    /// Waits until all output is written, as long as some is written every `patience`. False when
-    /// the reader lost that patience.
-    pub fn drain(&self, patience: Duration) -> bool {
+    /// Waits until all output is written. `patience` is asked now and then, with the time since
+    /// some was written last; once it says false the wait ends, and the answer is false.
+    pub fn drain(&self, mut patience: impl FnMut(Duration) -> bool) -> bool {
+        const ASK: Duration = Duration::from_millis(50);
         let mut queues = lock(&self.queues);
+        let (mut writes, mut since) = (queues.writes, Instant::now());
         while !queues.output.is_empty() || queues.in_flight > 0 {
-            let before = queues.writes;
-            let (next, timeout) = self
-                .output_drained
-                .wait_timeout(queues, patience)
-                .unwrap_or_else(PoisonError::into_inner);
-            queues = next;
-            if timeout.timed_out() && queues.writes == before {
+            if queues.writes != writes {
+                (writes, since) = (queues.writes, Instant::now());
+            }
+            if !patience(since.elapsed()) {
                 return false;
             }
+            let wait = self.output_drained.wait_timeout(queues, ASK);
+            (queues, _) = wait.unwrap_or_else(PoisonError::into_inner);
         }
         true
     }

@@ -68,6 +68,17 @@ fn input_arrives_in_order_and_waits_for_room() {
 }
 
 #[test]
+fn typing_never_waits() {
+    let (console, calls) = listened();
+    assert!(console.type_input(&[7; INPUT_CAPACITY + 1]));
+    assert!(console.type_input(b"more"));
+    assert_eq!(console.input_len(), INPUT_CAPACITY);
+    assert_eq!(calls.0.load(Ordering::SeqCst), 2);
+    console.close();
+    assert!(!console.type_input(b"x"));
+}
+
+#[test]
 fn closing_frees_both_sides() {
     let console = Arc::new(Console::default());
     assert!(console.push_input(&[0; INPUT_CAPACITY]));
@@ -93,9 +104,14 @@ fn what_was_queued_before_closing_is_taken() {
 #[test]
 fn draining_waits_for_a_reader_but_not_for_ever() {
     let console = Arc::new(Console::default());
-    assert!(console.drain(Duration::ZERO));
+    assert!(console.drain(|_| false));
     console.write(b"x");
-    assert!(!console.drain(Duration::from_millis(1)));
+    let mut asked = 0;
+    assert!(!console.drain(|idle| {
+        asked += 1;
+        idle < Duration::from_millis(1)
+    }));
+    assert!(asked > 0);
 
     let (taker, (go, wait)) = (console.clone(), mpsc::channel::<()>());
     let thread = thread::spawn(move || {
@@ -105,7 +121,7 @@ fn draining_waits_for_a_reader_but_not_for_ever() {
         }
     });
     go.send(()).unwrap();
-    assert!(console.drain(Duration::from_secs(60)));
+    assert!(console.drain(|_| true));
     console.close();
     thread.join().unwrap();
 }

@@ -1,16 +1,19 @@
 //! The command line.
 
+mod file;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser};
 
 use crate::config::VmConfig;
 
-/// rvmm: wrong usage.
+/// Exit status of wrong usage.
 pub const STATUS_USAGE: u8 = 125;
-/// rvmm: the host or one of its files failed.
+/// Exit status when the host or one of its files failed.
 pub const STATUS_HOST: u8 = 123;
 
 const AFTER_HELP: &str = "\
@@ -26,7 +29,7 @@ Exit status:
   121       the guest powered off and reported a failure
   122       the guest cannot go on
   123       the host or one of its files failed
-  124       time-out (not served yet)
+  124       the time of --timeout is over
   125       wrong usage
   128+n     ended by signal n";
 
@@ -45,6 +48,18 @@ pub struct Cli {
     /// The machine.
     #[command(flatten)]
     pub vm: VmConfig,
+
+    /// Read the machine from FILE, in JSON as --print-config writes it; flags go before it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Write the machine in JSON to standard output, and do not run it
+    #[arg(long)]
+    pub print_config: bool,
+
+    /// End the machine after this time, such as 30s, 5m or 1h 30m
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
 
     /// Write the guest's device tree to FILE, and do not run it
     #[arg(long, value_name = "FILE")]
@@ -66,8 +81,8 @@ pub enum Request {
     Run(Box<Cli>),
     /// Print this on standard output and end with 0: help, or the version.
     Print(String),
-    /// Print this on standard error and end with [`STATUS_USAGE`].
-    Refuse(String),
+    /// Print this on standard error and end with the status.
+    Refuse(String, u8),
 }
 
 /// Parses and validates a command line, program name first.
@@ -76,18 +91,45 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     if args.len() <= 1 {
         return Request::Print(BARE_HELP.into());
     }
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
+    let parsed = Cli::command()
+        .try_get_matches_from(args)
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (mut cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
                 return Request::Print(error.render().to_string());
             }
-            _ => return Request::Refuse(one_line(&error)),
+            _ => return Request::Refuse(one_line(&error), STATUS_USAGE),
         },
     };
-    match cli.vm.validate() {
-        Ok(()) => Request::Run(Box::new(cli)),
-        Err(error) => Request::Refuse(error.to_string()),
+    if let Some(path) = &cli.config {
+        match file::merge(path, &cli.vm, &matches) {
+            Ok(vm) => cli.vm = vm,
+            Err(error) => return Request::Refuse(error.to_string(), error.status()),
+        }
+    }
+    if let Err(error) = cli.vm.validate() {
+        return Request::Refuse(error.to_string(), STATUS_USAGE);
+    }
+    if cli.print_config {
+        return match file::print(&cli.vm) {
+            Ok(json) => Request::Print(json),
+            Err(error) => {
+                let message = format!("Failed to write the machine as JSON: {error}");
+                Request::Refuse(message, STATUS_USAGE)
+            }
+        };
+    }
+    Request::Run(Box::new(cli))
+}
+
+/// A time above zero, as people write it.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("a machine needs some time".into()),
+        Ok(time) => Ok(time),
+        Err(error) => Err(format!("{error}; write it as 30s, 5m or 1h 30m")),
     }
 }
 
@@ -117,7 +159,7 @@ mod tests {
 
     fn refused(line: &str) -> String {
         match parsed(line) {
-            Request::Refuse(message) => message,
+            Request::Refuse(message, STATUS_USAGE) => message,
             other => panic!("{line}: {other:?}"),
         }
     }
@@ -129,20 +171,26 @@ mod tests {
 
     #[test]
     fn flags_make_a_machine() {
-        let Request::Run(cli) = parsed("rvmm --kernel Image --initrd i --mem 1G -vv") else {
+        let Request::Run(cli) = parsed("rvmm --kernel Image --initrd i --mem 1G -vv --timeout 1m")
+        else {
             panic!("refused");
         };
-        assert_eq!(cli.vm.kernel, PathBuf::from("Image"));
+        assert_eq!(cli.vm.kernel, Some(PathBuf::from("Image")));
         assert_eq!(cli.vm.mem, ByteSize::mib(1024));
         assert_eq!(cli.vm.cmdline, "console=ttyS0");
         assert_eq!(cli.verbose, 2);
+        assert_eq!(cli.timeout, Some(Duration::from_secs(60)));
     }
 
     #[test]
     fn wrong_usage_is_one_line() {
         for (line, part) in [
             ("rvmm --kernel", "--kernel <FILE>"),
-            ("rvmm --mem 1G", "--kernel <FILE>"),
+            ("rvmm --mem 1G", "no kernel"),
+            ("rvmm --kernel x --irqchip apic", "plic"),
+            ("rvmm --kernel x --console tty", "socket=PATH"),
+            ("rvmm --kernel x --timeout 0s", "some time"),
+            ("rvmm --kernel x --timeout soon", "30s"),
             ("rvmm --kernel x --mem 12Q", "not a size"),
             ("rvmm --kernel x --mem -1", "--mem"),
             ("rvmm --kernel x --mem 0", "--mem 0"),

@@ -1,0 +1,133 @@
+//! `--config` and `--print-config`: the machine as JSON.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use super::{STATUS_HOST, STATUS_USAGE};
+use crate::config::VmConfig;
+
+/// Why a configuration file cannot be used.
+#[derive(Debug, Error)]
+pub(super) enum FileError {
+    #[error("Failed to read configuration {0:?}: {1}")]
+    Read(PathBuf, io::Error),
+    #[error("Failed to read configuration {0:?}: {1}")]
+    Json(PathBuf, serde_json::Error),
+}
+
+impl FileError {
+    /// The exit status it leads to.
+    pub(super) fn status(&self) -> u8 {
+        match self {
+            FileError::Read(..) => STATUS_HOST,
+            FileError::Json(..) => STATUS_USAGE,
+        }
+    }
+}
+
+/// The machine of the file at `path`, with what the command line itself says in its place.
+pub(super) fn merge(
+    path: &Path,
+    flags: &VmConfig,
+    matches: &ArgMatches,
+) -> Result<VmConfig, FileError> {
+    let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.to_owned(), e))?;
+    let given = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
+    overlay(&text, flags, given).map_err(|e| FileError::Json(path.to_owned(), e))
+}
+
+fn overlay(
+    text: &str,
+    flags: &VmConfig,
+    given: impl Fn(&str) -> bool,
+) -> serde_json::Result<VmConfig> {
+    // First by itself: then an error names its line. An array would be a list of values to serde.
+    let _: Map<String, Value> = serde_json::from_str(text)?;
+    let file: VmConfig = serde_json::from_str(text)?;
+    let mut merged = object(&file)?;
+    merged.extend(object(flags)?.into_iter().filter(|(key, _)| given(key)));
+    serde_json::from_value(Value::Object(merged))
+}
+
+fn object(config: &VmConfig) -> serde_json::Result<Map<String, Value>> {
+    match serde_json::to_value(config)? {
+        Value::Object(map) => Ok(map),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// `config` in the form that [`merge`] reads.
+///
+/// # Errors
+/// A path is no UTF-8, which JSON cannot hold.
+pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
+    Ok(serde_json::to_string_pretty(config)? + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ConsoleConfig, IrqchipKind};
+    use crate::util::ByteSize;
+
+    fn flags() -> VmConfig {
+        VmConfig {
+            kernel: Some("flag".into()),
+            mem: ByteSize::mib(64),
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_is_printed_is_read() {
+        let config = VmConfig {
+            kernel: Some("Image".into()),
+            initrd: Some("initrd".into()),
+            cmdline: "a \"b\"".into(),
+            mem: ByteSize::kib(5000),
+            cpus: 1,
+            irqchip: IrqchipKind::AiaEmul,
+            console: ConsoleConfig::File("log".into()),
+        };
+        assert_eq!(
+            overlay(&print(&config).unwrap(), &flags(), |_| false).unwrap(),
+            config
+        );
+        let default = VmConfig::default();
+        assert_eq!(overlay("{}", &flags(), |_| false).unwrap(), default);
+    }
+
+    #[test]
+    fn flags_go_before_the_file() {
+        let file = r#"{ "kernel": "file", "mem": "1G", "irqchip": "plic" }"#;
+        let merged = overlay(file, &flags(), |flag| flag == "mem").unwrap();
+        assert_eq!(merged.kernel, Some("file".into()));
+        assert_eq!(merged.mem, ByteSize::mib(64));
+        assert_eq!(merged.irqchip, IrqchipKind::Plic);
+    }
+
+    #[test]
+    fn unknown_keys_and_values_are_named() {
+        for (file, parts) in [
+            (
+                r#"{ "memory": "1G" }"#,
+                &["`memory`", "`mem`", "`kernel`", "line 1"][..],
+            ),
+            (r#"{ "irqchip": "apic" }"#, &["`apic`", "`plic`"]),
+            (r#"{ "mem": "much" }"#, &["not a size"]),
+            (r#"{ "console": "tty" }"#, &["socket=PATH"]),
+            (r#"{ "mem": "1G" "#, &["line 1"]),
+            ("[]", &["invalid"]),
+        ] {
+            let line = overlay(file, &flags(), |_| false).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| line.contains(part)), "{line}");
+            assert!(!line.contains('\n'), "{line}");
+        }
+    }
+}

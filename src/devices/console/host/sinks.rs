@@ -1,0 +1,46 @@
+//! Consoles without input: a file, and nowhere.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+use super::Endpoint;
+
+/// Drops output.
+pub(super) struct Nowhere;
+
+impl Endpoint for Nowhere {
+    fn write(&self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, _: &mut [u8], _: &OwnedFd) -> Result<usize, Errno> {
+        Ok(0)
+    }
+}
+
+/// Keeps output in a file.
+pub(super) struct LogFile(File);
+
+impl LogFile {
+    /// Creates the file, or empties the one that is there.
+    pub(super) fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path);
+        let file = file.with_context(|| format!("Failed to create console file {path:?}"))?;
+        Ok(Self(file))
+    }
+}
+
+impl Endpoint for LogFile {
+    fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        (&self.0).write_all(bytes)
+    }
+
+    fn read(&self, _: &mut [u8], _: &OwnedFd) -> Result<usize, Errno> {
+        Ok(0)
+    }
+}
