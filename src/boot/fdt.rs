@@ -113,6 +113,7 @@ fn cpu(machine: &Machine, hart: u32, fdt: &mut FdtWriter) -> Result<(), FdtError
     fdt.property_string("compatible", "riscv,cpu-intc")?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;
+    fdt.property_u32("#address-cells", 0)?;
     fdt.property_phandle((machine.hart_intc_phandle)(hart))?;
     fdt.end_node(intc)?;
     fdt.end_node(node)

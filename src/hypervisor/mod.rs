@@ -36,7 +36,7 @@ pub enum Error {
     /// More guest RAM than guest-physical addresses reach.
     #[error(
         "{size} of guest RAM end beyond this host's {bits}-bit guest-physical addresses: \
-         --mem can be at most {}", .max.as_flag()
+         --mem can be at most {}", .max.as_flag_at_most()
     )]
     GpaWidth {
         /// What was asked for.
@@ -49,7 +49,7 @@ pub enum Error {
     /// More guest RAM than one memslot holds.
     #[error(
         "{size} of guest RAM are more than one KVM memslot holds: --mem can be at most {}",
-        .max.as_flag()
+        .max.as_flag_at_most()
     )]
     MemslotSize {
         /// What was asked for.

@@ -121,6 +121,7 @@ impl InKernelAia {
         fdt.property_array_u64("reg", &[base, size])?;
         fdt.property_null("interrupt-controller")?;
         fdt.property_u32("#interrupt-cells", 0)?;
+        fdt.property_u32("#address-cells", 0)?;
         fdt.property_null("msi-controller")?;
         fdt.property_u32("#msi-cells", 0)?;
         fdt.property_array_u32("interrupts-extended", &files)?;

@@ -31,6 +31,15 @@ impl ByteSize {
         self.0
     }
 
+    /// As a flag takes it, at most this size, with few digits: `8191G` for 8 TiB less a page.
+    pub fn as_flag_at_most(self) -> String {
+        let unit = UNITS.iter().find(|(_, shift)| self.0 >> shift >= 1000);
+        match unit {
+            Some((suffix, shift)) => format!("{}{suffix}", self.0 >> shift),
+            None => self.as_flag(),
+        }
+    }
+
     /// As a flag takes it: exact, with the largest suffix that divides it (`64M`, `1536K`).
     pub fn as_flag(self) -> String {
         let unit = UNITS
@@ -173,6 +182,18 @@ mod tests {
         ] {
             assert_eq!(ByteSize(bytes).to_string(), people);
             assert_eq!(ByteSize(bytes).as_flag(), flag);
+        }
+    }
+
+    #[test]
+    fn a_limit_has_few_digits() {
+        for (bytes, flag) in [
+            ((8 << 40) - 4096, "8191G"),
+            (4 << 30, "4096M"),
+            ((1 << 59) - (1 << 31) - 4096, "524287T"),
+            (999, "999"),
+        ] {
+            assert_eq!(ByteSize(bytes).as_flag_at_most(), flag);
         }
     }
 }

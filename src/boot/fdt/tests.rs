@@ -105,6 +105,7 @@ const GOLDEN: &str = r#"{
         compatible = "riscv,cpu-intc"
         interrupt-controller
         #interrupt-cells = 00000001
+        #address-cells = 00000000
         phandle = 00000001
       }
     }
