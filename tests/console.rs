@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{POWERED_OFF, Rvmm, TERMINATED, boot, nonce};
+use common::{POWERED_OFF, Rvmm, TERMINATED, nonce};
 
 /// Bytes in the console's pipe that show that nobody reads (the pipe holds 64 KiB, the flood is 1 MiB).
 const STALLED: u64 = 32 << 10;
@@ -20,9 +20,7 @@ fn flood() -> String {
 
 #[test]
 fn input_by_dbcn_and_uart() {
-    let Some(mut vm) = boot(Rvmm::guest("echo")) else {
-        return;
-    };
+    let mut vm = Rvmm::guest("echo").spawn();
     let (first, second) = (nonce(), nonce());
     vm.wait_for("ready\n");
     vm.send(format!("{first}\n"));
@@ -40,9 +38,7 @@ fn input_by_dbcn_and_uart() {
 /// Input that comes before the guest asks for it, and ends: all of it arrives.
 #[test]
 fn input_ahead_of_the_guest() {
-    let Some(mut vm) = boot(Rvmm::guest("echo")) else {
-        return;
-    };
+    let mut vm = Rvmm::guest("echo").spawn();
     vm.send("first\nsecond\n");
     vm.close_stdin();
     vm.finish().assert_console(
@@ -53,30 +49,21 @@ fn input_ahead_of_the_guest() {
 
 #[test]
 fn input_at_its_end() {
-    let Some(vm) = boot(Rvmm::guest("console").stdin_null()) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("console").stdin_null().run();
     assert!(end.console.ends_with("console: done\n"));
     end.assert_status(POWERED_OFF);
 }
 
 #[test]
 fn input_closed() {
-    let Some(vm) = boot(Rvmm::guest("console").stdin_closed()) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("console").stdin_closed().run();
     assert!(end.console.ends_with("console: done\n"));
     end.assert_status(POWERED_OFF);
 }
 
 #[test]
 fn a_flood_is_complete() {
-    let Some(vm) = boot(Rvmm::guest("flood")) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("flood").run();
     // Not assert_eq: a failure would print the flood twice more.
     assert!(
         end.console == flood(),
@@ -88,9 +75,7 @@ fn a_flood_is_complete() {
 /// The guest writes more than anyone takes: it is told so, and nothing is lost once somebody reads.
 #[test]
 fn a_flood_that_stalls_is_complete() {
-    let Some(mut vm) = boot(Rvmm::guest("flood").console_unread()) else {
-        return;
-    };
+    let mut vm = Rvmm::guest("flood").console_unread().spawn();
     vm.wait_for_unread(STALLED);
     vm.read_console();
     let end = vm.finish();
@@ -104,9 +89,7 @@ fn a_flood_that_stalls_is_complete() {
 /// A reader that goes away (`rvmm ... | head`) ends neither rvmm nor the guest.
 #[test]
 fn a_reader_that_leaves() {
-    let Some(mut vm) = boot(Rvmm::guest("flood").console_unread()) else {
-        return;
-    };
+    let mut vm = Rvmm::guest("flood").console_unread().spawn();
     vm.wait_for_unread(STALLED);
     vm.close_console();
     vm.finish().assert_status(POWERED_OFF);
@@ -114,9 +97,7 @@ fn a_reader_that_leaves() {
 
 #[test]
 fn sigterm_to_a_guest_that_spins() {
-    let Some(vm) = boot(Rvmm::guest("spin")) else {
-        return;
-    };
+    let vm = Rvmm::guest("spin").spawn();
     vm.wait_for("spinning\n");
     vm.terminate();
     vm.finish().assert_console(TERMINATED, &["spinning"]);
@@ -124,9 +105,7 @@ fn sigterm_to_a_guest_that_spins() {
 
 #[test]
 fn sigterm_to_a_guest_that_sleeps() {
-    let Some(vm) = boot(Rvmm::guest("idle")) else {
-        return;
-    };
+    let vm = Rvmm::guest("idle").spawn();
     vm.wait_for("idle\n");
     vm.terminate();
     vm.finish().assert_console(TERMINATED, &["idle"]);
@@ -135,9 +114,7 @@ fn sigterm_to_a_guest_that_sleeps() {
 /// Output that nobody reads does not keep rvmm from ending.
 #[test]
 fn sigterm_while_nobody_reads() {
-    let Some(vm) = boot(Rvmm::guest("flood").console_unread()) else {
-        return;
-    };
+    let vm = Rvmm::guest("flood").console_unread().spawn();
     vm.wait_for_unread(STALLED);
     vm.terminate();
     vm.finish().assert_status(TERMINATED);

@@ -4,15 +4,12 @@
 
 mod common;
 
-use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, boot};
+use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm};
 
 /// Run guest `name` to its end and compare all that it wrote.
 #[track_caller]
 fn check(name: &str, status: i32, lines: &[&str]) {
-    let Some(vm) = boot(Rvmm::guest(name)) else {
-        return;
-    };
-    vm.finish().assert_console(status, lines);
+    Rvmm::guest(name).run().assert_console(status, lines);
 }
 
 /// The simplest guest there is: the VM is entered, the guest's one act is the SBI call that shuts down, rvmm exits 0.
@@ -33,10 +30,7 @@ fn cold_reboot() {
 
 #[test]
 fn console() {
-    let Some(vm) = boot(Rvmm::guest("console").args(["--mem", "128M"])) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("console").args(["--mem", "128M"]).run();
     // Where the host's kernel has the legacy calls, this one arrives with its byte, and answers in a0 alone. Elsewhere
     // (Debian) KVM refuses it as it does an unknown extension, and a1 is the value of the error: none of rvmm's doing.
     let putchar = if end.console.contains("putchar: [X]") {
@@ -105,10 +99,7 @@ fn touching_what_is_not_there() {
 /// kernel loses the trap (`illegal.S` says where), the guest cannot go on.
 #[test]
 fn illegal_instruction() {
-    let Some(vm) = boot(Rvmm::guest("illegal")) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("illegal").run();
     if end.console.contains("trap") {
         let lines = [
             "illegal: now",
@@ -125,10 +116,7 @@ fn illegal_instruction() {
 /// instruction, which the guest reports as a failure.
 #[test]
 fn seed() {
-    let Some(vm) = boot(Rvmm::guest("seed")) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("seed").run();
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").expect("read /proc/cpuinfo");
     if cpuinfo.contains("_zkr") {
         end.assert_console(POWERED_OFF, &["seed: es16"]);
@@ -146,10 +134,7 @@ fn seed() {
 /// An instruction that KVM emulates on no kernel.
 #[test]
 fn unrunnable_atomic() {
-    let Some(vm) = boot(Rvmm::guest("amo")) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("amo").run();
     end.assert_console(CANNOT_GO_ON, &["amo"]);
     assert!(
         end.log.lines().any(|line| line.starts_with("rvmm: ")),
@@ -161,10 +146,7 @@ fn unrunnable_atomic() {
 /// sure of the end.
 #[test]
 fn unrunnable_jump() {
-    let Some(vm) = boot(Rvmm::guest("unrunnable")) else {
-        return;
-    };
-    let end = vm.finish();
+    let end = Rvmm::guest("unrunnable").run();
     let lines: &[&str] = if end.console.contains("fault") {
         &["jumping", "fault: cause=1"]
     } else {

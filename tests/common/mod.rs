@@ -43,15 +43,3 @@ pub(crate) fn nonce() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     format!("{:016x}", RandomState::new().build_hasher().finish())
 }
-
-/// Start a guest. On a host without AIA, where this version of rvmm runs none, check that it says so in one line, and return
-/// `None`: the case has nothing more to show there.
-#[cfg(target_arch = "riscv64")]
-pub(crate) fn boot(rvmm: Rvmm) -> Option<Vm> {
-    if host::kind() != host::Kind::NoAia {
-        return Some(rvmm.spawn());
-    }
-    let end = rvmm.run();
-    end.assert_refused(HOST_FAILED, &["AIA"]);
-    None
-}
