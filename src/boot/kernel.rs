@@ -142,7 +142,7 @@ impl Image {
     /// An EFI-stub kernel is a PE file too, and its section table tells where the file ends.
     fn check_sections(&self, head: &[u8]) -> Result<(), KernelError> {
         match pe_file_end(head) {
-            Some(promised) if promised > self.file_size => Err(KernelError::Truncated {
+            promised if promised > self.file_size => Err(KernelError::Truncated {
                 promised,
                 file: self.file_size,
             }),
@@ -151,23 +151,33 @@ impl Image {
     }
 }
 
-/// The end of the last section's bytes in the file, where the Image is a PE file whose section
-/// table lies in `head` (PE Format, "COFF File Header" and "Section Table").
-fn pe_file_end(head: &[u8]) -> Option<u64> {
+/// How many bytes a file that starts with `head` has at least, as far as its PE headers tell: the
+/// end of the last section's bytes, or of the headers themselves where `head` ends before them
+/// (PE Format, "COFF File Header" and "Section Table"). 0 for an Image that is no PE file.
+fn pe_file_end(head: &[u8]) -> u64 {
     const COFF_SIZE: usize = 24;
     const SECTION_SIZE: usize = 40;
-    let pe = usize::try_from(u32_at(head, 60)).ok()?;
-    let coff = head.get(pe..)?;
-    if !head.starts_with(b"MZ") || !coff.starts_with(b"PE\0\0") || coff.len() < COFF_SIZE {
-        return None;
+    let pe = u32_at(head, 60) as usize;
+    // Headers beyond the part that was read are left alone: no kernel has them there.
+    if !head.starts_with(b"MZ") || pe == 0 || pe > HEAD_SIZE / 2 {
+        return 0;
     }
-    let (sections, optional) = (u16_at(coff, 6), u16_at(coff, 20));
-    let table = coff.get(COFF_SIZE + usize::from(optional)..)?;
+    let Some(coff) = head.get(pe..pe + COFF_SIZE) else {
+        return (pe + COFF_SIZE) as u64;
+    };
+    if !coff.starts_with(b"PE\0\0") {
+        return 0;
+    }
+    let (sections, optional) = (usize::from(u16_at(coff, 6)), usize::from(u16_at(coff, 20)));
+    let start = pe + COFF_SIZE + optional;
+    let end = start + SECTION_SIZE * sections;
+    let Some(table) = head.get(start..end) else {
+        return if end > HEAD_SIZE { 0 } else { end as u64 };
+    };
     let ends = table
         .chunks_exact(SECTION_SIZE)
-        .take(sections.into())
         .map(|section| u64::from(u32_at(section, 16)) + u64::from(u32_at(section, 20)));
-    ends.max()
+    ends.max().unwrap_or(0)
 }
 
 /// Names what a file without an Image header is.

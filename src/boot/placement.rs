@@ -32,12 +32,12 @@ pub struct Placement {
     pub fdt: Range<u64>,
 }
 
-/// RAM is too small for what it should hold.
+/// RAM is too small for what it should hold; "it" is the kernel, which the caller names.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{ram} of guest RAM are too small for a kernel that ends {} into it{}: give at least --mem {}",
+    "{ram} of guest RAM are too small: it ends {} into RAM{}; give at least --mem {}",
     .kernel,
-    .initrd.map(|size| format!(" and an initrd of {size}")).unwrap_or_default(),
+    .initrd.map(|size| format!(", and the initrd has {size}")).unwrap_or_default(),
     .enough.as_flag()
 )]
 pub struct TooSmall {
@@ -86,10 +86,10 @@ impl Placement {
     }
 }
 
-/// A round size for a guest whose boot files take `needed` bytes, with as much again as Linux
-/// needs to unpack an initrd and start: at least 8 MiB and a quarter more.
+/// A round size for a guest whose boot files take `needed` bytes, with room for its work: Debian's
+/// kernel ends 32 MiB into RAM and takes 70 MiB of it before it frees what only booting needs.
 fn enough(needed: u64) -> ByteSize {
-    ByteSize((needed + needed / 4 + ByteSize::mib(8).bytes()).next_power_of_two())
+    ByteSize((needed * 2 + ByteSize::mib(16).bytes()).next_power_of_two())
 }
 
 #[cfg(test)]
@@ -149,8 +149,8 @@ mod tests {
         let error = plan(ByteSize::kib(1), Some(2 << 20)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "1 KiB of guest RAM are too small for a kernel that ends 32.4 MiB into it and an \
-             initrd of 2 MiB: give at least --mem 64M"
+            "1 KiB of guest RAM are too small: it ends 32.4 MiB into RAM, and the initrd has 2 MiB; \
+             give at least --mem 128M"
         );
         assert!(plan(error.enough, Some(2 << 20)).is_ok());
         assert!(plan(ByteSize::mib(1), Some(u64::MAX)).is_err());

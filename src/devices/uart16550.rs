@@ -1,6 +1,6 @@
 //! A 16550A UART: National Semiconductor's PC16550D data sheet, registers a byte apart.
 //!
-//! [`Registers`] is the chip, pure: it reads and writes a [`Console`] and tells the level of its
+//! `Registers` is the chip, pure: it reads and writes a [`Console`] and tells the level of its
 //! interrupt. [`Uart`] attaches it to the bus and to a wire.
 //!
 //! Two departures, both for input that was typed before the guest listens: the line holds up

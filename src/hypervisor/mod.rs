@@ -1,6 +1,6 @@
 //! The seam to the kernel: what rvmm needs of a hypervisor, in values that any host can make.
 //!
-//! [`kvm`] speaks to KVM, on riscv64 only; unit tests bring fakes. Nothing outside this module
+//! `kvm` speaks to KVM, on riscv64 only; unit tests bring fakes. Nothing outside this module
 //! names an ioctl.
 
 pub mod host;
@@ -72,7 +72,7 @@ impl Error {
 /// The outcome of a request to the hypervisor.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Makes virtual machines. One per process: [`kvm::Kvm`], or a fake.
+/// Makes virtual machines. One per process: `kvm::Kvm`, or a fake.
 pub trait Hypervisor {
     /// A machine without RAM and vCPUs.
     fn create_vm(&self) -> Result<Arc<dyn Vm>>;

@@ -1,7 +1,7 @@
 //! The PLIC, in userspace, for hosts without AIA: RISC-V Platform-Level Interrupt Controller
 //! Specification 1.0.0, level-triggered gateways.
 //!
-//! [`Core`] is the controller, pure; [`Plic`] attaches it to the bus and to the harts. As under
+//! `Core` is the controller, pure; [`Plic`] attaches it to the bus and to the harts. As under
 //! QEMU's TCG each hart has two contexts: the even one is machine mode's, kept for guests that
 //! count, and never delivers; the odd one is supervisor mode's.
 

@@ -87,6 +87,15 @@ fn a_truncated_file_is_told() {
         Err(KernelError::NotImage)
     );
     assert!(Image::parse(&efi_stub(4096), FILE).is_ok());
+    for (length, promised) in [(64, 88), (87, 88), (88, 144), (143, 144)] {
+        assert_eq!(
+            Image::parse(&efi_stub(4096)[..length], length as u64),
+            Err(KernelError::Truncated {
+                promised,
+                file: length as u64
+            })
+        );
+    }
     assert_eq!(
         Image::parse(&efi_stub(4608), FILE),
         Err(KernelError::Truncated {
