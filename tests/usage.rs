@@ -101,6 +101,6 @@ fn other_architectures() {
     let end = rvmm(&["--kernel", "x"]);
     end.assert_one_line(
         common::HOST_FAILED,
-        &["riscv64", std::env::consts::ARCH, "scripts/demo"],
+        &["64-bit RISC-V", std::env::consts::ARCH, "scripts/demo"],
     );
 }
