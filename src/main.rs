@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use log::{LevelFilter, info};
+use log::LevelFilter;
 use rvmm::cli::{self, Cli, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
@@ -31,10 +31,7 @@ fn run(cli: &Cli) -> ExitCode {
     }
     match run_machine(cli) {
         Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(outcome)) if outcome.is_expected() => {
-            info!("{outcome}");
-            ExitCode::from(outcome.exit_status())
-        }
+        Ok(Some(outcome)) if outcome.is_expected() => ExitCode::from(outcome.exit_status()),
         Ok(Some(outcome)) => end(&outcome.to_string(), outcome.exit_status()),
         Err(error) => end(&format!("{error:#}"), STATUS_HOST),
     }

@@ -57,6 +57,9 @@ impl Machine {
         let vcpus = self.start_vcpus(&tell)?;
         info!("the guest runs");
         let outcome = first_event(&events, timeout)?;
+        if let Ok(outcome) = &outcome {
+            info!("{outcome}");
+        }
         // No guest runs on: what the console holds now is the last of it.
         drop(vcpus);
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));

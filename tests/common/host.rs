@@ -3,8 +3,10 @@
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_MODE_AUTO,
-    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+    KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_CONFIG_SRCS, KVM_DEV_RISCV_AIA_CTRL_INIT,
+    KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL,
+    KVM_DEV_RISCV_AIA_GRP_IMSIC, KVM_DEV_RISCV_AIA_MODE_AUTO, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
 };
 use kvm_ioctls::Kvm;
 
@@ -72,4 +74,53 @@ fn probe() -> Kind {
         Err(e) if e.errno() == EINVAL => Kind::AiaEmul,
         Err(e) => panic!("KVM_SET_DEVICE_ATTR of the AIA's mode: {e}"),
     }
+}
+
+/// Which of `enables` an emulated IMSIC keeps: `eie0` of a VM of one vCPU, written and read.
+pub(crate) fn imsic_enables_kept(enables: u64) -> u64 {
+    const APLIC: u64 = 0x0d00_0000;
+    const IMSIC: u64 = 0x2800_0000;
+    const EIE0: u64 = 0xc0;
+    let vm = Kvm::new().expect("/dev/kvm").create_vm().expect("a VM");
+    let mut device = kvm_create_device {
+        type_: kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+        fd: 0,
+        flags: 0,
+    };
+    let aia = vm.create_device(&mut device).expect("the AIA");
+    let _vcpu = vm.create_vcpu(0).expect("a vCPU");
+    let attr = |group: u32, attr: u64, addr: u64| kvm_device_attr {
+        flags: 0,
+        group,
+        attr,
+        addr,
+    };
+    let set = |group, number, value: u64| {
+        let address = std::ptr::from_ref(&value).addr() as u64;
+        aia.set_device_attr(&attr(group, number, address))
+            .unwrap_or_else(|e| panic!("AIA group {group} attribute {number:#x}: {e}"));
+    };
+    set(
+        KVM_DEV_RISCV_AIA_GRP_CONFIG,
+        KVM_DEV_RISCV_AIA_CONFIG_SRCS.into(),
+        31,
+    );
+    set(KVM_DEV_RISCV_AIA_GRP_ADDR, 0, APLIC);
+    set(KVM_DEV_RISCV_AIA_GRP_ADDR, 1, IMSIC);
+    set(
+        KVM_DEV_RISCV_AIA_GRP_CTRL,
+        KVM_DEV_RISCV_AIA_CTRL_INIT.into(),
+        0,
+    );
+    set(KVM_DEV_RISCV_AIA_GRP_IMSIC, EIE0, enables);
+    let mut kept = 0u64;
+    let address = std::ptr::from_mut(&mut kept).addr() as u64;
+    let mut request = attr(KVM_DEV_RISCV_AIA_GRP_IMSIC, EIE0, address);
+    #[allow(
+        unsafe_code,
+        reason = "kvm-ioctls leaves the value's type to the caller"
+    )]
+    // SAFETY: KVM writes an unsigned long, which `kept` is.
+    unsafe { aia.get_device_attr(&mut request) }.expect("read eie0");
+    kept
 }

@@ -197,8 +197,33 @@ impl Vm {
 
     /// Send SIGTERM.
     pub(crate) fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Wait until rvmm has told `text` among its own messages.
+    pub(crate) fn wait_for_log(&self, text: &str) {
+        let mut state = self.log.lock();
+        while !contains(&state.bytes, text.as_bytes()) {
+            assert!(!state.ended, "rvmm ended and never told {text:?}");
+            state = self.log.wait(state, self.deadline, text);
+        }
+    }
+
+    /// The most memory it has had resident so far that was its own or the guest's, in KiB.
+    pub(crate) fn peak_rss_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(&path).expect(&path);
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number
+            .and_then(|number| number.parse().ok())
+            .expect("VmHWM is a number")
+    }
+
+    /// Send the signal of this name, as `kill` knows it.
+    pub(crate) fn signal(&self, name: &str) {
         // The shell's builtin: std has no way to send a signal other than SIGKILL.
-        let kill = format!("kill -TERM {}", self.child.id());
+        let kill = format!("kill -{name} {}", self.child.id());
         let status = Command::new("sh")
             .args(["-c", &kill])
             .status()

@@ -1,0 +1,88 @@
+//! How a machine is described and how it ends: configuration files, time-outs, signals, consoles.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+
+use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE, files};
+
+/// Exit status: the time is over.
+const TIMED_OUT: i32 = 124;
+/// Exit status: ended by SIGINT (128 + 2).
+const INTERRUPTED: i32 = 130;
+
+fn temporary(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("rvmm-machine-{}-{name}", std::process::id()))
+}
+
+#[test]
+fn a_timeout_ends_a_guest_that_spins() {
+    let end = Rvmm::guest("spin").args(["--timeout", "2s"]).run();
+    end.assert_console(TIMED_OUT, &["spinning"]);
+}
+
+#[test]
+fn a_guest_that_ends_in_time_ends_as_ever() {
+    let end = Rvmm::guest("shutdown").args(["--timeout", "5m"]).run();
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn sigint_ends_a_guest_that_spins() {
+    let vm = Rvmm::guest("spin").spawn();
+    vm.wait_for("spinning\n");
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+#[test]
+fn a_stopped_machine_goes_on() {
+    let vm = Rvmm::guest("spin").spawn();
+    vm.wait_for("spinning\n");
+    vm.signal("TSTP");
+    vm.signal("CONT");
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+#[test]
+fn no_console_is_no_output() {
+    let end = Rvmm::guest("console").args(["--console", "none"]).run();
+    assert!(end.console.is_empty());
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn what_is_printed_runs() {
+    let kernel = files::guest("console");
+    let printed = Rvmm::new()
+        .arg("--kernel")
+        .arg(&kernel)
+        .args(["--mem", "32M", "--irqchip", "plic", "--print-config"])
+        .run();
+    printed.assert_status(POWERED_OFF);
+    let path = temporary("config");
+    fs::write(&path, &printed.console).expect("write the configuration");
+    let end = Rvmm::new().arg("--config").arg(&path).arg("-v").run();
+    fs::remove_file(&path).expect("remove it");
+    assert!(end.console.contains("console: done"));
+    assert!(end.log.contains("PLIC"));
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn a_configuration_with_an_unknown_key_is_refused() {
+    let path = temporary("unknown");
+    fs::write(&path, r#"{ "kernel": "Image", "memory": "1G" }"#).expect("write the configuration");
+    let end = Rvmm::new().arg("--config").arg(&path).run();
+    fs::remove_file(&path).expect("remove it");
+    end.assert_one_line(USAGE, &["memory", "mem", "irqchip"]);
+}
+
+#[test]
+fn a_configuration_that_is_not_there() {
+    let end = Rvmm::new().args(["--config", "/nope.json"]).run();
+    end.assert_one_line(HOST_FAILED, &["/nope.json", "No such file"]);
+}
