@@ -109,7 +109,6 @@ env_check_network() {
 env_build_docker() {
     env_prepare
     must "Build the cross-environment with $ENV_ENGINE" env_engine_build
-    ui_count_downloads
     rm -rf "$ENV_CONTEXT"
 }
 
@@ -132,12 +131,9 @@ env_build_buildah() {
     env_prepare
     if ! env_has_tools; then
         must "Install ${ENV_PACKAGES[*]}" env_install
-        ui_count_downloads
     fi
     must "Make the Debian base with mmdebstrap" env_make_base "$ENV_MIRROR"
-    ui_count_downloads
     must "Build the cross-environment with buildah" env_buildah_build
-    ui_count_downloads
     touch "$RVMM_CACHE/env/$ENV_NAME.done"
     rm -rf "$ENV_CONTEXT"
 }

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The rig: build rvmm and L1, boot L1 in QEMU, run a payload in it, get its result.
 #
-#   rig_build            rvmm (release, static riscv64), the guests, L1's base
+#   rig_build            rvmm (release, static riscv64), then rig_assemble: the guests, L1's base
 #   rig_begin KIND       a new payload for a kind of host; add files below $RIG_RUN/root/payload
 #   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
 #   rig_status           the payload's exit status; fails when L1 gave none
@@ -14,10 +14,18 @@ readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 
 RIG_RUN=
 RIG_TTY=
+RIG_CHILD=
 
 rig_build() {
-    must "Build rvmm for riscv64" env_run cargo build --release --locked --bin rvmm --target "$RVMM_TRIPLE"
-    ui_count_downloads
+    must "Build rvmm for riscv64" rig_build_rvmm
+    rig_assemble
+}
+
+rig_build_rvmm() {
+    env_run cargo build --release --locked --bin rvmm --target "$RVMM_TRIPLE"
+}
+
+rig_assemble() {
     must "Build the guests" env_run scripts/guests "$RIG_GUESTS"
     RIG_BASE=$RVMM_CACHE/l1/$(rig_base_key).cpio
     [[ -e $RIG_BASE ]] || must "Assemble L1" rig_make_base
@@ -116,8 +124,13 @@ rig_terminal_back() {
     RIG_TTY=
 }
 
-# Every way out: the terminal as it was, no files of the run.
+# Every way out: the terminal as it was, no L1, no files of the run.
 rig_cleanup() {
+    if [[ -n $RIG_CHILD ]]; then
+        pkill -TERM -P "$RIG_CHILD" || true
+        wait "$RIG_CHILD" || true
+        RIG_CHILD=
+    fi
     rig_terminal_back
     [[ -z $RIG_RUN ]] || rm -rf "$RIG_RUN"
     RIG_RUN=
@@ -126,7 +139,10 @@ rig_cleanup() {
 # Both commands that run one thing in L1: boot, tell what went wrong, end with its status.
 rig_run() {
     local limit=$1 status
-    rig_boot "$limit" || true
+    rig_boot "$limit" <&0 & # in the background, so that a signal ends it at once
+    RIG_CHILD=$!
+    wait "$RIG_CHILD" || true
+    RIG_CHILD=
     rig_terminal_back
     if ! status=$(rig_status); then
         say "L1 ended without a result; the end of its log:"

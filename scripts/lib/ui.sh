@@ -32,6 +32,7 @@ step() {
     ui_watch "$title"
     wait "$UI_CHILD" || status=$?
     UI_CHILD=
+    ui_count_downloads
     ui_end "$title" "$start" "$status"
     return "$status"
 }
