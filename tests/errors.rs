@@ -231,7 +231,7 @@ fn initrd_is_too_large() {
         "--initrd".as_ref(),
         initrd.as_os_str(),
     ];
-    refuse(&args, &["too small", "at least --mem 2G"]);
+    refuse(&args, &["too small", "1 GiB", "at least --mem"]);
 }
 
 #[test]
