@@ -27,7 +27,7 @@ env_up() {
     }
     env_is_built || "env_build_$ENV_ENGINE"
     exec {lock}>&-
-    say "[$(ui_since "$start") s] The cross-environment is ready$(ui_downloaded)"
+    say "[$(ui_since "$start") s] The cross-environment is ready$(ui_downloaded "$UI_BYTES")"
 }
 
 # One short name for all that it is made from.
@@ -74,7 +74,7 @@ env_is_built() {
 # Everything the three engines share before a cold build: room, a mirror, and the build's context.
 env_prepare() {
     local free
-    free=$(df --output=avail --block-size=1M "$RVMM_CACHE" | tail -n 1)
+    free=$(df --output=avail --block-size=1M "$RVMM_CACHE" | tail -n 1 | tr -d " ")
     ((free >= ENV_NEEDS_MIB)) || die "not enough space for the cross-environment: $RVMM_CACHE has $free MiB free and needs $ENV_NEEDS_MIB; free some, or set XDG_CACHE_HOME to a roomier place"
     ENV_MIRROR=$(env_mirror)
     [[ -z $ENV_MIRROR ]] || env_check_network "$ENV_MIRROR"

@@ -7,6 +7,7 @@
 readonly UI_HEARTBEAT=30
 UI_LOG=
 UI_CHILD=
+UI_BYTES=0
 
 # Say one line.
 say() {
@@ -32,7 +33,6 @@ step() {
     ui_watch "$title"
     wait "$UI_CHILD" || status=$?
     UI_CHILD=
-    ui_count_downloads
     ui_end "$title" "$start" "$status"
     return "$status"
 }
@@ -52,8 +52,8 @@ ui_show_log() {
 
 ui_log_name() {
     local name=${1//[^A-Za-z0-9]/-}
-    mkdir -p "$RVMM_CACHE/log"
-    printf '%s/log/%s.log' "$RVMM_CACHE" "${name,,}"
+    mkdir -p "$RVMM_TARGET/log"
+    printf '%s/log/%s.log' "$RVMM_TARGET" "${name,,}"
 }
 
 # Seconds since an $EPOCHREALTIME, with one decimal, right-aligned.
@@ -68,11 +68,13 @@ ui_begin() {
 }
 
 ui_end() {
-    local title=$1 took failed=
+    local title=$1 failed='' took bytes
     took=$(ui_since "$2")
+    bytes=$(ui_count_downloads)
+    UI_BYTES=$((UI_BYTES + bytes))
     [[ $3 == 0 ]] || failed=': failed'
     [[ ! -t 2 ]] || printf '\r\e[K' >&2
-    say "[$took s] $title$failed"
+    say "[$took s] $title$failed$(ui_downloaded "$bytes")"
 }
 
 # Until the step ends: redraw the live line, or beat.
@@ -92,31 +94,39 @@ ui_watch() {
 
 ui_live() {
     local width line
-    width=$(stty size <&2 2>/dev/null | cut -d' ' -f2)
+    width=$(stty size <&2 2>/dev/null | cut -d' ' -f2) || width=80
     line=$(printf '[%4d   s] %s: %s' "$2" "$1" "$(ui_last_line)")
-    printf '\r\e[K%s' "${line:0:${width:-80}-1}" >&2
+    printf '\r\e[K%s' "${line:0:width-1}" >&2
 }
 
 ui_last_line() {
     tail -c 400 "$UI_LOG" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | grep -v '^ *$' | tail -n 1
 }
 
-# What apt and cargo say in the last step's log that they downloaded is added to a running total of bytes.
-UI_BYTES=0
+# The bytes that the last step downloaded: apt tells them, cargo names the crates.
 ui_count_downloads() {
-    local bytes
-    bytes=$(sed -nE 's/,//g; s/.*Fetched ([0-9.]+) ([kMG]?)B in .*/\1 \2/p
-                     s/.*Downloaded .*crates? \(([0-9.]+) ?([KMG]?)i?B\).*/\1 \2/p' "$UI_LOG" |
-        awk '{ x["k"] = x["K"] = 1e3; x["M"] = 1e6; x["G"] = 1e9; x[""] = 1; sum += $1 * x[$2] } END { printf "%d", sum }')
-    UI_BYTES=$((UI_BYTES + bytes))
+    {
+        sed -nE 's/,//g; s/.*Fetched ([0-9.]+) ([kMG]?)B in .*/\1 \2/p' "$UI_LOG"
+        sed -nE 's/^ *Downloaded ([^ ]+) v([^ ]+)$/\1-\2.crate/p' "$UI_LOG" | ui_crate_sizes
+    } | awk '{ x["k"] = 1e3; x["M"] = 1e6; x["G"] = 1e9; x[""] = 1; sum += $1 * x[$2] } END { printf "%d", sum }'
 }
 
-# "; downloaded 612 MB" when anything was.
+ui_crate_sizes() {
+    local crate
+    while read -r crate; do
+        stat --format %s "$RVMM_CACHE"/cargo/registry/cache/*/"$crate" 2>/dev/null || true
+    done
+}
+
+# ", 612.0 MB downloaded" when there are any bytes.
 ui_downloaded() {
-    ((UI_BYTES == 0)) || printf '; downloaded %d.%d MB' $((UI_BYTES / 1000000)) $((UI_BYTES / 100000 % 10))
+    (($1 == 0)) || printf ', %d.%d MB downloaded' $(($1 / 1000000)) $(($1 / 100000 % 10))
 }
 
 # Every way out: the running step goes too.
 ui_cleanup() {
-    [[ -z $UI_CHILD ]] || kill -TERM -- "-$UI_CHILD" 2>/dev/null
+    [[ -n $UI_CHILD ]] || return 0
+    kill -TERM -- "-$UI_CHILD" 2>/dev/null || true
+    wait "$UI_CHILD" || true
+    UI_CHILD=
 }
