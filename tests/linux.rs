@@ -59,7 +59,8 @@ fn typed_input() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// The UART's interrupt arrives, through the controller that fits the host: its count rises while the guest writes 4 KiB.
+/// The UART's interrupt arrives, through the controller that fits the host: its count rises with a
+/// typed line, and again while the guest writes 4 KiB.
 #[test]
 fn uart_interrupts() {
     let controller = match host::kind() {
@@ -89,15 +90,28 @@ fn uart_interrupts_by_emulated_aia() {
 
 #[track_caller]
 fn check_uart_interrupts(flags: &[&str], controller: &str) {
-    let end = linux(&nonce(), "irqs").args(flags).run();
-    let (before, after) = (uart_row(&end.console, 1), uart_row(&end.console, 2));
+    let nonce = nonce();
+    let mut vm = linux(&nonce, "irqs").args(flags).spawn();
+    vm.wait_for("rvmm-guest: ready");
+    vm.send(format!("typed {nonce}\n"));
+    let end = vm.finish();
+    assert_userspace(&end, &nonce);
+    assert!(
+        end.console
+            .contains(&format!("rvmm-guest: got typed {nonce}"))
+    );
+    let [before, typed, written] = [1, 2, 3].map(|n| uart_row(&end.console, n));
     assert!(
         before.contains(controller),
         "{before:?} is not by the {controller}"
     );
     assert!(
-        count(before) < count(after),
-        "{before:?} before 4 KiB of output, {after:?} after"
+        count(before) < count(typed),
+        "{before:?} before a typed line, {typed:?} after"
+    );
+    assert!(
+        count(typed) < count(written),
+        "{typed:?} before 4 KiB of output, {written:?} after"
     );
     end.assert_status(POWERED_OFF);
 }
