@@ -114,7 +114,7 @@ fn sigterm_to_a_guest_that_sleeps() {
 /// Output that nobody reads does not keep rvmm from ending.
 #[test]
 fn sigterm_while_nobody_reads() {
-    let vm = Rvmm::guest("flood").console_unread().spawn();
+    let mut vm = Rvmm::guest("flood").console_unread().spawn();
     vm.wait_for_unread(STALLED);
     vm.terminate();
     vm.finish().assert_status(TERMINATED);

@@ -183,10 +183,15 @@ impl Vm {
         self.console.end();
     }
 
-    /// Wait until at least `bytes` lie unread in the console's pipe (which holds 64 KiB).
-    pub(crate) fn wait_for_unread(&self, bytes: u64) {
+    /// Wait until at least `bytes` lie unread in the console's pipe (which holds 64 KiB); panics when rvmm ends before.
+    pub(crate) fn wait_for_unread(&mut self, bytes: u64) {
         let pipe = self.stdout.as_ref().expect("nobody reads the console yet");
         while rustix::io::ioctl_fionread(pipe).expect("FIONREAD") < bytes {
+            let ended = self.child.try_wait().expect("ask for rvmm's end");
+            assert_eq!(
+                ended, None,
+                "rvmm ended with less than {bytes} bytes on the console"
+            );
             assert!(
                 Instant::now() < self.deadline,
                 "timed out waiting for {bytes} unread bytes"
