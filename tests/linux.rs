@@ -59,6 +59,17 @@ fn typed_input() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
+/// Input that is there before the guest's kernel has begun: not a byte of it is lost.
+#[test]
+fn input_ahead_of_the_kernel() {
+    let nonce = nonce();
+    let mut vm = linux(&nonce, "echo").spawn();
+    vm.send(format!("early {nonce}\n"));
+    vm.close_stdin();
+    vm.wait_for(&format!("rvmm-guest: got early {nonce}"));
+    vm.finish().assert_status(POWERED_OFF);
+}
+
 /// The UART's interrupt arrives, through the controller that fits the host: its count rises with a
 /// typed line, and again while the guest writes 4 KiB.
 #[test]

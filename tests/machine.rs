@@ -42,6 +42,7 @@ fn a_stopped_machine_goes_on() {
     let vm = Rvmm::guest("spin").spawn();
     vm.wait_for("spinning\n");
     vm.signal("TSTP");
+    vm.wait_until_stopped();
     vm.signal("CONT");
     vm.signal("INT");
     vm.finish().assert_console(INTERRUPTED, &["spinning"]);

@@ -3,10 +3,11 @@
 //! `Registers` is the chip, pure: it reads and writes a [`Console`] and tells the level of its
 //! interrupt. [`Uart`] attaches it to the bus and to a wire.
 //!
-//! Two departures, both for input that was typed before the guest listens: the line holds up
-//! bytes after the receiver was reset until the guest looks at it once more, and reading the
-//! receive buffer without having seen that data is ready takes nothing. A driver that resets the
-//! chip and clears it by blind reads, as Linux' does, so loses no byte of a pipe.
+//! Input that comes before the guest listens is held back, as if the sender minded the modem lines
+//! and had little speed: after the receiver was reset until the guest looks at it once more, and
+//! while OUT2 is on (the driver uses interrupts) but neither RTS nor the receive interrupt. And
+//! reading the receive buffer without having seen that data is ready takes nothing. A driver that
+//! resets the chip and clears it by blind reads, as Linux' does, so loses no byte of a pipe.
 
 use std::sync::{Arc, Mutex};
 
@@ -41,6 +42,8 @@ const IIR_FIFOS: u8 = 0xc0;
 const FCR_ENABLE: u8 = 0x01;
 const FCR_CLEAR_RECEIVER: u8 = 0x02;
 const LCR_DLAB: u8 = 0x80;
+const MCR_RTS: u8 = 0x02;
+const MCR_OUT2: u8 = 0x08;
 const MCR_LOOPBACK: u8 = 0x10;
 const LSR_DATA_READY: u8 = 0x01;
 /// Transmitter holding register and shift register empty.
@@ -192,7 +195,12 @@ impl Registers {
         if self.loopback() {
             return self.looped.is_some();
         }
-        self.listening && console.input_len() > 0
+        self.listening && !self.held_back() && console.input_len() > 0
+    }
+
+    /// An interrupt-driven guest that is not ready to receive yet.
+    fn held_back(&self) -> bool {
+        self.mcr & (MCR_OUT2 | MCR_RTS) == MCR_OUT2 && self.ier & IER_RECEIVED == 0
     }
 
     fn can_send(&self, console: &Console) -> bool {

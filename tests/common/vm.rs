@@ -225,6 +225,23 @@ impl Vm {
             .expect("VmHWM is a number")
     }
 
+    /// Wait until a signal has stopped it: state T of `/proc/PID/stat`.
+    pub(crate) fn wait_until_stopped(&self) {
+        let path = format!("/proc/{}/stat", self.child.id());
+        loop {
+            let stat = std::fs::read_to_string(&path).expect(&path);
+            let state = stat.rsplit(") ").next().expect("a state");
+            if state.starts_with('T') {
+                return;
+            }
+            assert!(
+                Instant::now() < self.deadline,
+                "timed out waiting for a stop"
+            );
+            thread::sleep(POLL);
+        }
+    }
+
     /// Send the signal of this name, as `kill` knows it.
     pub(crate) fn signal(&self, name: &str) {
         // The shell's builtin: std has no way to send a signal other than SIGKILL.

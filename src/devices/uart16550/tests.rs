@@ -137,13 +137,32 @@ fn resetting_the_receiver_loses_nothing_that_was_typed() {
     bench.console.push_input(b"typed early");
     // An early console polls the line status for its transmitter.
     bench.read(reg::LSR);
-    // Linux' serial8250_do_startup: clear the FIFOs, then read everything once.
-    bench.write(reg::IIR_FCR, FCR_ENABLE);
-    bench.write(reg::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVER | 0x04);
-    bench.write(reg::IIR_FCR, 0);
-    for register in [reg::LSR, reg::RBR_THR, reg::IIR_FCR, reg::MSR] {
-        bench.read(register);
-    }
+    // Linux' serial8250_do_startup: clear the FIFOs, read everything once, test the transmitter's
+    // interrupt with OUT2 on, read everything again "for luck"; RTS and IER come later.
+    let clear = |bench: &Bench| {
+        bench.write(reg::IIR_FCR, FCR_ENABLE);
+        bench.write(reg::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVER | 0x04);
+        bench.write(reg::IIR_FCR, 0);
+    };
+    let read_everything = |bench: &Bench| {
+        for register in [reg::LSR, reg::RBR_THR, reg::IIR_FCR, reg::MSR] {
+            bench.read(register);
+        }
+    };
+    clear(&bench);
+    read_everything(&bench);
+    bench.read(reg::LSR);
+    bench.write(reg::MCR, MCR_OUT2);
+    bench.write(reg::IER, IER_TRANSMITTED);
+    bench.read(reg::LSR);
+    bench.read(reg::IIR_FCR);
+    bench.write(reg::IER, 0);
+    read_everything(&bench);
+    // A close and an open come between: serial8250_do_shutdown reads the buffer once more.
+    bench.write(reg::MCR, 0);
+    clear(&bench);
+    bench.read(reg::RBR_THR);
+    bench.write(reg::MCR, MCR_OUT2 | MCR_RTS | 1);
     bench.write(reg::IER, IER_RECEIVED);
     let mut line = Vec::new();
     while bench.read(reg::LSR) & LSR_DATA_READY != 0 {
