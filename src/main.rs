@@ -11,6 +11,7 @@ use rvmm::cli::{self, Cli, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::machine::{Machine, Outcome};
+use rvmm::util::stderr::{Stderr, tell};
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os()) {
@@ -39,7 +40,7 @@ fn run(cli: &Cli) -> ExitCode {
 
 /// The only line of an end that is not a success.
 fn end(message: &str, status: u8) -> ExitCode {
-    eprintln!("rvmm: {message}");
+    tell(format_args!("rvmm: {message}"));
     ExitCode::from(status)
 }
 
@@ -54,7 +55,9 @@ fn end_on_panic() {
         let message = payload.downcast_ref::<&str>().copied();
         let message = message.or(payload.downcast_ref::<String>().map(String::as_str));
         let message = message.unwrap_or("no message");
-        eprintln!("rvmm: internal error at {place}: {message}; please report it");
+        tell(format_args!(
+            "rvmm: internal error at {place}: {message}; please report it"
+        ));
         std::process::exit(STATUS_HOST.into());
     }));
 }
@@ -111,6 +114,8 @@ fn start_logging(cli: &Cli) -> Result<()> {
         let level = record.level().as_str().to_ascii_lowercase();
         write!(buffer, "rvmm: {level}: {}{line_end}", record.args())
     });
+    // Lines that vCPU threads may cause: none of them may wait for a reader.
+    logger.target(env_logger::Target::Pipe(Box::new(Stderr)));
     if let Some(path) = &cli.log_file {
         let file =
             File::create(path).with_context(|| format!("Failed to create log file {path:?}"))?;

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 
 use common::host::{self, Kind};
-use common::{POWERED_OFF, Rvmm};
+use common::{HOST_FAILED, POWERED_OFF, Rvmm};
 
 /// Sources that the device tree tells of where the IMSIC file in software is lossy, and elsewhere.
 const SOURCES_LOSSY: u32 = 30;
@@ -55,4 +55,22 @@ fn cell_of(tree: &[u8], name: &[u8]) -> u32 {
         .step_by(4)
         .find(|at| word(*at) == 3 && word(at + 4) == 4 && word(at + 8) == offset);
     word(property.expect("the property") + 12)
+}
+
+/// The wires of the in-kernel AIA rise and fall: each rise of an edge is one interrupt; a level that is still high comes again
+/// when its end is told, one that is low does not.
+#[test]
+fn wires_are_edges_and_levels() {
+    let rvmm = Rvmm::guest("aplic").args(["--irqchip", "aia"]);
+    if host::kind() == Kind::NoAia {
+        rvmm.run().assert_refused(HOST_FAILED, &["no AIA"]);
+        return;
+    }
+    rvmm.run().assert_console(
+        POWERED_OFF,
+        &[
+            "edge: rise=3 then=0 fall=0 rise=3",
+            "level: rise=3 then=0 retrigger=3 fall=0 rise=3",
+        ],
+    );
 }

@@ -74,7 +74,8 @@ impl Placement {
                 enough: enough(needed),
             });
         }
-        let end = base + ram.bytes() / PAGE_SIZE * PAGE_SIZE;
+        // No host has RAM at the end of the address space; it refuses such a size later.
+        let end = base.saturating_add(ram.bytes()) / PAGE_SIZE * PAGE_SIZE;
         let initrd_start = end - initrd_pages;
         let fdt_start = initrd_start - pages(fdt);
         let start = base + image.text_offset;
@@ -154,5 +155,6 @@ mod tests {
         );
         assert!(plan(error.enough, Some(2 << 20)).is_ok());
         assert!(plan(ByteSize::mib(1), Some(u64::MAX)).is_err());
+        assert!(plan(ByteSize(u64::MAX), None).is_ok());
     }
 }

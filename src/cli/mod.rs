@@ -109,9 +109,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             Err(error) => return Request::Refuse(error.to_string(), error.status()),
         }
     }
-    if let Err(error) = cli.vm.validate() {
-        return Request::Refuse(error.to_string(), STATUS_USAGE);
-    }
     if cli.print_config {
         return match file::print(&cli.vm) {
             Ok(json) => Request::Print(json),
@@ -120,6 +117,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
                 Request::Refuse(message, STATUS_USAGE)
             }
         };
+    }
+    if let Err(error) = cli.vm.validate() {
+        return Request::Refuse(error.to_string(), STATUS_USAGE);
     }
     Request::Run(Box::new(cli))
 }

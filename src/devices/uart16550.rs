@@ -11,9 +11,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::console::{Console, Listener};
+use super::console::{Console, LOW_ROOM, Listener};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
+
+/// Bytes that a driver sends after THRE without looking again: the size of the chip's FIFO.
+pub const BURST: usize = LOW_ROOM;
 
 /// The range on the bus, as QEMU's virt machine has it.
 pub const SIZE: u64 = 0x100;
@@ -204,7 +207,7 @@ impl Registers {
     }
 
     fn can_send(&self, console: &Console) -> bool {
-        self.loopback() || console.output_room() > 0
+        self.loopback() || console.output_room() >= BURST
     }
 
     fn dlab(&self) -> bool {

@@ -15,7 +15,7 @@ mod signals;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use log::info;
@@ -49,6 +49,7 @@ impl Machine {
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
     pub fn run(self, console: &ConsoleConfig, timeout: Option<Duration>) -> Result<Outcome> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let (tell, events) = channel();
         let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;
         let leave = tell.clone();
@@ -65,6 +66,7 @@ impl Machine {
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         host.finish(|idle| {
             hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
+            hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
             !hurried || idle < DRAIN_PATIENCE
         });
         drop(signals);

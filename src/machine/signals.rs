@@ -1,5 +1,6 @@
 //! Signals: those that ask for the end of the VM, and those that stop rvmm for a while.
 
+use std::fs;
 use std::io;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
@@ -22,8 +23,10 @@ impl Signals {
     /// Starts to tell every SIGTERM, SIGINT, SIGHUP and SIGQUIT; SIGTSTP and SIGCONT give the
     /// terminal back and take it again.
     pub(super) fn start(tell: Sender<Event>) -> io::Result<Self> {
-        let mut signals =
-            iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT])?;
+        let ignored = ignored_signals();
+        let wanted = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
+        let wanted = wanted.iter().filter(|signal| !ignored.contains(signal));
+        let mut signals = iterator::Signals::new(wanted)?;
         let handle = signals.handle();
         let thread = spawn(Kind::Signals, "wait", move || {
             for signal in signals.forever() {
@@ -39,6 +42,17 @@ impl Signals {
             thread: Some(thread),
         })
     }
+}
+
+/// Those that whoever started rvmm wants it to ignore, as nohup does: they stay ignored.
+fn ignored_signals() -> Vec<i32> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let mask = mask.unwrap_or(0);
+    (1..64)
+        .filter(|signal| (mask >> (signal - 1)) & 1 == 1)
+        .collect()
 }
 
 /// Stops the whole process, vCPUs too, with the terminal as its user knows it.

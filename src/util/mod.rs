@@ -2,6 +2,7 @@
 
 pub mod bytesize;
 pub mod ratelimit;
+pub mod stderr;
 pub mod sync;
 pub mod thread;
 

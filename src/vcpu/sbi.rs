@@ -6,15 +6,16 @@
 
 use std::sync::Arc;
 
-use log::debug;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::devices::console::{Console, OUTPUT_CAPACITY};
+use crate::devices::console::{Console, INPUT_CAPACITY, OUTPUT_CAPACITY};
 use crate::hypervisor::{SbiCall, SbiRet};
 use crate::memory::GuestMemory;
 
 const LEGACY_PUTCHAR: u64 = 1;
 const LEGACY_GETCHAR: u64 = 2;
+const BASE_EXTENSION: u64 = 0x10;
+const BASE_PROBE_EXTENSION: u64 = 3;
 const DBCN: u64 = 0x4442_434e;
 const DBCN_WRITE: u64 = 0;
 const DBCN_READ: u64 = 1;
@@ -52,10 +53,9 @@ impl Sbi {
             (DBCN, DBCN_WRITE) => self.range(a0, a1, a2).map(|(at, len)| self.write(at, len)),
             (DBCN, DBCN_READ) => self.range(a0, a1, a2).map(|(at, len)| self.read(at, len)),
             (DBCN, DBCN_WRITE_BYTE) => self.write_byte(a0),
-            _ => {
-                debug!("SBI extension {:#x} is not supported", call.extension);
-                Err(NOT_SUPPORTED)
-            }
+            // KVM asks for the experimental and vendor ranges, which nothing here serves.
+            (BASE_EXTENSION, BASE_PROBE_EXTENSION) => Ok(0),
+            _ => Err(NOT_SUPPORTED),
         };
         match answer {
             Ok(value) => SbiRet { error: 0, value },
@@ -98,7 +98,7 @@ impl Sbi {
     fn read(&self, base: GuestAddress, len: usize) -> u64 {
         let mut chunk = [0; CHUNK];
         let mut done = 0;
-        while done < len {
+        while done < len.min(INPUT_CAPACITY) {
             let want = CHUNK.min(len - done);
             let count = self.console.read(&mut chunk[..want]);
             if self

@@ -16,6 +16,8 @@ use crate::util::sync::lock;
 
 /// Bytes of output kept for a reader that is slower than the guest.
 pub const OUTPUT_CAPACITY: usize = 64 << 10;
+/// With less room than this the listener counts the queue as full: a 16550A sends as much at once.
+pub const LOW_ROOM: usize = 16;
 /// Bytes of input kept for a guest that is slower than the typist.
 pub const INPUT_CAPACITY: usize = 4 << 10;
 
@@ -134,7 +136,7 @@ impl Console {
     pub fn take_output(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
         let mut queues = lock(&self.queues);
-        let was_full = queues.in_flight > 0 && queues.output_room() == 0;
+        let was_full = queues.in_flight > 0 && queues.output_room() < LOW_ROOM;
         queues.in_flight = 0;
         queues.writes += 1;
         self.output_drained.notify_all();

@@ -26,16 +26,19 @@ impl RawTerminal {
             return Ok(None);
         }
         let before = tcgetattr(stdin())?;
+        *lock(&BEFORE) = Some(before.clone());
+        let guard = Self(());
         set_raw(&before)?;
-        *lock(&BEFORE) = Some(before);
-        Ok(Some(Self(())))
+        Ok(Some(guard))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        restore();
-        *lock(&BEFORE) = None;
+        // Under one lock: a SIGCONT in between must not take the terminal again.
+        if let Some(before) = lock(&BEFORE).take() {
+            let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
+        }
     }
 }
 

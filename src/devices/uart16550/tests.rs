@@ -132,6 +132,35 @@ fn a_full_console_is_a_busy_transmitter() {
 }
 
 #[test]
+fn a_burst_that_was_admitted_is_whole() {
+    let bench = bench();
+    for spare in [1, 5, 15, 16, 17] {
+        let room = bench.console.output_room();
+        bench.console.write(&vec![0; room - spare]);
+        if bench.read(reg::LSR) & LSR_TRANSMITTER_EMPTY != 0 {
+            assert!(bench.console.output_room() >= BURST);
+        } else {
+            // Busy: once there is room, the wire says so.
+            bench.write(reg::IER, IER_TRANSMITTED);
+            assert!(bench.levels().is_empty());
+        }
+        let mut bytes = Vec::new();
+        bench.console.take_output(&mut bytes);
+        bench.console.write(b"x");
+        bench.console.take_output(&mut bytes);
+        bench.console.write(b"y");
+        bench.console.take_output(&mut bytes);
+        assert_eq!(
+            bench.levels().is_empty(),
+            spare >= BURST,
+            "{spare} to spare"
+        );
+        bench.write(reg::IER, 0);
+        bench.levels();
+    }
+}
+
+#[test]
 fn resetting_the_receiver_loses_nothing_that_was_typed() {
     let bench = bench();
     bench.console.push_input(b"typed early");

@@ -133,6 +133,16 @@ fn legacy_calls_preserve_a1() {
 }
 
 #[test]
+fn no_extension_is_there_to_be_probed() {
+    let call = SbiCall {
+        extension: BASE_EXTENSION,
+        function: BASE_PROBE_EXTENSION,
+        args: [0x0900_0000, 0, 0, 0, 0, 0],
+    };
+    assert_eq!(sbi().call(&call), SbiRet { error: 0, value: 0 });
+}
+
+#[test]
 fn what_is_unknown_is_not_supported() {
     let sbi = sbi();
     for (extension, function) in [
@@ -140,7 +150,7 @@ fn what_is_unknown_is_not_supported() {
         (DBCN, u64::MAX),
         (0, 0),
         (3, 0),
-        (0x10, 3),
+        (0x10, 4),
         (0x0800_0001, 0),
         (0x0bad_beef, 0),
         (u64::MAX, u64::MAX),

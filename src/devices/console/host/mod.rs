@@ -20,6 +20,7 @@ use super::Console;
 use super::escape::{Escape, HELP, Key};
 use super::terminal::RawTerminal;
 use crate::config::ConsoleConfig;
+use crate::util::stderr::tell;
 use crate::util::thread::{Kind, spawn};
 
 /// Called once, on the console's thread, when the user types Ctrl-A X.
@@ -88,10 +89,11 @@ impl Host {
     /// Writes what the guest has written, then disconnects. Waits for the reader as long as
     /// `patience` tells: it is given the time without progress, and false ends the wait.
     pub fn finish(mut self, patience: impl FnMut(Duration) -> bool) {
-        if !self.console.drain(patience) {
+        let drained = self.console.drain(patience);
+        self.stop();
+        if !drained {
             warn!("the console's reader does not read: the guest's last output is lost");
         }
-        self.stop();
     }
 
     fn stop(&mut self) {
@@ -177,7 +179,7 @@ impl Input {
             match escape.key(*byte) {
                 Key::Byte(byte) => bytes.push(byte),
                 Key::Held => {}
-                Key::Help => eprint!("\r\n{HELP}\r\n"),
+                Key::Help => tell(format_args!("\r\n{HELP}\r")),
                 Key::Leave => leave = true,
                 #[cfg(debug_assertions)]
                 Key::Panic => panic!("Ctrl-A P was typed"),

@@ -14,6 +14,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::{Endpoint, pause, wait_readable};
+use crate::util::stderr::tell;
 
 /// How often to look whether somebody has opened the terminal: the kernel tells nobody.
 const LOOK: Duration = Duration::from_millis(100);
@@ -25,7 +26,7 @@ impl Pty {
     /// Makes a pseudo-terminal in raw mode, and tells its name.
     pub(super) fn open() -> Result<Self> {
         let (pty, name) = create().context("Failed to create a pseudo-terminal")?;
-        eprintln!("rvmm: the console is {name}");
+        tell(format_args!("rvmm: the console is {name}"));
         Ok(pty)
     }
 

@@ -52,8 +52,8 @@ impl Endpoint for Socket {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
         if let Some(client) = self.client() {
             if (&*client).write_all(bytes).is_err() {
-                // Gone: the input thread sees that too, and waits for the next.
-                info!("the console's client does not read");
+                info!("the console's client has gone");
+                *lock(&self.client) = None;
             }
         }
         Ok(())
