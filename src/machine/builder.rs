@@ -150,7 +150,7 @@ fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
         match vcpu.reg(register)? {
             Some(_) => vcpu.set_reg(register, on)?,
             None if register == regs::SBI_DBCN => {
-                warn!("this host's KVM has no SBI debug console (Linux 6.9 has)");
+                warn!("this host's KVM has no SBI debug console");
             }
             None => {}
         }
