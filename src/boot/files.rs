@@ -97,6 +97,11 @@ impl BootFile {
         })
     }
 
+    /// The name it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Bytes of the file.
     pub fn size(&self) -> u64 {
         self.size

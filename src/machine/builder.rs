@@ -96,13 +96,8 @@ impl BootFiles {
         let image = self.kernel.image()?;
         let initrd = self.initrd.as_ref().map(BootFile::size);
         let room = fdt_room(config.cpus);
-        let placement =
-            Placement::plan(RAM_BASE, config.mem, &image, initrd, room).with_context(|| {
-                format!(
-                    "Failed to load kernel {:?}",
-                    config.kernel().unwrap_or("".as_ref())
-                )
-            })?;
+        let placement = Placement::plan(RAM_BASE, config.mem, &image, initrd, room)
+            .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
         debug!("placement: {placement:x?}");
         Ok(placement)
     }

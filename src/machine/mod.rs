@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use log::info;
 
 use crate::config::ConsoleConfig;
@@ -57,7 +57,7 @@ impl Machine {
         let host = Host::start(Arc::clone(&self.console), console, on_leave)?;
         let vcpus = self.start_vcpus(&tell)?;
         info!("the guest runs");
-        let outcome = first_event(&events, timeout)?;
+        let outcome = first_event(&events, timeout);
         if let Ok(outcome) = &outcome {
             info!("{outcome}");
         }
@@ -91,15 +91,13 @@ fn send(tell: &Sender<Event>, event: Event) {
 }
 
 /// Waits for what ends the machine.
-fn first_event(events: &Receiver<Event>, timeout: Option<Duration>) -> Result<Result<Outcome>> {
-    let event = match timeout {
-        Some(timeout) => events.recv_timeout(timeout),
-        None => events.recv().map_err(Into::into),
+fn first_event(events: &Receiver<Event>, timeout: Option<Duration>) -> Result<Outcome> {
+    let Some(timeout) = timeout else {
+        return Outcome::of(events.recv()?);
     };
-    match event {
-        Ok(event) => Ok(Outcome::of(event)),
-        Err(RecvTimeoutError::Timeout) => Ok(Ok(Outcome::TimedOut)),
-        Err(RecvTimeoutError::Disconnected) => bail!("every vCPU has gone"),
+    match events.recv_timeout(timeout) {
+        Err(RecvTimeoutError::Timeout) => Ok(Outcome::TimedOut),
+        event => Outcome::of(event?),
     }
 }
 

@@ -4,7 +4,9 @@
 use std::fmt;
 use std::io::{self, Write};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
+
+use super::poll::poll_now;
 
 /// Writes to standard error what it takes at once; the rest is dropped.
 #[derive(Debug)]
@@ -13,7 +15,7 @@ pub struct Stderr;
 impl Write for Stderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // Ready for writing means room for a line at least: PIPE_BUF bytes of a pipe.
-        if is_writable() {
+        if !poll_now(io::stderr(), PollFlags::OUT).is_empty() {
             let _ = io::stderr().write(bytes);
         }
         Ok(bytes.len())
@@ -27,14 +29,4 @@ impl Write for Stderr {
 /// Tells the user one line.
 pub fn tell(message: impl fmt::Display) {
     let _ = Stderr.write_all(format!("{message}\n").as_bytes());
-}
-
-fn is_writable() -> bool {
-    let stderr = io::stderr();
-    let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }

@@ -19,7 +19,7 @@ pub const OUTPUT_CAPACITY: usize = 64 << 10;
 /// With less room than this the listener counts the queue as full: a 16550A sends as much at once.
 pub const LOW_ROOM: usize = 16;
 /// Bytes of input kept for a guest that is slower than the typist.
-pub const INPUT_CAPACITY: usize = 4 << 10;
+pub const INPUT_CAPACITY: usize = 64 << 10;
 
 /// Told, on a host thread, that a queue's state has changed: input came, or room for output.
 /// Called without any console lock held.

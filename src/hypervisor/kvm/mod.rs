@@ -5,7 +5,7 @@ mod vcpu;
 
 use std::fs;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_VM_GPA_BITS, KVM_DEV_RISCV_AIA_ADDR_APLIC,
@@ -21,6 +21,7 @@ use super::host::{Unfit, explain_open};
 use super::{Aia, AiaConfig, Error, Hypervisor, Result, Vcpu, Vm};
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::util::ByteSize;
+use crate::util::sync::lock;
 
 /// The most pages a memslot holds (KVM_MEM_MAX_NR_PAGES, `include/linux/kvm_host.h`).
 const MEMSLOT_MAX: ByteSize = ByteSize(((1 << 31) - 1) * PAGE_SIZE);
@@ -114,8 +115,7 @@ impl Vm for KvmVm {
             unsafe { self.0.fd.set_user_memory_region(memslot) }
                 .map_err(|e| Error::refused(act(), e))?;
         }
-        let mut kept = self.0.ram.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push(ram);
+        lock(&self.0.ram).push(ram);
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::{Errno, read};
@@ -14,6 +14,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::{Endpoint, pause, wait_readable};
+use crate::util::poll::poll_now;
 use crate::util::stderr::tell;
 
 /// How often to look whether somebody has opened the terminal: the kernel tells nobody.
@@ -31,13 +32,7 @@ impl Pty {
     }
 
     fn has_reader(&self) -> bool {
-        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let looked = poll(&mut fds, Some(&now));
-        looked.is_ok() && !fds[0].revents().contains(PollFlags::HUP)
+        !poll_now(&self.0, PollFlags::OUT).contains(PollFlags::HUP)
     }
 }
 
