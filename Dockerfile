@@ -52,6 +52,27 @@ RUN set -eu; cd /opt/rvmm; \
     done; \
     rm -rf root ./*.deb /var/lib/apt/lists/* /var/cache/apt/*.bin
 
+# QEMU for riscv64, which the benchmarks run beside rvmm: the program and the libraries it loads. apt resolves them as on a
+# riscv64 machine with nothing installed.
+RUN set -eu; cd /opt/rvmm; mkdir debs; \
+    apt-get update; \
+    apt-get install --download-only -o APT::Architecture=riscv64 -o APT::Architectures=riscv64 \
+        -o Dir::State::status=/dev/null -o Dir::Cache::archives=/opt/rvmm/debs qemu-system-riscv; \
+    for deb in debs/*.deb; do dpkg-deb --extract "$deb" root; done; \
+    lib=usr/lib/riscv64-linux-gnu; mkdir -p qemu/lib qemu/usr/bin "qemu/$lib"; \
+    cp root/usr/bin/qemu-system-riscv64 qemu/usr/bin; \
+    cp -L root/usr/lib/ld-linux-riscv64-lp64d.so.1 qemu/lib; \
+    todo=qemu/usr/bin/qemu-system-riscv64; \
+    while [ -n "$todo" ]; do \
+        next=; \
+        for name in $(riscv64-linux-gnu-readelf -d $todo | sed -nE 's/.*NEEDED.*\[(.*)\]/\1/p' | sort -u); do \
+            [ -e "qemu/lib/$name" ] || [ -e "qemu/$lib/$name" ] || \
+                { cp -L "root/$lib/$name" "qemu/$lib/$name"; next="$next qemu/$lib/$name"; }; \
+        done; \
+        todo=$next; \
+    done; \
+    rm -rf root debs /var/lib/apt/lists/* /var/cache/apt/*.bin
+
 # For riscv64, cargo links statically (L1 has no libraries) and runs tests in user-mode emulation.
 ENV CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_LINKER=riscv64-linux-gnu-gcc \
     CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static" \

@@ -12,6 +12,10 @@ readonly RIG_KINDS=(aia aia-emul none)
 readonly RIG_GUESTS=$RVMM_TARGET/guests
 readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 
+# L1's harts, and more arguments for its QEMU.
+RIG_CPUS=2
+RIG_QEMU=()
+
 RIG_RUN=
 RIG_TTY=
 RIG_CHILD=
@@ -84,8 +88,8 @@ rig_boot() {
     rig_pack
     # shellcheck disable=SC2054 # the commas are QEMU's
     command=(
-        qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp 2 -m 2G -no-reboot
-        -nodefaults -display none -monitor none
+        qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m 2G -no-reboot
+        -nodefaults -display none -monitor none "${RIG_QEMU[@]}"
         -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
         -serial "file:$RIG_RUN/l1.log"
         -device virtio-serial-pci
