@@ -4,18 +4,20 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use log::LevelFilter;
 use rvmm::cli::{self, Cli, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
-use rvmm::machine::{Machine, Outcome};
+use rvmm::machine::{Machine, Outcome, Run, Stats};
 use rvmm::util::stderr::{Stderr, tell};
 
 fn main() -> ExitCode {
+    let began = Instant::now();
     match cli::parse(std::env::args_os()) {
-        Request::Run(cli) => run(&cli),
+        Request::Run(cli) => run(&cli, began),
         Request::Print(text) => {
             // A reader that has gone wants no more of it.
             let _ = io::stdout().write_all(text.as_bytes());
@@ -25,12 +27,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> ExitCode {
+fn run(cli: &Cli, began: Instant) -> ExitCode {
     end_on_panic();
     if let Err(error) = start_logging(cli) {
         return end(&format!("{error:#}"), STATUS_HOST);
     }
-    match run_machine(cli) {
+    match run_machine(cli, began) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(outcome)) if outcome.is_expected() => ExitCode::from(outcome.exit_status()),
         Ok(Some(outcome)) => end(&outcome.to_string(), outcome.exit_status()),
@@ -63,7 +65,7 @@ fn end_on_panic() {
 }
 
 /// Builds and runs the machine; `None` when only its device tree was wanted.
-fn run_machine(cli: &Cli) -> Result<Option<Outcome>> {
+fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     let hypervisor = open_hypervisor()?;
     let machine = Machine::build(&cli.vm, hypervisor.as_ref())?;
     if let Some(path) = &cli.dump_dtb {
@@ -71,7 +73,26 @@ fn run_machine(cli: &Cli) -> Result<Option<Outcome>> {
             .with_context(|| format!("Failed to write device tree {path:?}"))?;
         return Ok(None);
     }
-    machine.run(&cli.vm.console, cli.timeout).map(Some)
+    let (outcome, stats) = machine.run(&Run {
+        console: &cli.vm.console,
+        timeout: cli.timeout,
+        stats_from: cli.stats.is_some().then_some(began),
+    })?;
+    if let (Some(stats), Some(to)) = (stats, &cli.stats) {
+        tell_stats(&stats, to.as_deref())?;
+    }
+    Ok(Some(outcome))
+}
+
+/// `--stats`: text for people, JSON for scripts.
+fn tell_stats(stats: &Stats, to: Option<&Path>) -> Result<()> {
+    let Some(path) = to else {
+        tell(stats);
+        return Ok(());
+    };
+    let json = format!("{:#}\n", stats.json());
+    write_whole(path, json.as_bytes())
+        .with_context(|| format!("Failed to write statistics {path:?}"))
 }
 
 #[cfg(target_arch = "riscv64")]

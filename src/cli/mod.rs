@@ -61,6 +61,11 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
 
+    /// Tell at the end what the guest's exits were and how long they took: as text on standard
+    /// error, or as JSON in FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub stats: Option<Option<PathBuf>>,
+
     /// Write the guest's device tree to FILE, and do not run it
     #[arg(long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,

@@ -3,6 +3,7 @@
 //! `kvm` speaks to KVM, on riscv64 only; unit tests bring fakes. Nothing outside this module
 //! names an ioctl.
 
+pub mod counters;
 pub mod host;
 pub mod regs;
 
@@ -17,6 +18,7 @@ use vm_memory::GuestAddress;
 
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
+pub use counters::Counter;
 pub use regs::RegId;
 
 /// A request that the kernel refused, or that cannot be made on this host.
@@ -146,6 +148,9 @@ pub trait Vcpu: Send {
 
     /// The wire to this hart's external interrupt; it may outlive the vCPU.
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>>;
+
+    /// KVM's counters of this vCPU.
+    fn counters(&self) -> Result<Vec<Counter>>;
 
     /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
     fn kicker(&self) -> Result<Box<dyn Kicker>>;

@@ -35,6 +35,13 @@ pub const UART_IRQ: u32 = 10;
 /// The UART's node in the device tree.
 pub const UART_PATH: &str = "/soc/serial@10000000";
 
+/// Whose registers the guest-physical address `gpa` holds.
+pub fn owner(gpa: u64) -> Option<&'static str> {
+    let owners = [(APLIC, "APLIC"), (PLIC, "PLIC"), (UART, "UART"), (IMSIC, "IMSIC")];
+    let owner = owners.into_iter().find(|(range, _)| range.contains(&gpa));
+    owner.map(|(_, name)| name)
+}
+
 const fn range(start: u64, size: u64) -> Range<u64> {
     start..start + size
 }

@@ -12,6 +12,7 @@ mod irqchip;
 pub mod layout;
 mod outcome;
 mod signals;
+pub mod stats;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -24,10 +25,12 @@ use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
 use crate::hypervisor;
 use crate::vcpu::Stop;
+use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::VcpuHandle;
 pub use builder::Machine;
 pub use outcome::Outcome;
 use signals::Signals;
+pub use stats::Stats;
 
 /// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
 /// for it like any program that writes to a pipe.
@@ -43,26 +46,40 @@ enum Event {
     Left,
 }
 
+/// How to run a machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// The host's end of the console.
+    pub console: &'a ConsoleConfig,
+    /// End the machine this long after its start at the latest.
+    pub timeout: Option<Duration>,
+    /// Keep [`Stats`], and count the time to the guest's start from here.
+    pub stats_from: Option<Instant>,
+}
+
 impl Machine {
-    /// Runs the machine to its end, `timeout` from now at the latest.
+    /// Runs the machine to its end.
     ///
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
-    pub fn run(self, console: &ConsoleConfig, timeout: Option<Duration>) -> Result<Outcome> {
+    pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
+        let Run { console, timeout, .. } = *how;
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let (tell, events) = channel();
         let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;
         let leave = tell.clone();
         let on_leave = Box::new(move || send(&leave, Event::Left));
         let host = Host::start(Arc::clone(&self.console), console, on_leave)?;
-        let vcpus = self.start_vcpus(&tell)?;
+        let started = Instant::now();
+        let vcpus = self.start_vcpus(&tell, how.stats_from.is_some())?;
         info!("the guest runs");
         let outcome = first_event(&events, timeout);
+        let ended = Instant::now();
         if let Ok(outcome) = &outcome {
             info!("{outcome}");
         }
-        // No guest runs on: what the console holds now is the last of it.
-        drop(vcpus);
+        // After this no guest runs on: what the console holds then is the last of it.
+        let exits = vcpus.into_iter().filter_map(VcpuHandle::stop).collect();
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         host.finish(|idle| {
             hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
@@ -70,16 +87,23 @@ impl Machine {
             !hurried || idle < DRAIN_PATIENCE
         });
         drop(signals);
-        outcome
+        let stats = how.stats_from.map(|from| Stats {
+            start: started - from,
+            run: ended - started,
+            end: ended.elapsed(),
+            vcpus: exits,
+        });
+        Ok((outcome?, stats))
     }
 
-    fn start_vcpus(self, tell: &Sender<Event>) -> Result<Vec<VcpuHandle>> {
+    fn start_vcpus(self, tell: &Sender<Event>, count: bool) -> Result<Vec<VcpuHandle>> {
         let mut handles = Vec::new();
         for (id, vcpu) in (0u32..).zip(self.vcpus) {
             let tell = tell.clone();
             let on_stop = Box::new(move |end| send(&tell, Event::Vcpu(end)));
             let exits = Arc::clone(&self.exits);
-            handles.push(VcpuHandle::start(id, vcpu, exits, on_stop)?);
+            let stats = count.then(ExitStats::default);
+            handles.push(VcpuHandle::start(id, vcpu, exits, on_stop, stats)?);
         }
         Ok(handles)
     }

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::{IrqchipKind, VmConfig};
 use crate::hypervisor::{
-    Aia, AiaConfig, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry,
+    Aia, AiaConfig, Counter, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry,
     VmExit, regs,
 };
 use crate::memory::GuestMemory;
@@ -130,6 +130,9 @@ impl Vcpu for Fake {
     }
     fn external_irq(&self) -> HvResult<Arc<dyn ExternalIrq>> {
         Ok(Arc::new(Wire))
+    }
+    fn counters(&self) -> HvResult<Vec<Counter>> {
+        Ok(Vec::new())
     }
     fn kicker(&self) -> HvResult<Box<dyn Kicker>> {
         unreachable!("built, not run")

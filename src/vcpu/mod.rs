@@ -2,6 +2,7 @@
 
 pub mod exits;
 pub mod sbi;
+pub mod stats;
 pub mod thread;
 
 use std::fmt;

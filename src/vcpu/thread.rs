@@ -10,6 +10,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::Stop;
 use super::exits::{Exits, Next};
+use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry};
 use crate::util::thread::{Kind, spawn};
 
@@ -20,7 +21,7 @@ pub type OnStop = Box<dyn FnOnce(Result<Stop>) + Send>;
 pub struct VcpuHandle {
     stopping: Arc<AtomicBool>,
     kicker: Box<dyn Kicker>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<ExitStats>>>,
 }
 
 /// The signal that gets a thread out of KVM_RUN. Its handler does nothing: EINTR is the message.
@@ -32,11 +33,17 @@ extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
     /// Runs `vcpu`, number `id`, on a thread of its own until `exits` ends it or the handle is
-    /// dropped.
+    /// dropped. With `stats`, its exits are counted for [`VcpuHandle::stop`].
     ///
     /// # Errors
     /// The host refused the thread, its signal, or the vCPU's run page.
-    pub fn start(id: u32, vcpu: Box<dyn Vcpu>, exits: Arc<Exits>, on_stop: OnStop) -> Result<Self> {
+    pub fn start(
+        id: u32,
+        mut vcpu: Box<dyn Vcpu>,
+        exits: Arc<Exits>,
+        on_stop: OnStop,
+        mut stats: Option<ExitStats>,
+    ) -> Result<Self> {
         let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
         register_signal_handler(kick_signal(), on_kick)
             .map_err(|e| refused("set the signal of", e.into()))?;
@@ -44,9 +51,13 @@ impl VcpuHandle {
         let stopping = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stopping);
         let body = move || {
-            if let Some(end) = run(vcpu, &exits, &flag) {
+            if let Some(end) = run(vcpu.as_mut(), &exits, &flag, stats.as_mut()) {
                 on_stop(end);
             }
+            if let Some(stats) = &mut stats {
+                stats.read_counters(vcpu.as_ref());
+            }
+            stats
         };
         let thread = spawn(Kind::Vcpu, &id.to_string(), body)
             .map_err(|e| refused("start the thread of", e))?;
@@ -58,29 +69,48 @@ impl VcpuHandle {
     }
 }
 
-impl Drop for VcpuHandle {
-    fn drop(&mut self) {
+impl VcpuHandle {
+    /// Stops the vCPU and waits for its thread: what it counted, if it did.
+    pub fn stop(mut self) -> Option<ExitStats> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Option<ExitStats> {
         self.stopping.store(true, Ordering::Release);
         // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
         self.kicker.set_immediate_exit(true);
-        if let Some(thread) = self.thread.take() {
-            if let Err(error) = thread.kill(kick_signal()) {
-                debug!("the vCPU's thread has ended already: {error}");
-            }
-            let _ = thread.join();
+        let thread = self.thread.take()?;
+        if let Err(error) = thread.kill(kick_signal()) {
+            debug!("the vCPU's thread has ended already: {error}");
         }
+        thread.join().ok().flatten()
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.join();
     }
 }
 
 /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
-fn run(mut vcpu: Box<dyn Vcpu>, exits: &Exits, stopping: &AtomicBool) -> Option<Result<Stop>> {
+fn run(
+    vcpu: &mut dyn Vcpu,
+    exits: &Exits,
+    stopping: &AtomicBool,
+    mut stats: Option<&mut ExitStats>,
+) -> Option<Result<Stop>> {
     let mut entry = VmEntry::Run;
     while !stopping.load(Ordering::Acquire) {
         let exit = match vcpu.run(entry) {
             Ok(exit) => exit,
             Err(error) => return Some(Err(error)),
         };
-        match exits.handle(exit) {
+        let next = match &mut stats {
+            None => exits.handle(exit),
+            Some(stats) => stats.count(exit, |exit| exits.handle(exit)),
+        };
+        match next {
             Next::Enter(next) => entry = next,
             Next::Stop(stop) => return Some(Ok(stop)),
         }

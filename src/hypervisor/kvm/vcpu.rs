@@ -1,7 +1,8 @@
 //! A vCPU on KVM: registers by ONE_REG, and `kvm_run` decoded into values.
 
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -15,12 +16,12 @@ use kvm_ioctls::VcpuFd;
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
-    Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, regs,
+    Counter, Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, counters, regs,
 };
 
 pub(super) struct KvmVcpu {
@@ -105,6 +106,23 @@ impl Vcpu for KvmVcpu {
         Ok(Arc::new(InterruptFd { fd, id: self.id }))
     }
 
+    fn counters(&self) -> Result<Vec<Counter>> {
+        let failed = |e: io::Error| {
+            let act = format!("read the statistics of vCPU {} (KVM_GET_STATS_FD)", self.id);
+            Error::refused(act, e)
+        };
+        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
+        let fd = unsafe { ioctl(&self.fd, KVM_GET_STATS_FD()) };
+        if fd < 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        // SAFETY: KVM made the descriptor just now, for this call.
+        let mut file = unsafe { File::from_raw_fd(fd) };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(failed)?;
+        counters::parse(&bytes).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))
+    }
+
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
         let act = || format!("map the run page of vCPU {}", self.id);
         let page = RunPage::map(&self.fd).map_err(|e| Error::refused(act(), e))?;
@@ -170,8 +188,9 @@ fn decode_system_event(event: Event) -> VmExit {
     })
 }
 
-// kvm-ioctls has no KVM_INTERRUPT on riscv64.
+// kvm-ioctls has no KVM_INTERRUPT on riscv64, and KVM_GET_STATS_FD nowhere.
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
 /// A vCPU's descriptor, for KVM_INTERRUPT alone: the one ioctl that takes no lock of the vCPU's.
 struct InterruptFd {

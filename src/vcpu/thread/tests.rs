@@ -10,11 +10,12 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::bus::Bus;
 use crate::devices::console::Console;
-use crate::hypervisor::{ExternalIrq, RegId, SbiCall, SbiRet, SystemEvent, VmExit};
+use crate::hypervisor::{Counter, ExternalIrq, RegId, SbiCall, SbiRet, SystemEvent, VmExit};
 use crate::memory;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
 use crate::vcpu::sbi::Sbi;
+use crate::vcpu::stats::ExitKind;
 
 /// Plays its exits and keeps the entries; at the end of the script it waits to be kicked.
 #[derive(Default)]
@@ -52,6 +53,10 @@ impl Vcpu for Script {
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
         unreachable!("has none")
     }
+    fn counters(&self) -> Result<Vec<Counter>> {
+        let (name, value) = ("exits".into(), 8);
+        Ok(vec![Counter { name, value }])
+    }
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
         Ok(Box::new(Flag(Arc::clone(&self.kicked))))
     }
@@ -65,6 +70,10 @@ struct Started {
 }
 
 fn start(exits: &[VmExit]) -> Started {
+    start_counting(exits, None)
+}
+
+fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
     let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
     let sbi = Sbi::new(ram, Arc::new(Console::default()));
     let script = Script {
@@ -75,7 +84,7 @@ fn start(exits: &[VmExit]) -> Started {
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
     let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi));
-    let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop).unwrap();
+    let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop, stats).unwrap();
     Started {
         handle,
         stops,
@@ -134,4 +143,18 @@ fn dropping_the_handle_stops_a_guest_that_spins() {
     let vcpu = start(&[]);
     drop(vcpu.handle);
     assert!(vcpu.stops.recv().is_err(), "nothing is told");
+}
+
+#[test]
+fn exits_are_counted_when_asked() {
+    let read = VmExit::MmioRead { gpa: 9, len: 1 };
+    let vcpu = start_counting(&[read, read], Some(ExitStats::default()));
+    while lock(&vcpu.entries).len() < 3 {
+        std::thread::yield_now();
+    }
+    let stats = vcpu.handle.stop().unwrap();
+    let reads = stats.kinds().into_iter().find(|(kind, _)| *kind == ExitKind::MmioRead(9));
+    assert_eq!(reads.unwrap().1.count, 2);
+    assert_eq!(stats.counters[0].value, 8);
+    assert!(start(&[]).handle.stop().is_none());
 }

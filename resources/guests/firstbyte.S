@@ -1,0 +1,13 @@
+/*
+ * Stores one byte to the UART as soon as it runs, and powers off: how soon does a guest run? The benchmark pads the image.
+ * rvmm: one byte of output, exit status 0.
+ */
+#include "header.inc"
+
+#define UART        0x10000000
+
+guest_entry:
+    li      t0, UART
+    li      t1, '!'
+    sb      t1, 0(t0)
+    system_reset SRST_SHUTDOWN, SRST_NO_REASON

@@ -1,0 +1,112 @@
+//! KVM's binary statistics: `Documentation/virt/kvm/api.rst`, section 4.133 KVM_GET_STATS_FD.
+//!
+//! ```text
+//!  0 flags       8 num_desc   16 desc_offset    a descriptor:  0 flags      8 offset in the data
+//!  4 name_size  12 id_offset  20 data_offset                   4 exponent  12 bucket_size
+//!                                                              6 size      16 name
+//! ```
+
+/// One of KVM's counters of a vCPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counter {
+    /// KVM's name, such as `mmio_exit_user`.
+    pub name: String,
+    /// Its value.
+    pub value: u64,
+}
+
+const HEADER_SIZE: usize = 24;
+const DESCRIPTOR_SIZE: usize = 16;
+/// Bits of a descriptor's flags that tell its type.
+const TYPE_MASK: u32 = 0x0f;
+/// Types above this one are histograms.
+const TYPE_PEAK: u32 = 2;
+
+/// The plain counters of a statistics file, histograms left out; `None` where it is none.
+pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
+    let header = file.get(..HEADER_SIZE)?;
+    let field = |at| usize::try_from(u32_at(header, at)?).ok();
+    let (name_size, count) = (field(4)?, field(8)?);
+    let (descriptors, data) = (file.get(field(16)?..)?, file.get(field(20)?..)?);
+    let mut counters = Vec::new();
+    for descriptor in descriptors
+        .chunks_exact(DESCRIPTOR_SIZE + name_size)
+        .take(count)
+    {
+        let is_plain = u32_at(descriptor, 0)? & TYPE_MASK <= TYPE_PEAK;
+        let values = u16::from_le_bytes(descriptor[6..8].try_into().ok()?);
+        if !is_plain || values != 1 {
+            continue;
+        }
+        let offset = usize::try_from(u32_at(descriptor, 8)?).ok()?;
+        let value = data.get(offset..offset.checked_add(8)?)?;
+        let name = descriptor[DESCRIPTOR_SIZE..].split(|byte| *byte == 0);
+        counters.push(Counter {
+            name: String::from_utf8_lossy(name.into_iter().next()?).into_owned(),
+            value: u64::from_le_bytes(value.try_into().ok()?),
+        });
+    }
+    Some(counters)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at + 4)?;
+    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAME_SIZE: usize = 48;
+
+    fn descriptor(flags: u32, size: u16, offset: u32, name: &str) -> Vec<u8> {
+        let mut bytes = flags.to_le_bytes().to_vec();
+        bytes.extend([0, 0]);
+        bytes.extend(size.to_le_bytes());
+        bytes.extend(offset.to_le_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(name.as_bytes());
+        bytes.resize(DESCRIPTOR_SIZE + NAME_SIZE, 0);
+        bytes
+    }
+
+    fn file() -> Vec<u8> {
+        let descriptors = [
+            descriptor(0, 1, 0, "exits"),
+            descriptor(0x13, 2, 8, "halt_wait_hist"),
+            descriptor(0x21, 1, 24, "blocking"),
+        ]
+        .concat();
+        let id = 24u32;
+        let at = id + 48;
+        let data = at + u32::try_from(descriptors.len()).unwrap();
+        let mut file: Vec<u8> = [0, 48, 3, id, at, data]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        file.resize(at as usize, 0);
+        file.extend(descriptors);
+        file.extend([7u64, 1, 2, 9].iter().flat_map(|word| word.to_le_bytes()));
+        file
+    }
+
+    #[test]
+    fn plain_counters_have_name_and_value() {
+        let counters = parse(&file()).unwrap();
+        let read: Vec<_> = counters.iter().map(|c| (c.name.as_str(), c.value)).collect();
+        assert_eq!(read, [("exits", 7), ("blocking", 9)]);
+    }
+
+    #[test]
+    fn any_other_file_is_none() {
+        let file = file();
+        for end in 0..file.len() {
+            // A name more or less may go unseen; nothing may panic or be made up.
+            if let Some(counters) = parse(&file[..end]) {
+                assert!(counters.len() < 2, "{end}");
+            }
+        }
+        assert_eq!(parse(&[0xff; 100]), None);
+    }
+}

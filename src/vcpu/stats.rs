@@ -1,0 +1,176 @@
+//! What a vCPU's exits to rvmm were: how many of each kind, and the time they took here.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use crate::hypervisor::{Counter, Vcpu, VmExit};
+
+/// Kinds told apart. A guest chooses addresses and calls, and may not grow rvmm with them.
+const KINDS_MAX: usize = 256;
+
+/// What an exit was, as far as it is worth telling apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExitKind {
+    /// A load from this guest-physical address.
+    MmioRead(u64),
+    /// A store to it.
+    MmioWrite(u64),
+    /// An SBI call: extension and function.
+    Sbi(u64, u64),
+    /// An access to this CSR.
+    Csr(u64),
+    /// A signal, or a kick.
+    Interrupted,
+    /// What ended the machine.
+    End,
+    /// Any kind after the first [`KINDS_MAX`].
+    Others,
+}
+
+impl ExitKind {
+    fn of(exit: &VmExit) -> Self {
+        match *exit {
+            VmExit::MmioRead { gpa, .. } => Self::MmioRead(gpa),
+            VmExit::MmioWrite { gpa, .. } => Self::MmioWrite(gpa),
+            VmExit::Sbi(call) => Self::Sbi(call.extension, call.function),
+            VmExit::Csr { number } => Self::Csr(number),
+            VmExit::Interrupted => Self::Interrupted,
+            VmExit::System(_)
+            | VmExit::Unrunnable { .. }
+            | VmExit::FailEntry { .. }
+            | VmExit::Unknown { .. } => Self::End,
+        }
+    }
+}
+
+impl fmt::Display for ExitKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MmioRead(gpa) => write!(f, "MMIO read {gpa:#x}"),
+            Self::MmioWrite(gpa) => write!(f, "MMIO write {gpa:#x}"),
+            Self::Sbi(extension, function) => write!(f, "SBI {} {function}", Name(*extension)),
+            Self::Csr(number) => write!(f, "CSR {number:#x}"),
+            Self::Interrupted => write!(f, "interrupted"),
+            Self::End => write!(f, "the end"),
+            Self::Others => write!(f, "others"),
+        }
+    }
+}
+
+/// An SBI extension's id, which is its name in ASCII for all but the oldest.
+struct Name(u64);
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0.to_be_bytes();
+        let name: Vec<u8> = bytes.into_iter().skip_while(|byte| *byte == 0).collect();
+        match std::str::from_utf8(&name) {
+            Ok(name) if name.len() > 1 && name.bytes().all(|b| b.is_ascii_graphic()) => {
+                f.write_str(name)
+            }
+            _ => write!(f, "{:#x}", self.0),
+        }
+    }
+}
+
+/// How often, and how long in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Exits.
+    pub count: u64,
+    /// From the return of KVM_RUN to its next call.
+    pub time: Duration,
+}
+
+/// The exits of one vCPU.
+#[derive(Clone, Debug, Default)]
+pub struct ExitStats {
+    kinds: HashMap<ExitKind, Tally>,
+    /// KVM's own counters, read when the vCPU has ended.
+    pub counters: Vec<Counter>,
+}
+
+impl ExitStats {
+    /// Serves `exit` with `handle`, and counts it.
+    pub fn count<T>(&mut self, exit: VmExit, handle: impl FnOnce(VmExit) -> T) -> T {
+        let start = Instant::now();
+        let result = handle(exit);
+        self.add(ExitKind::of(&exit), start.elapsed());
+        result
+    }
+
+    fn add(&mut self, kind: ExitKind, time: Duration) {
+        let is_new = !self.kinds.contains_key(&kind);
+        let kind = if is_new && self.kinds.len() >= KINDS_MAX {
+            ExitKind::Others
+        } else {
+            kind
+        };
+        let tally = self.kinds.entry(kind).or_default();
+        tally.count += 1;
+        tally.time += time;
+    }
+
+    /// Reads KVM's counters of `vcpu`. A host without them (before Linux 5.14) has none to tell.
+    pub fn read_counters(&mut self, vcpu: &dyn Vcpu) {
+        match vcpu.counters() {
+            Ok(counters) => self.counters = counters,
+            Err(error) => warn!("{:#}", anyhow::Error::new(error)),
+        }
+    }
+
+    /// Every kind that came, the one with the most time first.
+    pub fn kinds(&self) -> Vec<(ExitKind, Tally)> {
+        let mut kinds: Vec<_> = self.kinds.iter().map(|(k, t)| (*k, *t)).collect();
+        kinds.sort_by_key(|(_, tally)| std::cmp::Reverse((tally.time, tally.count)));
+        kinds
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::SbiCall;
+
+    #[test]
+    fn exits_are_counted_by_kind() {
+        let mut stats = ExitStats::default();
+        let read = |gpa| VmExit::MmioRead { gpa, len: 4 };
+        assert_eq!(stats.count(read(1), |_| 7), 7);
+        stats.count(read(1), |_| ());
+        stats.count(read(2), |_| std::thread::sleep(Duration::from_millis(2)));
+        let kinds = stats.kinds();
+        assert_eq!(kinds[0].0, ExitKind::MmioRead(2), "the longest first");
+        assert_eq!(kinds[1].1.count, 2);
+    }
+
+    #[test]
+    fn a_guest_cannot_grow_them() {
+        let mut stats = ExitStats::default();
+        for gpa in 0..10_000 {
+            stats.add(ExitKind::MmioWrite(gpa), Duration::ZERO);
+        }
+        let kinds = stats.kinds();
+        assert_eq!(kinds.len(), KINDS_MAX + 1);
+        assert_eq!(kinds.iter().map(|(_, tally)| tally.count).sum::<u64>(), 10_000);
+    }
+
+    #[test]
+    fn names_are_the_fields_own() {
+        let call = |extension| {
+            VmExit::Sbi(SbiCall {
+                extension,
+                function: 2,
+                args: [0; 6],
+            })
+        };
+        let name = |exit: VmExit| ExitKind::of(&exit).to_string();
+        assert_eq!(name(call(0x4442_434e)), "SBI DBCN 2");
+        assert_eq!(name(call(0x10)), "SBI 0x10 2");
+        assert_eq!(name(call(u64::MAX)), "SBI 0xffffffffffffffff 2");
+        assert_eq!(name(VmExit::Csr { number: 0x15 }), "CSR 0x15");
+    }
+}
