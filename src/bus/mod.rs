@@ -43,8 +43,13 @@ fn range(r: &Range<u64>) -> String {
 /// The guest-physical addresses without RAM: a sorted list of ranges, fixed once it is built.
 #[derive(Default)]
 pub struct Bus {
-    ranges: Vec<(Range<u64>, Arc<dyn MmioDevice>)>,
+    regions: Vec<Region>,
     unmapped: RateLimit,
+}
+
+struct Region {
+    range: Range<u64>,
+    device: Arc<dyn MmioDevice>,
 }
 
 impl Bus {
@@ -57,14 +62,16 @@ impl Bus {
         range: Range<u64>,
         device: Arc<dyn MmioDevice>,
     ) -> Result<(), Overlap> {
-        let at = self.ranges.partition_point(|(r, _)| r.start < range.start);
-        let neighbours = at.saturating_sub(1)..self.ranges.len().min(at + 1);
-        for (taken, _) in &self.ranges[neighbours] {
+        let at = self
+            .regions
+            .partition_point(|r| r.range.start < range.start);
+        let neighbours = at.saturating_sub(1)..self.regions.len().min(at + 1);
+        for Region { range: taken, .. } in &self.regions[neighbours] {
             if taken.start < range.end && range.start < taken.end {
                 return Err(Overlap(taken.clone(), range));
             }
         }
-        self.ranges.insert(at, (range, device));
+        self.regions.insert(at, Region { range, device });
         Ok(())
     }
 
@@ -73,13 +80,10 @@ impl Bus {
         let mut bytes = [0; 8];
         let data = &mut bytes[..len.min(8)];
         match self.find(gpa, data.len()) {
-            Some((offset, device)) => device.read(offset, data),
+            Some(region) => region.device.read(gpa - region.range.start, data),
             None => {
-                guest_warn!(
-                    self.unmapped,
-                    "the guest read {len} bytes at {gpa:#x}, where nothing is"
-                );
                 data.fill(0xff);
+                self.warn_unmapped("read", gpa, len);
             }
         }
         u64::from_le_bytes(bytes)
@@ -88,23 +92,25 @@ impl Bus {
     /// A store by the guest; without effect where nothing is.
     pub fn write(&self, gpa: u64, data: &[u8]) {
         match self.find(gpa, data.len()) {
-            Some((offset, device)) => device.write(offset, data),
-            None => {
-                let len = data.len();
-                guest_warn!(
-                    self.unmapped,
-                    "the guest wrote {len} bytes at {gpa:#x}, where nothing is"
-                );
-            }
+            Some(region) => region.device.write(gpa - region.range.start, data),
+            None => self.warn_unmapped("wrote", gpa, data.len()),
         }
     }
 
-    /// The device that holds all of `len` bytes at `gpa`, and the offset in its range.
-    fn find(&self, gpa: u64, len: usize) -> Option<(u64, &dyn MmioDevice)> {
-        let after = self.ranges.partition_point(|(r, _)| r.start <= gpa);
-        let (range, device) = self.ranges.get(after.checked_sub(1)?)?;
-        let room = range.end.checked_sub(gpa)?;
-        (len as u64 <= room).then(|| (gpa - range.start, device.as_ref()))
+    /// The region that holds all of `len` bytes at `gpa`.
+    fn find(&self, gpa: u64, len: usize) -> Option<&Region> {
+        let after = self.regions.partition_point(|r| r.range.start <= gpa);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let room = region.range.end.checked_sub(gpa)?;
+        (len as u64 <= room).then_some(region)
+    }
+
+    #[cold]
+    fn warn_unmapped(&self, act: &str, gpa: u64, len: usize) {
+        guest_warn!(
+            self.unmapped,
+            "the guest {act} {len} bytes at {gpa:#x}, where nothing is"
+        );
     }
 }
 

@@ -110,7 +110,17 @@ impl Registers {
     }
 
     /// The pending interrupt of highest priority, as IIR names it.
+    #[inline]
     fn pending(&self, console: &Console) -> u8 {
+        if self.ier == 0 {
+            IIR_NONE
+        } else {
+            self.pending_enabled(console)
+        }
+    }
+
+    #[inline(never)]
+    fn pending_enabled(&self, console: &Console) -> u8 {
         if self.ier & IER_RECEIVED != 0 && self.data_ready(console) {
             IIR_RECEIVED
         } else if self.ier & IER_TRANSMITTED != 0 && self.transmitted && self.can_send(console) {
@@ -120,6 +130,7 @@ impl Registers {
         }
     }
 
+    #[inline(never)]
     fn read_iir(&mut self, console: &Console) -> u8 {
         let pending = self.pending(console);
         match pending {
@@ -130,6 +141,7 @@ impl Registers {
         pending | if self.fifos { IIR_FIFOS } else { 0 }
     }
 
+    #[inline(never)]
     fn read_lsr(&mut self, console: &Console) -> u8 {
         let mut lsr = 0;
         self.shown = self.data_ready(console);
@@ -145,6 +157,7 @@ impl Registers {
 
     /// In loopback the modem's outputs come back as its inputs (DTR-DSR, RTS-CTS, OUT1-RI,
     /// OUT2-DCD).
+    #[inline(never)]
     fn msr(&self) -> u8 {
         if !self.loopback() {
             return MSR_CONNECTED;
@@ -174,6 +187,7 @@ impl Registers {
     }
 
     /// A byte that finds no room is lost, as on a wire: THRE was 0.
+    #[inline(never)]
     fn transmit(&mut self, byte: u8, console: &Console) {
         if self.loopback() {
             self.looped = Some(byte);
@@ -183,6 +197,7 @@ impl Registers {
         self.transmitted = true;
     }
 
+    #[inline(never)]
     fn receive(&mut self, console: &Console) -> u8 {
         if self.loopback() {
             return self.looped.take().unwrap_or(0);

@@ -94,7 +94,10 @@ mod tests {
     #[test]
     fn plain_counters_have_name_and_value() {
         let counters = parse(&file()).unwrap();
-        let read: Vec<_> = counters.iter().map(|c| (c.name.as_str(), c.value)).collect();
+        let read: Vec<_> = counters
+            .iter()
+            .map(|c| (c.name.as_str(), c.value))
+            .collect();
         assert_eq!(read, [("exits", 7), ("blocking", 9)]);
     }
 

@@ -37,7 +37,12 @@ pub const UART_PATH: &str = "/soc/serial@10000000";
 
 /// Whose registers the guest-physical address `gpa` holds.
 pub fn owner(gpa: u64) -> Option<&'static str> {
-    let owners = [(APLIC, "APLIC"), (PLIC, "PLIC"), (UART, "UART"), (IMSIC, "IMSIC")];
+    let owners = [
+        (APLIC, "APLIC"),
+        (PLIC, "PLIC"),
+        (UART, "UART"),
+        (IMSIC, "IMSIC"),
+    ];
     let owner = owners.into_iter().find(|(range, _)| range.contains(&gpa));
     owner.map(|(_, name)| name)
 }

@@ -63,7 +63,9 @@ impl Machine {
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
     pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
-        let Run { console, timeout, .. } = *how;
+        let Run {
+            console, timeout, ..
+        } = *how;
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let (tell, events) = channel();
         let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;

@@ -109,12 +109,12 @@ fn millis(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::{Counter, VmExit};
+    use crate::hypervisor::Counter;
 
     fn stats() -> Stats {
         let mut vcpu = ExitStats::default();
         let gpa = layout::UART.start;
-        vcpu.count(VmExit::MmioRead { gpa, len: 1 }, |_| ());
+        vcpu.add(ExitKind::MmioRead(gpa), Duration::ZERO);
         vcpu.counters.push(Counter {
             name: "exits".into(),
             value: 3,
@@ -131,7 +131,10 @@ mod tests {
         let text = stats().to_string();
         assert!(text.starts_with("time: 1.5 ms to start"), "{text}");
         assert!(text.contains("MMIO read 0x10000000 (UART)"), "{text}");
-        assert!(text.lines().any(|line| line.split_whitespace().eq(["exits", "3"])));
+        assert!(
+            text.lines()
+                .any(|line| line.split_whitespace().eq(["exits", "3"]))
+        );
     }
 
     #[test]

@@ -9,8 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::config::{IrqchipKind, VmConfig};
 use crate::hypervisor::{
-    Aia, AiaConfig, Counter, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm, VmEntry,
-    VmExit, regs,
+    Aia, AiaConfig, Counter, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm,
+    VmEntry, VmExit, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;

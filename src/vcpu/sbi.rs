@@ -29,7 +29,7 @@ const NOT_SUPPORTED: i64 = -2;
 const INVALID_PARAM: i64 = -3;
 
 /// Bytes moved between guest RAM and console at a time.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 256;
 
 /// Serves SBI calls. Never waits, whatever the guest asks.
 #[derive(Clone)]
@@ -45,6 +45,7 @@ impl Sbi {
     }
 
     /// The answer to `call`.
+    #[inline(never)]
     pub fn call(&self, call: &SbiCall) -> SbiRet {
         let [a0, a1, a2, ..] = call.args;
         let answer = match (call.extension, call.function) {
@@ -77,9 +78,9 @@ impl Sbi {
 
     /// Queues what the console has room for: the guest asks again with the rest.
     fn write(&self, base: GuestAddress, len: usize) -> u64 {
-        let mut chunk = [0; CHUNK];
         let mut done = 0;
         while done < len.min(OUTPUT_CAPACITY) {
+            let mut chunk = [0; CHUNK];
             let want = CHUNK.min(len - done);
             let bytes = &mut chunk[..want];
             if self.ram.read_slice(bytes, at(base, done)).is_err() {

@@ -4,13 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use log::debug;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::Stop;
 use super::exits::{Exits, Next};
-use super::stats::ExitStats;
+use super::stats::{ExitKind, ExitStats};
 use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry};
 use crate::util::thread::{Kind, spawn};
 
@@ -102,14 +103,17 @@ fn run(
 ) -> Option<Result<Stop>> {
     let mut entry = VmEntry::Run;
     while !stopping.load(Ordering::Acquire) {
-        let exit = match vcpu.run(entry) {
+        let ran = vcpu.run(entry);
+        // By reference: an exit has 72 bytes, and moving them is a tenth of what serving it takes.
+        let exit = match &ran {
             Ok(exit) => exit,
-            Err(error) => return Some(Err(error)),
+            Err(_) => return ran.err().map(Err),
         };
-        let next = match &mut stats {
-            None => exits.handle(exit),
-            Some(stats) => stats.count(exit, |exit| exits.handle(exit)),
-        };
+        let began = stats.is_some().then(Instant::now);
+        let next = exits.handle(exit);
+        if let (Some(stats), Some(began)) = (&mut stats, began) {
+            stats.add(ExitKind::of(exit), began.elapsed());
+        }
         match next {
             Next::Enter(next) => entry = next,
             Next::Stop(stop) => return Some(Ok(stop)),

@@ -1,5 +1,6 @@
 //! A vCPU on KVM: registers by ONE_REG, and `kvm_run` decoded into values.
 
+use std::ffi::c_void;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,13 +16,15 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
-    Counter, Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry, VmExit, counters, regs,
+    Counter, Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry,
+    VmExit, counters, regs,
 };
 
 pub(super) struct KvmVcpu {
@@ -52,11 +55,12 @@ impl KvmVcpu {
     }
 
     /// An errno of KVM_RUN that the guest can cause (`vcpu_exit.c`, `vcpu_insn.c`).
-    fn failed_run(&self, errno: kvm_ioctls::Error) -> Result<VmExit> {
-        match Errno::from_raw_os_error(errno.errno()) {
+    #[cold]
+    fn failed_run(&self, errno: Errno) -> Result<VmExit> {
+        match errno {
             Errno::INTR | Errno::AGAIN => Ok(VmExit::Interrupted),
             Errno::OPNOTSUPP | Errno::IO | Errno::FAULT => Ok(VmExit::Unrunnable {
-                errno: errno.errno(),
+                errno: errno.raw_os_error(),
                 pc: self.reg(regs::PC)?.unwrap_or_default(),
             }),
             _ => Err(Error::refused(format!("run vCPU {}", self.id), errno)),
@@ -67,7 +71,10 @@ impl KvmVcpu {
 impl Vcpu for KvmVcpu {
     fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
         self.enter(entry);
-        match self.fd.run().map(|_| ()) {
+        // Not kvm-ioctls' `run`: it decodes `kvm_run` too, for every architecture, and this is the
+        // path of every exit.
+        // SAFETY: the descriptor is a vCPU's, open as long as `self`; the ioctl takes no argument.
+        match unsafe { ioctl(BorrowedFd::borrow_raw(self.fd.as_raw_fd()), RunVcpu) } {
             Ok(()) => Ok(decode(self.fd.get_kvm_run())),
             Err(errno) => self.failed_run(errno),
         }
@@ -112,7 +119,7 @@ impl Vcpu for KvmVcpu {
             Error::refused(act, e)
         };
         // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
-        let fd = unsafe { ioctl(&self.fd, KVM_GET_STATS_FD()) };
+        let fd = unsafe { vmm_sys_util::ioctl::ioctl(&self.fd, KVM_GET_STATS_FD()) };
         if fd < 0 {
             return Err(failed(io::Error::last_os_error()));
         }
@@ -186,6 +193,28 @@ fn decode_system_event(event: Event) -> VmExit {
         KVM_SYSTEM_EVENT_RESET => SystemEvent::Reset { reason },
         kind => SystemEvent::Other { kind },
     })
+}
+
+/// KVM_RUN, which kvm-ioctls keeps to itself.
+struct RunVcpu;
+
+// SAFETY: KVM_RUN takes no argument and returns 0; what it writes is the mapped `kvm_run`.
+unsafe impl Ioctl for RunVcpu {
+    type Output = ();
+    // It writes memory that no argument names.
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(KVMIO as u8, 0x80)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+        Ok(())
+    }
 }
 
 // kvm-ioctls has no KVM_INTERRUPT on riscv64, and KVM_GET_STATS_FD nowhere.

@@ -153,7 +153,10 @@ fn exits_are_counted_when_asked() {
         std::thread::yield_now();
     }
     let stats = vcpu.handle.stop().unwrap();
-    let reads = stats.kinds().into_iter().find(|(kind, _)| *kind == ExitKind::MmioRead(9));
+    let reads = stats
+        .kinds()
+        .into_iter()
+        .find(|(kind, _)| *kind == ExitKind::MmioRead(9));
     assert_eq!(reads.unwrap().1.count, 2);
     assert_eq!(stats.counters[0].value, 8);
     assert!(start(&[]).handle.stop().is_none());

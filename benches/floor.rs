@@ -1,0 +1,218 @@
+//! The floor: as little as a VMM can do on KVM, to measure what is left to save.
+//!
+//! ```text
+//! floor [--aia] [--hugepages] --kernel IMAGE [--initrd FILE --dtb FILE] --mem MIB
+//! ```
+//!
+//! One thread, one vCPU, RAM, the kernel 2 MiB into it, initrd and device tree where rvmm puts them, and a loop on
+//! KVM_RUN: every load reads 0x60 (a UART that is ready), a byte stored to the UART goes to standard output, every SBI
+//! call succeeds, and the first system event ends it. No interrupt is ever raised. With `--aia` the in-kernel AIA is
+//! there, as rvmm sets it up.
+#![allow(unsafe_code)]
+
+#[cfg(not(target_arch = "riscv64"))]
+fn main() {
+    eprintln!("floor: runs on riscv64 only");
+}
+
+#[cfg(target_arch = "riscv64")]
+fn main() -> anyhow::Result<()> {
+    floor::run(std::env::args().skip(1))
+}
+
+#[cfg(target_arch = "riscv64")]
+mod floor {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::{AsRawFd, RawFd};
+
+    use anyhow::{Context, Result, bail, ensure};
+    use kvm_bindings::*;
+    use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd};
+    use rvmm::boot::files::BootFile;
+    use rvmm::boot::placement::{Placement, fdt_room};
+    use rvmm::hypervisor::regs;
+    use rvmm::machine::layout::{APLIC, IMSIC, RAM_BASE, UART};
+    use rvmm::util::ByteSize;
+
+    /// KVM_RUN, `_IO(KVMIO, 0x80)`.
+    const KVM_RUN: libc::Ioctl = 0xae80;
+    /// What every load reads: the UART's line status with an empty transmitter.
+    const READY: u64 = 0x60;
+    const HUGE_PAGE: usize = 2 << 20;
+
+    #[derive(Default)]
+    struct Options {
+        aia: bool,
+        hugepages: bool,
+        kernel: String,
+        initrd: Option<String>,
+        dtb: Option<String>,
+        mem: u64,
+    }
+
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Options> {
+        let mut options = Options::default();
+        while let Some(word) = words.next() {
+            let mut value = || {
+                words
+                    .next()
+                    .with_context(|| format!("{word} needs a value"))
+            };
+            match word.as_str() {
+                "--aia" => options.aia = true,
+                "--hugepages" => options.hugepages = true,
+                "--kernel" => options.kernel = value()?,
+                "--initrd" => options.initrd = Some(value()?),
+                "--dtb" => options.dtb = Some(value()?),
+                "--mem" => options.mem = value()?.parse()?,
+                _ => bail!("what is {word:?}?"),
+            }
+        }
+        Ok(options)
+    }
+
+    pub(super) fn run(words: impl Iterator<Item = String>) -> Result<()> {
+        let options = parse(words)?;
+        let size = ByteSize::mib(options.mem);
+        let vm = Kvm::new()?.create_vm()?;
+        let ram = map_ram(&vm, usize::try_from(size.bytes())?, options.hugepages)?;
+        let aia = options.aia.then(|| create_aia(&vm)).transpose()?;
+        let vcpu = vm.create_vcpu(0)?;
+        if let Some(aia) = aia {
+            start_aia(&aia)?;
+        }
+        let entry = load(ram, size, &options)?;
+        for (register, value) in [
+            (regs::SBI_DBCN, 1),
+            (regs::PC, entry.0),
+            (regs::A0, 0),
+            (regs::A1, entry.1),
+            (regs::SCOUNTEREN, 7),
+        ] {
+            vcpu.set_one_reg(register.0, &u64::to_le_bytes(value))?;
+        }
+        exits(vcpu)
+    }
+
+    fn map_ram(vm: &VmFd, size: usize, hugepages: bool) -> Result<&'static mut [u8]> {
+        let huge = if hugepages {
+            libc::MAP_HUGETLB | libc::MAP_HUGE_2MB
+        } else {
+            0
+        };
+        ensure!(
+            !hugepages || size % HUGE_PAGE == 0,
+            "--mem in whole huge pages"
+        );
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice, never unmapped.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
+        ensure!(
+            at != libc::MAP_FAILED,
+            "no RAM: {}",
+            std::io::Error::last_os_error()
+        );
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: RAM_BASE,
+            memory_size: size as u64,
+            userspace_addr: at as u64,
+        };
+        // SAFETY: the mapping stays for as long as the process.
+        unsafe { vm.set_user_memory_region(slot) }?;
+        // SAFETY: as above; the guest does not run before the last use.
+        Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), size) })
+    }
+
+    /// Reads the files to where rvmm would: the addresses of the kernel and of the device tree.
+    fn load(ram: &mut [u8], size: ByteSize, options: &Options) -> Result<(u64, u64)> {
+        let image = BootFile::open("kernel", options.kernel.as_ref())?.image()?;
+        let initrd = options.initrd.as_ref().map(std::fs::metadata).transpose()?;
+        let initrd_size = initrd.map(|metadata| metadata.len());
+        let at = Placement::plan(RAM_BASE, size, &image, initrd_size, fdt_room(1))?;
+        let mut read = |path: &str, gpa: u64| -> Result<()> {
+            let mut file = File::open(path).with_context(|| path.to_owned())?;
+            let (start, length) = (usize::try_from(gpa - RAM_BASE)?, file.metadata()?.len());
+            file.read_exact(&mut ram[start..start + usize::try_from(length)?])?;
+            Ok(())
+        };
+        read(&options.kernel, at.kernel.start)?;
+        if let (Some(path), Some(range)) = (&options.initrd, &at.initrd) {
+            read(path, range.start)?;
+        }
+        if let Some(path) = &options.dtb {
+            read(path, at.fdt.start)?;
+        }
+        Ok((at.kernel.start, at.fdt.start))
+    }
+
+    fn create_aia(vm: &VmFd) -> Result<DeviceFd> {
+        let mut device = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
+            fd: 0,
+            flags: 0,
+        };
+        Ok(vm.create_device(&mut device)?)
+    }
+
+    fn start_aia(aia: &DeviceFd) -> Result<()> {
+        let set = |group: u32, attr: u32, value: u64| {
+            let request = kvm_device_attr {
+                flags: 0,
+                group,
+                attr: attr.into(),
+                addr: std::ptr::from_ref(&value) as u64,
+            };
+            aia.set_device_attr(&request)
+        };
+        let config = KVM_DEV_RISCV_AIA_GRP_CONFIG;
+        let mode = KVM_DEV_RISCV_AIA_CONFIG_MODE;
+        set(config, mode, KVM_DEV_RISCV_AIA_MODE_AUTO.into())
+            .or_else(|_| set(config, mode, KVM_DEV_RISCV_AIA_MODE_EMUL.into()))?;
+        set(
+            config,
+            KVM_DEV_RISCV_AIA_CONFIG_SRCS,
+            rvmm::irqchip::aia::SOURCES.into(),
+        )?;
+        set(config, KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, 0)?;
+        let addr = KVM_DEV_RISCV_AIA_GRP_ADDR;
+        set(addr, KVM_DEV_RISCV_AIA_ADDR_APLIC, APLIC.start)?;
+        set(addr, 1, IMSIC.start)?;
+        set(KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_CTRL_INIT, 0)?;
+        Ok(())
+    }
+
+    /// The loop. What belongs to no exit is outside it.
+    fn exits(mut vcpu: VcpuFd) -> Result<()> {
+        let fd: RawFd = vcpu.as_raw_fd();
+        let run: *mut kvm_run = vcpu.get_kvm_run();
+        let mut stdout = std::io::stdout();
+        loop {
+            // SAFETY: `vcpu` is alive, and KVM_RUN takes no argument.
+            if unsafe { libc::ioctl(fd, KVM_RUN, 0) } < 0 {
+                bail!("KVM_RUN: {}", std::io::Error::last_os_error());
+            }
+            // SAFETY: the page is mapped as long as `vcpu` lives, and KVM writes it in KVM_RUN only.
+            let run = unsafe { &mut *run };
+            let exit = &mut run.__bindgen_anon_1;
+            match run.exit_reason {
+                KVM_EXIT_MMIO => {
+                    // SAFETY: the member that belongs to the exit reason.
+                    let mmio = unsafe { &mut exit.mmio };
+                    if mmio.is_write == 0 {
+                        mmio.data = READY.to_le_bytes();
+                    } else if mmio.phys_addr == UART.start {
+                        stdout.write_all(&mmio.data[..1])?;
+                        stdout.flush()?;
+                    }
+                }
+                KVM_EXIT_RISCV_SBI => exit.riscv_sbi.ret = [0, 0],
+                KVM_EXIT_SYSTEM_EVENT => return Ok(()),
+                reason => bail!("exit {reason}"),
+            }
+        }
+    }
+}
