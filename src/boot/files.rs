@@ -164,6 +164,7 @@ impl BootFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MemConfig;
     use crate::memory;
     use crate::util::ByteSize;
 
@@ -171,7 +172,8 @@ mod tests {
     fn a_file_lands_where_it_should() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
         let mut file = BootFile::open("initrd", &path).unwrap();
-        let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+        let ram =
+            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
         file.load(&ram, &(0x8000_1000..0x8008_0000)).unwrap();
         let mut loaded = vec![0; usize::try_from(file.size()).unwrap()];
         ram.read_slice(&mut loaded, GuestAddress(0x8000_1000))

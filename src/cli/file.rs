@@ -73,13 +73,13 @@ pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleConfig, IrqchipKind};
+    use crate::config::{ConsoleConfig, HugePages, IrqchipKind, MemConfig};
     use crate::util::ByteSize;
 
     fn flags() -> VmConfig {
         VmConfig {
             kernel: Some("flag".into()),
-            mem: ByteSize::mib(64),
+            mem: MemConfig::new(ByteSize::mib(64)),
             ..VmConfig::default()
         }
     }
@@ -90,7 +90,10 @@ mod tests {
             kernel: Some("Image".into()),
             initrd: Some("initrd".into()),
             cmdline: "a \"b\"".into(),
-            mem: ByteSize::kib(5000),
+            mem: MemConfig {
+                size: ByteSize::kib(5000),
+                hugepages: Some(HugePages::TwoMib),
+            },
             cpus: 1,
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
@@ -108,7 +111,7 @@ mod tests {
         let file = r#"{ "kernel": "file", "mem": "1G", "irqchip": "plic" }"#;
         let merged = overlay(file, &flags(), |flag| flag == "mem").unwrap();
         assert_eq!(merged.kernel, Some("file".into()));
-        assert_eq!(merged.mem, ByteSize::mib(64));
+        assert_eq!(merged.mem, MemConfig::new(ByteSize::mib(64)));
         assert_eq!(merged.irqchip, IrqchipKind::Plic);
     }
 

@@ -181,7 +181,7 @@ mod tests {
             panic!("refused");
         };
         assert_eq!(cli.vm.kernel, Some(PathBuf::from("Image")));
-        assert_eq!(cli.vm.mem, ByteSize::mib(1024));
+        assert_eq!(cli.vm.mem.size, ByteSize::mib(1024));
         assert_eq!(cli.vm.cmdline, "console=ttyS0");
         assert_eq!(cli.verbose, 2);
         assert_eq!(cli.timeout, Some(Duration::from_secs(60)));
@@ -199,6 +199,8 @@ mod tests {
             ("rvmm --kernel x --mem 12Q", "not a size"),
             ("rvmm --kernel x --mem -1", "--mem"),
             ("rvmm --kernel x --mem 0", "--mem 0"),
+            ("rvmm --kernel x --mem 64M,hugepages=4M", "`2M`"),
+            ("rvmm --kernel x --mem 64M,huge=2M", "`hugepages`"),
             ("rvmm --kernel x --cpus 2", "--cpus 1"),
             ("rvmm --kernel x --nope", "--nope"),
             ("rvmm x", "'x'"),

@@ -1,6 +1,8 @@
 //! What a virtual machine should be, apart from how it is made.
 
 mod console;
+mod keyvalue;
+mod mem;
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,7 @@ use thiserror::Error;
 
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
+pub use mem::{HugePages, MemConfig};
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
 /// `arch/riscv/include/uapi/asm/setup.h`); it would cut off the rest in silence.
@@ -33,14 +36,16 @@ pub struct VmConfig {
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
     pub cmdline: String,
 
-    /// Guest RAM, in bytes or with K, M, G or T (powers of 1024)
+    /// Guest RAM, in bytes or with K, M, G or T (powers of 1024); SIZE,hugepages=2M (or 1G) takes
+    /// it from the host's reserved huge pages
     #[arg(
         long,
         value_name = "SIZE",
         allow_negative_numbers = true,
         default_value = "128M"
     )]
-    pub mem: ByteSize,
+    #[serde(deserialize_with = "keyvalue::deserialize")]
+    pub mem: MemConfig,
 
     /// Virtual CPUs; this version runs one
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -64,7 +69,7 @@ impl Default for VmConfig {
             kernel: None,
             initrd: None,
             cmdline: DEFAULT_CMDLINE.into(),
-            mem: ByteSize::mib(128),
+            mem: MemConfig::new(ByteSize::mib(128)),
             cpus: 1,
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
@@ -114,7 +119,7 @@ impl VmConfig {
     /// The first value that no host could serve.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.kernel()?;
-        if self.mem.bytes() == 0 {
+        if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
         }
         if self.cpus != 1 {
@@ -154,7 +159,10 @@ mod tests {
         };
         assert_eq!(with(|_| ()), Ok(()));
         assert_eq!(with(|c| c.kernel = None), Err(ConfigError::NoKernel));
-        assert_eq!(with(|c| c.mem = ByteSize(0)), Err(ConfigError::NoMemory));
+        assert_eq!(
+            with(|c| c.mem.size = ByteSize(0)),
+            Err(ConfigError::NoMemory)
+        );
         assert_eq!(with(|c| c.cpus = 2), Err(ConfigError::Cpus(2)));
         assert_eq!(with(|c| c.cpus = 0), Err(ConfigError::Cpus(0)));
         assert_eq!(

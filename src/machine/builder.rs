@@ -96,7 +96,7 @@ impl BootFiles {
         let image = self.kernel.image()?;
         let initrd = self.initrd.as_ref().map(BootFile::size);
         let room = fdt_room(config.cpus);
-        let placement = Placement::plan(RAM_BASE, config.mem, &image, initrd, room)
+        let placement = Placement::plan(RAM_BASE, config.mem.size, &image, initrd, room)
             .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
         debug!("placement: {placement:x?}");
         Ok(placement)
@@ -113,7 +113,7 @@ impl BootFiles {
 
 fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
     let base = GuestAddress(RAM_BASE);
-    vm.check_ram(base, config.mem)?;
+    vm.check_ram(base, config.mem.size)?;
     let ram = memory::create(base, config.mem)?;
     vm.map_ram(Arc::clone(&ram))?;
     Ok(ram)
@@ -180,7 +180,7 @@ fn build_tree(
         initrd: placement.initrd.as_ref(),
         rng_seed: rng_seed()?,
         ram_base: RAM_BASE,
-        ram_size: config.mem,
+        ram_size: config.mem.size,
         hart: facts,
         harts: config.cpus,
         hart_intc_phandle,

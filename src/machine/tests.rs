@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::config::{IrqchipKind, VmConfig};
+use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::hypervisor::{
     Aia, AiaConfig, Counter, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm,
     VmEntry, VmExit, regs,
@@ -164,7 +164,7 @@ fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
     let config = VmConfig {
         kernel: Some(file(&kernel, &image())),
         initrd: Some(file(&initrd, b"initrd bytes")),
-        mem: ByteSize::mib(16),
+        mem: MemConfig::new(ByteSize::mib(16)),
         irqchip: record.kind,
         ..VmConfig::default()
     };

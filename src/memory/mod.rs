@@ -1,11 +1,15 @@
-//! Guest RAM as the host sees it: one anonymous, private mapping, populated on first touch.
+//! Guest RAM as the host sees it: one private mapping, populated on first touch.
 
+use std::io;
 use std::sync::Arc;
 
+use log::debug;
 use rustix::system::sysinfo;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
 
 /// Guest RAM, as every part of rvmm names it.
@@ -18,8 +22,16 @@ pub const PAGE_SIZE: u64 = 4096;
 #[derive(Debug, Error)]
 pub enum Error {
     /// Not whole pages.
-    #[error("{} of guest RAM are not whole pages: --mem takes multiples of 4K", .0)]
-    Unaligned(ByteSize),
+    #[error(
+        "{size} of guest RAM are not whole pages: --mem takes multiples of {} here",
+        .page.as_flag()
+    )]
+    Unaligned {
+        /// What was asked for.
+        size: ByteSize,
+        /// What it is to be a multiple of.
+        page: ByteSize,
+    },
     /// More than the host could ever back.
     #[error(
         "{wanted} of guest RAM are more than this host has ({host} with swap): give less with --mem"
@@ -29,6 +41,23 @@ pub enum Error {
         wanted: ByteSize,
         /// The host's RAM and swap.
         host: ByteSize,
+    },
+    /// Too few huge pages are reserved and free.
+    #[error(
+        "Failed to map {wanted} of guest RAM: fewer than {count} huge pages of {} are free: \
+         reserve them in /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages, or leave out \
+         hugepages={}",
+        .page, .page.as_flag()
+    )]
+    TooFewHugePages {
+        /// What was asked for.
+        wanted: ByteSize,
+        /// The size of a page.
+        page: ByteSize,
+        /// The same in KiB, as /sys names it.
+        kib: u64,
+        /// Pages needed.
+        count: u64,
     },
     /// The host refused the mapping.
     #[error("Failed to map {size} of guest RAM: {reason}")]
@@ -40,14 +69,18 @@ pub enum Error {
     },
 }
 
-/// Maps `size` bytes of guest RAM at guest-physical address `base`.
+/// Maps guest RAM as `config` says, at guest-physical address `base`.
 ///
 /// # Errors
-/// `size` is no multiple of [`PAGE_SIZE`], is more than the host's RAM and swap together, or the
-/// host refuses the mapping.
-pub fn create(base: GuestAddress, size: ByteSize) -> Result<Arc<GuestMemory>, Error> {
-    if size.bytes() % PAGE_SIZE != 0 {
-        return Err(Error::Unaligned(size));
+/// The size is no multiple of the page size, is more than the host's RAM and swap together, or
+/// the host refuses the mapping.
+pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>, Error> {
+    let size = config.size;
+    let page = config
+        .hugepages
+        .map_or(ByteSize(PAGE_SIZE), HugePages::size);
+    if size.bytes() % page.bytes() != 0 {
+        return Err(Error::Unaligned { size, page });
     }
     let host = host_memory();
     if size > host {
@@ -55,8 +88,59 @@ pub fn create(base: GuestAddress, size: ByteSize) -> Result<Arc<GuestMemory>, Er
     }
     let failed = |reason: String| Error::Map { size, reason };
     let length = usize::try_from(size.bytes()).map_err(|e| failed(e.to_string()))?;
-    let ram = GuestMemory::from_ranges(&[(base, length)]).map_err(|e| failed(e.to_string()))?;
+    let mapping = match config.hugepages {
+        Some(pages) => map_huge(size, length, pages)?,
+        None => map_ordinary(length).map_err(|e| failed(e.to_string()))?,
+    };
+    let region = GuestRegionMmap::new(mapping, base)
+        .ok_or_else(|| failed("it would end beyond the last address".into()))?;
+    let ram = GuestMemory::from_regions(vec![region]).map_err(|e| failed(e.to_string()))?;
     Ok(Arc::new(ram))
+}
+
+const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
+/// as much then.
+fn map_ordinary(length: usize) -> Result<MmapRegion, MmapRegionError> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let mapping = MmapRegion::build(None, length, ACCESS, flags)?;
+    advise_huge(&mapping);
+    Ok(mapping)
+}
+
+#[allow(unsafe_code)]
+fn advise_huge(mapping: &MmapRegion) {
+    use rustix::mm::{Advice, madvise};
+    let (start, length) = (mapping.as_ptr().cast(), mapping.size());
+    // SAFETY: the range is that of a mapping, and the advice changes no byte of it.
+    if let Err(error) = unsafe { madvise(start, length, Advice::LinuxHugepage) } {
+        debug!("no transparent huge pages for guest RAM: {error}");
+    }
+}
+
+/// Reserved pages: all of them are the guest's from now on, so that no touch can fail later.
+fn map_huge(size: ByteSize, length: usize, pages: HugePages) -> Result<MmapRegion, Error> {
+    let page = pages.size();
+    let kind = match pages {
+        HugePages::TwoMib => libc::MAP_HUGE_2MB,
+        HugePages::OneGib => libc::MAP_HUGE_1GB,
+    };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | kind;
+    MmapRegion::build(None, length, ACCESS, flags).map_err(|error| match &error {
+        MmapRegionError::Mmap(source) if source.kind() == io::ErrorKind::OutOfMemory => {
+            Error::TooFewHugePages {
+                wanted: size,
+                page,
+                kib: page.bytes() >> 10,
+                count: size.bytes() / page.bytes(),
+            }
+        }
+        _ => Error::Map {
+            size,
+            reason: error.to_string(),
+        },
+    })
 }
 
 /// The host's RAM and swap together.
@@ -75,7 +159,7 @@ mod tests {
 
     #[test]
     fn ram_is_zeroed_and_where_it_was_asked_for() {
-        let ram = create(BASE, ByteSize::mib(2)).unwrap();
+        let ram = create(BASE, MemConfig::new(ByteSize::mib(2))).unwrap();
         assert_eq!(ram.last_addr().0, 0x801f_ffff);
         assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
         assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
@@ -83,8 +167,21 @@ mod tests {
 
     #[test]
     fn absurd_sizes_are_told() {
-        let line = |size| create(BASE, ByteSize(size)).unwrap_err().to_string();
+        let line = |size| {
+            let config = MemConfig::new(ByteSize(size));
+            create(BASE, config).unwrap_err().to_string()
+        };
         assert!(line(5000).contains("multiples of 4K"));
         assert!(line(u64::MAX - 4095).contains("more than this host has"));
+    }
+
+    #[test]
+    fn huge_pages_are_whole_and_reserved() {
+        let huge = |size| MemConfig {
+            size,
+            hugepages: Some(HugePages::OneGib),
+        };
+        let line = |size| create(BASE, huge(size)).unwrap_err().to_string();
+        assert!(line(ByteSize::mib(256)).contains("multiples of 1G"));
     }
 }

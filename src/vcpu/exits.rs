@@ -103,6 +103,7 @@ fn system_event(event: SystemEvent) -> Stop {
 mod tests {
     use super::*;
     use crate::bus::MmioDevice;
+    use crate::config::MemConfig;
     use crate::devices::console::Console;
     use crate::hypervisor::SbiCall;
     use crate::memory;
@@ -129,7 +130,8 @@ mod tests {
         let mut bus = Bus::default();
         bus.insert(0x1000..0x1008, Arc::new(Cell::default()))
             .unwrap();
-        let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+        let ram =
+            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
         let sbi = Sbi::new(ram, Arc::new(Console::default()));
         Exits::new(Arc::new(bus), sbi)
     }

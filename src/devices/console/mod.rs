@@ -18,6 +18,9 @@ use crate::util::sync::lock;
 pub const OUTPUT_CAPACITY: usize = 64 << 10;
 /// With less room than this the listener counts the queue as full: a 16550A sends as much at once.
 pub const LOW_ROOM: usize = 16;
+/// Time between two writes to the host while a guest talks. The first byte after silence goes at
+/// once.
+const PACE: Duration = Duration::from_millis(1);
 /// Bytes of input kept for a guest that is slower than the typist.
 pub const INPUT_CAPACITY: usize = 64 << 10;
 
@@ -49,7 +52,23 @@ struct Queues {
     in_flight: usize,
     /// Counts completed writes, so that a drain sees progress.
     writes: u64,
+    writer: Writer,
+    /// Somebody waits for the queue to be empty.
+    draining: bool,
     closed: bool,
+}
+
+/// What the thread that takes output does. Only one that waits is woken: a UART sends a byte at a
+/// time, and a system call for each would cost more than the byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Writer {
+    /// Writes what it took.
+    #[default]
+    Busy,
+    /// Has written, and lets output gather for [`PACE`] before it takes more.
+    Pacing,
+    /// Waits for output.
+    Idle,
 }
 
 /// The guest's side.
@@ -59,8 +78,15 @@ impl Console {
         let mut queues = lock(&self.queues);
         let count = bytes.len().min(queues.output_room());
         queues.output.extend(&bytes[..count]);
+        let wake = match queues.writer {
+            Writer::Idle => count > 0,
+            Writer::Pacing => queues.output.len() >= OUTPUT_CAPACITY / 2,
+            Writer::Busy => false,
+        };
         drop(queues);
-        self.output_ready.notify_one();
+        if wake {
+            self.output_ready.notify_one();
+        }
         count
     }
 
@@ -137,20 +163,29 @@ impl Console {
         bytes.clear();
         let mut queues = lock(&self.queues);
         let was_full = queues.in_flight > 0 && queues.output_room() < LOW_ROOM;
-        queues.in_flight = 0;
+        let has_written = std::mem::take(&mut queues.in_flight) > 0;
         queues.writes += 1;
-        self.output_drained.notify_all();
+        if queues.draining {
+            self.output_drained.notify_all();
+        }
         if was_full {
             drop(queues);
             self.tell_listener();
             queues = lock(&self.queues);
         }
+        if has_written && !queues.is_urgent() {
+            queues.writer = Writer::Pacing;
+            let wait = self.output_ready.wait_timeout(queues, PACE);
+            (queues, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        }
         while queues.output.is_empty() && !queues.closed {
+            queues.writer = Writer::Idle;
             queues = self
                 .output_ready
                 .wait(queues)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        queues.writer = Writer::Busy;
         bytes.extend(queues.output.drain(..));
         queues.in_flight = bytes.len();
         !bytes.is_empty()
@@ -168,6 +203,8 @@ impl Console {
     pub fn drain(&self, mut patience: impl FnMut(Duration) -> bool) -> bool {
         const ASK: Duration = Duration::from_millis(50);
         let mut queues = lock(&self.queues);
+        queues.draining = true;
+        self.output_ready.notify_all();
         let (mut writes, mut since) = (queues.writes, Instant::now());
         while !queues.output.is_empty() || queues.in_flight > 0 {
             if queues.writes != writes {
@@ -179,6 +216,7 @@ impl Console {
             let wait = self.output_drained.wait_timeout(queues, ASK);
             (queues, _) = wait.unwrap_or_else(PoisonError::into_inner);
         }
+        queues.draining = false;
         true
     }
 
@@ -190,6 +228,11 @@ impl Console {
 }
 
 impl Queues {
+    /// Whether output should not gather any longer.
+    fn is_urgent(&self) -> bool {
+        self.draining || self.closed || self.output.len() >= OUTPUT_CAPACITY / 2
+    }
+
     /// What the writer has taken counts until it is written, or the queue would hold twice as much.
     fn output_room(&self) -> usize {
         OUTPUT_CAPACITY - (self.output.len() + self.in_flight).min(OUTPUT_CAPACITY)

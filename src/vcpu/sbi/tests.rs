@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::MemConfig;
 use crate::devices::console::INPUT_CAPACITY;
 use crate::memory;
 use crate::util::ByteSize;
@@ -8,7 +9,7 @@ const SIZE: u64 = 1 << 20;
 const END: u64 = BASE + SIZE;
 
 fn sbi() -> Sbi {
-    let ram = memory::create(GuestAddress(BASE), ByteSize(SIZE)).unwrap();
+    let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize(SIZE))).unwrap();
     Sbi::new(ram, Arc::new(Console::default()))
 }
 

@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::bus::Bus;
+use crate::config::MemConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Counter, ExternalIrq, RegId, SbiCall, SbiRet, SystemEvent, VmExit};
 use crate::memory;
@@ -74,7 +75,7 @@ fn start(exits: &[VmExit]) -> Started {
 }
 
 fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
-    let ram = memory::create(GuestAddress(0x8000_0000), ByteSize::mib(1)).unwrap();
+    let ram = memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
     let sbi = Sbi::new(ram, Arc::new(Console::default()));
     let script = Script {
         exits: exits.iter().copied().collect(),

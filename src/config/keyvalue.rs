@@ -1,0 +1,105 @@
+//! One serde struct is a flag's `key=value,…` and the JSON's object.
+//!
+//! A struct gets both forms from its serde derive: the flag's text becomes an object of strings,
+//! and a first word without `=` is the value of the struct's main key.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
+
+/// What [`parse`] needs to know of a struct.
+pub(super) trait KeyValue: DeserializeOwned {
+    /// The key of a first word without `=`.
+    const MAIN_KEY: &'static str;
+}
+
+/// Parses a flag's text.
+///
+/// # Errors
+/// One line that names the key or value.
+pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
+    let mut object = Map::new();
+    for (index, word) in text.split(',').enumerate() {
+        let (key, value) = match word.split_once('=') {
+            Some(pair) => pair,
+            None if index == 0 => (T::MAIN_KEY, word),
+            None => return Err(format!("{word:?} has no value: write {word}=VALUE")),
+        };
+        if object.insert(key.into(), value.into()).is_some() {
+            return Err(format!("{key} is given twice"));
+        }
+    }
+    serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())
+}
+
+/// Reads the JSON of a [`KeyValue`]: its object, or the flag's text. For `deserialize_with`.
+pub(super) fn deserialize<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: KeyValue,
+    D: Deserializer<'de>,
+{
+    deserializer.deserialize_any(Either(PhantomData))
+}
+
+struct Either<T>(PhantomData<T>);
+
+impl<'de, T: KeyValue> Visitor<'de> for Either<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an object, or the text of the flag")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        parse(text).map_err(E::custom)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map_err(A::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Thing {
+        path: String,
+        #[serde(default)]
+        id: Option<String>,
+    }
+
+    impl KeyValue for Thing {
+        const MAIN_KEY: &'static str = "path";
+    }
+
+    #[test]
+    fn the_main_key_may_go_unsaid() {
+        let thing = |id: Option<&str>| Thing {
+            path: "a".into(),
+            id: id.map(Into::into),
+        };
+        assert_eq!(parse("a"), Ok(thing(None)));
+        assert_eq!(parse("a,id=b=c"), Ok(thing(Some("b=c"))));
+        assert_eq!(parse("id=b,path=a"), Ok(thing(Some("b"))));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        for (text, part) in [
+            ("a,b", "b=VALUE"),
+            ("a,path=b", "path is given twice"),
+            ("a,size=1", "`size`"),
+            ("id=b", "`path`"),
+        ] {
+            let error = parse::<Thing>(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}
