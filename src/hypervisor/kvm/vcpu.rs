@@ -205,7 +205,8 @@ unsafe impl Ioctl for RunVcpu {
     const IS_MUTATING: bool = true;
 
     fn opcode(&self) -> Opcode {
-        opcode::none(KVMIO as u8, 0x80)
+        const KVMIO: u8 = 0xae;
+        opcode::none(KVMIO, 0x80)
     }
 
     fn as_ptr(&mut self) -> *mut c_void {

@@ -1,0 +1,189 @@
+//! How each VMM is started.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// Guest RAM in MiB, the same for all.
+pub(crate) const MEM_MIB: u64 = 256;
+
+/// A guest to start.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initrd: Option<&'a Path>,
+    pub(crate) cmdline: &'a str,
+    pub(crate) hugepages: bool,
+}
+
+/// A VMM under measurement.
+#[derive(Clone, Debug)]
+pub(crate) struct Contestant {
+    pub(crate) name: String,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Rvmm,
+    /// With this machine.
+    Qemu(&'static str),
+    /// With the in-kernel AIA, and with a device tree that was made for it.
+    Floor {
+        aia: bool,
+        dtb: String,
+    },
+    /// A command with places for kernel, initrd, command line and RAM.
+    Peer(Vec<String>),
+}
+
+/// What kind of host L1 is, as far as the contestants are concerned.
+pub(crate) struct Host {
+    aia: bool,
+}
+
+impl Host {
+    pub(crate) fn of(kind: &str) -> Result<Self> {
+        match kind {
+            "aia" | "aia-emul" => Ok(Self { aia: true }),
+            "none" => Ok(Self { aia: false }),
+            other => bail!("no such kind of host: {other}"),
+        }
+    }
+}
+
+/// Everybody that can run on this host. `dir` is for files of theirs.
+pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
+    let contestant = |name: &str, kind| Contestant {
+        name: name.into(),
+        kind,
+    };
+    let floor = |name, aia, irqchip| -> Contestant {
+        let dtb = dir.join(format!("{irqchip}.dtb")).display().to_string();
+        contestant(name, Kind::Floor { aia, dtb })
+    };
+    let machine = if host.aia {
+        "virt,aia=aplic-imsic"
+    } else {
+        "virt"
+    };
+    let mut all = vec![
+        contestant("rvmm", Kind::Rvmm),
+        contestant("qemu", Kind::Qemu(machine)),
+        floor("floor", false, "plic"),
+    ];
+    if host.aia {
+        all.push(floor("floor+aia", true, "aia"));
+    }
+    let peers = env::var("RVMM_BENCH_PEERS").unwrap_or_default();
+    for line in peers.lines() {
+        let (name, command) = line.split_once('=').context("RVMM_BENCH_PEERS")?;
+        let words = command.split_whitespace().map(Into::into).collect();
+        all.push(contestant(name, Kind::Peer(words)));
+    }
+    Ok(all)
+}
+
+impl Contestant {
+    /// Whether it can run such a guest at all.
+    pub(crate) fn can(&self, job: &Job) -> bool {
+        !(job.hugepages && matches!(self.kind, Kind::Peer(_)))
+    }
+
+    /// Whether it has interrupts and a real console: the floor has neither.
+    pub(crate) fn is_machine(&self) -> bool {
+        !matches!(self.kind, Kind::Floor { .. })
+    }
+
+    /// The command that runs `job`, with the guest's console on standard output.
+    pub(crate) fn command(&self, job: &Job) -> Result<Command> {
+        Ok(match &self.kind {
+            Kind::Rvmm => rvmm(job),
+            Kind::Qemu(machine) => qemu(machine, job),
+            Kind::Floor { aia, dtb } => floor(*aia, dtb, job)?,
+            Kind::Peer(words) => peer(words, job)?,
+        })
+    }
+}
+
+fn rvmm(job: &Job) -> Command {
+    let pages = if job.hugepages { ",hugepages=2M" } else { "" };
+    let mut command = Command::new("rvmm");
+    command.arg("--kernel").arg(job.kernel);
+    command.args(["--mem", &format!("{MEM_MIB}M{pages}")]);
+    command.args(["--cmdline", job.cmdline]);
+    if let Some(initrd) = job.initrd {
+        command.arg("--initrd").arg(initrd);
+    }
+    command
+}
+
+fn qemu(machine: &str, job: &Job) -> Command {
+    let mut command = Command::new("qemu-system-riscv64");
+    command.args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
+    command.args(["-m", &format!("{MEM_MIB}M"), "-no-reboot"]);
+    command.args([
+        "-nodefaults",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "stdio",
+    ]);
+    command.arg("-kernel").arg(job.kernel);
+    if let Some(initrd) = job.initrd {
+        command.arg("-initrd").arg(initrd);
+        command.args(["-append", job.cmdline]);
+    }
+    if job.hugepages {
+        command.args(["-mem-path", "/dev/hugepages"]);
+    }
+    command
+}
+
+/// Its device tree is rvmm's, for the same guest.
+fn floor(aia: bool, dtb: &str, job: &Job) -> Result<Command> {
+    let mut command = Command::new("floor");
+    command.arg("--kernel").arg(job.kernel);
+    command.args(["--mem", &MEM_MIB.to_string()]);
+    if aia {
+        command.arg("--aia");
+    }
+    if job.hugepages {
+        command.arg("--hugepages");
+    }
+    if let Some(initrd) = job.initrd {
+        let irqchip = if aia { "aia" } else { "plic" };
+        let mut dump = rvmm(&Job {
+            hugepages: false,
+            ..*job
+        });
+        dump.args(["--irqchip", irqchip, "--dump-dtb", dtb]);
+        let made = dump.status().context("cannot run rvmm --dump-dtb")?;
+        anyhow::ensure!(made.success(), "rvmm --dump-dtb: {made}");
+        command.arg("--initrd").arg(initrd).args(["--dtb", dtb]);
+    }
+    Ok(command)
+}
+
+fn peer(words: &[String], job: &Job) -> Result<Command> {
+    let path = |path: &Path| path.display().to_string();
+    let places = [
+        ("{kernel}", path(job.kernel)),
+        ("{initrd}", job.initrd.map(path).unwrap_or_default()),
+        ("{cmdline}", job.cmdline.to_owned()),
+        ("{mem}", MEM_MIB.to_string()),
+    ];
+    let filled = words.iter().map(|word| {
+        let fill = |word: String, (place, value): &(&str, String)| word.replace(place, value);
+        places.iter().fold(word.clone(), fill)
+    });
+    let filled: Vec<String> = filled.collect();
+    let (program, arguments) = filled.split_first().context("an empty command")?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    Ok(command)
+}

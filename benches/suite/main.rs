@@ -1,0 +1,116 @@
+//! The benchmark's driver. It runs in L1 (scripts/bench boots that), starts every contestant again and again, and writes
+//! one table and one JSON.
+//!
+//! ```text
+//! main          what to measure, in which order          measure   one run of one contestant
+//! contestants   how each VMM is started                  memory    what a process has beside guest RAM
+//! figures       samples, medians, ratios                 report    the table and the JSON
+//! ```
+
+mod contestants;
+mod figures;
+mod measure;
+mod memory;
+mod report;
+
+use std::env;
+use std::fs;
+
+use anyhow::{Context, Result};
+
+use contestants::{Contestant, Host};
+use figures::Figures;
+use measure::Lab;
+
+/// What scripts/bench asks for, in the environment.
+struct Plan {
+    host: String,
+    repetitions: usize,
+    /// Groups of figures; all when empty.
+    only: Vec<String>,
+    /// Where the report goes.
+    report: String,
+}
+
+impl Plan {
+    fn from_env() -> Result<Self> {
+        let var = |name: &str| env::var(name).with_context(|| format!("{name} is not set"));
+        Ok(Self {
+            host: var("RVMM_BENCH_HOST")?,
+            repetitions: var("RVMM_BENCH_REPETITIONS")?.parse()?,
+            only: words("RVMM_BENCH_ONLY"),
+            report: var("LOG")?,
+        })
+    }
+
+    fn wants(&self, group: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|name| name == group)
+    }
+}
+
+fn words(name: &str) -> Vec<String> {
+    let value = env::var(name).unwrap_or_default();
+    value
+        .split([' ', ','])
+        .filter(|w| !w.is_empty())
+        .map(Into::into)
+        .collect()
+}
+
+/// A measurement: its group, and what it does to one contestant.
+type Measurement = (
+    &'static str,
+    fn(&Lab, &Contestant, &mut Figures) -> Result<()>,
+);
+
+const MEASUREMENTS: [Measurement; 8] = [
+    ("boot", measure::boot),
+    ("hugeboot", measure::boot_in_hugepages),
+    ("log", measure::boot_with_log),
+    ("init", measure::clock_at_init),
+    ("firstbyte", measure::first_byte),
+    ("exits", measure::exits),
+    ("pages", measure::pages),
+    ("memory", measure::memory_and_term),
+];
+
+fn main() -> Result<()> {
+    let plan = Plan::from_env()?;
+    let lab = Lab::set_up()?;
+    let contestants = contestants::all(&Host::of(&plan.host)?, lab.dir())?;
+    let mut figures = Figures::default();
+    // The first run of everything is for L1's caches, and shows who cannot do what.
+    for repetition in 0..=plan.repetitions {
+        for (group, measurement) in MEASUREMENTS {
+            for contestant in contestants.iter().filter(|_| plan.wants(group)) {
+                println!(
+                    "{repetition} of {}: {group}, {}",
+                    plan.repetitions, contestant.name
+                );
+                let mut samples = Figures::default();
+                if let Err(error) = measurement(&lab, contestant, &mut samples) {
+                    println!("{group}, {}: {error:#}", contestant.name);
+                    figures.failed(group, &contestant.name, &format!("{error:#}"));
+                }
+                if repetition > 0 {
+                    figures.merge(samples);
+                }
+            }
+        }
+    }
+    figures.add_given("clock at /init", "ms", "bare", &words("RVMM_BENCH_BARE"))?;
+    for word in words("RVMM_BENCH_SIZE") {
+        let (part, bytes) = word.split_once('=').context("RVMM_BENCH_SIZE")?;
+        figures.add_size(part, bytes.parse()?);
+    }
+    let text = report::write(&plan.host, plan.repetitions, &contestants, &figures);
+    fs::write(&plan.report, text).with_context(|| format!("cannot write {}", plan.report))?;
+    // A contestant that is always there must not fail.
+    let broken = figures.failures_of(&["rvmm", "qemu", "floor"]);
+    anyhow::ensure!(
+        broken.is_empty(),
+        "could not be measured: {}",
+        broken.join("; ")
+    );
+    Ok(())
+}

@@ -1,0 +1,341 @@
+//! One run of one contestant.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::contestants::{Contestant, Job, MEM_MIB};
+use crate::figures::Figures;
+use crate::memory;
+
+/// The same command line for all. The kernel runs `poweroff -f` as its init: what is measured is the boot.
+const QUIET: &str = "console=ttyS0 quiet rdinit=/bin/poweroff -- -f";
+const LOGGING: &str = "console=ttyS0 rdinit=/bin/poweroff -- -f";
+const CLOCK: &str = "console=ttyS0 quiet rvmm.action=clock";
+const WAITING: &str = "console=ttyS0 quiet rvmm.action=echo";
+
+/// Bytes of the kernel file whose first byte of output is awaited: about what Debian's has.
+const PADDED: usize = 31 << 20;
+const HUGE_PAGE_MIB: u64 = 2;
+
+/// L1 as the measurements find it.
+pub(crate) struct Lab {
+    dir: PathBuf,
+    linux: PathBuf,
+    initrd: PathBuf,
+    guests: PathBuf,
+    padded: PathBuf,
+    /// Ticks a second of the guests' timer, which is the host's.
+    timebase: f64,
+}
+
+impl Lab {
+    pub(crate) fn set_up() -> Result<Self> {
+        let dir = PathBuf::from("/tmp/bench");
+        fs::create_dir_all(&dir)?;
+        let guests = PathBuf::from(std::env::var("RVMM_TEST_GUESTS")?);
+        let lab = Self {
+            linux: std::env::var("RVMM_TEST_KERNEL")?.into(),
+            initrd: guests.join("initramfs.cpio.gz"),
+            padded: dir.join("padded.img"),
+            timebase: timebase()?,
+            guests,
+            dir,
+        };
+        pad(&lab.guests.join("firstbyte.img"), &lab.padded)?;
+        Ok(lab)
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn linux<'a>(&'a self, cmdline: &'a str) -> Job<'a> {
+        Job {
+            kernel: &self.linux,
+            initrd: Some(&self.initrd),
+            cmdline,
+            hugepages: false,
+        }
+    }
+
+    /// Microseconds each of `count` events that took `ticks`.
+    fn micros_each(&self, count: f64, ticks: f64) -> f64 {
+        ticks / self.timebase * 1e6 / count
+    }
+}
+
+fn timebase() -> Result<f64> {
+    let path = "/proc/device-tree/cpus/timebase-frequency";
+    let cells = fs::read(path).context(path)?;
+    let hertz = cells
+        .iter()
+        .fold(0u64, |sum, byte| (sum << 8) | u64::from(*byte));
+    Ok(hertz as f64)
+}
+
+/// The guest at `from` as a kernel of `PADDED` bytes, none of them a hole.
+fn pad(from: &Path, to: &Path) -> Result<()> {
+    const IMAGE_SIZE: std::ops::Range<usize> = 16..24;
+    let mut image = fs::read(from)?;
+    image.resize(PADDED, 0xa5);
+    image[IMAGE_SIZE].copy_from_slice(&(PADDED as u64).to_le_bytes());
+    Ok(fs::write(to, image)?)
+}
+
+/// A contestant at work; killed if it is still there at the end.
+struct Running {
+    child: Child,
+    began: Instant,
+}
+
+impl Running {
+    fn start(contestant: &Contestant, job: &Job) -> Result<Self> {
+        let mut command: Command = contestant.command(job)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
+        let began = Instant::now();
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        Ok(Self { child, began })
+    }
+
+    fn stdout(&mut self) -> Result<std::process::ChildStdout> {
+        self.child.stdout.take().context("no stdout")
+    }
+
+    /// Milliseconds until it has ended, its output, and how it ended.
+    fn finish(mut self) -> Result<(f64, String, ExitStatus)> {
+        let mut output = Vec::new();
+        self.stdout()?.read_to_end(&mut output)?;
+        let status = self.child.wait()?;
+        let took = millis(self.began.elapsed());
+        Ok((took, String::from_utf8_lossy(&output).into_owned(), status))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// Runs `job` to its end: milliseconds and output.
+fn run(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
+    let (took, output, status) = Running::start(contestant, job)?.finish()?;
+    ensure!(status.success(), "{status}; it wrote {:?}", tail(&output));
+    Ok((took, output))
+}
+
+fn tail(output: &str) -> &str {
+    let from = output.char_indices().rev().nth(300).map_or(0, |(at, _)| at);
+    &output[from..]
+}
+
+/// Process start to power-off of Linux.
+pub(crate) fn boot(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let (took, _) = run(contestant, &lab.linux(QUIET))?;
+    figures.add("start to power-off", "ms", &contestant.name, took);
+    Ok(())
+}
+
+/// The same with guest RAM in the host's reserved huge pages.
+pub(crate) fn boot_in_hugepages(
+    lab: &Lab,
+    contestant: &Contestant,
+    figures: &mut Figures,
+) -> Result<()> {
+    let job = Job {
+        hugepages: true,
+        ..lab.linux(QUIET)
+    };
+    with_pages_for(contestant, &job, |job| {
+        let (took, _) = run(contestant, job)?;
+        figures.add("start to power-off, 2M pages", "ms", &contestant.name, took);
+        Ok(())
+    })
+}
+
+/// The same with the kernel's log on the console.
+pub(crate) fn boot_with_log(
+    lab: &Lab,
+    contestant: &Contestant,
+    figures: &mut Figures,
+) -> Result<()> {
+    let (took, output) = run(contestant, &lab.linux(LOGGING))?;
+    // The floor's UART is always ready, so that it may be told apart.
+    ensure!(
+        !contestant.is_machine() || output.contains("Power down"),
+        "no log"
+    );
+    figures.add("start to power-off, with log", "ms", &contestant.name, took);
+    Ok(())
+}
+
+/// The guest's own clock when its first process starts. Needs a console that works both ways.
+pub(crate) fn clock_at_init(
+    lab: &Lab,
+    contestant: &Contestant,
+    figures: &mut Figures,
+) -> Result<()> {
+    if !contestant.is_machine() {
+        return Ok(());
+    }
+    let (_, output) = run(contestant, &lab.linux(CLOCK))?;
+    let seconds = init_stamp(&output).context("no line about /init")?;
+    figures.add("clock at /init", "ms", &contestant.name, seconds * 1e3);
+    Ok(())
+}
+
+/// Of "[    0.841366] Run /init as init process".
+fn init_stamp(output: &str) -> Option<f64> {
+    let line = output.lines().find(|line| line.contains("] Run /init"))?;
+    let stamp = line.split(['[', ']']).nth(1)?;
+    stamp.trim().parse().ok()
+}
+
+/// Process start to the first byte of a guest that stores one at once, of a kernel as large as Debian's.
+pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let job = Job {
+        kernel: &lab.padded,
+        initrd: None,
+        cmdline: "",
+        hugepages: false,
+    };
+    let mut running = Running::start(contestant, &job)?;
+    let mut byte = [0];
+    let mut stdout = running.stdout()?;
+    stdout.read_exact(&mut byte).context("no byte came")?;
+    let took = millis(running.began.elapsed());
+    let status = running.child.wait()?;
+    ensure!(
+        status.success() && byte[0] == b'!',
+        "{status}, byte {}",
+        byte[0]
+    );
+    figures.add("start to first byte", "ms", &contestant.name, took);
+    Ok(())
+}
+
+/// What exits cost, by the guest's timer.
+pub(crate) fn exits(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let kernel = lab.guests.join("exits.img");
+    let (_, output) = run(contestant, &guest(&kernel, false))?;
+    let mut found = 0;
+    for line in output.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ["exits:", kind, count, ticks] = words[..] else {
+            continue;
+        };
+        let name = match kind {
+            "read" => "MMIO read",
+            "write" => "MMIO write",
+            "dbcn" => "SBI DBCN call",
+            "base" => "SBI BASE call",
+            other => bail!("what is {other}?"),
+        };
+        let each = lab.micros_each(count.parse()?, ticks.parse()?);
+        figures.add(name, "us", &contestant.name, each);
+        found += 1;
+    }
+    ensure!(found > 0, "it wrote {:?}", tail(&output));
+    Ok(())
+}
+
+/// What the first touch of a page costs, without and with huge pages.
+pub(crate) fn pages(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let kernel = lab.guests.join("pages.img");
+    for (hugepages, name) in [
+        (false, "first touch of 4K"),
+        (true, "first touch of 4K, 2M pages"),
+    ] {
+        with_pages_for(contestant, &guest(&kernel, hugepages), |job| {
+            let (_, output) = run(contestant, job)?;
+            let words: Vec<&str> = output.split_whitespace().collect();
+            let ["pages:", count, ticks] = words[..] else {
+                bail!("it wrote {:?}", tail(&output));
+            };
+            let each = lab.micros_each(count.parse()?, ticks.parse()?);
+            figures.add(name, "us", &contestant.name, each);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn guest(kernel: &Path, hugepages: bool) -> Job<'_> {
+    Job {
+        kernel,
+        initrd: None,
+        cmdline: "",
+        hugepages,
+    }
+}
+
+/// Memory beside guest RAM of a VMM whose Linux waits for input, and then the time SIGTERM takes to end it.
+pub(crate) fn memory_and_term(
+    lab: &Lab,
+    contestant: &Contestant,
+    figures: &mut Figures,
+) -> Result<()> {
+    if !contestant.is_machine() {
+        return Ok(());
+    }
+    let mut running = Running::start(contestant, &lab.linux(WAITING))?;
+    let mut lines = BufReader::new(running.stdout()?).lines();
+    loop {
+        let line = lines.next().context("it ended before it was ready")??;
+        if line.contains("rvmm-guest: ready") {
+            break;
+        }
+    }
+    let kib = memory::beside_ram(running.child.id())?;
+    figures.add(
+        "memory beside guest RAM",
+        "MB",
+        &contestant.name,
+        kib as f64 * 1024.0 / 1e6,
+    );
+    let pid = rustix::process::Pid::from_child(&running.child);
+    let asked = Instant::now();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+    running.child.wait()?;
+    figures.add(
+        "SIGTERM to end",
+        "ms",
+        &contestant.name,
+        millis(asked.elapsed()),
+    );
+    Ok(())
+}
+
+/// Reserves huge pages for a job that wants them, for as long as it runs: nobody else shall have less memory for them.
+fn with_pages_for(
+    contestant: &Contestant,
+    job: &Job,
+    run: impl FnOnce(&Job) -> Result<()>,
+) -> Result<()> {
+    if !contestant.can(job) {
+        return Ok(());
+    }
+    if !job.hugepages {
+        return run(job);
+    }
+    let reserve = |count: u64| fs::write("/proc/sys/vm/nr_hugepages", count.to_string());
+    reserve(MEM_MIB / HUGE_PAGE_MIB)?;
+    let result = run(job);
+    reserve(0)?;
+    result
+}

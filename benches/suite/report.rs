@@ -1,0 +1,123 @@
+//! The table and the JSON.
+
+use std::fmt::Write;
+
+use serde_json::{Map, Value, json};
+
+use crate::contestants::Contestant;
+use crate::figures::{Figure, Figures};
+
+/// Between the table and the JSON.
+const SEPARATOR: &str = "=== json";
+
+/// The report: the table, the separator, the JSON.
+pub(crate) fn write(
+    host: &str,
+    repetitions: usize,
+    contestants: &[Contestant],
+    figures: &Figures,
+) -> String {
+    let mut names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
+    names.push("bare");
+    let floor = if names.contains(&"floor+aia") {
+        "floor+aia"
+    } else {
+        "floor"
+    };
+    format!(
+        "{}{SEPARATOR}\n{:#}\n",
+        table(host, repetitions, &names, floor, figures),
+        json(host, repetitions, &names, floor, figures)
+    )
+}
+
+const RATIOS: [&str; 1] = ["qemu"];
+
+fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &Figures) -> String {
+    let mut text = String::new();
+    let mut line = |cells: String| {
+        text.push_str(cells.trim_end());
+        text.push('\n');
+    };
+    line(format!(
+        "Host {host}, 1 hart; guest 1 vCPU, 256 MiB. Medians of {repetitions}, half the spread in percent."
+    ));
+    let mut head = format!("{:<30}{:>5}", "", "");
+    for name in names {
+        write!(head, "{name:>16}").expect("a String takes all");
+    }
+    line(format!("{head}{:>11}{:>12}", "rvmm/qemu", "rvmm/floor"));
+    for figure in &figures.rows {
+        line(row(figure, names, floor));
+    }
+    if !figures.sizes.is_empty() {
+        line(String::new());
+        line("rvmm's binary, stripped and static, bytes by crate (symbols; inlined code counts where it went):".into());
+        for (part, bytes) in &figures.sizes {
+            line(format!("  {part:<28}{bytes:>10}"));
+        }
+    }
+    for (group, who, why) in &figures.failures {
+        line(format!("{group}, {who}: {why}"));
+    }
+    text
+}
+
+fn row(figure: &Figure, names: &[&str], floor: &str) -> String {
+    let mut row = format!("{:<30}{:>5}", figure.name, figure.unit);
+    for name in names {
+        let cell = match figure.summary(name) {
+            Some(summary) => format!("{:.3} ±{:.1}", summary.median, summary.spread()),
+            None => "-".into(),
+        };
+        write!(row, "{cell:>16}").expect("a String takes all");
+    }
+    for other in [RATIOS[0], floor] {
+        let ratio = figure.ratio("rvmm", other).map(|r| format!("{r:.3}"));
+        write!(row, "{:>11}", ratio.unwrap_or_else(|| "-".into())).expect("a String takes all");
+    }
+    row
+}
+
+fn json(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &Figures) -> Value {
+    let rows: Vec<Value> = figures
+        .rows
+        .iter()
+        .map(|row| figure_json(row, names, floor))
+        .collect();
+    let sizes: Map<String, Value> = figures
+        .sizes
+        .iter()
+        .map(|(part, bytes)| (part.clone(), (*bytes).into()))
+        .collect();
+    json!({
+        "host": host,
+        "repetitions": repetitions,
+        "figures": rows,
+        "binary_bytes": sizes,
+        "failures": figures.failures,
+    })
+}
+
+fn figure_json(figure: &Figure, names: &[&str], floor: &str) -> Value {
+    let mut by_name = Map::new();
+    for name in names {
+        let samples = figure.samples.iter().find(|(who, _)| who == name);
+        if let (Some(summary), Some((_, samples))) = (figure.summary(name), samples) {
+            let value = json!({
+                "median": summary.median,
+                "min": summary.min,
+                "max": summary.max,
+                "samples": samples,
+            });
+            by_name.insert((*name).into(), value);
+        }
+    }
+    json!({
+        "name": figure.name,
+        "unit": figure.unit,
+        "contestants": by_name,
+        "rvmm_to_qemu": figure.ratio("rvmm", "qemu"),
+        "rvmm_to_floor": figure.ratio("rvmm", floor),
+    })
+}

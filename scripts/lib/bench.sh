@@ -1,0 +1,111 @@
+# shellcheck shell=bash
+# The benchmark's L1: one hart, and a clock that counts instructions.
+
+# 1 instruction is 1 ns, and waiting takes no time: what the clock says is the same on every machine.
+readonly BENCH_CLOCK=(-icount "shift=0,sleep=off")
+readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory)
+readonly BENCH_LIMIT=5400
+
+bench_check_groups() {
+    local group
+    for group in ${1//,/ }; do
+        [[ " ${BENCH_GROUPS[*]} " == *" $group "* ]] || die "there is no group '$group' (there are ${BENCH_GROUPS[*]})"
+    done
+}
+
+bench_build() {
+    rig_build
+    must "Build the floor and the driver" \
+        env_run cargo build --release --locked --examples --target "$RVMM_TRIPLE"
+}
+
+# A payload with the contestants, and what is measured outside L1.
+bench_begin() {
+    local kind=$1 repetitions=$2 only=$3 root bare=
+    rig_begin "$kind"
+    RIG_CPUS=1
+    RIG_QEMU=("${BENCH_CLOCK[@]}")
+    root=$RIG_RUN/root
+    env_run cp -r /opt/rvmm/qemu/. "$root"
+    env_run riscv64-linux-gnu-strip -o "$root/payload/bin/floor" "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
+    env_run riscv64-linux-gnu-strip -o "$root/payload/bin/bench-suite" \
+        "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
+    if [[ -z $only || ,$only, == *,init,* ]]; then
+        must "Boot without a hypervisor" bench_bare "$kind" "$repetitions"
+        bare=$(bench_stamps)
+    fi
+    rig_set RVMM_BENCH_HOST "$kind"
+    rig_set RVMM_BENCH_REPETITIONS "$repetitions"
+    rig_set RVMM_BENCH_ONLY "$only"
+    rig_set RVMM_BENCH_BARE "$bare"
+    rig_set RVMM_BENCH_SIZE "$([[ -n $only ]] || bench_sizes)"
+    rig_script <<'END'
+mkdir /dev/hugepages
+mount -t hugetlbfs none /dev/hugepages
+exec bench-suite
+END
+}
+
+bench_boot() {
+    rig_boot "$BENCH_LIMIT"
+}
+
+# The guest of the group "init", on L0: each time a line "[    0.841366] Run /init ..." in $RIG_RUN/bare.
+bench_bare() {
+    local kind=$1 repetitions=$2 run
+    : >"$RIG_RUN/bare"
+    for ((run = 0; run < repetitions; run++)); do
+        env_run timeout 300 qemu-system-riscv64 -M "$(rig_machine "$kind")" -cpu rv64,h=true -smp 1 -m 256M \
+            "${BENCH_CLOCK[@]}" -no-reboot -nodefaults -display none -monitor none -serial "file:$RIG_RUN/bare.one" \
+            -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_GUESTS/initramfs.cpio.gz" \
+            -append "console=ttyS0 quiet rvmm.action=clock"
+        grep -h '\] Run /init' "$RIG_RUN/bare.one" >>"$RIG_RUN/bare"
+    done
+}
+
+# Those lines' stamps, in milliseconds.
+bench_stamps() {
+    sed -E 's/^\[ *([0-9.]+)\].*/\1/' "$RIG_RUN/bare" | awk '{ printf "%.3f ", $1 * 1000 }'
+}
+
+# rvmm's stripped size, and what its symbols take by crate, largest first: words PART=BYTES.
+bench_sizes() {
+    local stripped=$RIG_RUN/rvmm.stripped
+    env_run riscv64-linux-gnu-strip -o "$stripped" "$RIG_RVMM"
+    printf 'all=%d' "$(stat --format %s "$stripped")"
+    env_run riscv64-linux-gnu-nm --demangle --print-size --size-sort --radix=d "$RIG_RVMM" | bench_by_crate
+}
+
+# From nm's lines "address size type symbol". A symbol belongs to the first path in its name; one without a path is C's.
+bench_by_crate() {
+    awk '
+        {
+            size = $2 + 0; type = $3; $1 = $2 = $3 = ""; name = $0
+            if (type ~ /[bB]/) next
+            part = "libc"
+            if (match(name, /[A-Za-z_][A-Za-z0-9_]*::/)) part = substr(name, RSTART, RLENGTH - 2)
+            if (part ~ /^(std|core|alloc|compiler_builtins|hashbrown|gimli|addr2line|rustc_demangle|miniz_oxide|object|memchr)$/)
+                part = "std"
+            sum[part] += size
+        }
+        END { for (part in sum) print sum[part], part }' | sort -rn | awk '{ printf " %s=%d", $2, $1 }'
+}
+
+# Other VMMs: NAME=PROGRAM ARGUMENTS. The program is taken along.
+bench_add_peers() {
+    local peer name command program lines=
+    for peer; do
+        name=${peer%%=*} command=${peer#*=}
+        program=${command%% *}
+        [[ $peer == *=* && -n $name ]] || die "--peer '$peer' is not NAME=COMMAND"
+        [[ -f $program ]] || die "--peer $name: there is no program '$program'"
+        install -m 755 "$program" "$RIG_RUN/root/payload/bin/$name"
+        lines+="$name=/payload/bin/$name${command#"$program"}"$'\n'
+    done
+    rig_set RVMM_BENCH_PEERS "$lines"
+}
+
+bench_fail() {
+    ui_show_log
+    die "the benchmark failed; all it said is in $UI_LOG"
+}
