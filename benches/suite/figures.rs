@@ -2,6 +2,8 @@
 
 use anyhow::Result;
 
+use crate::attribution::Part;
+
 /// One row of the table: a figure with the samples of each contestant.
 #[derive(Clone, Debug)]
 pub(crate) struct Figure {
@@ -16,6 +18,8 @@ pub(crate) struct Figures {
     pub(crate) rows: Vec<Figure>,
     /// Bytes of rvmm's stripped binary, by crate.
     pub(crate) sizes: Vec<(String, u64)>,
+    /// Where rvmm's boot spends its time: what, how often, milliseconds.
+    pub(crate) boot_parts: Vec<Part>,
     /// Group, contestant, why.
     pub(crate) failures: Vec<(String, String, String)>,
 }

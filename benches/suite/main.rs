@@ -5,8 +5,10 @@
 //! main          what to measure, in which order          measure   one run of one contestant
 //! contestants   how each VMM is started                  memory    what a process has beside guest RAM
 //! figures       samples, medians, ratios                 report    the table and the JSON
+//! attribution   where rvmm's boot spends its time
 //! ```
 
+mod attribution;
 mod contestants;
 mod figures;
 mod measure;
@@ -102,6 +104,9 @@ fn main() -> Result<()> {
     for word in words("RVMM_BENCH_SIZE") {
         let (part, bytes) = word.split_once('=').context("RVMM_BENCH_SIZE")?;
         figures.add_size(part, bytes.parse()?);
+    }
+    if plan.wants("boot") {
+        figures.boot_parts = attribution::boot(&lab, &contestants[0], &figures)?;
     }
     let text = report::write(&plan.host, plan.repetitions, &contestants, &figures);
     fs::write(&plan.report, text).with_context(|| format!("cannot write {}", plan.report))?;

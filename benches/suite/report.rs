@@ -31,8 +31,6 @@ pub(crate) fn write(
     )
 }
 
-const RATIOS: [&str; 1] = ["qemu"];
-
 fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &Figures) -> String {
     let mut text = String::new();
     let mut line = |cells: String| {
@@ -46,9 +44,16 @@ fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &
     for name in names {
         write!(head, "{name:>16}").expect("a String takes all");
     }
-    line(format!("{head}{:>11}{:>12}", "rvmm/qemu", "rvmm/floor"));
+    line(format!("{head}{:>12}{:>12}", "rvmm/qemu", "rvmm/floor"));
     for figure in &figures.rows {
         line(row(figure, names, floor));
+    }
+    if !figures.boot_parts.is_empty() {
+        line(String::new());
+        line("Where one boot of rvmm goes (start to power-off, of its main):".into());
+        for (what, count, millis) in &figures.boot_parts {
+            line(format!("  {what:<44}{count:>8}{millis:>10.1} ms"));
+        }
     }
     if !figures.sizes.is_empty() {
         line(String::new());
@@ -72,9 +77,9 @@ fn row(figure: &Figure, names: &[&str], floor: &str) -> String {
         };
         write!(row, "{cell:>16}").expect("a String takes all");
     }
-    for other in [RATIOS[0], floor] {
+    for other in ["qemu", floor] {
         let ratio = figure.ratio("rvmm", other).map(|r| format!("{r:.3}"));
-        write!(row, "{:>11}", ratio.unwrap_or_else(|| "-".into())).expect("a String takes all");
+        write!(row, "{:>12}", ratio.unwrap_or_else(|| "-".into())).expect("a String takes all");
     }
     row
 }
@@ -94,6 +99,7 @@ fn json(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &F
         "host": host,
         "repetitions": repetitions,
         "figures": rows,
+        "boot": figures.boot_parts,
         "binary_bytes": sizes,
         "failures": figures.failures,
     })

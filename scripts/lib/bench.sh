@@ -27,9 +27,8 @@ bench_begin() {
     RIG_QEMU=("${BENCH_CLOCK[@]}")
     root=$RIG_RUN/root
     env_run cp -r /opt/rvmm/qemu/. "$root"
-    env_run riscv64-linux-gnu-strip -o "$root/payload/bin/floor" "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
-    env_run riscv64-linux-gnu-strip -o "$root/payload/bin/bench-suite" \
-        "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
+    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
+    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
     if [[ -z $only || ,$only, == *,init,* ]]; then
         must "Boot without a hypervisor" bench_bare "$kind" "$repetitions"
         bare=$(bench_stamps)
@@ -70,9 +69,7 @@ bench_stamps() {
 
 # rvmm's stripped size, and what its symbols take by crate, largest first: words PART=BYTES.
 bench_sizes() {
-    local stripped=$RIG_RUN/rvmm.stripped
-    env_run riscv64-linux-gnu-strip -o "$stripped" "$RIG_RVMM"
-    printf 'all=%d' "$(stat --format %s "$stripped")"
+    printf 'all=%d' "$(stat --format %s "$RIG_RUN/root/payload/bin/rvmm")"
     env_run riscv64-linux-gnu-nm --demangle --print-size --size-sort --radix=d "$RIG_RVMM" | bench_by_crate
 }
 

@@ -54,12 +54,17 @@ rig_begin() {
     RIG_RUN=$(mktemp -d "$RVMM_CACHE/run/XXXXXX")
     RIG_KIND=$kind
     mkdir -p "$RIG_RUN"/root/payload/bin
-    cp "$RIG_RVMM" "$RIG_RUN/root/payload/bin/rvmm"
+    rig_add_program "$RIG_RVMM"
     cp -r "$RIG_GUESTS" "$RIG_RUN/root/payload/guests"
     rig_set RVMM_TEST_BIN /payload/bin/rvmm
     rig_set RVMM_TEST_HOST "$kind"
     rig_set RVMM_TEST_KERNEL /guest/Image
     rig_set RVMM_TEST_GUESTS /payload/guests
+}
+
+# Take along a program that cargo built, without what only a debugger reads.
+rig_add_program() {
+    env_run riscv64-linux-gnu-strip -o "$RIG_RUN/root/payload/bin/${1##*/}" "$1"
 }
 
 # Give the payload a variable.

@@ -19,11 +19,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use log::info;
+use log::{debug, info};
 
 use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
 use crate::hypervisor;
+use crate::util::text;
 use crate::vcpu::Stop;
 use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::VcpuHandle;
@@ -35,6 +36,9 @@ pub use stats::Stats;
 /// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
 /// for it like any program that writes to a pipe.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A machine that has run for so long may run for longer.
+const SETTLED: Duration = Duration::from_millis(500);
 
 /// What ends a running machine.
 enum Event {
@@ -116,12 +120,20 @@ fn send(tell: &Sender<Event>, event: Event) {
     let _ = tell.send(event);
 }
 
-/// Waits for what ends the machine.
+/// Waits for what ends the machine. A machine that lives for longer than [`SETTLED`] gives back
+/// the code that only starting needed.
 fn first_event(events: &Receiver<Event>, timeout: Option<Duration>) -> Result<Outcome> {
-    let Some(timeout) = timeout else {
-        return Outcome::of(events.recv()?);
-    };
-    match events.recv_timeout(timeout) {
+    let mut left = timeout.unwrap_or(Duration::MAX);
+    if left > SETTLED {
+        match events.recv_timeout(SETTLED) {
+            Err(RecvTimeoutError::Timeout) => left -= SETTLED,
+            event => return Outcome::of(event?),
+        }
+        if let Err(error) = text::release() {
+            debug!("the code that only starting needed stays in memory: {error}");
+        }
+    }
+    match events.recv_timeout(left) {
         Err(RecvTimeoutError::Timeout) => Ok(Outcome::TimedOut),
         event => Outcome::of(event?),
     }

@@ -214,6 +214,10 @@ impl Vm {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The most memory it has had resident so far that was its own or the guest's, in KiB.
     pub(crate) fn peak_rss_kib(&self) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());

@@ -1,0 +1,63 @@
+//! Where the time of rvmm's boot goes: `--stats` of one boot, times what each exit costs.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::contestants::Contestant;
+use crate::figures::Figures;
+use crate::measure::Lab;
+
+/// A part of the boot: what it is, how often, milliseconds.
+pub(crate) type Part = (String, u64, f64);
+
+/// The parts of one boot of rvmm. Exits are counted by KVM; what one costs was measured by the guests of the groups "exits"
+/// and "pages", and the parts that need those are left out with them.
+pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Vec<Part>> {
+    let path = lab.dir().join("stats.json");
+    lab.boot_with_stats(rvmm, &path)?;
+    let stats: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let millis = |key: &str| {
+        stats[key]
+            .as_u64()
+            .map(|ns| ns as f64 / 1e6)
+            .context("a time")
+    };
+    let kvm = &stats["vcpus"][0]["kvm"];
+    let count = |key: &str| kvm[key].as_u64().unwrap_or(0);
+    let to_rvmm = count("mmio_exit_user") + count("csr_exit_user");
+    let in_kvm = count("mmio_exit_kernel")
+        + count("ecall_exit_stat")
+        + count("wfi_exit_stat")
+        + count("csr_exit_kernel");
+    let faults = count("exits").saturating_sub(to_rvmm + in_kvm + count("signal_exits"));
+    let each = |name: &str| {
+        let row = figures.rows.iter().find(|row| row.name == name)?;
+        Some(row.summary(&rvmm.name)?.median)
+    };
+    let mut parts: Vec<Part> = vec![(
+        "from rvmm's main to the guest".into(),
+        1,
+        millis("start_ns")?,
+    )];
+    let mut own = millis("run_ns")?;
+    for (what, count, cost) in [
+        ("G-stage faults", faults, each("first touch of 4K")),
+        ("exits to rvmm", to_rvmm, each("MMIO read")),
+        ("exits that KVM serves", in_kvm, each("SBI BASE call")),
+    ] {
+        if let Some(micros) = cost {
+            let total = count as f64 * micros / 1e3;
+            own -= total;
+            parts.push((format!("{what}, {micros:.2} us each"), count, total));
+        }
+    }
+    parts.push(("the guest itself: the rest of its run".into(), 1, own));
+    parts.push((
+        "from the guest's end to rvmm's".into(),
+        1,
+        millis("end_ns")?,
+    ));
+    Ok(parts)
+}
