@@ -48,7 +48,7 @@ impl Exits {
     }
 
     /// Serves `exit`. Never waits, whatever the guest did.
-    #[inline]
+    #[inline(always)]
     pub fn handle(&self, exit: &VmExit) -> Next {
         match *exit {
             VmExit::MmioRead { gpa, len } => {
