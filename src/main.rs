@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -67,7 +68,7 @@ fn end_on_panic() {
 /// Builds and runs the machine; `None` when only its device tree was wanted.
 fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     let hypervisor = open_hypervisor()?;
-    let machine = Machine::build(&cli.vm, hypervisor.as_ref())?;
+    let machine = Machine::build(&cli.vm, hypervisor)?;
     if let Some(path) = &cli.dump_dtb {
         write_whole(path, machine.device_tree())
             .with_context(|| format!("Failed to write device tree {path:?}"))?;
@@ -76,6 +77,7 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     let (outcome, stats) = machine.run(&Run {
         console: &cli.vm.console,
         timeout: cli.timeout,
+        reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
     })?;
     if let (Some(stats), Some(to)) = (stats, &cli.stats) {
@@ -96,12 +98,12 @@ fn tell_stats(stats: &Stats, to: Option<&Path>) -> Result<()> {
 }
 
 #[cfg(target_arch = "riscv64")]
-fn open_hypervisor() -> Result<Box<dyn Hypervisor>> {
-    Ok(Box::new(rvmm::hypervisor::kvm::Kvm::open()?))
+fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
+    Ok(Arc::new(rvmm::hypervisor::kvm::Kvm::open()?))
 }
 
 #[cfg(not(target_arch = "riscv64"))]
-fn open_hypervisor() -> Result<Box<dyn Hypervisor>> {
+fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
     Err(rvmm::hypervisor::host::Unfit::NotRiscv(std::env::consts::ARCH).into())
 }
 

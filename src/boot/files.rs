@@ -113,11 +113,10 @@ impl BootFile {
     /// It cannot be read, or is none.
     pub fn image(&mut self) -> Result<Image, FileError> {
         let mut head = Vec::with_capacity(HEAD_SIZE);
-        let read = self
-            .file
-            .by_ref()
-            .take(HEAD_SIZE as u64)
-            .read_to_end(&mut head);
+        let read = self.file.rewind().and_then(|()| {
+            let start = self.file.by_ref().take(HEAD_SIZE as u64);
+            { start }.read_to_end(&mut head)
+        });
         read.map_err(|source| self.failed_read(source))?;
         Image::parse(&head, self.size).map_err(|source| FileError::Kernel {
             path: self.path.clone(),

@@ -18,7 +18,7 @@ use crate::util::ByteSize;
 
 /// Room for a device tree: the machine, and what each hart adds.
 pub const fn fdt_room(harts: u32) -> u64 {
-    (32 << 10) + harts as u64 * 1024
+    (32 << 10) + harts as u64 * 2048
 }
 
 /// Guest-physical ranges that do not overlap.

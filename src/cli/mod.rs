@@ -24,8 +24,8 @@ On a terminal, Ctrl-A X ends rvmm and Ctrl-A H shows the other keys.
 
 Exit status:
   0         the guest powered off, or Ctrl-A X
-  1-119     chosen by the guest (not served yet)
-  120       the guest asked for a reset
+  1-119     chosen by the guest (sifive_test; larger codes are 119)
+  120       the guest asked for a reset, with --no-reboot
   121       the guest powered off and reported a failure
   122       the guest cannot go on
   123       the host or one of its files failed
@@ -60,6 +60,10 @@ pub struct Cli {
     /// End the machine after this time, such as 30s, 5m or 1h 30m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
+
+    /// End, with status 120, when the guest asks for a reset, instead of restarting it
+    #[arg(long)]
+    pub no_reboot: bool,
 
     /// Tell at the end what the guest's exits were and how long they took: as text on standard
     /// error, or as JSON in FILE
@@ -201,7 +205,7 @@ mod tests {
             ("rvmm --kernel x --mem 0", "--mem 0"),
             ("rvmm --kernel x --mem 64M,hugepages=4M", "`2M`"),
             ("rvmm --kernel x --mem 64M,huge=2M", "`hugepages`"),
-            ("rvmm --kernel x --cpus 2", "--cpus 1"),
+            ("rvmm --kernel x --cpus 0", "--cpus 1"),
             ("rvmm --kernel x --nope", "--nope"),
             ("rvmm x", "'x'"),
         ] {

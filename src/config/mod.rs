@@ -47,7 +47,7 @@ pub struct VmConfig {
     #[serde(deserialize_with = "keyvalue::deserialize")]
     pub mem: MemConfig,
 
-    /// Virtual CPUs; this version runs one
+    /// Virtual CPUs, as many harts; more than the host has only share its time
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
 
@@ -101,9 +101,9 @@ pub enum ConfigError {
     /// No RAM.
     #[error("--mem 0: a guest needs RAM, as in --mem 128M")]
     NoMemory,
-    /// Not one vCPU.
-    #[error("--cpus {0}: this version runs one vCPU, --cpus 1")]
-    Cpus(u32),
+    /// No vCPU.
+    #[error("--cpus 0: a guest needs a hart, as in --cpus 1")]
+    NoCpus,
     /// Longer than Linux keeps.
     #[error("--cmdline: {0} bytes are more than the {CMDLINE_MAX} that a RISC-V Linux keeps")]
     CmdlineLength(usize),
@@ -122,8 +122,8 @@ impl VmConfig {
         if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
         }
-        if self.cpus != 1 {
-            return Err(ConfigError::Cpus(self.cpus));
+        if self.cpus == 0 {
+            return Err(ConfigError::NoCpus);
         }
         if self.cmdline.contains('\0') {
             return Err(ConfigError::CmdlineNul);
@@ -163,8 +163,7 @@ mod tests {
             with(|c| c.mem.size = ByteSize(0)),
             Err(ConfigError::NoMemory)
         );
-        assert_eq!(with(|c| c.cpus = 2), Err(ConfigError::Cpus(2)));
-        assert_eq!(with(|c| c.cpus = 0), Err(ConfigError::Cpus(0)));
+        assert_eq!(with(|c| c.cpus = 0), Err(ConfigError::NoCpus));
         assert_eq!(
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)

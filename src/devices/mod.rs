@@ -1,4 +1,6 @@
 //! Devices that are not virtio.
 
 pub mod console;
+pub mod goldfish_rtc;
+pub mod sifive_test;
 pub mod uart16550;

@@ -86,6 +86,9 @@ pub trait Vm: Send + Sync {
     /// hold, before the host is asked for that much.
     fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()>;
 
+    /// The most vCPUs the kernel gives one machine.
+    fn max_vcpus(&self) -> u32;
+
     /// Makes `ram` the guest's RAM. The VM keeps it mapped as long as a vCPU lives.
     fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()>;
 

@@ -1,36 +1,29 @@
-//! The recipe of a machine, step by step.
+//! The recipe of a machine: what is made once, and what each reset makes anew.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
-use log::{debug, info, warn};
-use rustix::rand::{GetRandomFlags, getrandom};
-use rustix::system::uname;
-use vm_memory::{Bytes, GuestAddress};
+use anyhow::{Context, Result};
+use log::debug;
+use vm_memory::GuestAddress;
 
-use super::irqchip::{self, Choice};
-use super::layout::{self, RAM_BASE};
-use crate::boot::fdt::{self, RNG_SEED_SIZE};
+use super::hardware::{Hardware, Kept};
+use super::layout::RAM_BASE;
 use crate::boot::files::BootFile;
-use crate::boot::isa::HartFacts;
 use crate::boot::placement::{Placement, fdt_room};
-use crate::bus::{Bus, Device};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
-use crate::devices::uart16550::Uart;
-use crate::hypervisor::host::legacy_sbi_is_safe;
-use crate::hypervisor::{Hypervisor, Vcpu, Vm, regs};
-use crate::irqchip::hart_intc_phandle;
+use crate::hypervisor::{Hypervisor, Vm};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::exits::Exits;
-use crate::vcpu::sbi::Sbi;
 
 /// A machine that is ready to run its first instruction.
 pub struct Machine {
-    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
-    pub(super) exits: Arc<Exits>,
+    config: VmConfig,
+    hypervisor: Arc<dyn Hypervisor>,
+    files: BootFiles,
+    ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
-    device_tree: Vec<u8>,
+    /// Absent only while a reset makes it anew.
+    hardware: Option<Hardware>,
 }
 
 impl Machine {
@@ -38,46 +31,70 @@ impl Machine {
     ///
     /// # Errors
     /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
-    pub fn build(config: &VmConfig, hypervisor: &dyn Hypervisor) -> Result<Self> {
+    pub fn build(config: &VmConfig, hypervisor: Arc<dyn Hypervisor>) -> Result<Self> {
         let mut files = BootFiles::open(config)?;
-        let placement = files.plan(config)?;
+        // Before anything is asked of the host.
+        files.plan(config)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
-        let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
-        let vcpus = create_vcpus(config, vm.as_ref())?;
-        let facts = hart_facts(&vcpus, &choice)?;
-        let irqchip = choice.start(&vm, &vcpus)?;
-        let console = Arc::new(Console::default());
-        let uart_line = irqchip.line(layout::UART_IRQ);
-        let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(&console));
-        let mut bus = Bus::default();
-        bus.insert(layout::UART, Arc::clone(&uart) as _)?;
-        if let Some(registers) = irqchip.mmio() {
-            bus.insert(layout::PLIC, registers)?;
-        }
-        files.load(&ram, &placement)?;
-        let devices = [irqchip.device(), uart.as_ref()];
-        let device_tree = build_tree(config, &facts, &placement, &devices)?;
-        load_tree(&ram, &placement, &device_tree)?;
-        boot_hart(first(&vcpus)?, &placement)?;
-        let sbi = Sbi::new(ram, Arc::clone(&console));
-        let exits = Arc::new(Exits::new(Arc::new(bus), sbi));
-        Ok(Self {
-            vcpus,
-            exits,
-            console,
-            device_tree,
-        })
+        let mut machine = Self {
+            config: config.clone(),
+            hypervisor,
+            files,
+            ram,
+            console: Arc::new(Console::default()),
+            hardware: None,
+        };
+        machine.assemble(&vm)?;
+        Ok(machine)
     }
 
     /// The flattened device tree that the guest gets.
     pub fn device_tree(&self) -> &[u8] {
-        &self.device_tree
+        let hardware = self.hardware.as_ref();
+        hardware.map_or(&[], |hardware| &hardware.device_tree)
+    }
+
+    /// Makes the machine anew, as after power was off for a moment: same RAM, zeroed, same console,
+    /// everything else as at the start. The vCPUs' threads have ended.
+    ///
+    /// # Errors
+    /// As [`Machine::build`].
+    pub(super) fn reset(&mut self) -> Result<()> {
+        // First: the host may have guest interrupt files for one VM only.
+        self.hardware = None;
+        memory::clear(&self.ram).context("Failed to clear guest RAM for a reset")?;
+        let vm = self.hypervisor.create_vm()?;
+        self.assemble(&vm)
+    }
+
+    /// What runs now.
+    pub(super) fn hardware(&mut self) -> Result<&mut Hardware> {
+        self.hardware
+            .as_mut()
+            .context("the machine has no hardware")
+    }
+
+    fn assemble(&mut self, vm: &Arc<dyn Vm>) -> Result<()> {
+        let kept = Kept {
+            config: &self.config,
+            files: &mut self.files,
+            ram: &self.ram,
+            console: &self.console,
+        };
+        self.hardware = Some(Hardware::assemble(kept, vm)?);
+        Ok(())
     }
 }
 
+fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
+    let base = GuestAddress(RAM_BASE);
+    vm.check_ram(base, config.mem.size)?;
+    Ok(memory::create(base, config.mem)?)
+}
+
 /// Kernel and initrd, opened and checked before anything is asked of the host.
-struct BootFiles {
+pub(super) struct BootFiles {
     kernel: BootFile,
     initrd: Option<BootFile>,
 }
@@ -92,7 +109,7 @@ impl BootFiles {
         Ok(Self { kernel, initrd })
     }
 
-    fn plan(&mut self, config: &VmConfig) -> Result<Placement> {
+    pub(super) fn plan(&mut self, config: &VmConfig) -> Result<Placement> {
         let image = self.kernel.image()?;
         let initrd = self.initrd.as_ref().map(BootFile::size);
         let room = fdt_room(config.cpus);
@@ -102,125 +119,11 @@ impl BootFiles {
         Ok(placement)
     }
 
-    fn load(&mut self, ram: &GuestMemory, placement: &Placement) -> Result<()> {
+    pub(super) fn load(&mut self, ram: &GuestMemory, placement: &Placement) -> Result<()> {
         self.kernel.load(ram, &placement.kernel)?;
         if let (Some(initrd), Some(range)) = (&mut self.initrd, &placement.initrd) {
             initrd.load(ram, range)?;
         }
         Ok(())
     }
-}
-
-fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
-    let base = GuestAddress(RAM_BASE);
-    vm.check_ram(base, config.mem.size)?;
-    let ram = memory::create(base, config.mem)?;
-    vm.map_ram(Arc::clone(&ram))?;
-    Ok(ram)
-}
-
-/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
-/// before the first run: later KVM refuses.
-fn create_vcpus(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
-    let mut vcpus = Vec::new();
-    for id in 0..config.cpus {
-        let vcpu = vm.create_vcpu(id)?;
-        choose_sbi(vcpu.as_ref())?;
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
-}
-
-/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
-/// has no such register.
-fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
-    let release = uname();
-    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
-    for (register, on) in [
-        (regs::SBI_DBCN, 1),
-        (regs::SBI_V01, u64::from(legacy)),
-        (regs::SBI_EXPERIMENTAL, 0),
-        (regs::SBI_VENDOR, 0),
-    ] {
-        match vcpu.reg(register)? {
-            Some(_) => vcpu.set_reg(register, on)?,
-            None if register == regs::SBI_DBCN => {
-                warn!("this host's KVM has no SBI debug console");
-            }
-            None => {}
-        }
-    }
-    Ok(())
-}
-
-/// What the guest is told of its harts; of the AIA only where it has one.
-fn hart_facts(vcpus: &[Box<dyn Vcpu>], choice: &Choice) -> Result<HartFacts> {
-    let mut facts = HartFacts::of(first(vcpus)?)?;
-    if !choice.is_aia() {
-        facts.extensions.retain(|name| *name != "ssaia");
-    }
-    Ok(facts)
-}
-
-fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
-    let vcpu = vcpus.first().context("a machine needs a vCPU")?;
-    Ok(vcpu.as_ref())
-}
-
-fn build_tree(
-    config: &VmConfig,
-    facts: &HartFacts,
-    placement: &Placement,
-    devices: &[&dyn Device],
-) -> Result<Vec<u8>> {
-    info!("harts: {}, {}", facts.isa_string(), facts.mmu_type());
-    let tree = fdt::build(&fdt::Machine {
-        cmdline: &config.cmdline,
-        stdout_path: layout::UART_PATH,
-        initrd: placement.initrd.as_ref(),
-        rng_seed: rng_seed()?,
-        ram_base: RAM_BASE,
-        ram_size: config.mem.size,
-        hart: facts,
-        harts: config.cpus,
-        hart_intc_phandle,
-        devices,
-    });
-    tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
-}
-
-fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
-    let mut seed = [0; RNG_SEED_SIZE];
-    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
-    let count = getrandom(&mut seed, GetRandomFlags::empty());
-    match count.context("Failed to read entropy for the guest")? {
-        RNG_SEED_SIZE => Ok(seed),
-        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
-    }
-}
-
-fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
-    let room = placement.fdt.end - placement.fdt.start;
-    if tree.len() as u64 > room {
-        bail!("the device tree has {} bytes, its room {room}", tree.len());
-    }
-    ram.write_slice(tree, GuestAddress(placement.fdt.start))
-        .context("Failed to write the device tree to guest RAM")
-}
-
-/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
-/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
-/// processes read `time`.
-fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
-    const CYCLE_TIME_INSTRET: u64 = 0b111;
-    const HART_ID: u64 = 0;
-    for (register, value) in [
-        (regs::PC, placement.kernel.start),
-        (regs::A0, HART_ID),
-        (regs::A1, placement.fdt.start),
-        (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
-    ] {
-        vcpu.set_reg(register, value)?;
-    }
-    Ok(())
 }

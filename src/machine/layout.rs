@@ -1,8 +1,8 @@
 //! The guest-physical map: that of QEMU's `virt` machine, so that guests built for it run.
 //!
 //! ```text
-//! 0x0010_0000  sifive_test *       0x1000_1000  virtio-mmio *
-//! 0x0010_1000  goldfish RTC *      0x2800_0000  IMSIC, one page a hart
+//! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio *
+//! 0x0010_1000  goldfish RTC        0x2800_0000  IMSIC, one page a hart
 //! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM *
 //! 0x0d00_0000  APLIC               0x4000_0000  PCIe MMIO window *
 //! 0x1000_0000  UART                0x8000_0000  RAM
@@ -12,9 +12,13 @@
 
 use std::ops::Range;
 
-use crate::devices::uart16550;
+use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
 
+/// How a guest ends the machine by a store.
+pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);
+/// The clock.
+pub const RTC: Range<u64> = range(0x0010_1000, goldfish_rtc::SIZE);
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
 /// The PLIC.
@@ -22,15 +26,17 @@ pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 /// The UART.
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// IMSIC pages, for as many harts as QEMU's virt machine has room for.
-pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS * aia::IMSIC_SIZE);
+pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_SIZE);
 /// Guest RAM starts here.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
 /// Harts the map has room for.
-pub const MAX_HARTS: u64 = 512;
+pub const MAX_HARTS: u32 = 512;
 
 /// The UART's wired interrupt.
 pub const UART_IRQ: u32 = 10;
+/// The clock's wired interrupt.
+pub const RTC_IRQ: u32 = 11;
 
 /// The UART's node in the device tree.
 pub const UART_PATH: &str = "/soc/serial@10000000";
@@ -41,6 +47,8 @@ pub fn owner(gpa: u64) -> Option<&'static str> {
         (APLIC, "APLIC"),
         (PLIC, "PLIC"),
         (UART, "UART"),
+        (RTC, "RTC"),
+        (SIFIVE_TEST, "sifive_test"),
         (IMSIC, "IMSIC"),
     ];
     let owner = owners.into_iter().find(|(range, _)| range.contains(&gpa));
@@ -57,7 +65,15 @@ mod tests {
 
     #[test]
     fn nothing_overlaps() {
-        let mut ranges = [PLIC, APLIC, UART, IMSIC, RAM_BASE..u64::MAX];
+        let mut ranges = [
+            SIFIVE_TEST,
+            RTC,
+            PLIC,
+            APLIC,
+            UART,
+            IMSIC,
+            RAM_BASE..u64::MAX,
+        ];
         ranges.sort_by_key(|range| range.start);
         for pair in ranges.windows(2) {
             assert!(pair[0].end <= pair[1].start, "{pair:x?}");

@@ -1,13 +1,14 @@
 //! The machine: built by [`builder`], laid out by [`layout`], run here.
 //!
 //! ```text
-//! Machine::build --> Machine::run --> Outcome
-//!                      |  the guest ends, a signal comes, the user leaves: the first of them
-//!                      v
-//!                    vCPUs stopped, console drained, terminal restored
+//! Machine::build --> live --> a signal, Ctrl-A X, --timeout,      --> console drained,
+//!                    ^   |    power-off, or what cannot go on         terminal restored
+//!                    |   v
+//!                    reset: the guest asked for one
 //! ```
 
 pub mod builder;
+mod hardware;
 mod irqchip;
 pub mod layout;
 mod outcome;
@@ -57,57 +58,80 @@ pub struct Run<'a> {
     pub console: &'a ConsoleConfig,
     /// End the machine this long after its start at the latest.
     pub timeout: Option<Duration>,
+    /// Make the machine anew when the guest asks for a reset; else that is its end.
+    pub reboot: bool,
     /// Keep [`Stats`], and count the time to the guest's start from here.
     pub stats_from: Option<Instant>,
 }
 
 impl Machine {
-    /// Runs the machine to its end.
+    /// Runs the machine to its end, through as many resets as the guest asks for.
     ///
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
-    pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
-        let Run {
-            console, timeout, ..
-        } = *how;
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    pub fn run(mut self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
+        let deadline = how
+            .timeout
+            .and_then(|timeout| Instant::now().checked_add(timeout));
         let (tell, events) = channel();
         let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;
         let leave = tell.clone();
         let on_leave = Box::new(move || send(&leave, Event::Left));
-        let host = Host::start(Arc::clone(&self.console), console, on_leave)?;
-        let started = Instant::now();
-        let vcpus = self.start_vcpus(&tell, how.stats_from.is_some())?;
-        info!("the guest runs");
-        let outcome = first_event(&events, timeout);
-        let ended = Instant::now();
-        if let Ok(outcome) = &outcome {
-            info!("{outcome}");
-        }
-        // After this no guest runs on: what the console holds then is the last of it.
-        let exits = vcpus.into_iter().filter_map(VcpuHandle::stop).collect();
-        let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
+        let host = Host::start(Arc::clone(&self.console), how.console, on_leave)?;
+        let mut stats = how.stats_from.map(Stats::since);
+        let outcome = loop {
+            match self.live(&tell, &events, deadline, stats.as_mut())? {
+                Outcome::Guest(Stop::Reset) if how.reboot => self.reset()?,
+                outcome => break outcome,
+            }
+        };
+        let mut hurried = !matches!(outcome, Outcome::Guest(_));
         host.finish(|idle| {
             hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
             hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
             !hurried || idle < DRAIN_PATIENCE
         });
         drop(signals);
-        let stats = how.stats_from.map(|from| Stats {
-            start: started - from,
-            run: ended - started,
-            end: ended.elapsed(),
-            vcpus: exits,
-        });
-        Ok((outcome?, stats))
+        if let Some(stats) = &mut stats {
+            stats.put_away();
+        }
+        Ok((outcome, stats))
     }
 
-    fn start_vcpus(self, tell: &Sender<Event>, count: bool) -> Result<Vec<VcpuHandle>> {
+    /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the
+    /// console holds is the last of it.
+    fn live(
+        &mut self,
+        tell: &Sender<Event>,
+        events: &Receiver<Event>,
+        deadline: Option<Instant>,
+        mut stats: Option<&mut Stats>,
+    ) -> Result<Outcome> {
+        if let Some(stats) = &mut stats {
+            stats.guest_starts();
+        }
+        let vcpus = self.start_vcpus(tell, stats.is_some())?;
+        info!("the guest runs");
+        let outcome = first_event(events, deadline);
+        if let Some(stats) = &mut stats {
+            stats.guest_ended();
+        }
+        let exits: Vec<_> = vcpus.into_iter().map(VcpuHandle::stop).collect();
+        if let Some(stats) = &mut stats {
+            stats.add(exits);
+        }
+        let outcome = asked_meanwhile(events).unwrap_or(outcome)?;
+        info!("{outcome}");
+        Ok(outcome)
+    }
+
+    fn start_vcpus(&mut self, tell: &Sender<Event>, count: bool) -> Result<Vec<VcpuHandle>> {
+        let hardware = self.hardware()?;
         let mut handles = Vec::new();
-        for (id, vcpu) in (0u32..).zip(self.vcpus) {
+        for (id, vcpu) in (0u32..).zip(std::mem::take(&mut hardware.vcpus)) {
             let tell = tell.clone();
             let on_stop = Box::new(move |end| send(&tell, Event::Vcpu(end)));
-            let exits = Arc::clone(&self.exits);
+            let exits = Arc::clone(&hardware.exits);
             let stats = count.then(ExitStats::default);
             handles.push(VcpuHandle::start(id, vcpu, exits, on_stop, stats)?);
         }
@@ -115,25 +139,36 @@ impl Machine {
     }
 }
 
+/// What a person asked for while the vCPUs were stopped. What other vCPUs told is dropped: they
+/// stopped because the first one did.
+fn asked_meanwhile(events: &Receiver<Event>) -> Option<Result<Outcome>> {
+    let asked = |event: &Event| matches!(event, Event::Signal(_) | Event::Left);
+    events.try_iter().find(asked).map(Outcome::of)
+}
+
 /// Tells an event. Nobody listens after the first one, and that is fine.
 fn send(tell: &Sender<Event>, event: Event) {
     let _ = tell.send(event);
 }
 
-/// Waits for what ends the machine. A machine that lives for longer than [`SETTLED`] gives back
-/// the code that only starting needed.
-fn first_event(events: &Receiver<Event>, timeout: Option<Duration>) -> Result<Outcome> {
-    let mut left = timeout.unwrap_or(Duration::MAX);
+/// Waits for what ends a life. A machine that lives for longer than [`SETTLED`] gives back the code
+/// that only starting needed.
+fn first_event(events: &Receiver<Event>, deadline: Option<Instant>) -> Result<Outcome> {
+    let left = deadline.map_or(Duration::MAX, |at| {
+        at.saturating_duration_since(Instant::now())
+    });
+    let mut rest = left;
     if left > SETTLED {
+        rest -= SETTLED;
         match events.recv_timeout(SETTLED) {
-            Err(RecvTimeoutError::Timeout) => left -= SETTLED,
+            Err(RecvTimeoutError::Timeout) => {}
             event => return Outcome::of(event?),
         }
         if let Err(error) = text::release() {
             debug!("the code that only starting needed stays in memory: {error}");
         }
     }
-    match events.recv_timeout(left) {
+    match events.recv_timeout(rest) {
         Err(RecvTimeoutError::Timeout) => Ok(Outcome::TimedOut),
         event => Outcome::of(event?),
     }

@@ -7,6 +7,9 @@ use anyhow::Result;
 use super::Event;
 use crate::vcpu::Stop;
 
+/// The largest exit status that a guest chooses.
+const GUEST_STATUS_MAX: u16 = 119;
+
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -33,6 +36,7 @@ impl Outcome {
     pub fn exit_status(self) -> u8 {
         match self {
             Outcome::Guest(Stop::PowerOff) | Outcome::Left => 0,
+            Outcome::Guest(Stop::Exit(code)) => exit_status(code),
             Outcome::Guest(Stop::Reset) => 120,
             Outcome::Guest(Stop::Failure(_)) => 121,
             Outcome::Guest(_) => 122,
@@ -44,8 +48,17 @@ impl Outcome {
 
     /// Whether the user expects this end; any other deserves a line.
     pub fn is_expected(self) -> bool {
-        matches!(self, Outcome::Guest(Stop::PowerOff) | Outcome::Left)
+        matches!(
+            self,
+            Outcome::Guest(Stop::PowerOff | Stop::Exit(_)) | Outcome::Left
+        )
     }
+}
+
+/// The guest's code as an exit status: what is above the guest's range is its end. A failure has no
+/// code 0.
+fn exit_status(code: u16) -> u8 {
+    u8::try_from(code.clamp(1, GUEST_STATUS_MAX)).unwrap_or(u8::MAX)
 }
 
 impl fmt::Display for Outcome {
@@ -69,6 +82,11 @@ mod tests {
         for (outcome, status) in [
             (Outcome::Guest(Stop::PowerOff), 0),
             (Outcome::Left, 0),
+            (Outcome::Guest(Stop::Exit(42)), 42),
+            (Outcome::Guest(Stop::Exit(119)), 119),
+            (Outcome::Guest(Stop::Exit(300)), 119),
+            (Outcome::Guest(Stop::Exit(u16::MAX)), 119),
+            (Outcome::Guest(Stop::Exit(0)), 1),
             (Outcome::Guest(Stop::Reset), 120),
             (Outcome::Guest(Stop::Failure(1)), 121),
             (Outcome::Guest(crash), 122),

@@ -1,7 +1,7 @@
 //! `--stats`: what the machine did, told at its end.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
@@ -12,19 +12,64 @@ use crate::vcpu::stats::{ExitKind, ExitStats};
 const KINDS_TOLD: usize = 20;
 
 /// Where a machine's time went.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Stats {
-    /// From the process' start to the guest's.
-    pub start: Duration,
+    /// The moment that the current phase began.
+    since: Instant,
+    /// From the process' start to the guest's, and what each reset took.
+    start: Duration,
     /// The guest ran.
-    pub run: Duration,
+    run: Duration,
     /// From the guest's end until all was put away.
-    pub end: Duration,
-    /// By vCPU.
-    pub vcpus: Vec<ExitStats>,
+    end: Duration,
+    /// Resets that were served.
+    resets: u64,
+    /// By vCPU, over all lives.
+    vcpus: Vec<ExitStats>,
 }
 
 impl Stats {
+    /// Nothing yet, of a machine that began at `start`.
+    pub(super) fn since(start: Instant) -> Self {
+        Self {
+            since: start,
+            start: Duration::ZERO,
+            run: Duration::ZERO,
+            end: Duration::ZERO,
+            resets: 0,
+            vcpus: Vec::new(),
+        }
+    }
+
+    pub(super) fn guest_starts(&mut self) {
+        // The end of the life before was the start of this one.
+        self.resets += u64::from(self.run > Duration::ZERO);
+        let took = self.lap();
+        self.start += took;
+    }
+
+    pub(super) fn guest_ended(&mut self) {
+        let took = self.lap();
+        self.run += took;
+    }
+
+    pub(super) fn put_away(&mut self) {
+        self.end = self.lap();
+    }
+
+    /// Adds what the vCPUs of one life counted, in the order of their harts.
+    pub(super) fn add(&mut self, life: Vec<Option<ExitStats>>) {
+        self.vcpus.resize_with(life.len(), ExitStats::default);
+        for (all, one) in self.vcpus.iter_mut().zip(life) {
+            all.merge(one.unwrap_or_default());
+        }
+    }
+
+    fn lap(&mut self) -> Duration {
+        let began = std::mem::replace(&mut self.since, Instant::now());
+        self.since - began
+    }
+
     /// All of it, for scripts. Times are in nanoseconds.
     pub fn json(&self) -> Value {
         let vcpus: Vec<Value> = self.vcpus.iter().map(vcpu).collect();
@@ -32,6 +77,7 @@ impl Stats {
             "start_ns": nanos(self.start),
             "run_ns": nanos(self.run),
             "end_ns": nanos(self.end),
+            "resets": self.resets,
             "vcpus": vcpus,
         })
     }
@@ -79,6 +125,9 @@ impl fmt::Display for Stats {
             millis(self.run),
             millis(self.end)
         )?;
+        if self.resets > 0 {
+            write!(f, ", {} resets", self.resets)?;
+        }
         for (id, stats) in self.vcpus.iter().enumerate() {
             write!(f, "\nvCPU {id}, counted by KVM:")?;
             for counter in stats.counters.iter().filter(|counter| counter.value > 0) {
@@ -117,13 +166,13 @@ mod tests {
         vcpu.add(ExitKind::MmioRead(gpa), Duration::ZERO);
         vcpu.counters.push(Counter {
             name: "exits".into(),
-            value: 3,
+            value: 2,
         });
-        Stats {
-            start: Duration::from_micros(1500),
-            vcpus: vec![vcpu],
-            ..Stats::default()
-        }
+        let mut stats = Stats::since(Instant::now());
+        stats.add(vec![Some(vcpu.clone())]);
+        stats.add(vec![Some(vcpu)]);
+        stats.start = Duration::from_micros(1500);
+        stats
     }
 
     #[test]
@@ -133,7 +182,7 @@ mod tests {
         assert!(text.contains("MMIO read 0x10000000 (UART)"), "{text}");
         assert!(
             text.lines()
-                .any(|line| line.split_whitespace().eq(["exits", "3"]))
+                .any(|line| line.split_whitespace().eq(["exits", "4"]))
         );
     }
 
@@ -141,9 +190,9 @@ mod tests {
     fn scripts_read_everything() {
         let json = stats().json();
         assert_eq!(json["start_ns"], 1_500_000);
-        assert_eq!(json["vcpus"][0]["kvm"]["exits"], 3);
+        assert_eq!(json["vcpus"][0]["kvm"]["exits"], 4);
         let exit = &json["vcpus"][0]["exits"][0];
         assert_eq!(exit["device"], "UART");
-        assert_eq!(exit["count"], 1);
+        assert_eq!(exit["count"], 2);
     }
 }

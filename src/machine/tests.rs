@@ -49,6 +49,9 @@ impl Vm for Fake {
     fn check_ram(&self, _: GuestAddress, _: ByteSize) -> HvResult<()> {
         Ok(())
     }
+    fn max_vcpus(&self) -> u32 {
+        8
+    }
     fn map_ram(&self, ram: Arc<GuestMemory>) -> HvResult<()> {
         *lock(&self.0.ram) = Some(ram);
         Ok(())
@@ -169,7 +172,7 @@ fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
         ..VmConfig::default()
     };
     let fake = Fake(Arc::new(record));
-    let machine = Machine::build(&config, &fake);
+    let machine = Machine::build(&config, Arc::new(fake.clone()));
     for path in [config.kernel, config.initrd].into_iter().flatten() {
         std::fs::remove_file(path).unwrap();
     }

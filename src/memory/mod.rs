@@ -7,7 +7,7 @@ use log::debug;
 use rustix::system::sysinfo;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
@@ -98,6 +98,22 @@ pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>,
     Ok(Arc::new(ram))
 }
 
+/// Zeroes all of `ram`, and gives it back to the host until it is touched again.
+///
+/// # Errors
+/// The host refused.
+#[allow(unsafe_code)]
+pub fn clear(ram: &GuestMemory) -> io::Result<()> {
+    use rustix::mm::{Advice, madvise};
+    for region in ram.iter() {
+        let (start, length) = (region.as_ptr().cast(), region.size());
+        // SAFETY: the range is that of a private mapping without a file, whose bytes are the
+        // guest's alone: nothing holds a reference to them.
+        unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+    }
+    Ok(())
+}
+
 const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
@@ -153,7 +169,7 @@ fn host_memory() -> ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     const BASE: GuestAddress = GuestAddress(0x8000_0000);
 
@@ -163,6 +179,9 @@ mod tests {
         assert_eq!(ram.last_addr().0, 0x801f_ffff);
         assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
         assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
+        ram.write_obj(1u64, BASE).unwrap();
+        clear(&ram).unwrap();
+        assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
     }
 
     #[test]

@@ -10,6 +10,8 @@ pub enum Kind {
     Vcpu,
     /// Moves bytes between the console and the host.
     Console,
+    /// Waits for an alarm of the guest's clock.
+    Rtc,
     /// Waits for the process's signals.
     Signals,
 }
@@ -19,6 +21,7 @@ impl Kind {
         match self {
             Kind::Vcpu => "vcpu",
             Kind::Console => "console",
+            Kind::Rtc => "rtc",
             Kind::Signals => "signals",
         }
     }

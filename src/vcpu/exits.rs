@@ -7,6 +7,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::Stop;
 use super::sbi::Sbi;
 use crate::bus::Bus;
+use crate::devices::sifive_test::PowerSwitch;
 use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
 use crate::util::{RateLimit, guest_warn};
 
@@ -34,15 +35,17 @@ pub enum Next {
 pub struct Exits {
     bus: Arc<Bus>,
     sbi: Sbi,
+    power: Arc<PowerSwitch>,
     csrs: RateLimit,
 }
 
 impl Exits {
-    /// Exits of a machine with this bus and these SBI calls.
-    pub fn new(bus: Arc<Bus>, sbi: Sbi) -> Self {
+    /// Exits of a machine with this bus, these SBI calls, and this switch, which devices press.
+    pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>) -> Self {
         Self {
             bus,
             sbi,
+            power,
             csrs: RateLimit::default(),
         }
     }
@@ -56,7 +59,10 @@ impl Exits {
             }
             VmExit::MmioWrite { gpa, len, ref data } => {
                 self.bus.write(gpa, &data[..len.min(data.len())]);
-                Next::Enter(VmEntry::Run)
+                match self.power.asked() {
+                    None => Next::Enter(VmEntry::Run),
+                    Some(request) => Next::Stop(request.into()),
+                }
             }
             VmExit::Sbi(ref call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
@@ -133,7 +139,7 @@ mod tests {
         let ram =
             memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
         let sbi = Sbi::new(ram, Arc::new(Console::default()));
-        Exits::new(Arc::new(bus), sbi)
+        Exits::new(Arc::new(bus), sbi, Arc::default())
     }
 
     #[test]

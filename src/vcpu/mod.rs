@@ -7,6 +7,8 @@ pub mod thread;
 
 use std::fmt;
 
+use crate::devices::sifive_test::Request;
+
 /// Why a vCPU ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -14,6 +16,8 @@ pub enum Stop {
     PowerOff,
     /// The guest powered off and reported a failure: the SRST reset reason.
     Failure(u64),
+    /// The guest powered off with a code of its own (sifive_test).
+    Exit(u16),
     /// The guest asked for a reset.
     Reset,
     /// The guest did what the hardware cannot run.
@@ -36,6 +40,16 @@ pub enum Stop {
     UnknownEvent(u32),
 }
 
+impl From<Request> for Stop {
+    fn from(request: Request) -> Self {
+        match request {
+            Request::PowerOff => Stop::PowerOff,
+            Request::Reset => Stop::Reset,
+            Request::Exit(code) => Stop::Exit(code),
+        }
+    }
+}
+
 impl fmt::Display for Stop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -46,10 +60,8 @@ impl fmt::Display for Stop {
                     "the guest powered off and reported a failure (SRST reason {reason:#x})"
                 )
             }
-            Stop::Reset => write!(
-                f,
-                "the guest asked for a reset, which rvmm does not serve yet"
-            ),
+            Stop::Exit(code) => write!(f, "the guest powered off with code {code}"),
+            Stop::Reset => write!(f, "the guest asked for a reset"),
             Stop::Unrunnable { errno, pc } => write!(
                 f,
                 "the guest cannot go on: KVM cannot run what it did near {pc:#x} (errno {errno})"

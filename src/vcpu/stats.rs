@@ -97,15 +97,35 @@ pub struct ExitStats {
 impl ExitStats {
     /// Counts an exit of `kind` that took `time` to serve.
     pub fn add(&mut self, kind: ExitKind, time: Duration) {
+        let tally = self.tally(kind);
+        tally.count += 1;
+        tally.time += time;
+    }
+
+    fn tally(&mut self, kind: ExitKind) -> &mut Tally {
         let is_new = !self.kinds.contains_key(&kind);
         let kind = if is_new && self.kinds.len() >= KINDS_MAX {
             ExitKind::Others
         } else {
             kind
         };
-        let tally = self.kinds.entry(kind).or_default();
-        tally.count += 1;
-        tally.time += time;
+        self.kinds.entry(kind).or_default()
+    }
+
+    /// Adds what `other` counted.
+    pub fn merge(&mut self, other: ExitStats) {
+        for (kind, tally) in other.kinds {
+            let sum = self.tally(kind);
+            sum.count += tally.count;
+            sum.time += tally.time;
+        }
+        for counter in other.counters {
+            let known = self.counters.iter_mut().find(|c| c.name == counter.name);
+            match known {
+                Some(sum) => sum.value = sum.value.saturating_add(counter.value),
+                None => self.counters.push(counter),
+            }
+        }
     }
 
     /// Reads KVM's counters of `vcpu`. A host without them (before Linux 5.14) has none to tell.

@@ -32,6 +32,9 @@ enum StdinKind {
     Closed,
 }
 
+/// Of every guest that a case does not want restarted: one that fails by a reset would never end.
+const NO_REBOOT: &str = "--no-reboot";
+
 impl Rvmm {
     /// rvmm with nothing on its command line.
     pub(crate) fn new() -> Self {
@@ -49,6 +52,7 @@ impl Rvmm {
     pub(crate) fn guest(name: &str) -> Self {
         Rvmm::new()
             .arg("-v")
+            .arg(NO_REBOOT)
             .arg("--kernel")
             .arg(files::guest(name))
     }
@@ -57,10 +61,17 @@ impl Rvmm {
     pub(crate) fn linux() -> Self {
         Rvmm::new()
             .arg("-v")
+            .arg(NO_REBOOT)
             .arg("--kernel")
             .arg(files::kernel())
             .arg("--initrd")
             .arg(files::initramfs())
+    }
+
+    /// Restarted when it asks for it; without this, a reset is the end.
+    pub(crate) fn reboots(mut self) -> Self {
+        self.args.retain(|arg| arg != NO_REBOOT);
+        self
     }
 
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -207,9 +218,17 @@ impl Vm {
 
     /// Wait until rvmm has told `text` among its own messages.
     pub(crate) fn wait_for_log(&self, text: &str) {
+        self.wait_for_log_times(text, 1);
+    }
+
+    /// The same until it stands there so often.
+    pub(crate) fn wait_for_log_times(&self, text: &str, times: usize) {
         let mut state = self.log.lock();
-        while !contains(&state.bytes, text.as_bytes()) {
-            assert!(!state.ended, "rvmm ended and never told {text:?}");
+        while String::from_utf8_lossy(&state.bytes).matches(text).count() < times {
+            assert!(
+                !state.ended,
+                "rvmm ended and never told {text:?} {times} times"
+            );
             state = self.log.wait(state, self.deadline, text);
         }
     }
@@ -220,13 +239,22 @@ impl Vm {
 
     /// The most memory it has had resident so far that was its own or the guest's, in KiB.
     pub(crate) fn peak_rss_kib(&self) -> u64 {
+        self.status_kib("VmHWM:")
+    }
+
+    /// The memory it has resident now, its own and the guest's, in KiB.
+    pub(crate) fn rss_kib(&self) -> u64 {
+        self.status_kib("VmRSS:")
+    }
+
+    fn status_kib(&self, key: &str) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());
         let status = std::fs::read_to_string(&path).expect(&path);
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
         let number = line.and_then(|line| line.split_whitespace().next());
         number
             .and_then(|number| number.parse().ok())
-            .expect("VmHWM is a number")
+            .unwrap_or_else(|| panic!("{key} is no number"))
     }
 
     /// Wait until a signal has stopped it: state T of `/proc/PID/stat`.

@@ -9,7 +9,7 @@ pub mod host;
 pub mod terminal;
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::util::sync::lock;
@@ -41,7 +41,7 @@ pub struct Console {
     input_room: Condvar,
     /// Output was written to the host.
     output_drained: Condvar,
-    listener: OnceLock<Weak<dyn Listener>>,
+    listener: Mutex<Option<Weak<dyn Listener>>>,
 }
 
 #[derive(Default)]
@@ -115,9 +115,9 @@ impl Console {
 
 /// The host's side.
 impl Console {
-    /// Sets who is told of changes: the UART. Only the first call counts.
+    /// Sets who is told of changes: the UART, and after a reset the new one.
     pub fn set_listener(&self, listener: Weak<dyn Listener>) {
-        let _ = self.listener.set(listener);
+        *lock(&self.listener) = Some(listener);
     }
 
     /// Hands `bytes` to the guest, waiting while its queue is full. False when the console was
@@ -221,7 +221,8 @@ impl Console {
     }
 
     fn tell_listener(&self) {
-        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+        let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
+        if let Some(listener) = listener {
             listener.console_changed();
         }
     }

@@ -97,6 +97,11 @@ impl Vm for KvmVm {
         Ok(())
     }
 
+    fn max_vcpus(&self) -> u32 {
+        let max = self.0.fd.check_extension_int(Cap::MaxVcpus);
+        u32::try_from(max).unwrap_or(0).max(1)
+    }
+
     fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()> {
         for (slot, region) in (0u32..).zip(ram.iter()) {
             let act = || format!("give the guest its RAM (memslot {slot})");

@@ -84,7 +84,7 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
     let entries = Arc::clone(&script.entries);
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
-    let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi));
+    let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi, Arc::default()));
     let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop, stats).unwrap();
     Started {
         handle,

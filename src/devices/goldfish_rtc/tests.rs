@@ -1,0 +1,107 @@
+//! The chip as its driver uses it, and the wire.
+
+use std::sync::mpsc;
+
+use super::*;
+use crate::bus::IrqSink;
+
+const SECOND: u64 = 1_000_000_000;
+
+#[test]
+fn it_shows_the_hosts_time_in_two_halves() {
+    let mut clock = Clock::default();
+    let now = 0x0123_4567_89ab_cdef;
+    assert_eq!(clock.read(reg::TIME_LOW, now), 0x89ab_cdef);
+    // The upper half belongs to the lower half that was read, whatever time it is.
+    assert_eq!(clock.read(reg::TIME_HIGH, now + (1 << 40)), 0x0123_4567);
+}
+
+#[test]
+fn it_can_be_set() {
+    let mut clock = Clock::default();
+    clock.write(reg::TIME_HIGH, 1, 500);
+    clock.write(reg::TIME_LOW, 7, 500);
+    assert_eq!(clock.now(500 + SECOND), (1 << 32) + 7 + SECOND);
+}
+
+fn set_alarm(clock: &mut Clock, at: u64, host: u64) {
+    clock.write(reg::ALARM_HIGH, high(at), host);
+    clock.write(reg::ALARM_LOW, low(at), host);
+}
+
+#[test]
+fn an_alarm_rings_once_until_it_is_cleared() {
+    let mut clock = Clock::default();
+    clock.write(reg::IRQ_ENABLED, 1, 0);
+    set_alarm(&mut clock, 5 * SECOND, 0);
+    assert_eq!(clock.read(reg::ALARM_STATUS, 0), 1);
+    assert_eq!(clock.wait(SECOND), Some(Duration::from_secs(4)));
+    clock.tick(5 * SECOND - 1);
+    assert!(!clock.interrupt());
+    clock.tick(5 * SECOND);
+    assert!(clock.interrupt());
+    assert_eq!(clock.read(reg::ALARM_STATUS, 5 * SECOND), 0);
+    clock.write(reg::CLEAR_INTERRUPT, 1, 6 * SECOND);
+    assert!(!clock.interrupt());
+    clock.tick(9 * SECOND);
+    assert!(!clock.interrupt());
+}
+
+#[test]
+fn an_alarm_of_the_past_rings_at_once_and_disabled_it_is_silent() {
+    let mut clock = Clock::default();
+    set_alarm(&mut clock, SECOND, 2 * SECOND);
+    assert!(clock.pending && !clock.interrupt());
+    clock.write(reg::IRQ_ENABLED, 1, 2 * SECOND);
+    assert!(clock.interrupt());
+    clock.write(reg::CLEAR_INTERRUPT, 1, 2 * SECOND);
+    set_alarm(&mut clock, 9 * SECOND, 2 * SECOND);
+    clock.write(reg::CLEAR_ALARM, 1, 2 * SECOND);
+    clock.tick(u64::MAX);
+    assert!(!clock.interrupt());
+}
+
+struct Told(Mutex<mpsc::Sender<bool>>);
+
+impl IrqSink for Told {
+    fn set_level(&self, _: u32, high: bool) {
+        lock(&self.0).send(high).unwrap();
+    }
+    fn fdt_interrupt(&self, _: u32) -> Vec<u32> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn the_wire_rises_by_itself_and_the_thread_ends_with_the_clock() {
+    let (tell, told) = mpsc::channel();
+    let line = IrqLine::new(Arc::new(Told(Mutex::new(tell))), 11);
+    let rtc = GoldfishRtc::new(0x10_1000, line);
+    let store = |offset, value: u32| rtc.write(offset, &value.to_le_bytes());
+    store(reg::IRQ_ENABLED, 1);
+    let soon = host_time() + SECOND / 50;
+    store(reg::ALARM_HIGH, high(soon));
+    store(reg::ALARM_LOW, low(soon));
+    assert!(told.recv().unwrap());
+    store(reg::CLEAR_INTERRUPT, 1);
+    assert!(!told.recv().unwrap());
+    drop(rtc);
+    // The thread held the last of the line.
+    assert!(told.recv().is_err());
+}
+
+#[test]
+fn odd_accesses_do_nothing() {
+    let (tell, _told) = mpsc::channel();
+    let line = IrqLine::new(Arc::new(Told(Mutex::new(tell))), 11);
+    let rtc = GoldfishRtc::new(0x10_1000, line);
+    for size in [1, 2, 8] {
+        let mut data = vec![0; size];
+        rtc.read(reg::TIME_LOW, &mut data);
+        assert!(data.iter().all(|byte| *byte == 0));
+        rtc.write(reg::IRQ_ENABLED, &vec![0xff; size]);
+    }
+    let mut enabled = [9; 4];
+    rtc.read(reg::IRQ_ENABLED, &mut enabled);
+    assert_eq!(enabled, [0; 4]);
+}

@@ -1,0 +1,208 @@
+//! What a reset makes anew: vCPUs, interrupt controller, devices, and what the guest finds in RAM.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use log::{info, warn};
+use rustix::rand::{GetRandomFlags, getrandom};
+use rustix::system::uname;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::builder::BootFiles;
+use super::irqchip::{self, Choice};
+use super::layout::{self, MAX_HARTS, RAM_BASE};
+use crate::boot::fdt::{self, RNG_SEED_SIZE};
+use crate::boot::isa::HartFacts;
+use crate::boot::placement::Placement;
+use crate::bus::{Bus, Device};
+use crate::config::VmConfig;
+use crate::devices::console::Console;
+use crate::devices::goldfish_rtc::GoldfishRtc;
+use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
+use crate::devices::uart16550::Uart;
+use crate::hypervisor::host::legacy_sbi_is_safe;
+use crate::hypervisor::{Vcpu, Vm, regs};
+use crate::irqchip::hart_intc_phandle;
+use crate::memory::GuestMemory;
+use crate::vcpu::exits::Exits;
+use crate::vcpu::sbi::Sbi;
+
+/// What outlives a reset.
+pub(super) struct Kept<'a> {
+    pub(super) config: &'a VmConfig,
+    pub(super) files: &'a mut BootFiles,
+    pub(super) ram: &'a Arc<GuestMemory>,
+    pub(super) console: &'a Arc<Console>,
+}
+
+/// The rest of a machine, about to run its first instruction.
+pub(super) struct Hardware {
+    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
+    pub(super) exits: Arc<Exits>,
+    pub(super) device_tree: Vec<u8>,
+}
+
+impl Hardware {
+    /// Puts together a machine on `vm`, which has nothing yet, and loads the guest.
+    ///
+    /// # Errors
+    /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>) -> Result<Self> {
+        let Kept {
+            config,
+            files,
+            ram,
+            console,
+        } = kept;
+        let placement = files.plan(config)?;
+        vm.map_ram(Arc::clone(ram))?;
+        let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
+        let vcpus = create_vcpus(config, vm.as_ref())?;
+        let facts = hart_facts(&vcpus, &choice)?;
+        let irqchip = choice.start(vm, &vcpus)?;
+        let uart_line = irqchip.line(layout::UART_IRQ);
+        let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
+        let rtc_line = irqchip.line(layout::RTC_IRQ);
+        let rtc = Arc::new(GoldfishRtc::new(layout::RTC.start, rtc_line));
+        let power = Arc::new(PowerSwitch::default());
+        let finisher = SifiveTest::new(layout::SIFIVE_TEST.start, Arc::clone(&power));
+        let finisher = Arc::new(finisher);
+        let mut bus = Bus::default();
+        bus.insert(layout::SIFIVE_TEST, Arc::clone(&finisher) as _)?;
+        bus.insert(layout::RTC, Arc::clone(&rtc) as _)?;
+        bus.insert(layout::UART, Arc::clone(&uart) as _)?;
+        if let Some(registers) = irqchip.mmio() {
+            bus.insert(layout::PLIC, registers)?;
+        }
+        files.load(ram, &placement)?;
+        let devices: [&dyn Device; 4] = [
+            irqchip.device(),
+            uart.as_ref(),
+            rtc.as_ref(),
+            finisher.as_ref(),
+        ];
+        let device_tree = build_tree(config, &facts, &placement, &devices)?;
+        load_tree(ram, &placement, &device_tree)?;
+        boot_hart(first(&vcpus)?, &placement)?;
+        let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
+        let exits = Arc::new(Exits::new(Arc::new(bus), sbi, power));
+        Ok(Self {
+            vcpus,
+            exits,
+            device_tree,
+        })
+    }
+}
+
+/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
+/// before the first run: later KVM refuses.
+fn create_vcpus(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
+    let max = vm.max_vcpus().min(MAX_HARTS);
+    if config.cpus > max {
+        bail!(
+            "--cpus {}: this host's KVM runs at most {max} vCPUs",
+            config.cpus
+        );
+    }
+    let mut vcpus = Vec::new();
+    for id in 0..config.cpus {
+        let vcpu = vm.create_vcpu(id)?;
+        choose_sbi(vcpu.as_ref())?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
+/// has no such register.
+fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
+    let release = uname();
+    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
+    for (register, on) in [
+        (regs::SBI_DBCN, 1),
+        (regs::SBI_V01, u64::from(legacy)),
+        (regs::SBI_EXPERIMENTAL, 0),
+        (regs::SBI_VENDOR, 0),
+    ] {
+        match vcpu.reg(register)? {
+            Some(_) => vcpu.set_reg(register, on)?,
+            None if register == regs::SBI_DBCN => {
+                warn!("this host's KVM has no SBI debug console");
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// What the guest is told of its harts; of the AIA only where it has one.
+fn hart_facts(vcpus: &[Box<dyn Vcpu>], choice: &Choice) -> Result<HartFacts> {
+    let mut facts = HartFacts::of(first(vcpus)?)?;
+    if !choice.is_aia() {
+        facts.extensions.retain(|name| *name != "ssaia");
+    }
+    Ok(facts)
+}
+
+fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
+    let vcpu = vcpus.first().context("a machine needs a vCPU")?;
+    Ok(vcpu.as_ref())
+}
+
+fn build_tree(
+    config: &VmConfig,
+    facts: &HartFacts,
+    placement: &Placement,
+    devices: &[&dyn Device],
+) -> Result<Vec<u8>> {
+    info!("harts: {}, {}", facts.isa_string(), facts.mmu_type());
+    let tree = fdt::build(&fdt::Machine {
+        cmdline: &config.cmdline,
+        stdout_path: layout::UART_PATH,
+        initrd: placement.initrd.as_ref(),
+        rng_seed: rng_seed()?,
+        ram_base: RAM_BASE,
+        ram_size: config.mem.size,
+        hart: facts,
+        harts: config.cpus,
+        hart_intc_phandle,
+        devices,
+    });
+    tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
+}
+
+fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
+    let mut seed = [0; RNG_SEED_SIZE];
+    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
+    let count = getrandom(&mut seed, GetRandomFlags::empty());
+    match count.context("Failed to read entropy for the guest")? {
+        RNG_SEED_SIZE => Ok(seed),
+        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
+    }
+}
+
+fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
+    let room = placement.fdt.end - placement.fdt.start;
+    if tree.len() as u64 > room {
+        bail!("the device tree has {} bytes, its room {room}", tree.len());
+    }
+    ram.write_slice(tree, GuestAddress(placement.fdt.start))
+        .context("Failed to write the device tree to guest RAM")
+}
+
+/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
+/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
+/// processes read `time`.
+fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
+    const CYCLE_TIME_INSTRET: u64 = 0b111;
+    const HART_ID: u64 = 0;
+    for (register, value) in [
+        (regs::PC, placement.kernel.start),
+        (regs::A0, HART_ID),
+        (regs::A1, placement.fdt.start),
+        (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
+    ] {
+        vcpu.set_reg(register, value)?;
+    }
+    Ok(())
+}
