@@ -6,7 +6,7 @@
 mod common;
 
 use common::host::{self, Kind};
-use common::{HOST_FAILED, Outcome, POWERED_OFF, RESET, Rvmm, nonce};
+use common::{HOST_FAILED, Outcome, POWERED_OFF, RESET, Rvmm, TERMINATED, nonce};
 
 /// Linux with this action, and `nonce` to be told again.
 fn linux(nonce: &str, action: &str) -> Rvmm {
@@ -31,6 +31,28 @@ fn to_userspace_and_power_off() {
     let end = linux(&nonce, "poweroff").run();
     assert_userspace(&end, &nonce);
     end.assert_status(POWERED_OFF);
+}
+
+/// More vCPUs than the host has harts, all of them at work at once.
+#[test]
+fn eight_cpus() {
+    let nonce = nonce();
+    let end = linux(&nonce, "smp")
+        .args(["--cpus", "8", "--mem", "256M"])
+        .run();
+    assert!(end.console.contains("rvmm-guest: online 0-7"));
+    assert!(end.console.contains("rvmm-guest: sums 8 different 1"));
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn reboot_starts_it_again() {
+    let nonce = nonce();
+    let vm = linux(&nonce, "reboot").reboots().spawn();
+    let banner = format!("rvmm-guest: userspace nonce={nonce}");
+    vm.wait_for_times(&banner, 3);
+    vm.terminate();
+    vm.finish().assert_status(TERMINATED);
 }
 
 #[test]

@@ -162,9 +162,17 @@ pub(crate) struct Vm {
 impl Vm {
     /// Wait until the console shows `text`; panics when the console ends without it.
     pub(crate) fn wait_for(&self, text: &str) {
+        self.wait_for_times(text, 1);
+    }
+
+    /// The same until it stands there so often.
+    pub(crate) fn wait_for_times(&self, text: &str, times: usize) {
         let mut state = self.console.lock();
-        while !contains(&state.bytes, text.as_bytes()) {
-            assert!(!state.ended, "the console ended without {text:?}");
+        while count(&state.bytes, text) < times {
+            assert!(
+                !state.ended,
+                "the console ended without {text:?}, {times} times"
+            );
             state = self.console.wait(state, self.deadline, text);
         }
     }
@@ -224,7 +232,7 @@ impl Vm {
     /// The same until it stands there so often.
     pub(crate) fn wait_for_log_times(&self, text: &str, times: usize) {
         let mut state = self.log.lock();
-        while String::from_utf8_lossy(&state.bytes).matches(text).count() < times {
+        while count(&state.bytes, text) < times {
             assert!(
                 !state.ended,
                 "rvmm ended and never told {text:?} {times} times"
@@ -479,6 +487,11 @@ impl Capture {
     fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().bytes).into_owned()
     }
+}
+
+/// How often `part` stands in what was captured.
+fn count(text: &[u8], part: &str) -> usize {
+    String::from_utf8_lossy(text).matches(part).count()
 }
 
 fn contains(text: &[u8], part: &[u8]) -> bool {
