@@ -34,17 +34,18 @@ RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
         rustc rustfmt shellcheck xz-utils; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /usr/share/doc /usr/share/man
 
-# What riscv64 runs, unpacked and never installed: the kernel of L1 and of the guest, L1's modules, one static busybox.
+# What riscv64 runs, unpacked and never installed: the kernel of L1 and of the guest, L1's modules, one static busybox, U-Boot.
 # The kernel's package is named by what its metapackage depends on.
 RUN set -eu; cd /opt/rvmm; \
     apt-get update; \
     linux=$(apt-cache depends linux-image-riscv64:riscv64 | sed -nE 's/^ *Depends: (linux-image-[0-9][^ ]*)$/\1/p'); \
-    apt-get download "$linux" busybox-static:riscv64; \
+    apt-get download "$linux" busybox-static:riscv64 u-boot-qemu; \
     for deb in *.deb; do dpkg-deb --extract "$deb" root; done; \
     mkdir modules; \
     mv root/boot/vmlinux-* Image; \
     mv root/boot/config-* config; \
     mv root/usr/bin/busybox busybox; \
+    mv root/usr/lib/u-boot/qemu-riscv64_smode/u-boot.bin u-boot.bin; \
     modules=$(find root -type d -path '*/lib/modules/*/kernel'); \
     for name in irqbypass kvm; do \
         file=$(find "$modules" -name "$name.ko*"); \

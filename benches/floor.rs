@@ -31,6 +31,7 @@ mod floor {
     use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd};
     use rvmm::boot::files::BootFile;
     use rvmm::boot::placement::{Placement, fdt_room};
+    use rvmm::config::KernelFormat;
     use rvmm::hypervisor::regs;
     use rvmm::machine::layout::{APLIC, IMSIC, RAM_BASE, UART};
     use rvmm::util::ByteSize;
@@ -129,7 +130,11 @@ mod floor {
 
     /// Reads the files to where rvmm would: the addresses of the kernel and of the device tree.
     fn load(ram: &mut [u8], size: ByteSize, options: &Options) -> Result<(u64, u64)> {
-        let image = BootFile::open("kernel", options.kernel.as_ref())?.image()?;
+        let image = BootFile::open("kernel", options.kernel.as_ref())?.kernel(
+            KernelFormat::Image,
+            RAM_BASE,
+            size,
+        )?;
         let initrd = options.initrd.as_ref().map(std::fs::metadata).transpose()?;
         let initrd_size = initrd.map(|metadata| metadata.len());
         let at = Placement::plan(RAM_BASE, size, &image, initrd_size, fdt_room(1))?;

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::kernel::{HEAD_SIZE, Image, KernelError};
+use super::kernel::{self, HEAD_SIZE, Kernel, KernelError, LoadError, Segment, Source};
+use crate::config::KernelFormat;
 use crate::memory::GuestMemory;
+use crate::util::ByteSize;
 
 /// Why a boot file cannot be used.
 #[derive(Debug, Error)]
@@ -107,21 +109,45 @@ impl BootFile {
         self.size
     }
 
-    /// Checks that the file is a kernel Image.
+    /// Finds out what kernel the file is, for a guest with `ram` of RAM at `base`.
     ///
     /// # Errors
     /// It cannot be read, or is none.
-    pub fn image(&mut self) -> Result<Image, FileError> {
-        let mut head = Vec::with_capacity(HEAD_SIZE);
-        let read = self.file.rewind().and_then(|()| {
-            let start = self.file.by_ref().take(HEAD_SIZE as u64);
-            { start }.read_to_end(&mut head)
-        });
-        read.map_err(|source| self.failed_read(source))?;
-        Image::parse(&head, self.size).map_err(|source| FileError::Kernel {
-            path: self.path.clone(),
-            source,
+    pub fn kernel(
+        &self,
+        format: KernelFormat,
+        base: u64,
+        ram: ByteSize,
+    ) -> Result<Kernel, FileError> {
+        kernel::open(self, format, base, ram).map_err(|error| match error {
+            LoadError::Read(source) => self.failed_read(source),
+            LoadError::Kernel(source) => FileError::Kernel {
+                path: self.path.clone(),
+                source,
+            },
         })
+    }
+
+    /// Loads `kernel`, which is this file, into RAM at `base`.
+    ///
+    /// # Errors
+    /// The file cannot be read, has shrunk, or leaves RAM.
+    pub fn load_kernel(
+        &self,
+        kernel: &Kernel,
+        ram: &GuestMemory,
+        base: u64,
+    ) -> Result<(), FileError> {
+        for Segment { source, at, .. } in &kernel.segments {
+            let gpa = GuestAddress(base + at);
+            let loaded = match &kernel.expanded {
+                Some(bytes) => slice(bytes, source)
+                    .and_then(|bytes| ram.write_slice(bytes, gpa).map_err(io::Error::other)),
+                None => self.read_to(ram, gpa, source),
+            };
+            loaded.map_err(|source| self.failed_read(source))?;
+        }
+        Ok(())
     }
 
     /// Refuses an empty initrd.
@@ -139,15 +165,17 @@ impl BootFile {
     ///
     /// # Errors
     /// The file cannot be read, has shrunk, or leaves RAM.
-    pub fn load(&mut self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
-        let length = usize::try_from(self.size).unwrap_or(usize::MAX);
-        self.file
-            .seek(SeekFrom::Start(0))
-            .and_then(|_| {
-                ram.read_exact_volatile_from(GuestAddress(range.start), &mut self.file, length)
-                    .map_err(io::Error::other)
-            })
+    pub fn load(&self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
+        self.read_to(ram, GuestAddress(range.start), &(0..self.size))
             .map_err(|source| self.failed_read(source))
+    }
+
+    fn read_to(&self, ram: &GuestMemory, gpa: GuestAddress, from: &Range<u64>) -> io::Result<()> {
+        let length = usize::try_from(from.end - from.start).unwrap_or(usize::MAX);
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(from.start))?;
+        ram.read_exact_volatile_from(gpa, &mut file, length)
+            .map_err(io::Error::other)
     }
 
     fn failed_read(&self, source: io::Error) -> FileError {
@@ -160,17 +188,45 @@ impl BootFile {
     }
 }
 
+impl Source for BootFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn head(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(HEAD_SIZE);
+        self.reader()?
+            .take(HEAD_SIZE as u64)
+            .read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn reader(&self) -> io::Result<Box<dyn Read + '_>> {
+        let mut file = &self.file;
+        file.rewind()?;
+        Ok(Box::new(file))
+    }
+}
+
+fn slice<'a>(bytes: &'a [u8], range: &Range<u64>) -> io::Result<&'a [u8]> {
+    let start = usize::try_from(range.start).ok();
+    let end = usize::try_from(range.end).ok();
+    let bytes = start
+        .zip(end)
+        .and_then(|(start, end)| bytes.get(start..end));
+    bytes.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::MemConfig;
     use crate::memory;
-    use crate::util::ByteSize;
 
     #[test]
     fn a_file_lands_where_it_should() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
-        let mut file = BootFile::open("initrd", &path).unwrap();
+        let file = BootFile::open("initrd", &path).unwrap();
         let ram =
             memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
         file.load(&ram, &(0x8000_1000..0x8008_0000)).unwrap();

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use super::kernel::Image;
+use super::kernel::Kernel;
 use crate::memory::PAGE_SIZE;
 use crate::util::ByteSize;
 
@@ -24,8 +24,10 @@ pub const fn fdt_room(harts: u32) -> u64 {
 /// Guest-physical ranges that do not overlap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// The kernel with its BSS. Entered at its start.
+    /// The kernel with its BSS.
     pub kernel: Range<u64>,
+    /// The kernel's first instruction.
+    pub entry: u64,
     /// The initrd, exactly.
     pub initrd: Option<Range<u64>>,
     /// Room for the device tree; it starts on a page.
@@ -49,7 +51,7 @@ pub struct TooSmall {
 }
 
 impl Placement {
-    /// Places `image`, an initrd of `initrd` bytes and `fdt` bytes of device tree in RAM of
+    /// Places `kernel`, an initrd of `initrd` bytes and `fdt` bytes of device tree in RAM of
     /// `ram` bytes at `base`.
     ///
     /// # Errors
@@ -57,19 +59,20 @@ impl Placement {
     pub fn plan(
         base: u64,
         ram: ByteSize,
-        image: &Image,
+        kernel: &Kernel,
         initrd: Option<u64>,
         fdt: u64,
     ) -> Result<Self, TooSmall> {
         let pages = |bytes: u64| bytes.next_multiple_of(PAGE_SIZE);
-        let kernel_end = pages(image.end_offset().bytes());
+        let extent = kernel.extent();
+        let kernel_end = pages(extent.end);
         // An initrd longer than any RAM may not overflow the sum.
         let initrd_pages = pages(initrd.unwrap_or(0).min(1 << 60));
         let needed = kernel_end + initrd_pages + pages(fdt);
         if needed > ram.bytes() {
             return Err(TooSmall {
                 ram,
-                kernel: image.end_offset(),
+                kernel: ByteSize(extent.end),
                 initrd: initrd.map(ByteSize),
                 enough: enough(needed),
             });
@@ -78,9 +81,9 @@ impl Placement {
         let end = base.saturating_add(ram.bytes()) / PAGE_SIZE * PAGE_SIZE;
         let initrd_start = end - initrd_pages;
         let fdt_start = initrd_start - pages(fdt);
-        let start = base + image.text_offset;
         Ok(Self {
-            kernel: start..start + image.image_size,
+            kernel: base + extent.start..base + extent.end,
+            entry: base + kernel.entry,
             initrd: initrd.map(|size| initrd_start..initrd_start + size),
             fdt: fdt_start..fdt_start + fdt,
         })
@@ -96,16 +99,27 @@ fn enough(needed: u64) -> ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::kernel::Segment;
 
     const BASE: u64 = 0x8000_0000;
-    const DEBIAN: Image = Image {
-        text_offset: 0x20_0000,
-        image_size: 31_895_552,
-        file_size: 31_165_952,
-    };
+    const TEXT_OFFSET: u64 = 0x20_0000;
+    const IMAGE_SIZE: u64 = 31_895_552;
+
+    fn debian() -> Kernel {
+        let segment = Segment {
+            source: 0..31_165_952,
+            at: TEXT_OFFSET,
+            size: IMAGE_SIZE,
+        };
+        Kernel {
+            segments: vec![segment],
+            entry: TEXT_OFFSET,
+            expanded: None,
+        }
+    }
 
     fn plan(ram: ByteSize, initrd: Option<u64>) -> Result<Placement, TooSmall> {
-        Placement::plan(BASE, ram, &DEBIAN, initrd, fdt_room(1))
+        Placement::plan(BASE, ram, &debian(), initrd, fdt_room(1))
     }
 
     #[test]
@@ -118,7 +132,7 @@ mod tests {
         ] {
             let at = plan(ram, initrd).unwrap();
             assert_eq!(at.kernel.start, 0x8020_0000);
-            assert_eq!(at.kernel.end, 0x8020_0000 + DEBIAN.image_size);
+            assert_eq!(at.kernel.end, 0x8020_0000 + IMAGE_SIZE);
             assert!(at.kernel.end <= at.fdt.start);
             assert_eq!(at.fdt.start % 8, 0);
             assert_eq!(at.fdt.end - at.fdt.start, fdt_room(1));
@@ -138,7 +152,7 @@ mod tests {
 
     #[test]
     fn the_smallest_ram_is_exact() {
-        let needed = (DEBIAN.text_offset + DEBIAN.image_size).next_multiple_of(PAGE_SIZE)
+        let needed = (TEXT_OFFSET + IMAGE_SIZE).next_multiple_of(PAGE_SIZE)
             + PAGE_SIZE
             + fdt_room(1).next_multiple_of(PAGE_SIZE);
         assert!(plan(ByteSize(needed), Some(17)).is_ok());

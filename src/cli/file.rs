@@ -38,7 +38,7 @@ pub(super) fn merge(
     matches: &ArgMatches,
 ) -> Result<VmConfig, FileError> {
     let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.to_owned(), e))?;
-    let given = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
+    let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
     overlay(&text, flags, given).map_err(|e| FileError::Json(path.to_owned(), e))
 }
 
@@ -73,7 +73,7 @@ pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleConfig, HugePages, IrqchipKind, MemConfig};
+    use crate::config::{ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig};
     use crate::util::ByteSize;
 
     fn flags() -> VmConfig {
@@ -88,6 +88,7 @@ mod tests {
     fn what_is_printed_is_read() {
         let config = VmConfig {
             kernel: Some("Image".into()),
+            kernel_format: KernelFormat::Flat,
             initrd: Some("initrd".into()),
             cmdline: "a \"b\"".into(),
             mem: MemConfig {

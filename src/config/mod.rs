@@ -22,10 +22,15 @@ const CMDLINE_MAX: usize = 1023;
 #[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
-    /// Kernel to boot: an uncompressed RISC-V Image, as Debian's /boot/vmlinux-* is
+    /// Kernel to boot: a RISC-V Linux Image, also in gzip, zstd or EFI zboot, a vmlinux, or an
+    /// S-mode ELF
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
+
+    /// What the kernel's file is
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    pub kernel_format: KernelFormat,
 
     /// Initial RAM disk for the kernel, as an initramfs archive
     #[arg(long, value_name = "FILE")]
@@ -67,6 +72,7 @@ impl Default for VmConfig {
     fn default() -> Self {
         Self {
             kernel: None,
+            kernel_format: KernelFormat::default(),
             initrd: None,
             cmdline: DEFAULT_CMDLINE.into(),
             mem: MemConfig::new(ByteSize::mib(128)),
@@ -75,6 +81,21 @@ impl Default for VmConfig {
             console: ConsoleConfig::default(),
         }
     }
+}
+
+/// What a kernel's file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelFormat {
+    /// Told by its content
+    #[default]
+    Auto,
+    /// A Linux Image, maybe compressed
+    Image,
+    /// An ELF file, maybe compressed
+    Elf,
+    /// Any bytes: loaded 2 MiB into RAM and entered there, as U-Boot is
+    Flat,
 }
 
 /// The interrupt controller that the guest gets.

@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
 use crate::boot::files::BootFile;
+use crate::boot::kernel::Kernel;
 use crate::boot::placement::{Placement, fdt_room};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
@@ -32,9 +33,9 @@ impl Machine {
     /// # Errors
     /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
     pub fn build(config: &VmConfig, hypervisor: Arc<dyn Hypervisor>) -> Result<Self> {
-        let mut files = BootFiles::open(config)?;
+        let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
-        files.plan(config)?;
+        let plan = files.plan(config)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
         let mut machine = Self {
@@ -45,7 +46,7 @@ impl Machine {
             console: Arc::new(Console::default()),
             hardware: None,
         };
-        machine.assemble(&vm)?;
+        machine.assemble(&vm, &plan)?;
         Ok(machine)
     }
 
@@ -64,8 +65,9 @@ impl Machine {
         // First: the host may have guest interrupt files for one VM only.
         self.hardware = None;
         memory::clear(&self.ram).context("Failed to clear guest RAM for a reset")?;
+        let plan = self.files.plan(&self.config)?;
         let vm = self.hypervisor.create_vm()?;
-        self.assemble(&vm)
+        self.assemble(&vm, &plan)
     }
 
     /// What runs now.
@@ -75,14 +77,14 @@ impl Machine {
             .context("the machine has no hardware")
     }
 
-    fn assemble(&mut self, vm: &Arc<dyn Vm>) -> Result<()> {
+    fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &LoadPlan) -> Result<()> {
         let kept = Kept {
             config: &self.config,
-            files: &mut self.files,
+            files: &self.files,
             ram: &self.ram,
             console: &self.console,
         };
-        self.hardware = Some(Hardware::assemble(kept, vm)?);
+        self.hardware = Some(Hardware::assemble(kept, vm, plan)?);
         Ok(())
     }
 }
@@ -99,6 +101,12 @@ pub(super) struct BootFiles {
     initrd: Option<BootFile>,
 }
 
+/// What goes where, of files that are in it or still to be read.
+pub(super) struct LoadPlan {
+    kernel: Kernel,
+    pub(super) placement: Placement,
+}
+
 impl BootFiles {
     fn open(config: &VmConfig) -> Result<Self> {
         let kernel = BootFile::open("kernel", config.kernel()?)?;
@@ -109,19 +117,20 @@ impl BootFiles {
         Ok(Self { kernel, initrd })
     }
 
-    pub(super) fn plan(&mut self, config: &VmConfig) -> Result<Placement> {
-        let image = self.kernel.image()?;
+    pub(super) fn plan(&self, config: &VmConfig) -> Result<LoadPlan> {
+        let size = config.mem.size;
+        let kernel = self.kernel.kernel(config.kernel_format, RAM_BASE, size)?;
         let initrd = self.initrd.as_ref().map(BootFile::size);
         let room = fdt_room(config.cpus);
-        let placement = Placement::plan(RAM_BASE, config.mem.size, &image, initrd, room)
+        let placement = Placement::plan(RAM_BASE, size, &kernel, initrd, room)
             .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
         debug!("placement: {placement:x?}");
-        Ok(placement)
+        Ok(LoadPlan { kernel, placement })
     }
 
-    pub(super) fn load(&mut self, ram: &GuestMemory, placement: &Placement) -> Result<()> {
-        self.kernel.load(ram, &placement.kernel)?;
-        if let (Some(initrd), Some(range)) = (&mut self.initrd, &placement.initrd) {
+    pub(super) fn load(&self, ram: &GuestMemory, plan: &LoadPlan) -> Result<()> {
+        self.kernel.load_kernel(&plan.kernel, ram, RAM_BASE)?;
+        if let (Some(initrd), Some(range)) = (&self.initrd, &plan.placement.initrd) {
             initrd.load(ram, range)?;
         }
         Ok(())

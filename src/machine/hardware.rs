@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::uname;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::builder::BootFiles;
+use super::builder::{BootFiles, LoadPlan};
 use super::irqchip::{self, Choice};
 use super::layout::{self, MAX_HARTS, RAM_BASE};
 use crate::boot::fdt::{self, RNG_SEED_SIZE};
@@ -30,7 +30,7 @@ use crate::vcpu::sbi::Sbi;
 /// What outlives a reset.
 pub(super) struct Kept<'a> {
     pub(super) config: &'a VmConfig,
-    pub(super) files: &'a mut BootFiles,
+    pub(super) files: &'a BootFiles,
     pub(super) ram: &'a Arc<GuestMemory>,
     pub(super) console: &'a Arc<Console>,
 }
@@ -47,14 +47,14 @@ impl Hardware {
     ///
     /// # Errors
     /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
-    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>) -> Result<Self> {
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, plan: &LoadPlan) -> Result<Self> {
         let Kept {
             config,
             files,
             ram,
             console,
         } = kept;
-        let placement = files.plan(config)?;
+        let placement = &plan.placement;
         vm.map_ram(Arc::clone(ram))?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let vcpus = create_vcpus(config, vm.as_ref())?;
@@ -74,16 +74,16 @@ impl Hardware {
         if let Some(registers) = irqchip.mmio() {
             bus.insert(layout::PLIC, registers)?;
         }
-        files.load(ram, &placement)?;
+        files.load(ram, plan)?;
         let devices: [&dyn Device; 4] = [
             irqchip.device(),
             uart.as_ref(),
             rtc.as_ref(),
             finisher.as_ref(),
         ];
-        let device_tree = build_tree(config, &facts, &placement, &devices)?;
-        load_tree(ram, &placement, &device_tree)?;
-        boot_hart(first(&vcpus)?, &placement)?;
+        let device_tree = build_tree(config, &facts, placement, &devices)?;
+        load_tree(ram, placement, &device_tree)?;
+        boot_hart(first(&vcpus)?, placement)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
         let exits = Arc::new(Exits::new(Arc::new(bus), sbi, power));
         Ok(Self {
@@ -197,7 +197,7 @@ fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
     const CYCLE_TIME_INSTRET: u64 = 0b111;
     const HART_ID: u64 = 0;
     for (register, value) in [
-        (regs::PC, placement.kernel.start),
+        (regs::PC, placement.entry),
         (regs::A0, HART_ID),
         (regs::A1, placement.fdt.start),
         (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),

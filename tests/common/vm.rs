@@ -493,7 +493,3 @@ impl Capture {
 fn count(text: &[u8], part: &str) -> usize {
     String::from_utf8_lossy(text).matches(part).count()
 }
-
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    text.windows(part.len()).any(|window| window == part)
-}

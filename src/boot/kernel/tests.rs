@@ -1,140 +1,299 @@
+//! Formats, in files made here byte by byte.
+
+use std::io::{self, Read, Write};
+
 use super::*;
 
-const FILE: u64 = 4096;
+const BASE: u64 = 0x8000_0000;
+const RAM: ByteSize = ByteSize::mib(64);
 
-/// A header without faults, for a file of [`FILE`] bytes.
-fn header() -> Vec<u8> {
-    let mut head = vec![0; HEAD_SIZE];
-    put(&mut head, 8, &0x20_0000u64.to_le_bytes());
-    put(&mut head, 16, &0x3000u64.to_le_bytes());
-    put(&mut head, 32, &2u32.to_le_bytes());
-    put(&mut head, 48, b"RISCV\0\0\0");
-    put(&mut head, 56, b"RSC\x05");
-    head
-}
+struct Memory(Vec<u8>);
 
-/// [`header`] as a PE file whose only section ends at `end`.
-fn efi_stub(end: u32) -> Vec<u8> {
-    let mut head = header();
-    put(&mut head, 0, b"MZ");
-    put(&mut head, 60, &64u32.to_le_bytes());
-    put(&mut head, 64, b"PE\0\0");
-    put(&mut head, 64 + 6, &1u16.to_le_bytes());
-    put(&mut head, 64 + 20, &16u16.to_le_bytes());
-    let section = 64 + 24 + 16;
-    put(&mut head, section + 16, &(end - 0x400).to_le_bytes());
-    put(&mut head, section + 20, &0x400u32.to_le_bytes());
-    head
-}
-
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    bytes[at..at + value.len()].copy_from_slice(value);
-}
-
-fn with(at: usize, value: &[u8]) -> Result<Image, KernelError> {
-    let mut head = header();
-    put(&mut head, at, value);
-    Image::parse(&head, FILE)
-}
-
-#[test]
-fn a_true_header_is_taken() {
-    let image = Image::parse(&header(), FILE).unwrap();
-    assert_eq!(image.text_offset, 0x20_0000);
-    assert_eq!(image.image_size, 0x3000);
-    assert_eq!(image.file_size, FILE);
-    assert_eq!(image.end_offset(), ByteSize(0x20_3000));
-    // The old magic may go, says the kernel's documentation.
-    assert!(with(48, &[0; 8]).is_ok());
-}
-
-#[test]
-fn a_header_that_lies_is_told() {
-    use KernelError as E;
-    let cases = [
-        (8, 0x1000u64, E::TextOffset(0x1000)),
-        (8, 1 << 60, E::TextOffset(1 << 60)),
-        (16, 0, E::ImageSize(0)),
-        (16, u64::MAX, E::ImageSize(u64::MAX)),
-        (
-            16,
-            FILE - 1,
-            E::ImageSmallerThanFile {
-                image: FILE - 1,
-                file: FILE,
-            },
-        ),
-        (24, 1, E::BigEndian),
-        (32, 0x0003_0001, E::Version(3, 1)),
-    ];
-    for (at, value, expected) in cases {
-        assert_eq!(with(at, &value.to_le_bytes()), Err(expected));
+impl Source for Memory {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+    fn head(&self) -> io::Result<Vec<u8>> {
+        Ok(self.0[..self.0.len().min(HEAD_SIZE)].to_vec())
+    }
+    fn reader(&self) -> io::Result<Box<dyn Read + '_>> {
+        Ok(Box::new(self.0.as_slice()))
     }
 }
 
-#[test]
-fn a_truncated_file_is_told() {
-    assert_eq!(Image::parse(&[], 0), Err(KernelError::Empty));
-    assert_eq!(
-        Image::parse(&header()[..62], 62),
-        Err(KernelError::Truncated {
-            promised: 64,
-            file: 62
-        })
-    );
-    assert_eq!(
-        Image::parse(&header()[..40], 40),
-        Err(KernelError::NotImage)
-    );
-    assert!(Image::parse(&efi_stub(4096), FILE).is_ok());
-    for (length, promised) in [(64, 88), (87, 88), (88, 144), (143, 144)] {
-        assert_eq!(
-            Image::parse(&efi_stub(4096)[..length], length as u64),
-            Err(KernelError::Truncated {
-                promised,
-                file: length as u64
-            })
-        );
-    }
-    assert_eq!(
-        Image::parse(&efi_stub(4608), FILE),
-        Err(KernelError::Truncated {
-            promised: 4608,
-            file: FILE
-        })
-    );
+fn load(bytes: &[u8]) -> Result<Kernel, String> {
+    load_as(bytes, KernelFormat::Auto)
 }
 
-#[test]
-fn other_files_are_named() {
-    let elf = |machine: u16| {
-        let mut head = vec![0; 64];
-        put(&mut head, 0, b"\x7fELF");
-        put(&mut head, 18, &machine.to_le_bytes());
-        head
-    };
-    let line = |head: &[u8]| Image::parse(head, 100).unwrap_err().to_string();
-    assert!(line(&elf(62)).contains("x86-64"));
-    assert!(line(&elf(9999)).contains("machine 9999"));
-    assert!(line(&elf(243)).contains("objcopy"));
-    assert!(line(b"\x1f\x8b\x08\0").contains("gzip"));
-    assert!(line(b"\x28\xb5\x2f\xfd").contains("zstd"));
-    assert!(line(b"root:x:0:0:root:/root:/bin/bash\n").contains("not a RISC-V kernel Image"));
-    assert!(line(b"\x7fELF").contains("not a RISC-V kernel Image"));
+fn load_as(bytes: &[u8], format: KernelFormat) -> Result<Kernel, String> {
+    open(&Memory(bytes.to_vec()), format, BASE, RAM).map_err(|error| error.to_string())
 }
 
-#[test]
-fn no_header_makes_the_parser_panic() {
-    // Every short length, and every single byte of a PE header set to its extremes.
-    for length in 0..300 {
-        let _ = Image::parse(&efi_stub(4096)[..length], length as u64);
-    }
-    for at in 0..256 {
-        for value in [0, 0x7f, 0x80, 0xff] {
-            let mut head = efi_stub(4096);
-            head[at] = value;
-            let _ = Image::parse(&head, FILE);
-            let _ = Image::parse(&head[..256], 256);
+/// An Image of 8 KiB with 4 KiB of BSS.
+fn image() -> Vec<u8> {
+    let mut image = vec![0x13; 0x2000];
+    image[..64].fill(0);
+    image[8..16].copy_from_slice(&0x20_0000u64.to_le_bytes());
+    image[16..24].copy_from_slice(&0x3000u64.to_le_bytes());
+    image[32..36].copy_from_slice(&2u32.to_le_bytes());
+    image[56..60].copy_from_slice(b"RSC\x05");
+    image
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    zstd::bulk::compress(bytes, 3).unwrap()
+}
+
+/// As `zboot-header.S` lays it out.
+fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
+    const OFFSET: u32 = 0x200;
+    let mut file = vec![0; OFFSET as usize];
+    file[..2].copy_from_slice(b"MZ");
+    file[4..8].copy_from_slice(b"zimg");
+    file[8..12].copy_from_slice(&OFFSET.to_le_bytes());
+    file[12..16].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
+    file[24..24 + compression.len()].copy_from_slice(compression.as_bytes());
+    file.extend(payload);
+    // What follows the payload is none of it.
+    file.extend([0xee; 100]);
+    file
+}
+
+struct Load {
+    vaddr: u64,
+    paddr: u64,
+    memory: u64,
+}
+
+/// An ELF64 file for `machine` whose segments have 16 bytes each.
+fn elf(machine: u16, entry: u64, loads: &[Load]) -> Vec<u8> {
+    let mut file = vec![0; 0x1000];
+    file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    file[6] = 1;
+    file[16..18].copy_from_slice(&2u16.to_le_bytes());
+    file[18..20].copy_from_slice(&machine.to_le_bytes());
+    file[20..24].copy_from_slice(&1u32.to_le_bytes());
+    file[24..32].copy_from_slice(&entry.to_le_bytes());
+    file[32..40].copy_from_slice(&64u64.to_le_bytes());
+    file[52..54].copy_from_slice(&64u16.to_le_bytes());
+    file[54..56].copy_from_slice(&56u16.to_le_bytes());
+    file[56..58].copy_from_slice(&u16::try_from(loads.len()).unwrap().to_le_bytes());
+    for (index, load) in loads.iter().enumerate() {
+        let at = 64 + 56 * index;
+        file[at..at + 4].copy_from_slice(&1u32.to_le_bytes());
+        let offset = 0x800 + 16 * index as u64;
+        for (field, value) in [
+            (8, offset),
+            (16, load.vaddr),
+            (24, load.paddr),
+            (32, 16),
+            (40, load.memory),
+        ] {
+            file[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
         }
     }
+    file
+}
+
+const RISCV: u16 = 243;
+
+#[test]
+fn an_image_is_the_same_however_it_is_wrapped() {
+    let plain = load(&image()).unwrap();
+    assert_eq!(plain.extent(), 0x20_0000..0x20_3000);
+    assert_eq!(plain.entry, 0x20_0000);
+    assert_eq!(plain.expanded, None);
+    for wrapped in [
+        gzip(&image()),
+        zstd(&image()),
+        zboot("gzip", &gzip(&image())),
+        zboot("zstd", &zstd(&image())),
+    ] {
+        let kernel = load(&wrapped).unwrap();
+        assert_eq!(kernel.segments, plain.segments);
+        assert_eq!(kernel.entry, plain.entry);
+        assert_eq!(kernel.expanded, Some(image()));
+    }
+}
+
+#[test]
+fn a_bomb_is_defused() {
+    // 256 MiB of zeros for a guest of 64 MiB.
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut zstd_encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    for _ in 0..256 {
+        encoder.write_all(&[0; 1 << 20]).unwrap();
+        zstd_encoder.write_all(&[0; 1 << 20]).unwrap();
+    }
+    for bomb in [encoder.finish().unwrap(), zstd_encoder.finish().unwrap()] {
+        let line = load(&bomb).unwrap_err();
+        assert!(
+            line.contains("more than the 64 MiB") && line.contains("--mem"),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn broken_and_unknown_compression_is_told() {
+    let mut broken = gzip(&image());
+    broken.truncate(broken.len() / 2);
+    assert!(load(&broken).unwrap_err().contains("gzip, and broken"));
+    let mut broken = zstd(&image());
+    broken.truncate(broken.len() / 2);
+    assert!(load(&broken).unwrap_err().contains("zstd, and broken"));
+    assert!(load(&zboot("lzma", b"?")).unwrap_err().contains("lzma"));
+    let mut short = zboot("gzip", &gzip(&image()));
+    short.truncate(0x210);
+    assert!(load(&short).unwrap_err().contains("truncated"));
+    assert!(
+        load(b"\xfd7zXZ\0\0\0")
+            .unwrap_err()
+            .contains("compressed with xz")
+    );
+    assert!(
+        load(&gzip(b"hello"))
+            .unwrap_err()
+            .contains("not a RISC-V kernel")
+    );
+    assert!(load(&gzip(b"")).unwrap_err().contains("empty"));
+}
+
+#[test]
+fn an_elf_goes_where_it_says() {
+    let physical = |vaddr, paddr, memory| Load {
+        vaddr,
+        paddr,
+        memory,
+    };
+    let kernel = load(&elf(
+        RISCV,
+        0x8020_0008,
+        &[
+            physical(0x8020_0000, 0x8020_0000, 16),
+            physical(0x8030_0000, 0x8030_0000, 0x100),
+        ],
+    ));
+    let kernel = kernel.unwrap();
+    assert_eq!(kernel.entry, 0x20_0008);
+    assert_eq!(kernel.extent(), 0x20_0000..0x30_0100);
+    assert_eq!(kernel.segments[1].source, 0x810..0x820);
+
+    // A kernel linked high, loaded low: its entry is a virtual address.
+    let high = load(&elf(
+        RISCV,
+        0xffff_ffc0_0020_0008,
+        &[physical(0xffff_ffc0_0020_0000, 0x8020_0000, 16)],
+    ));
+    assert_eq!(high.unwrap().entry, 0x20_0008);
+}
+
+#[test]
+fn a_vmlinux_is_placed() {
+    let segment = |offset| Load {
+        vaddr: 0xffff_ffff_8000_0000 + offset,
+        paddr: offset,
+        memory: 0x1000,
+    };
+    let file = elf(
+        RISCV,
+        0xffff_ffff_8000_0000,
+        &[segment(0), segment(0x10_0000)],
+    );
+    for file in [file.clone(), gzip(&file)] {
+        let kernel = load(&file).unwrap();
+        assert_eq!(kernel.entry, 0x20_0000, "at 0x8020_0000");
+        assert_eq!(kernel.extent(), 0x20_0000..0x30_1000);
+    }
+}
+
+#[test]
+fn an_elf_that_cannot_be_is_told() {
+    let at = |paddr| Load {
+        vaddr: paddr,
+        paddr,
+        memory: 16,
+    };
+    for (file, part) in [
+        (elf(62, 0, &[at(BASE)]), "x86-64"),
+        (elf(9999, 0, &[at(BASE)]), "machine 9999"),
+        (elf(RISCV, 0, &[]), "nothing to load"),
+        (elf(RISCV, 0x1000, &[at(0x1000)]), "no RAM"),
+        (elf(RISCV, BASE - 1, &[at(BASE)]), "in no segment"),
+        (elf(RISCV, BASE, &[at(BASE), at(BASE + 8)]), "overlap"),
+        (elf(RISCV, u64::MAX - 20, &[at(u64::MAX - 20)]), "no RAM"),
+    ] {
+        let line = load(&file).unwrap_err();
+        assert!(line.contains(part), "{line}");
+    }
+}
+
+#[test]
+fn no_file_makes_it_panic() {
+    let files = [
+        elf(
+            RISCV,
+            BASE,
+            &[Load {
+                vaddr: BASE,
+                paddr: BASE,
+                memory: 16,
+            }],
+        ),
+        zboot("gzip", &gzip(&image())),
+        zstd(&image()),
+        gzip(&image()),
+    ];
+    for file in files {
+        for length in 0..file.len().min(700) {
+            let _ = load(&file[..length]);
+        }
+        for at in 0..file.len().min(128) {
+            for value in [0, 0x7f, 0xff] {
+                let mut file = file.clone();
+                file[at] = value;
+                let _ = load(&file);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_format_can_be_demanded() {
+    let flat = load_as(b"any bytes", KernelFormat::Flat).unwrap();
+    assert_eq!(
+        (flat.entry, flat.extent()),
+        (0x20_0000, 0x20_0000..0x20_0009)
+    );
+    assert!(
+        load_as(&image(), KernelFormat::Elf)
+            .unwrap_err()
+            .contains("not an ELF file")
+    );
+    let elf = elf(
+        RISCV,
+        BASE,
+        &[Load {
+            vaddr: BASE,
+            paddr: BASE,
+            memory: 16,
+        }],
+    );
+    assert!(
+        load_as(&elf, KernelFormat::Image)
+            .unwrap_err()
+            .contains("not an Image")
+    );
+    assert!(
+        load(b"any bytes")
+            .unwrap_err()
+            .contains("--kernel-format flat")
+    );
+    assert!(load(b"").unwrap_err().contains("empty"));
 }

@@ -1,19 +1,11 @@
-//! What kind of file a kernel is, and whether its header tells the truth.
-//!
-//! The Image header is that of `Documentation/arch/riscv/boot-image-header.rst`:
+//! The Image of a RISC-V Linux: `Documentation/arch/riscv/boot-image-header.rst`.
 //!
 //! ```text
 //!  0 code0, code1   16 image_size   32 version        48 magic  "RISCV\0\0\0" (old)
 //!  8 text_offset    24 flags        36 reserved, 12   56 magic2 "RSC\x05"   60 PE header's offset
 //! ```
 
-use thiserror::Error;
-
-use crate::util::ByteSize;
-
-/// Bytes of a file that [`Image::parse`] wants to see: the header and, of an EFI-stub kernel, the
-/// PE section table.
-pub const HEAD_SIZE: usize = 4096;
+use super::{HEAD_SIZE, KernelError, u16_at, u32_at, u64_at};
 
 const HEADER_SIZE: usize = 64;
 const MAGIC2: &[u8] = b"RSC\x05";
@@ -22,54 +14,6 @@ const FLAG_BIG_ENDIAN: u64 = 1;
 const TEXT_ALIGN: u64 = 2 << 20;
 /// No RISC-V machine has as much memory (Sv57x4 ends here): such a size is a lie.
 const SIZE_LIMIT: u64 = 1 << 59;
-
-/// Why a file is no kernel that rvmm can load.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum KernelError {
-    /// No bytes.
-    #[error("the file is empty")]
-    Empty,
-    /// An ELF file for another machine.
-    #[error("an ELF file for {0}, not a RISC-V kernel")]
-    ForeignElf(String),
-    /// An ELF file for RISC-V.
-    #[error("an ELF file: rvmm loads the Image, as `objcopy -O binary` makes it of vmlinux")]
-    Elf,
-    /// A compressed file.
-    #[error("compressed with {0}: decompress it, rvmm loads the Image inside")]
-    Compressed(&'static str),
-    /// Neither.
-    #[error("not a RISC-V kernel Image (no \"RSC\\x05\" at byte 56)")]
-    NotImage,
-    /// The header's version is not 0.x.
-    #[error("its Image header has version {0}.{1}, and rvmm knows 0.x")]
-    Version(u32, u32),
-    /// A big-endian kernel.
-    #[error("a big-endian kernel (Image header flag 0): KVM's guests are little-endian")]
-    BigEndian,
-    /// `text_offset` is not what a kernel can be linked for.
-    #[error("its Image header lies: text_offset {0:#x} is no multiple of 2 MiB below 2^59")]
-    TextOffset(u64),
-    /// `image_size` is nothing a kernel can have.
-    #[error("its Image header lies: image_size is {0:#x}")]
-    ImageSize(u64),
-    /// `image_size` is less than the file.
-    #[error("its Image header lies: image_size is {image} bytes, the file has {file}")]
-    ImageSmallerThanFile {
-        /// The header's claim.
-        image: u64,
-        /// The file's size.
-        file: u64,
-    },
-    /// The file ends before its sections do.
-    #[error("the file is truncated: its header promises {promised} bytes, it has {file}")]
-    Truncated {
-        /// Where the last section ends.
-        promised: u64,
-        /// The file's size.
-        file: u64,
-    },
-}
 
 /// A kernel Image whose header was found true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,18 +27,17 @@ pub struct Image {
 }
 
 impl Image {
+    /// Whether a file starts so.
+    pub(super) fn is(head: &[u8]) -> bool {
+        head.get(56..60) == Some(MAGIC2)
+    }
+
     /// Checks the header of a file of `file_size` bytes that starts with `head`, its first
     /// [`HEAD_SIZE`] bytes or all it has.
     ///
     /// # Errors
     /// What the file is instead, or what is wrong with its header.
     pub fn parse(head: &[u8], file_size: u64) -> Result<Self, KernelError> {
-        if head.is_empty() {
-            return Err(KernelError::Empty);
-        }
-        if head.get(56..60) != Some(MAGIC2) {
-            return Err(other_format(head));
-        }
         if head.len() < HEADER_SIZE {
             return Err(KernelError::Truncated {
                 promised: HEADER_SIZE as u64,
@@ -109,11 +52,6 @@ impl Image {
         image.check_header(u64_at(head, 24), u32_at(head, 32))?;
         image.check_sections(head)?;
         Ok(image)
-    }
-
-    /// Bytes from the start of RAM to the kernel's end.
-    pub fn end_offset(&self) -> ByteSize {
-        ByteSize(self.text_offset + self.image_size)
     }
 
     fn check_header(&self, flags: u64, version: u32) -> Result<(), KernelError> {
@@ -178,54 +116,6 @@ fn pe_file_end(head: &[u8]) -> u64 {
         .chunks_exact(SECTION_SIZE)
         .map(|section| u64::from(u32_at(section, 16)) + u64::from(u32_at(section, 20)));
     ends.max().unwrap_or(0)
-}
-
-/// Names what a file without an Image header is.
-fn other_format(head: &[u8]) -> KernelError {
-    if head.starts_with(b"\x7fELF") {
-        return match head.get(18..20).map(|_| u16_at(head, 18)) {
-            Some(243) => KernelError::Elf,
-            Some(machine) => KernelError::ForeignElf(elf_machine(machine)),
-            None => KernelError::NotImage,
-        };
-    }
-    let compressed = [
-        (&b"\x1f\x8b"[..], "gzip"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-        (b"\xfd7zXZ\0", "xz"),
-        (b"BZh", "bzip2"),
-        (b"\x04\x22\x4d\x18", "lz4"),
-        (b"\x02\x21\x4c\x18", "lz4"),
-    ];
-    match compressed.iter().find(|(magic, _)| head.starts_with(magic)) {
-        Some((_, name)) => KernelError::Compressed(name),
-        None => KernelError::NotImage,
-    }
-}
-
-/// ELF's `e_machine`, where it is one people have.
-fn elf_machine(machine: u16) -> String {
-    match machine {
-        3 => "x86".into(),
-        40 => "Arm".into(),
-        62 => "x86-64".into(),
-        183 => "AArch64".into(),
-        258 => "LoongArch".into(),
-        other => format!("machine {other}"),
-    }
-}
-
-/// Little-endian numbers; the callers have checked the length.
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | (u32::from(u16_at(bytes, at + 2)) << 16)
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | (u64::from(u32_at(bytes, at + 4)) << 32)
 }
 
 #[cfg(test)]
