@@ -1,89 +1,6 @@
 //! What the guest's harts can do, asked of KVM: the facts of the `cpu` nodes.
 
-use crate::hypervisor::{RegId, Result, Vcpu, regs};
-
-/// ISA extensions by `KVM_RISCV_ISA_EXT_*` number, as the device tree names them
-/// (`arch/riscv/include/uapi/asm/kvm.h`; `Documentation/devicetree/bindings/riscv/extensions.yaml`).
-const EXTENSIONS: [&str; 78] = [
-    "a",
-    "c",
-    "d",
-    "f",
-    "h",
-    "i",
-    "m",
-    "svpbmt",
-    "sstc",
-    "svinval",
-    "zihintpause",
-    "zicbom",
-    "zicboz",
-    "zbb",
-    "ssaia",
-    "v",
-    "svnapot",
-    "zba",
-    "zbs",
-    "zicntr",
-    "zicsr",
-    "zifencei",
-    "zihpm",
-    "smstateen",
-    "zicond",
-    "zbc",
-    "zbkb",
-    "zbkc",
-    "zbkx",
-    "zknd",
-    "zkne",
-    "zknh",
-    "zkr",
-    "zksed",
-    "zksh",
-    "zkt",
-    "zvbb",
-    "zvbc",
-    "zvkb",
-    "zvkg",
-    "zvkned",
-    "zvknha",
-    "zvknhb",
-    "zvksed",
-    "zvksh",
-    "zvkt",
-    "zfh",
-    "zfhmin",
-    "zihintntl",
-    "zvfh",
-    "zvfhmin",
-    "zfa",
-    "ztso",
-    "zacas",
-    "sscofpmf",
-    "zimop",
-    "zca",
-    "zcb",
-    "zcd",
-    "zcf",
-    "zcmop",
-    "zawrs",
-    "smnpm",
-    "ssnpm",
-    "svade",
-    "svadu",
-    "svvptc",
-    "zabha",
-    "ziccrse",
-    "zaamo",
-    "zalrsc",
-    "zicbop",
-    "zfbfmin",
-    "zvfbfmin",
-    "zvfbfwma",
-    "zclsd",
-    "zilsd",
-    "zalasr",
-];
+use crate::hypervisor::{RegId, Result, Vcpu, extensions, regs};
 
 /// The order of single letters in an ISA string, which also sorts the Z extensions (The RISC-V
 /// Instruction Set Manual, volume I, chapter "ISA Extension Naming Conventions").
@@ -112,16 +29,16 @@ impl HartFacts {
     /// # Errors
     /// A register every host has could not be read.
     pub fn of(vcpu: &dyn Vcpu) -> Result<Self> {
-        let mut extensions = Vec::new();
-        for (index, name) in (0u64..).zip(EXTENSIONS) {
+        let mut names = Vec::new();
+        for (index, name) in (0u64..).zip(extensions::ISA) {
             if vcpu.reg(RegId::isa_ext(index))? == Some(1) {
-                extensions.push(name);
+                names.push(name);
             }
         }
-        extensions.sort_by_key(|name| canonical_key(name));
+        names.sort_by_key(|name| canonical_key(name));
         // A block size belongs to its extension: some kernels read 0 where it is absent.
         let block = |extension: &str, register| -> Result<Option<u64>> {
-            let size = if extensions.contains(&extension) {
+            let size = if names.contains(&extension) {
                 vcpu.reg(register)?
             } else {
                 None
@@ -134,8 +51,19 @@ impl HartFacts {
             cbom_block: block("zicbom", regs::ZICBOM_BLOCK_SIZE)?,
             cboz_block: block("zicboz", regs::ZICBOZ_BLOCK_SIZE)?,
             cbop_block: block("zicbop", regs::ZICBOP_BLOCK_SIZE)?,
-            extensions,
+            extensions: names,
         })
+    }
+
+    /// Keeps extension `name` from the guest's device tree.
+    pub fn hide(&mut self, name: &str) {
+        self.extensions.retain(|known| *known != name);
+        match name {
+            "zicbom" => self.cbom_block = None,
+            "zicboz" => self.cboz_block = None,
+            "zicbop" => self.cbop_block = None,
+            _ => {}
+        }
     }
 
     /// The `riscv,isa` string: `rv64imafdc_zicsr_sstc`.
@@ -205,7 +133,7 @@ mod tests {
             (61, "zawrs"),
             (77, "zalasr"),
         ] {
-            assert_eq!(EXTENSIONS[index], name);
+            assert_eq!(extensions::ISA[index], name);
         }
     }
 

@@ -96,6 +96,8 @@ mod tests {
                 hugepages: Some(HugePages::TwoMib),
             },
             cpus: 1,
+            cpu: Some("v=off,mimpid=3".parse().unwrap()),
+            sbi: Some("pmu=off".parse().unwrap()),
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
         };

@@ -6,15 +6,15 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::Deserializer;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::{Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 /// What [`parse`] needs to know of a struct.
 pub(super) trait KeyValue: DeserializeOwned {
-    /// The key of a first word without `=`.
-    const MAIN_KEY: &'static str;
+    /// The key of a first word without `=`, if that may be.
+    const MAIN_KEY: Option<&'static str> = None;
 }
 
 /// Parses a flag's text.
@@ -26,14 +26,28 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     for (index, word) in text.split(',').enumerate() {
         let (key, value) = match word.split_once('=') {
             Some(pair) => pair,
-            None if index == 0 => (T::MAIN_KEY, word),
-            None => return Err(format!("{word:?} has no value: write {word}=VALUE")),
+            None => match T::MAIN_KEY.filter(|_| index == 0) {
+                Some(key) => (key, word),
+                None => return Err(format!("{word:?} has no value: write {word}=VALUE")),
+            },
         };
         if object.insert(key.into(), value.into()).is_some() {
             return Err(format!("{key} is given twice"));
         }
     }
     serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())
+}
+
+/// The flag's text for `value`, whose fields are all strings in JSON.
+pub(super) fn print<T: Serialize>(value: &T) -> String {
+    let Ok(Value::Object(object)) = serde_json::to_value(value) else {
+        return String::new();
+    };
+    let words = object.iter().map(|(key, value)| match value {
+        Value::String(text) => format!("{key}={text}"),
+        other => format!("{key}={other}"),
+    });
+    words.collect::<Vec<_>>().join(",")
 }
 
 /// Reads the JSON of a [`KeyValue`]: its object, or the flag's text. For `deserialize_with`.
@@ -43,6 +57,15 @@ where
     D: Deserializer<'de>,
 {
     deserializer.deserialize_any(Either(PhantomData))
+}
+
+/// The same for what may be absent.
+pub(super) fn deserialize_some<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: KeyValue,
+    D: Deserializer<'de>,
+{
+    deserialize(deserializer).map(Some)
 }
 
 struct Either<T>(PhantomData<T>);
@@ -77,7 +100,7 @@ mod tests {
     }
 
     impl KeyValue for Thing {
-        const MAIN_KEY: &'static str = "path";
+        const MAIN_KEY: Option<&'static str> = Some("path");
     }
 
     #[test]

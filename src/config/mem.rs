@@ -52,7 +52,7 @@ impl MemConfig {
 }
 
 impl KeyValue for MemConfig {
-    const MAIN_KEY: &'static str = "size";
+    const MAIN_KEY: Option<&'static str> = Some("size");
 }
 
 impl FromStr for MemConfig {

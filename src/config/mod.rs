@@ -1,6 +1,7 @@
 //! What a virtual machine should be, apart from how it is made.
 
 mod console;
+mod cpu;
 mod keyvalue;
 mod mem;
 
@@ -12,6 +13,7 @@ use thiserror::Error;
 
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
+pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
 pub use mem::{HugePages, MemConfig};
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
@@ -56,6 +58,23 @@ pub struct VmConfig {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
 
+    /// How the harts differ from the host's: NAME=off takes an ISA extension away where KVM can,
+    /// NAME=hidden only from the device tree; mvendorid=, marchid=, mimpid= numbers
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    #[serde(
+        deserialize_with = "keyvalue::deserialize_some",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub cpu: Option<CpuConfig>,
+
+    /// SBI extensions to take away: NAME=off, as in pmu=off,sta=off
+    #[arg(long, value_name = "NAME=off,...")]
+    #[serde(
+        deserialize_with = "keyvalue::deserialize_some",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub sbi: Option<SbiConfig>,
+
     /// Interrupt controller
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub irqchip: IrqchipKind,
@@ -77,6 +96,8 @@ impl Default for VmConfig {
             cmdline: DEFAULT_CMDLINE.into(),
             mem: MemConfig::new(ByteSize::mib(128)),
             cpus: 1,
+            cpu: None,
+            sbi: None,
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
         }

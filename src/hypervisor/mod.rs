@@ -4,6 +4,7 @@
 //! names an ioctl.
 
 pub mod counters;
+pub mod extensions;
 pub mod host;
 pub mod regs;
 

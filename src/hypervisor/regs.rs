@@ -46,6 +46,12 @@ impl RegId {
 
 /// Bytes a `cbo.clean`, `cbo.flush` or `cbo.inval` acts on.
 pub const ZICBOM_BLOCK_SIZE: RegId = RegId::config(1);
+/// `mvendorid`, as the guest's SBI tells it.
+pub const MVENDORID: RegId = RegId::config(2);
+/// `marchid`.
+pub const MARCHID: RegId = RegId::config(3);
+/// `mimpid`.
+pub const MIMPID: RegId = RegId::config(4);
 /// Bytes a `cbo.zero` acts on.
 pub const ZICBOZ_BLOCK_SIZE: RegId = RegId::config(5);
 /// The largest `satp.MODE` the guest may use.

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use log::{info, warn};
+use log::info;
 use rustix::rand::{GetRandomFlags, getrandom};
-use rustix::system::uname;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::builder::{BootFiles, LoadPlan};
-use super::irqchip::{self, Choice};
-use super::layout::{self, MAX_HARTS, RAM_BASE};
+use super::harts;
+use super::irqchip;
+use super::layout::{self, RAM_BASE};
 use crate::boot::fdt::{self, RNG_SEED_SIZE};
 use crate::boot::isa::HartFacts;
 use crate::boot::placement::Placement;
@@ -20,7 +20,6 @@ use crate::devices::console::Console;
 use crate::devices::goldfish_rtc::GoldfishRtc;
 use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
-use crate::hypervisor::host::legacy_sbi_is_safe;
 use crate::hypervisor::{Vcpu, Vm, regs};
 use crate::irqchip::hart_intc_phandle;
 use crate::memory::GuestMemory;
@@ -57,8 +56,8 @@ impl Hardware {
         let placement = &plan.placement;
         vm.map_ram(Arc::clone(ram))?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
-        let vcpus = create_vcpus(config, vm.as_ref())?;
-        let facts = hart_facts(&vcpus, &choice)?;
+        let vcpus = harts::create(config, vm.as_ref())?;
+        let facts = harts::facts(config, &vcpus, &choice)?;
         let irqchip = choice.start(vm, &vcpus)?;
         let uart_line = irqchip.line(layout::UART_IRQ);
         let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
@@ -83,7 +82,7 @@ impl Hardware {
         ];
         let device_tree = build_tree(config, &facts, placement, &devices)?;
         load_tree(ram, placement, &device_tree)?;
-        boot_hart(first(&vcpus)?, placement)?;
+        boot_hart(harts::first(&vcpus)?, placement)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
         let exits = Arc::new(Exits::new(Arc::new(bus), sbi, power));
         Ok(Self {
@@ -92,61 +91,6 @@ impl Hardware {
             device_tree,
         })
     }
-}
-
-/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
-/// before the first run: later KVM refuses.
-fn create_vcpus(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
-    let max = vm.max_vcpus().min(MAX_HARTS);
-    if config.cpus > max {
-        bail!(
-            "--cpus {}: this host's KVM runs at most {max} vCPUs",
-            config.cpus
-        );
-    }
-    let mut vcpus = Vec::new();
-    for id in 0..config.cpus {
-        let vcpu = vm.create_vcpu(id)?;
-        choose_sbi(vcpu.as_ref())?;
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
-}
-
-/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
-/// has no such register.
-fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
-    let release = uname();
-    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
-    for (register, on) in [
-        (regs::SBI_DBCN, 1),
-        (regs::SBI_V01, u64::from(legacy)),
-        (regs::SBI_EXPERIMENTAL, 0),
-        (regs::SBI_VENDOR, 0),
-    ] {
-        match vcpu.reg(register)? {
-            Some(_) => vcpu.set_reg(register, on)?,
-            None if register == regs::SBI_DBCN => {
-                warn!("this host's KVM has no SBI debug console");
-            }
-            None => {}
-        }
-    }
-    Ok(())
-}
-
-/// What the guest is told of its harts; of the AIA only where it has one.
-fn hart_facts(vcpus: &[Box<dyn Vcpu>], choice: &Choice) -> Result<HartFacts> {
-    let mut facts = HartFacts::of(first(vcpus)?)?;
-    if !choice.is_aia() {
-        facts.extensions.retain(|name| *name != "ssaia");
-    }
-    Ok(facts)
-}
-
-fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
-    let vcpu = vcpus.first().context("a machine needs a vCPU")?;
-    Ok(vcpu.as_ref())
 }
 
 fn build_tree(

@@ -9,6 +9,7 @@
 
 pub mod builder;
 mod hardware;
+mod harts;
 mod irqchip;
 pub mod layout;
 mod outcome;

@@ -1,0 +1,138 @@
+//! The harts: which extensions they have, and who they say made them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::keyvalue::{self, KeyValue};
+
+/// What differs from the host's harts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuConfig {
+    /// The vendor (JEDEC), instead of the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mvendorid: Option<Hex>,
+    /// The microarchitecture, instead of the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub marchid: Option<Hex>,
+    /// Its version, instead of the host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mimpid: Option<Hex>,
+    /// ISA extensions by name.
+    #[serde(flatten)]
+    pub extensions: BTreeMap<String, IsaSwitch>,
+}
+
+/// What is done with an ISA extension that the host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IsaSwitch {
+    /// An illegal instruction in the guest, and not in its device tree.
+    Off,
+    /// Not in the device tree; the instructions work all the same.
+    Hidden,
+}
+
+/// SBI extensions that are off.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SbiConfig {
+    /// SBI extensions by name.
+    #[serde(flatten)]
+    pub extensions: BTreeMap<String, SbiSwitch>,
+}
+
+/// What is done with an SBI extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SbiSwitch {
+    /// Its calls are NOT_SUPPORTED.
+    Off,
+}
+
+/// A number as it is written: 0x1f or 31.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Hex(pub u64);
+
+impl TryFrom<String> for Hex {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16),
+            None => text.parse(),
+        };
+        number
+            .map(Hex)
+            .map_err(|_| format!("{text:?} is no number: write 31 or 0x1f"))
+    }
+}
+
+impl From<Hex> for String {
+    fn from(number: Hex) -> Self {
+        format!("{:#x}", number.0)
+    }
+}
+
+impl KeyValue for CpuConfig {}
+impl KeyValue for SbiConfig {}
+
+impl FromStr for CpuConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyvalue::parse(text)
+    }
+}
+
+impl FromStr for SbiConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyvalue::parse(text)
+    }
+}
+
+/// As the flag takes it.
+impl fmt::Display for CpuConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&keyvalue::print(self))
+    }
+}
+
+/// As the flag takes it.
+impl fmt::Display for SbiConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&keyvalue::print(self))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flag_and_json_say_the_same() {
+        let text = "mvendorid=0x489,marchid=7,v=off,zbb=hidden";
+        let cpu: CpuConfig = text.parse().unwrap();
+        assert_eq!(cpu.mvendorid, Some(Hex(0x489)));
+        assert_eq!(cpu.extensions["v"], IsaSwitch::Off);
+        assert_eq!(cpu.extensions["zbb"], IsaSwitch::Hidden);
+        let json = serde_json::to_string(&cpu).unwrap();
+        assert_eq!(serde_json::from_str::<CpuConfig>(&json).unwrap(), cpu);
+        assert_eq!(cpu.to_string().parse(), Ok(cpu));
+        let sbi: SbiConfig = "pmu=off,sta=off".parse().unwrap();
+        assert_eq!(sbi.to_string(), "pmu=off,sta=off");
+    }
+
+    #[test]
+    fn what_they_cannot_be_is_told() {
+        let cpu = |text: &str| text.parse::<CpuConfig>().unwrap_err();
+        assert!(cpu("v=on").contains("`on`"), "{}", cpu("v=on"));
+        assert!(cpu("mimpid=x").contains("0x1f"), "{}", cpu("mimpid=x"));
+        assert!(cpu("v").contains("v=VALUE"), "{}", cpu("v"));
+        assert!("dbcn=hidden".parse::<SbiConfig>().is_err());
+    }
+}

@@ -1,0 +1,115 @@
+//! The machine's vCPUs, as the configuration wants them, and what the guest is told of them.
+
+use anyhow::{Context, Result, bail};
+use log::warn;
+use rustix::system::uname;
+
+use super::irqchip::Choice;
+use super::layout::MAX_HARTS;
+use crate::boot::isa::HartFacts;
+use crate::config::{Hex, IsaSwitch, VmConfig};
+use crate::hypervisor::host::legacy_sbi_is_safe;
+use crate::hypervisor::{Vcpu, Vm, extensions, regs};
+
+/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
+/// before the first run: later KVM refuses.
+pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
+    let max = vm.max_vcpus().min(MAX_HARTS);
+    if config.cpus > max {
+        bail!(
+            "--cpus {}: this host's KVM runs at most {max} vCPUs",
+            config.cpus
+        );
+    }
+    let mut vcpus = Vec::new();
+    for id in 0..config.cpus {
+        let vcpu = vm.create_vcpu(id)?;
+        choose_sbi(vcpu.as_ref())?;
+        switch_off(config, vcpu.as_ref())?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
+/// has no such register.
+fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
+    let release = uname();
+    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
+    for (register, on) in [
+        (regs::SBI_DBCN, 1),
+        (regs::SBI_V01, u64::from(legacy)),
+        (regs::SBI_EXPERIMENTAL, 0),
+        (regs::SBI_VENDOR, 0),
+    ] {
+        match vcpu.reg(register)? {
+            Some(_) => vcpu.set_reg(register, on)?,
+            None if register == regs::SBI_DBCN => {
+                warn!("this host's KVM has no SBI debug console");
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Takes away what `--cpu` and `--sbi` name. What the host does not have is away already.
+fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
+    if let Some(cpu) = &config.cpu {
+        for (name, switch) in &cpu.extensions {
+            let register = extensions::isa_register(name);
+            let register = register
+                .with_context(|| format!("--cpu {name}: rvmm knows no such ISA extension"))?;
+            if *switch == IsaSwitch::Off && vcpu.reg(register)? == Some(1) {
+                vcpu.set_reg(register, 0).with_context(|| {
+                    format!(
+                        "--cpu {name}=off: this host's KVM cannot switch it off; {name}=hidden \
+                         keeps it from the device tree only"
+                    )
+                })?;
+            }
+        }
+        for (register, id) in [
+            (regs::MVENDORID, cpu.mvendorid),
+            (regs::MARCHID, cpu.marchid),
+            (regs::MIMPID, cpu.mimpid),
+        ] {
+            if let Some(Hex(id)) = id {
+                vcpu.set_reg(register, id)?;
+            }
+        }
+    }
+    for name in config.sbi.iter().flat_map(|sbi| sbi.extensions.keys()) {
+        let register = extensions::sbi_register(name);
+        let register =
+            register.with_context(|| format!("--sbi {name}: rvmm knows no such SBI extension"))?;
+        if vcpu.reg(register)? == Some(1) {
+            vcpu.set_reg(register, 0).with_context(|| {
+                format!("--sbi {name}=off: this host's KVM cannot switch it off")
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What the guest is told of its harts; of the AIA only where it has one.
+pub(super) fn facts(
+    config: &VmConfig,
+    vcpus: &[Box<dyn Vcpu>],
+    choice: &Choice,
+) -> Result<HartFacts> {
+    let mut facts = HartFacts::of(first(vcpus)?)?;
+    if !choice.is_aia() {
+        facts.hide("ssaia");
+    }
+    for name in config.cpu.iter().flat_map(|cpu| cpu.extensions.keys()) {
+        facts.hide(name);
+    }
+    Ok(facts)
+}
+
+/// The hart that boots.
+pub(super) fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
+    let vcpu = vcpus.first().context("a machine needs a vCPU")?;
+    Ok(vcpu.as_ref())
+}
