@@ -215,7 +215,12 @@ mod floor {
                     }
                 }
                 KVM_EXIT_RISCV_SBI => exit.riscv_sbi.ret = [0, 0],
-                KVM_EXIT_SYSTEM_EVENT => return Ok(()),
+                KVM_EXIT_SYSTEM_EVENT => {
+                    // SAFETY: the member that belongs to the exit reason.
+                    let kind = unsafe { exit.system_event.type_ };
+                    ensure!(kind == KVM_SYSTEM_EVENT_SHUTDOWN, "system event {kind}");
+                    return Ok(());
+                }
                 reason => bail!("exit {reason}"),
             }
         }

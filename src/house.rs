@@ -15,6 +15,7 @@ const STOREYS: &[&str] = &[
     "boot",
     "vcpu",
     "machine",
+    "info",
     "cli",
 ];
 

@@ -23,6 +23,8 @@ pub mod vcpu;
 
 pub mod machine;
 
+pub mod info;
+
 pub mod cli;
 
 #[cfg(test)]

@@ -2,16 +2,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use log::LevelFilter;
-use rvmm::cli::{self, Cli, Request, STATUS_HOST};
+use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
+use rvmm::info::Info;
 use rvmm::machine::{Machine, Outcome, Run, Stats};
 use rvmm::util::stderr::{Stderr, tell};
 
@@ -19,13 +20,28 @@ fn main() -> ExitCode {
     let began = Instant::now();
     match cli::parse(std::env::args_os()) {
         Request::Run(cli) => run(&cli, began),
-        Request::Print(text) => {
-            // A reader that has gone wants no more of it.
-            let _ = io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
-        }
+        Request::Do(Command::Info { json }) => match info(json) {
+            Ok(text) => print(&text),
+            Err(error) => end(&format!("{error:#}"), STATUS_HOST),
+        },
+        Request::Print(text) => print(&text),
         Request::Refuse(message, status) => end(&message, status),
     }
+}
+
+/// Prints what was asked for on standard output. A reader that has gone wants no more of it.
+fn print(text: &str) -> ExitCode {
+    let _ = io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// `rvmm info`.
+fn info(json: bool) -> Result<String> {
+    let info = Info::gather(open_hypervisor()?.as_ref())?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&info)? + "\n");
+    }
+    Ok(info.to_string())
 }
 
 fn run(cli: &Cli, began: Instant) -> ExitCode {
@@ -67,6 +83,9 @@ fn end_on_panic() {
 
 /// Builds and runs the machine; `None` when only its device tree was wanted.
 fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
+    if let Some(Some(path)) = &cli.stats {
+        check_writable(path).with_context(|| format!("Failed to write statistics {path:?}"))?;
+    }
     let hypervisor = open_hypervisor()?;
     let machine = Machine::build(&cli.vm, hypervisor)?;
     if let Some(path) = &cli.dump_dtb {
@@ -89,7 +108,8 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
 /// `--stats`: text for people, JSON for scripts.
 fn tell_stats(stats: &Stats, to: Option<&Path>) -> Result<()> {
     let Some(path) = to else {
-        tell(stats);
+        // Line by line: more would not go to standard error at once.
+        stats.to_string().lines().for_each(tell);
         return Ok(());
     };
     let json = format!("{:#}\n", stats.json());
@@ -107,15 +127,29 @@ fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
     Err(rvmm::hypervisor::host::Unfit::NotRiscv(std::env::consts::ARCH).into())
 }
 
+/// Whether [`write_whole`] could write there, before a guest has run for nothing.
+fn check_writable(path: &Path) -> io::Result<()> {
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Ok(());
+    }
+    let temporary = temporary_name(path);
+    File::create(&temporary)?;
+    fs::remove_file(&temporary)
+}
+
+fn temporary_name(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    path.with_file_name(name)
+}
+
 /// Writes a file whole or not at all: under another name first. What is there and no file (a
 /// terminal, a pipe) is written to, not replaced.
 fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
         return fs::write(path, bytes);
     }
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
+    let temporary = temporary_name(path);
     let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);

@@ -92,7 +92,7 @@ fn a_compressed_kernel_reboots() {
     ] {
         let path = dir.file(name, file);
         let mut vm = Rvmm::new().arg("-v").arg("--kernel").arg(path).spawn();
-        vm.send("c\nk\np\n");
+        vm.send("c\np\n");
         vm.wait_for("life: c\n");
         vm.finish().assert_status(POWERED_OFF);
     }

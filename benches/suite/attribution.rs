@@ -24,14 +24,16 @@ pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Ve
             .map(|ns| ns as f64 / 1e6)
             .context("a time")
     };
-    let kvm = &stats["vcpus"][0]["kvm"];
-    let count = |key: &str| kvm[key].as_u64().unwrap_or(0);
-    let to_rvmm = count("mmio_exit_user") + count("csr_exit_user");
+    let vcpu = &stats["vcpus"][0];
+    let count = |key: &str| vcpu["kvm"][key].as_u64().unwrap_or(0);
+    let calls = sbi_calls(vcpu);
+    let to_rvmm = count("mmio_exit_user") + count("csr_exit_user") + calls;
     let in_kvm = count("mmio_exit_kernel")
-        + count("ecall_exit_stat")
+        + count("ecall_exit_stat").saturating_sub(calls)
         + count("wfi_exit_stat")
+        + count("wrs_exit_stat")
         + count("csr_exit_kernel");
-    let faults = count("exits").saturating_sub(to_rvmm + in_kvm + count("signal_exits"));
+    let rest = count("exits").saturating_sub(to_rvmm + in_kvm + count("signal_exits"));
     let each = |name: &str| {
         let row = figures.rows.iter().find(|row| row.name == name)?;
         Some(row.summary(&rvmm.name)?.median)
@@ -43,7 +45,11 @@ pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Ve
     )];
     let mut own = millis("run_ns")?;
     for (what, count, cost) in [
-        ("G-stage faults", faults, each("first touch of 4K")),
+        (
+            "G-stage faults and host interrupts",
+            rest,
+            each("first touch of 4K"),
+        ),
         ("exits to rvmm", to_rvmm, each("MMIO read")),
         ("exits that KVM serves", in_kvm, each("SBI BASE call")),
     ] {
@@ -53,11 +59,22 @@ pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Ve
             parts.push((format!("{what}, {micros:.2} us each"), count, total));
         }
     }
-    parts.push(("the guest itself: the rest of its run".into(), 1, own));
+    parts.push(("the rest of its run: the guest itself".into(), 1, own));
     parts.push((
         "from the guest's end to rvmm's".into(),
         1,
         millis("end_ns")?,
     ));
     Ok(parts)
+}
+
+/// SBI calls that came to rvmm: KVM counts those that it served itself with them.
+fn sbi_calls(vcpu: &Value) -> u64 {
+    let exits = vcpu["exits"].as_array().into_iter().flatten();
+    let calls = exits.filter(|exit| {
+        exit["kind"]
+            .as_str()
+            .is_some_and(|kind| kind.starts_with("SBI"))
+    });
+    calls.filter_map(|exit| exit["count"].as_u64()).sum()
 }

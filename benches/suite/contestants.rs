@@ -173,7 +173,7 @@ fn peer(words: &[String], job: &Job) -> Result<Command> {
     let path = |path: &Path| path.display().to_string();
     let places = [
         ("{kernel}", path(job.kernel)),
-        ("{initrd}", job.initrd.map(path).unwrap_or_default()),
+        ("{initrd}", path(job.initrd.unwrap_or(job.kernel))),
         ("{cmdline}", job.cmdline.to_owned()),
         ("{mem}", MEM_MIB.to_string()),
     ];

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,10 +14,10 @@ use crate::figures::Figures;
 use crate::memory;
 
 /// The same command line for all. The kernel runs `poweroff -f` as its init: what is measured is the boot.
-const QUIET: &str = "console=ttyS0 quiet rdinit=/bin/poweroff -- -f";
-const LOGGING: &str = "console=ttyS0 rdinit=/bin/poweroff -- -f";
-const CLOCK: &str = "console=ttyS0 quiet rvmm.action=clock";
-const WAITING: &str = "console=ttyS0 quiet rvmm.action=echo";
+const QUIET: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/poweroff -- -f";
+const LOGGING: &str = "console=ttyS0 panic=-1 rdinit=/bin/poweroff -- -f";
+const CLOCK: &str = "console=ttyS0 quiet panic=-1 rvmm.action=clock";
+const WAITING: &str = "console=ttyS0 quiet panic=-1 rvmm.action=echo";
 
 /// Bytes of the kernel file whose first byte of output is awaited: about what Debian's has.
 const PADDED: usize = 31 << 20;
@@ -96,10 +97,15 @@ fn pad(from: &Path, to: &Path) -> Result<()> {
     Ok(fs::write(to, image)?)
 }
 
-/// A contestant at work; killed if it is still there at the end.
+/// No run takes so long: what still runs then hangs, and is killed.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A contestant at work; killed if it is still there at the end, or after [`LIMIT`].
 struct Running {
     child: Child,
     began: Instant,
+    /// Dropped, it ends the watch.
+    _watch: Sender<()>,
 }
 
 impl Running {
@@ -113,7 +119,18 @@ impl Running {
         let child = command
             .spawn()
             .with_context(|| format!("cannot start {command:?}"))?;
-        Ok(Self { child, began })
+        let (watch, over) = channel();
+        let pid = rustix::process::Pid::from_child(&child);
+        std::thread::spawn(move || {
+            if over.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        });
+        Ok(Self {
+            child,
+            began,
+            _watch: watch,
+        })
     }
 
     fn stdout(&mut self) -> Result<std::process::ChildStdout> {
@@ -153,9 +170,20 @@ fn tail(output: &str) -> &str {
     &output[from..]
 }
 
+/// Runs Linux until it powers off, and makes sure that it did: the kernel says so even when it is quiet.
+fn run_to_power_off(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
+    let (took, output) = run(contestant, job)?;
+    ensure!(
+        output.contains("reboot: Power down"),
+        "it wrote {:?}",
+        tail(&output)
+    );
+    Ok((took, output))
+}
+
 /// Process start to power-off of Linux.
 pub(crate) fn boot(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
-    let (took, _) = run(contestant, &lab.linux(QUIET))?;
+    let (took, _) = run_to_power_off(contestant, &lab.linux(QUIET))?;
     figures.add("start to power-off", "ms", &contestant.name, took);
     Ok(())
 }
@@ -186,7 +214,7 @@ pub(crate) fn boot_with_log(
     if !contestant.is_machine() {
         return Ok(());
     }
-    let (took, output) = run(contestant, &lab.linux(LOGGING))?;
+    let (took, output) = run_to_power_off(contestant, &lab.linux(LOGGING))?;
     ensure!(output.contains("Linux version"), "no log");
     figures.add("start to power-off, with log", "ms", &contestant.name, took);
     Ok(())
@@ -225,14 +253,13 @@ pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figur
     let mut running = Running::start(contestant, &job)?;
     let mut byte = [0];
     let mut stdout = running.stdout()?;
-    stdout.read_exact(&mut byte).context("no byte came")?;
+    // A peer may have something to say before its guest does.
+    while byte[0] != b'!' {
+        stdout.read_exact(&mut byte).context("no byte came")?;
+    }
     let took = millis(running.began.elapsed());
     let status = running.child.wait()?;
-    ensure!(
-        status.success() && byte[0] == b'!',
-        "{status}, byte {}",
-        byte[0]
-    );
+    ensure!(status.success(), "{status}");
     figures.add("start to first byte", "ms", &contestant.name, took);
     Ok(())
 }
@@ -271,7 +298,8 @@ pub(crate) fn pages(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -
     ] {
         with_pages_for(contestant, &guest(&kernel, hugepages), |job| {
             let (_, output) = run(contestant, job)?;
-            let words: Vec<&str> = output.split_whitespace().collect();
+            let line = output.lines().find(|line| line.starts_with("pages:"));
+            let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
             let ["pages:", count, ticks] = words[..] else {
                 bail!("it wrote {:?}", tail(&output));
             };

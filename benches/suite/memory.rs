@@ -15,8 +15,9 @@ struct Mapping {
     pss: u64,
 }
 
-/// KiB of all mappings but guest RAM: that is the first run of writable mappings, one behind the other, as long as the
-/// guest's RAM. (A kernel that is mapped into RAM is part of such a run, so it counts as RAM.)
+/// KiB of all mappings but guest RAM: that is the end of the first run of writable mappings, one behind the other, that is
+/// as long as guest RAM. (A kernel that is mapped into RAM is part of it, so it counts as RAM; a thread's stack right below
+/// does not.)
 pub(crate) fn beside_ram(pid: u32) -> Result<u64> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mappings = parse(&smaps);
@@ -35,7 +36,7 @@ fn find_ram(mappings: &[Mapping]) -> Option<std::ops::Range<u64>> {
             mapping.start
         }..mapping.end;
         if run.end - run.start >= want {
-            return Some(run);
+            return Some(run.end - want..run.end);
         }
     }
     None

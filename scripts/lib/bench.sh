@@ -5,6 +5,8 @@
 readonly BENCH_CLOCK=(-icount "shift=0,sleep=off")
 readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory)
 readonly BENCH_LIMIT=5400
+# Where the user is: the scripts work in the repository.
+BENCH_CALLER=$OLDPWD
 
 bench_check_groups() {
     local group
@@ -23,8 +25,8 @@ bench_build() {
 bench_begin() {
     local kind=$1 repetitions=$2 only=$3 root bare=
     rig_begin "$kind"
-    RIG_CPUS=1
-    RIG_QEMU=("${BENCH_CLOCK[@]}")
+    # shellcheck disable=SC2034 # rig_boot reads both
+    RIG_CPUS=1 RIG_QEMU=("${BENCH_CLOCK[@]}")
     root=$RIG_RUN/root
     env_run cp -r /opt/rvmm/qemu/. "$root"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
@@ -54,11 +56,12 @@ bench_bare() {
     local kind=$1 repetitions=$2 run
     : >"$RIG_RUN/bare"
     for ((run = 0; run < repetitions; run++)); do
-        env_run timeout 300 qemu-system-riscv64 -M "$(rig_machine "$kind")" -cpu rv64,h=true -smp 1 -m 256M \
+        rm -f "$RIG_RUN/bare.one"
+        env_run timeout --foreground --kill-after=5 300 qemu-system-riscv64 -M "$(rig_machine "$kind")" -cpu rv64,h=true -smp 1 -m 256M \
             "${BENCH_CLOCK[@]}" -no-reboot -nodefaults -display none -monitor none -serial "file:$RIG_RUN/bare.one" \
             -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_GUESTS/initramfs.cpio.gz" \
-            -append "console=ttyS0 quiet rvmm.action=clock"
-        grep -h '\] Run /init' "$RIG_RUN/bare.one" >>"$RIG_RUN/bare"
+            -append "console=ttyS0 quiet panic=-1 rvmm.action=clock" || return
+        grep -h '\] Run /init' "$RIG_RUN/bare.one" >>"$RIG_RUN/bare" || return
     done
 }
 
@@ -88,18 +91,45 @@ bench_by_crate() {
         END { for (part in sum) print sum[part], part }' | sort -rn | awk '{ printf " %s=%d", $2, $1 }'
 }
 
-# Other VMMs: NAME=PROGRAM ARGUMENTS. The program is taken along.
+# Other VMMs: NAME=PROGRAM ARGUMENTS, with the program's path as the caller's directory has it.
+bench_check_peers() {
+    local peer name names=" rvmm qemu floor floor+aia bare " program
+    for peer; do
+        name=${peer%%=*}
+        [[ $peer == *=* && $name =~ ^[a-z0-9_-]+$ ]] || die "--peer '$peer' is not NAME=COMMAND, with a NAME of a-z, 0-9, _ and -"
+        [[ $names != *" $name "* ]] || die "--peer $name: there is a contestant of that name"
+        names+="$name "
+        program=$(bench_peer_program "$peer")
+        [[ -f $program ]] || die "--peer $name: there is no program '$program'"
+    done
+}
+
+bench_peer_program() {
+    local command=${1#*=} program
+    program=${command%% *}
+    [[ $program == /* ]] || program=$BENCH_CALLER/$program
+    printf '%s' "$program"
+}
+
+# Takes along the programs of peers that were checked.
 bench_add_peers() {
-    local peer name command program lines=
+    local peer name command lines='' bin=$RIG_RUN/root/payload/bin/peer
+    mkdir -p "$bin"
     for peer; do
         name=${peer%%=*} command=${peer#*=}
-        program=${command%% *}
-        [[ $peer == *=* && -n $name ]] || die "--peer '$peer' is not NAME=COMMAND"
-        [[ -f $program ]] || die "--peer $name: there is no program '$program'"
-        install -m 755 "$program" "$RIG_RUN/root/payload/bin/$name"
-        lines+="$name=/payload/bin/$name${command#"$program"}"$'\n'
+        install -m 755 "$(bench_peer_program "$peer")" "$bin/$name"
+        lines+="$name=/payload/bin/peer/$name${command#"${command%% *}"}"$'\n'
     done
     rig_set RVMM_BENCH_PEERS "$lines"
+}
+
+# The report that L1 left, however it ended: the table on stdout, the JSON in a file.
+bench_report() {
+    local out=$RVMM_TARGET/bench-$1.json
+    [[ -s $RIG_RUN/log ]] || return 0
+    sed '1,/^=== json$/d' "$RIG_RUN/log" >"$out"
+    sed '/^=== json$/,$d' "$RIG_RUN/log"
+    say "All samples are in $out"
 }
 
 bench_fail() {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::VmConfig;
 
@@ -38,13 +38,18 @@ rvmm runs a RISC-V virtual machine on KVM.
 
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 128M
 
-rvmm --help tells every flag.
+rvmm info tells what this host offers, rvmm --help every flag.
 ";
 
 /// Runs a RISC-V virtual machine on KVM
 #[derive(Debug, Parser)]
 #[command(name = "rvmm", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
+    /// What to do instead of running a machine.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// The machine.
     #[command(flatten)]
     pub vm: VmConfig,
@@ -83,11 +88,24 @@ pub struct Cli {
     pub log_file: Option<PathBuf>,
 }
 
+/// What rvmm does beside running a machine.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tell what this host's KVM offers guests, and which of its bugs were found
+    Info {
+        /// For scripts
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// What a command line asks for.
 #[derive(Debug)]
 pub enum Request {
     /// Run a VM.
     Run(Box<Cli>),
+    /// Do something else.
+    Do(Command),
     /// Print this on standard output and end with 0: help, or the version.
     Print(String),
     /// Print this on standard error and end with the status.
@@ -112,6 +130,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             _ => return Request::Refuse(one_line(&error), STATUS_USAGE),
         },
     };
+    if let Some(command) = cli.command {
+        return Request::Do(command);
+    }
     if let Some(path) = &cli.config {
         match file::merge(path, &cli.vm, &matches) {
             Ok(vm) => cli.vm = vm,

@@ -19,10 +19,10 @@ const HEADER_SIZE: usize = 24;
 const DESCRIPTOR_SIZE: usize = 16;
 /// Bits of a descriptor's flags that tell its type.
 const TYPE_MASK: u32 = 0x0f;
-/// Types above this one are histograms.
-const TYPE_PEAK: u32 = 2;
+/// A counter that only grows. Other types are states, peaks and histograms.
+const TYPE_CUMULATIVE: u32 = 0;
 
-/// The plain counters of a statistics file, histograms left out; `None` where it is none.
+/// The counters of a statistics file; `None` where it is none.
 pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
     let header = file.get(..HEADER_SIZE)?;
     let field = |at| usize::try_from(u32_at(header, at)?).ok();
@@ -33,9 +33,9 @@ pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
         .chunks_exact(DESCRIPTOR_SIZE + name_size)
         .take(count)
     {
-        let is_plain = u32_at(descriptor, 0)? & TYPE_MASK <= TYPE_PEAK;
+        let is_counter = u32_at(descriptor, 0)? & TYPE_MASK == TYPE_CUMULATIVE;
         let values = u16::from_le_bytes(descriptor[6..8].try_into().ok()?);
-        if !is_plain || values != 1 {
+        if !is_counter || values != 1 {
             continue;
         }
         let offset = usize::try_from(u32_at(descriptor, 8)?).ok()?;
@@ -76,12 +76,13 @@ mod tests {
             descriptor(0, 1, 0, "exits"),
             descriptor(0x13, 2, 8, "halt_wait_hist"),
             descriptor(0x21, 1, 24, "blocking"),
+            descriptor(0x20, 1, 24, "halt_ns"),
         ]
         .concat();
         let id = 24u32;
         let at = id + 48;
         let data = at + u32::try_from(descriptors.len()).unwrap();
-        let mut file: Vec<u8> = [0, 48, 3, id, at, data]
+        let mut file: Vec<u8> = [0, 48, 4, id, at, data]
             .iter()
             .flat_map(|word| word.to_le_bytes())
             .collect();
@@ -98,7 +99,7 @@ mod tests {
             .iter()
             .map(|c| (c.name.as_str(), c.value))
             .collect();
-        assert_eq!(read, [("exits", 7), ("blocking", 9)]);
+        assert_eq!(read, [("exits", 7), ("halt_ns", 9)]);
     }
 
     #[test]

@@ -77,6 +77,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Makes virtual machines. One per process: `kvm::Kvm`, or a fake.
 pub trait Hypervisor {
+    /// Capabilities by name (KVM_CHECK_EXTENSION), 0 where there is none.
+    fn capabilities(&self) -> Vec<(&'static str, i32)>;
+
     /// A machine without RAM and vCPUs.
     fn create_vm(&self) -> Result<Arc<dyn Vm>>;
 }
@@ -86,6 +89,9 @@ pub trait Vm: Send + Sync {
     /// Refuses RAM of `size` bytes at `base` that no memslot or guest-physical address could
     /// hold, before the host is asked for that much.
     fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()>;
+
+    /// Width of a guest-physical address.
+    fn gpa_bits(&self) -> u32;
 
     /// The most vCPUs the kernel gives one machine.
     fn max_vcpus(&self) -> u32;

@@ -55,6 +55,8 @@ pub struct InKernelAia {
     placement: Placement,
     harts: u32,
     ids: u32,
+    guest_files: bool,
+    lossy: bool,
     /// Wired sources that the guest is told of.
     sources: u32,
     failures: RateLimit,
@@ -105,9 +107,26 @@ impl InKernelAia {
             placement,
             harts,
             ids,
+            guest_files: auto,
+            lossy,
             sources,
             failures: RateLimit::default(),
         })
+    }
+
+    /// Whether MSIs go to the host's guest interrupt files.
+    pub fn has_guest_files(&self) -> bool {
+        self.guest_files
+    }
+
+    /// Interrupt identities of each hart's file.
+    pub fn identities(&self) -> u32 {
+        self.ids
+    }
+
+    /// Whether an emulated file loses identities.
+    pub fn is_lossy(&self) -> bool {
+        self.lossy
     }
 
     fn imsic_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {

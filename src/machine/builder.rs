@@ -64,7 +64,8 @@ impl Machine {
     pub(super) fn reset(&mut self) -> Result<()> {
         // First: the host may have guest interrupt files for one VM only.
         self.hardware = None;
-        memory::clear(&self.ram).context("Failed to clear guest RAM for a reset")?;
+        memory::clear(&self.ram, self.config.mem)
+            .context("Failed to clear guest RAM for a reset")?;
         let plan = self.files.plan(&self.config)?;
         let vm = self.hypervisor.create_vm()?;
         self.assemble(&vm, &plan)

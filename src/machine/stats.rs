@@ -16,7 +16,7 @@ const KINDS_TOLD: usize = 20;
 pub struct Stats {
     /// The moment that the current phase began.
     since: Instant,
-    /// From the process' start to the guest's, and what each reset took.
+    /// From rvmm's main to the guest, and what each reset took.
     start: Duration,
     /// The guest ran.
     run: Duration,

@@ -40,6 +40,9 @@ impl Record {
 struct Fake(Arc<Record>);
 
 impl Hypervisor for Fake {
+    fn capabilities(&self) -> Vec<(&'static str, i32)> {
+        Vec::new()
+    }
     fn create_vm(&self) -> HvResult<Arc<dyn Vm>> {
         Ok(Arc::new(self.clone()))
     }
@@ -48,6 +51,9 @@ impl Hypervisor for Fake {
 impl Vm for Fake {
     fn check_ram(&self, _: GuestAddress, _: ByteSize) -> HvResult<()> {
         Ok(())
+    }
+    fn gpa_bits(&self) -> u32 {
+        59
     }
     fn max_vcpus(&self) -> u32 {
         8

@@ -7,7 +7,10 @@ use log::debug;
 use rustix::system::sysinfo;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MemoryRegionAddress,
+    MmapRegion,
+};
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
@@ -98,18 +101,37 @@ pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>,
     Ok(Arc::new(ram))
 }
 
-/// Zeroes all of `ram`, and gives it back to the host until it is touched again.
+/// Zeroes all of `ram`, which was made as `config` says. Ordinary memory goes back to the host until
+/// it is touched again; reserved pages stay the guest's.
 ///
 /// # Errors
 /// The host refused.
 #[allow(unsafe_code)]
-pub fn clear(ram: &GuestMemory) -> io::Result<()> {
+pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
     use rustix::mm::{Advice, madvise};
     for region in ram.iter() {
+        if config.hugepages.is_some() {
+            // Giving them back would give up the reservation on older kernels, or is refused.
+            zero(region)?;
+            continue;
+        }
         let (start, length) = (region.as_ptr().cast(), region.size());
         // SAFETY: the range is that of a private mapping without a file, whose bytes are the
         // guest's alone: nothing holds a reference to them.
         unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+    }
+    Ok(())
+}
+
+fn zero(region: &GuestRegionMmap) -> io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let mut at = 0;
+    while at < region.size() {
+        let length = ZEROS.len().min(region.size() - at);
+        let place = MemoryRegionAddress(at as u64);
+        let written = region.write_slice(&ZEROS[..length], place);
+        written.map_err(io::Error::other)?;
+        at += length;
     }
     Ok(())
 }
@@ -169,7 +191,6 @@ fn host_memory() -> ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
 
     const BASE: GuestAddress = GuestAddress(0x8000_0000);
 
@@ -180,8 +201,12 @@ mod tests {
         assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
         assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
         ram.write_obj(1u64, BASE).unwrap();
-        clear(&ram).unwrap();
+        clear(&ram, MemConfig::new(ByteSize::mib(2))).unwrap();
         assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
+        let last = GuestAddress(BASE.0 + (2 << 20) - 8);
+        ram.write_obj(1u64, last).unwrap();
+        ram.iter().for_each(|region| zero(region).unwrap());
+        assert_eq!(ram.read_obj::<u64>(last).unwrap(), 0);
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub fn release() -> io::Result<()> {
     let (start, end) = find(&maps, here).ok_or(io::ErrorKind::NotFound)?;
     let start = std::ptr::with_exposed_provenance_mut(start);
     // SAFETY: the range is a mapping of a file that nobody may write to, in memory or, while it
-    // runs, on disk: the same bytes come back. (MADV_DONTNEED of madvise(2).)
+    // runs, on disk: the same bytes come back. (MADV_DONTNEED of madvise(2). A debugger's software
+    // breakpoints are its own copies of pages, and are lost.)
     unsafe { madvise(start, end - start.addr(), Advice::LinuxDontNeed) }?;
     Ok(())
 }

@@ -26,7 +26,7 @@ pub enum ExitKind {
     Interrupted,
     /// What ended the machine.
     End,
-    /// Any kind after the first [`KINDS_MAX`].
+    /// Any kind after the first 256.
     Others,
 }
 
@@ -82,7 +82,7 @@ impl fmt::Display for Name {
 pub struct Tally {
     /// Exits.
     pub count: u64,
-    /// From the return of KVM_RUN to its next call.
+    /// From the decoded exit to its answer.
     pub time: Duration,
 }
 

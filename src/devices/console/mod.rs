@@ -83,6 +83,10 @@ impl Console {
             Writer::Pacing => queues.output.len() >= OUTPUT_CAPACITY / 2,
             Writer::Busy => false,
         };
+        if wake {
+            // Woken once is enough, however long it takes to come.
+            queues.writer = Writer::Busy;
+        }
         drop(queues);
         if wake {
             self.output_ready.notify_one();

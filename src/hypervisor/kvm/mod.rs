@@ -8,11 +8,15 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_VM_GPA_BITS, KVM_DEV_RISCV_AIA_ADDR_APLIC,
-    KVM_DEV_RISCV_AIA_CTRL_INIT, KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG,
-    KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_GRP_IMSIC, KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS,
-    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_COALESCED_MMIO,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_HALT_POLL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IOEVENTFD,
+    KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_CAP_MAX_VCPUS, KVM_CAP_MP_STATE, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS, KVM_CAP_ONE_REG,
+    KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_SIGNAL_MSI, KVM_CAP_VM_GPA_BITS,
+    KVM_DEV_RISCV_AIA_ADDR_APLIC, KVM_DEV_RISCV_AIA_CTRL_INIT, KVM_DEV_RISCV_AIA_GRP_ADDR,
+    KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_GRP_IMSIC,
+    KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, DeviceFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -52,7 +56,37 @@ impl Kvm {
     }
 }
 
+/// What `rvmm info` tells of. The kernel's header names them KVM_CAP_*.
+const CAPABILITIES: [(&str, u32); 18] = [
+    ("BINARY_STATS_FD", KVM_CAP_BINARY_STATS_FD),
+    ("COALESCED_MMIO", KVM_CAP_COALESCED_MMIO),
+    ("DIRTY_LOG_RING_ACQ_REL", KVM_CAP_DIRTY_LOG_RING_ACQ_REL),
+    ("HALT_POLL", KVM_CAP_HALT_POLL),
+    ("IMMEDIATE_EXIT", KVM_CAP_IMMEDIATE_EXIT),
+    ("IOEVENTFD", KVM_CAP_IOEVENTFD),
+    ("IRQCHIP", KVM_CAP_IRQCHIP),
+    ("IRQFD", KVM_CAP_IRQFD),
+    ("IRQ_ROUTING", KVM_CAP_IRQ_ROUTING),
+    (
+        "MANUAL_DIRTY_LOG_PROTECT2",
+        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    ),
+    ("MAX_VCPUS", KVM_CAP_MAX_VCPUS),
+    ("MP_STATE", KVM_CAP_MP_STATE),
+    ("NR_MEMSLOTS", KVM_CAP_NR_MEMSLOTS),
+    ("NR_VCPUS", KVM_CAP_NR_VCPUS),
+    ("ONE_REG", KVM_CAP_ONE_REG),
+    ("READONLY_MEM", KVM_CAP_READONLY_MEM),
+    ("SET_GUEST_DEBUG", KVM_CAP_SET_GUEST_DEBUG),
+    ("SIGNAL_MSI", KVM_CAP_SIGNAL_MSI),
+];
+
 impl Hypervisor for Kvm {
+    fn capabilities(&self) -> Vec<(&'static str, i32)> {
+        let ask = |(name, number): (_, u32)| (name, self.fd.check_extension_raw(number.into()));
+        CAPABILITIES.into_iter().map(ask).collect()
+    }
+
     fn create_vm(&self) -> Result<Arc<dyn Vm>> {
         let fd = self
             .fd
@@ -75,13 +109,6 @@ struct VmInner {
 
 struct KvmVm(Arc<VmInner>);
 
-impl KvmVm {
-    fn gpa_bits(&self) -> u32 {
-        let bits = self.0.fd.check_extension_raw(KVM_CAP_VM_GPA_BITS.into());
-        u32::try_from(bits).unwrap_or(0).max(GPA_BITS_MIN)
-    }
-}
-
 impl Vm for KvmVm {
     fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()> {
         let bits = self.gpa_bits();
@@ -95,6 +122,11 @@ impl Vm for KvmVm {
             return Err(Error::MemslotSize { size, max });
         }
         Ok(())
+    }
+
+    fn gpa_bits(&self) -> u32 {
+        let bits = self.0.fd.check_extension_raw(KVM_CAP_VM_GPA_BITS.into());
+        u32::try_from(bits).unwrap_or(0).max(GPA_BITS_MIN)
     }
 
     fn max_vcpus(&self) -> u32 {

@@ -1,0 +1,117 @@
+//! For people.
+
+use std::fmt;
+
+use super::{ExtensionInfo, Info};
+
+/// Columns of a list of names.
+const WIDTH: usize = 76;
+
+impl fmt::Display for Info {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "rvmm {} on Linux {}", self.rvmm, self.kernel)?;
+        writeln!(f)?;
+        row(
+            f,
+            "G-stage",
+            format_args!(
+                "{}, {}-bit guest-physical addresses",
+                self.g_stage, self.gpa_bits
+            ),
+        )?;
+        row(
+            f,
+            "vCPUs",
+            format_args!("at most {} a guest", self.max_vcpus),
+        )?;
+        match &self.aia {
+            Some(aia) => {
+                let files = if aia.guest_files {
+                    "with"
+                } else {
+                    "emulated, without"
+                };
+                row(
+                    f,
+                    "Interrupts",
+                    format_args!(
+                        "AIA, {files} guest interrupt files; {} identities",
+                        aia.identities
+                    ),
+                )?;
+            }
+            None => row(f, "Interrupts", format_args!("no AIA: guests get a PLIC"))?,
+        }
+        row(f, "Guest's harts", format_args!("{}", self.hart.isa))?;
+        row(
+            f,
+            "",
+            format_args!("{}, timebase {} Hz", self.hart.mmu, self.hart.timebase),
+        )?;
+        let console = if self.legacy_sbi_console {
+            "reach rvmm"
+        } else {
+            "do not reach rvmm: guests need DBCN or the UART"
+        };
+        row(f, "Legacy SBI", format_args!("console calls {console}"))?;
+        let transparent = self.hugepages.transparent.as_deref().unwrap_or("none");
+        row(f, "Huge pages", format_args!("transparent: {transparent}"))?;
+        for pool in &self.hugepages.reserved {
+            row(
+                f,
+                "",
+                format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free),
+            )?;
+        }
+        writeln!(f)?;
+        let isa = &self.hart.extensions;
+        list(
+            f,
+            "ISA extensions that --cpu NAME=off takes away",
+            isa,
+            |e| e.can_be_off,
+        )?;
+        list(f, "ISA extensions that stay", isa, |e| !e.can_be_off)?;
+        list(f, "SBI extensions, on (--sbi NAME=off)", &self.sbi, |e| {
+            e.on
+        })?;
+        list(f, "SBI extensions, off", &self.sbi, |e| !e.on)?;
+        writeln!(f, "Known bugs of KVM:")?;
+        for bug in &self.bugs {
+            let found = match bug.present {
+                Some(true) => "FOUND",
+                Some(false) => "not here",
+                None => "does not apply",
+            };
+            writeln!(f, "  {:<20} {found}: {}", bug.name, bug.meaning)?;
+        }
+        writeln!(f, "\nKVM's capabilities:")?;
+        for (name, value) in &self.kvm {
+            writeln!(f, "  {name:<28} {value}")?;
+        }
+        Ok(())
+    }
+}
+
+fn row(f: &mut fmt::Formatter<'_>, name: &str, value: fmt::Arguments) -> fmt::Result {
+    writeln!(f, "{name:<14} {value}")
+}
+
+fn list(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    extensions: &[ExtensionInfo],
+    wanted: impl Fn(&ExtensionInfo) -> bool,
+) -> fmt::Result {
+    writeln!(f, "{title}:")?;
+    let mut line = String::from(" ");
+    for name in extensions.iter().filter(|e| wanted(e)).map(|e| e.name) {
+        if line.len() + name.len() > WIDTH {
+            writeln!(f, "{line}")?;
+            line = String::from(" ");
+        }
+        line.push(' ');
+        line.push_str(name);
+    }
+    writeln!(f, "{line}\n")
+}

@@ -1,0 +1,115 @@
+//! `rvmm info`: what it says is so.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use common::host::{self, Kind};
+use common::{Outcome, POWERED_OFF, Rvmm};
+use serde_json::Value;
+
+fn info(args: &[&str]) -> Outcome {
+    let end = Rvmm::new().arg("info").args(args).run();
+    end.assert_status(0);
+    assert_eq!(end.log, "", "nothing on standard error");
+    end
+}
+
+fn json() -> Value {
+    serde_json::from_str(&info(&["--json"]).console).expect("JSON")
+}
+
+#[test]
+fn it_knows_the_host() {
+    let info = json();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the release");
+    assert_eq!(info["kernel"], release.trim());
+    match host::kind() {
+        Kind::NoAia => assert_eq!(info["aia"], Value::Null),
+        kind => {
+            assert_eq!(info["aia"]["guest_files"], kind == Kind::Aia);
+            let kept = host::imsic_enables_kept(1 << 40);
+            let lossy = info["bugs"]
+                .as_array()
+                .and_then(|bugs| bugs.iter().find(|bug| bug["name"] == "imsic-upper-half"));
+            assert_eq!(lossy.expect("looked for")["present"], kept == 0);
+        }
+    }
+    assert!(info["max_vcpus"].as_u64() >= Some(8));
+    assert_eq!(info["kvm"]["ONE_REG"], 1);
+    assert!(info["hart"]["timebase"].as_u64() > Some(0));
+}
+
+#[test]
+fn the_text_has_the_same() {
+    let end = info(&[]);
+    for part in [
+        "G-stage",
+        "Legacy SBI",
+        "Huge pages",
+        "imsic-upper-half",
+        "IRQFD",
+    ] {
+        assert!(end.console.contains(part), "{part}");
+    }
+}
+
+/// What can be switched off is off then, and what cannot is refused with a way out.
+#[test]
+fn extensions_go_as_it_says() {
+    let info = json();
+    let extensions = info["hart"]["extensions"].as_array().expect("extensions");
+    let find = |can: bool| {
+        // f and d go together with what Linux needs; any other letter will do.
+        let named =
+            |e: &&Value| e["can_be_off"] == can && e["name"].as_str().is_some_and(|n| n.len() > 2);
+        let found = extensions.iter().find(named).expect("one of each");
+        found["name"].as_str().expect("a name").to_owned()
+    };
+    let (goes, stays) = (find(true), find(false));
+    let isa = |cpu: &str| {
+        let dir = common::files::TempDir::new();
+        let dtb = dir.path().join("dtb");
+        let end = Rvmm::guest("shutdown")
+            .args(["--cpu", cpu, "--dump-dtb"])
+            .arg(&dtb)
+            .run();
+        end.assert_status(POWERED_OFF);
+        let bytes = std::fs::read(&dtb).expect("the tree");
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let with = |name: &str| format!("_{name}");
+    assert!(!isa(&format!("{goes}=off")).contains(&with(&goes)));
+    assert!(!isa(&format!("{stays}=hidden")).contains(&with(&stays)));
+    let end = Rvmm::guest("shutdown")
+        .args(["--cpu", &format!("{stays}=off")])
+        .run();
+    end.assert_status(common::HOST_FAILED);
+    assert!(end.log.contains(&format!("{stays}=hidden")), "{}", end.log);
+    let end = Rvmm::guest("shutdown").args(["--cpu", "zzz=off"]).run();
+    assert!(end.log.contains("no such ISA extension"), "{}", end.log);
+}
+
+/// The guest's DBCN prints through its answer; off, the guest cannot print and reports failure.
+#[test]
+fn sbi_extensions_go() {
+    let end = Rvmm::guest("idle")
+        .args(["--sbi", "dbcn=off", "--timeout", "30s"])
+        .run();
+    end.assert_status(common::GUEST_FAILED);
+    assert_eq!(end.console, "");
+    let end = Rvmm::guest("shutdown").args(["--sbi", "base=off"]).run();
+    assert!(end.log.contains("no such SBI extension"), "{}", end.log);
+}
+
+#[test]
+fn ids_are_the_guests() {
+    let args = [
+        "--cpu",
+        "mvendorid=0x489,marchid=0x8000000000000007,mimpid=0x20181004",
+    ];
+    let end = Rvmm::guest("ids").args(args).run();
+    end.assert_console(
+        POWERED_OFF,
+        &["mvendorid=489 marchid=8000000000000007 mimpid=20181004"],
+    );
+}
