@@ -78,6 +78,8 @@ pub const SBI_V01: RegId = RegId::sbi_ext(0);
 pub const SBI_EXPERIMENTAL: RegId = RegId::sbi_ext(7);
 /// KVM_RISCV_SBI_EXT_VENDOR: 0x09000000 to 0x09FFFFFF.
 pub const SBI_VENDOR: RegId = RegId::sbi_ext(8);
+/// KVM_RISCV_SBI_EXT_SUSP: system suspend (Linux 7.x).
+pub const SBI_SUSP: RegId = RegId::sbi_ext(11);
 /// KVM_RISCV_SBI_EXT_DBCN: the debug console.
 pub const SBI_DBCN: RegId = RegId::sbi_ext(9);
 

@@ -238,7 +238,7 @@ fn sbi(vcpu: &dyn Vcpu) -> Result<Vec<ExtensionInfo>> {
         infos.push(ExtensionInfo {
             name,
             on: match register {
-                regs::SBI_DBCN => true,
+                regs::SBI_DBCN | regs::SBI_SUSP => true,
                 regs::SBI_EXPERIMENTAL | regs::SBI_VENDOR => false,
                 regs::SBI_V01 => legacy_sbi_is_safe(&release),
                 _ => on == 1,

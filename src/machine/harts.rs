@@ -31,13 +31,14 @@ pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>
     Ok(vcpus)
 }
 
-/// DBCN on, and off what nothing here serves or the host serves badly. A host without an extension
+/// DBCN and, where there is one, SUSP on, and off what nothing here serves or the host serves badly. A host without an extension
 /// has no such register.
 fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
     let release = uname();
     let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
     for (register, on) in [
         (regs::SBI_DBCN, 1),
+        (regs::SBI_SUSP, 1),
         (regs::SBI_V01, u64::from(legacy)),
         (regs::SBI_EXPERIMENTAL, 0),
         (regs::SBI_VENDOR, 0),
