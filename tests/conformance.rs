@@ -1,0 +1,160 @@
+//! What KVM and rvmm answer to SBI calls, against the specification: the guest `resources/guests/conformance.S` asks and judges,
+//! on one hart and on several. Known deviations of the host's kernel are its own and no failure.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use std::collections::HashSet;
+
+use common::{Outcome, POWERED_OFF, Rvmm};
+
+/// Extensions that every machine has, with the least number of checks on one hart and what each other hart adds.
+const EXTENSIONS: [(&str, usize, usize); 7] = [
+    ("BASE", 29, 0),
+    ("TIME", 13, 0),
+    ("IPI", 18, 5),
+    ("RFENCE", 41, 2),
+    ("HSM", 21, 25),
+    ("SRST", 7, 0),
+    ("DBCN", 32, 0),
+];
+
+/// Extensions that a host's KVM has or has not.
+const OPTIONAL: [&str; 4] = ["STA", "PMU", "SUSP", "FWFT"];
+
+/// The text that the guest writes as a check; refused calls write nothing.
+const TEXT: &str = "text by console_write!";
+const LEAK: &str = "LEAK";
+
+/// One line of the guest that tells of a check.
+struct Check<'a> {
+    name: &'a str,
+    verdict: &'a str,
+}
+
+impl Check<'_> {
+    fn failed(&self) -> bool {
+        self.verdict != "ok" && !self.is_known()
+    }
+
+    fn is_known(&self) -> bool {
+        self.verdict.starts_with("known, got ")
+    }
+}
+
+/// How many checks, how many that failed, and how many known deviations.
+type Sums = (usize, usize, usize);
+
+/// The checks among the guest's lines: an extension's name, a blank, the check's name, a colon, the verdict.
+fn checks(console: &str) -> Vec<Check<'_>> {
+    console
+        .lines()
+        .filter_map(|line| {
+            let (name, verdict) = line.rsplit_once(": ")?;
+            let (extension, _) = name.split_once(' ')?;
+            is_extension(extension).then_some(Check { name, verdict })
+        })
+        .collect()
+}
+
+fn is_extension(name: &str) -> bool {
+    EXTENSIONS.iter().any(|(known, ..)| *known == name) || OPTIONAL.contains(&name)
+}
+
+/// What the checks of `extension` amount to, counted here.
+fn count(checks: &[Check<'_>], extension: &str) -> Sums {
+    let prefix = format!("{extension} ");
+    let own: Vec<_> = checks
+        .iter()
+        .filter(|check| check.name.starts_with(&prefix))
+        .collect();
+    (
+        own.len(),
+        own.iter().filter(|check| check.failed()).count(),
+        own.iter().filter(|check| check.is_known()).count(),
+    )
+}
+
+/// Run the guest on so many harts, and judge its lines.
+#[track_caller]
+fn conformance(harts: usize) {
+    let end = Rvmm::guest("conformance")
+        .args(["--cpus", &harts.to_string()])
+        .run();
+    let checks = checks(&end.console);
+    let failed: Vec<_> = checks
+        .iter()
+        .filter(|check| check.failed())
+        .map(|check| format!("{}: {}", check.name, check.verdict))
+        .collect();
+    assert!(failed.is_empty(), "these failed:\n{}", failed.join("\n"));
+
+    let mut names = HashSet::new();
+    for check in &checks {
+        assert!(
+            names.insert(check.name),
+            "{:?} is told more than once",
+            check.name
+        );
+    }
+    assert_sums(&end, &checks, harts);
+    let texts = end.console.lines().filter(|line| *line == TEXT).count();
+    assert_eq!(texts, 1, "{TEXT:?} is one line of the console");
+    assert!(!end.console.contains(LEAK), "a refused write is no output");
+    end.assert_status(POWERED_OFF);
+}
+
+/// The guest's own sums are those of its lines, and no check is missing.
+#[track_caller]
+fn assert_sums(end: &Outcome, checks: &[Check<'_>], harts: usize) {
+    let has_line = |want: &str| {
+        assert!(
+            end.console.lines().any(|line| line == want),
+            "the console has no line {want:?}"
+        );
+    };
+    let mut known = 0;
+    for (extension, alone, each) in EXTENSIONS {
+        let (count, failed, deviations) = count(checks, extension);
+        has_line(&format!(
+            "{extension}: {count} checks, {failed} failed, {deviations} known"
+        ));
+        let least = alone + each * (harts - 1);
+        assert!(
+            count >= least,
+            "{extension} has {count} checks, and had {least}"
+        );
+        known += deviations;
+    }
+    for extension in OPTIONAL {
+        let (count, failed, deviations) = count(checks, extension);
+        if count > 0 {
+            has_line(&format!(
+                "{extension}: {count} checks, {failed} failed, {deviations} known"
+            ));
+        }
+        known += deviations;
+    }
+    let total = checks.len();
+    let last = end.console.lines().last().unwrap_or_default();
+    assert_eq!(
+        last,
+        format!("conformance: {total} checks, 0 failed, {harts} harts, {known} known"),
+        "the last line"
+    );
+}
+
+#[test]
+fn one_hart() {
+    conformance(1);
+}
+
+#[test]
+fn two_harts() {
+    conformance(2);
+}
+
+#[test]
+fn four_harts() {
+    conformance(4);
+}
