@@ -225,9 +225,13 @@ fn a_gzip_bomb_is_defused() {
 #[test]
 fn a_zstd_bomb_is_defused() {
     const BLOCK: u64 = 128 << 10;
-    let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x50];
-    for _ in 0..BOMB / BLOCK {
-        bomb.extend([0x02, 0x00, 0x10, 0x00]);
+    // With a window of 1 MiB, and with one of 128 MiB, which nobody may allocate.
+    for window in [0x50, 0x88] {
+        let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, window];
+        for _ in 1..BOMB / BLOCK {
+            bomb.extend([0x02, 0x00, 0x10, 0x00]);
+        }
+        bomb.extend([0x03, 0x00, 0x10, 0x00]);
+        assert_defused(bomb, "zstd");
     }
-    assert_defused(bomb, "zstd");
 }

@@ -90,6 +90,17 @@ fn a_second_life_finds_nothing_of_the_first() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Harts that were never started lie in KVM_RUN while the machine is made anew and ended.
+#[test]
+fn a_reset_with_parked_harts() {
+    let mut vm = lives().args(["--cpus", "4"]).reboots().spawn();
+    for how in ["c", "w", "t"] {
+        tell(&mut vm, how);
+    }
+    tell(&mut vm, "p");
+    vm.finish().assert_status(POWERED_OFF);
+}
+
 /// The same by the PLIC, where the host has an AIA.
 #[test]
 fn a_second_life_with_a_plic() {

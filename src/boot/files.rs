@@ -138,11 +138,11 @@ impl BootFile {
         ram: &GuestMemory,
         base: u64,
     ) -> Result<(), FileError> {
-        for Segment { source, at, .. } in &kernel.segments {
+        let loaded = kernel.segments.iter().filter(|s| !s.source.is_empty());
+        for Segment { source, at, .. } in loaded {
             let gpa = GuestAddress(base + at);
             let loaded = match &kernel.expanded {
-                Some(bytes) => slice(bytes, source)
-                    .and_then(|bytes| ram.write_slice(bytes, gpa).map_err(io::Error::other)),
+                Some(bytes) => slice(bytes, source).and_then(|bytes| write_sparse(ram, bytes, gpa)),
                 None => self.read_to(ram, gpa, source),
             };
             loaded.map_err(|source| self.failed_read(source))?;
@@ -206,6 +206,18 @@ impl Source for BootFile {
         file.rewind()?;
         Ok(Box::new(file))
     }
+}
+
+/// Writes `bytes` but for pages of zeros, which guest RAM has already.
+fn write_sparse(ram: &GuestMemory, bytes: &[u8], gpa: GuestAddress) -> io::Result<()> {
+    const PIECE: usize = 64 << 10;
+    for (index, piece) in bytes.chunks(PIECE).enumerate() {
+        if piece.iter().any(|byte| *byte != 0) {
+            let at = GuestAddress(gpa.0 + (index * PIECE) as u64);
+            ram.write_slice(piece, at).map_err(io::Error::other)?;
+        }
+    }
+    Ok(())
 }
 
 fn slice<'a>(bytes: &'a [u8], range: &Range<u64>) -> io::Result<&'a [u8]> {

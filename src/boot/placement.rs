@@ -93,7 +93,10 @@ impl Placement {
 /// A round size for a guest whose boot files take `needed` bytes, with room for its work: Debian's
 /// kernel ends 32 MiB into RAM and takes 70 MiB of it before it frees what only booting needs.
 fn enough(needed: u64) -> ByteSize {
-    ByteSize((needed * 2 + ByteSize::mib(16).bytes()).next_power_of_two())
+    let wanted = needed
+        .saturating_mul(2)
+        .saturating_add(ByteSize::mib(16).bytes());
+    ByteSize(wanted.checked_next_power_of_two().unwrap_or(1 << 63))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! a wire, and, once a guest sets an alarm, to a thread that waits for it.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
@@ -140,8 +141,8 @@ struct State {
     clock: Clock,
     /// The level the wire has now.
     level: bool,
-    /// The thread that waits for alarms is there.
-    waits: bool,
+    /// The thread that waits for alarms.
+    waits: Option<JoinHandle<()>>,
     gone: bool,
 }
 
@@ -174,12 +175,12 @@ impl GoldfishRtc {
 
     /// Most guests never set an alarm: the thread starts with the first.
     fn await_alarm(&self, state: &mut State) {
-        if state.clock.alarm.is_none() || state.waits {
+        if state.clock.alarm.is_none() || state.waits.is_some() {
             return;
         }
         let shared = Arc::downgrade(&self.shared);
         match spawn(Kind::Rtc, "alarm", move || wait_for_alarms(&shared)) {
-            Ok(_) => state.waits = true,
+            Ok(thread) => state.waits = Some(thread),
             Err(error) => guest_warn!(self.failures, "Failed to start the RTC's alarm: {error}"),
         }
     }
@@ -193,17 +194,28 @@ fn wait_for_alarms(shared: &Weak<Shared>) {
         }
         let host = host_time();
         shared.with_clock(&mut state, |clock| clock.tick(host));
-        let wait = state.clock.wait(host);
-        let wait = wait.map_or(LOOK_AGAIN, |wait| wait.min(LOOK_AGAIN));
-        let woken = shared.changed.wait_timeout(state, wait);
+        let Some(wait) = state.clock.wait(host) else {
+            let woken = shared.changed.wait(state);
+            drop(woken.unwrap_or_else(PoisonError::into_inner));
+            continue;
+        };
+        let woken = shared.changed.wait_timeout(state, wait.min(LOOK_AGAIN));
         drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
+/// Waits for the thread, which holds the wire to a controller of this machine's.
 impl Drop for GoldfishRtc {
     fn drop(&mut self) {
-        lock(&self.shared.state).gone = true;
+        let thread = {
+            let mut state = lock(&self.shared.state);
+            state.gone = true;
+            state.waits.take()
+        };
         self.shared.changed.notify_all();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -225,7 +237,7 @@ impl MmioDevice for GoldfishRtc {
         let write = |clock: &mut Clock| clock.write(offset, u32::from_le_bytes(data), host_time());
         self.shared.with_clock(&mut state, write);
         self.await_alarm(&mut state);
-        if state.waits {
+        if state.waits.is_some() {
             self.shared.changed.notify_all();
         }
     }

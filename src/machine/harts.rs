@@ -14,7 +14,13 @@ use crate::hypervisor::{Vcpu, Vm, extensions, regs};
 /// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
 /// before the first run: later KVM refuses.
 pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
-    let max = vm.max_vcpus().min(MAX_HARTS);
+    let max = vm.max_vcpus();
+    if config.cpus > MAX_HARTS {
+        bail!(
+            "--cpus {}: rvmm's machine has room for {MAX_HARTS} harts",
+            config.cpus
+        );
+    }
     if config.cpus > max {
         bail!(
             "--cpus {}: this host's KVM runs at most {max} vCPUs",
@@ -59,8 +65,9 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
     if let Some(cpu) = &config.cpu {
         for (name, switch) in &cpu.extensions {
             let register = extensions::isa_register(name);
-            let register = register
-                .with_context(|| format!("--cpu {name}: rvmm knows no such ISA extension"))?;
+            let register = register.with_context(|| {
+                format!("--cpu {name}: rvmm knows no such ISA extension; rvmm info lists them")
+            })?;
             if *switch == IsaSwitch::Off && vcpu.reg(register)? == Some(1) {
                 vcpu.set_reg(register, 0).with_context(|| {
                     format!(
@@ -82,8 +89,9 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
     }
     for name in config.sbi.iter().flat_map(|sbi| sbi.extensions.keys()) {
         let register = extensions::sbi_register(name);
-        let register =
-            register.with_context(|| format!("--sbi {name}: rvmm knows no such SBI extension"))?;
+        let register = register.with_context(|| {
+            format!("--sbi {name}: rvmm knows no such SBI extension; rvmm info lists them")
+        })?;
         if vcpu.reg(register)? == Some(1) {
             vcpu.set_reg(register, 0).with_context(|| {
                 format!("--sbi {name}=off: this host's KVM cannot switch it off")

@@ -81,12 +81,16 @@ impl Machine {
         let host = Host::start(Arc::clone(&self.console), how.console, on_leave)?;
         let mut stats = how.stats_from.map(Stats::since);
         let outcome = loop {
-            match self.live(&tell, &events, deadline, stats.as_mut())? {
-                Outcome::Guest(Stop::Reset) if how.reboot => self.reset()?,
+            match self.live(&tell, &events, deadline, stats.as_mut()) {
+                Ok(Outcome::Guest(Stop::Reset)) if how.reboot => match self.reset() {
+                    Ok(()) => {}
+                    Err(error) => break Err(error),
+                },
                 outcome => break outcome,
             }
         };
-        let mut hurried = !matches!(outcome, Outcome::Guest(_));
+        // Whatever happened: what the guest wrote is written.
+        let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         host.finish(|idle| {
             hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
             hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
@@ -96,7 +100,7 @@ impl Machine {
         if let Some(stats) = &mut stats {
             stats.put_away();
         }
-        Ok((outcome, stats))
+        Ok((outcome?, stats))
     }
 
     /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the
@@ -117,6 +121,8 @@ impl Machine {
         if let Some(stats) = &mut stats {
             stats.guest_ended();
         }
+        // All of them at once: none shall run on while another's thread ends.
+        vcpus.iter().for_each(VcpuHandle::ask_to_stop);
         let exits: Vec<_> = vcpus.into_iter().map(VcpuHandle::stop).collect();
         if let Some(stats) = &mut stats {
             stats.add(exits);

@@ -76,15 +76,19 @@ impl VcpuHandle {
         self.join()
     }
 
-    fn join(&mut self) -> Option<ExitStats> {
+    /// Asks the vCPU to stop, and does not wait for it.
+    pub fn ask_to_stop(&self) {
         self.stopping.store(true, Ordering::Release);
         // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
         self.kicker.set_immediate_exit(true);
-        let thread = self.thread.take()?;
-        if let Err(error) = thread.kill(kick_signal()) {
+        if let Some(Err(error)) = self.thread.as_ref().map(|t| t.kill(kick_signal())) {
             debug!("the vCPU's thread has ended already: {error}");
         }
-        thread.join().ok().flatten()
+    }
+
+    fn join(&mut self) -> Option<ExitStats> {
+        self.ask_to_stop();
+        self.thread.take()?.join().ok().flatten()
     }
 }
 

@@ -3,8 +3,13 @@
 
 use std::io::{BufReader, Read};
 
+use zstd::zstd_safe;
+
 use super::KernelError;
 use crate::util::ByteSize;
+
+/// Room for a zstd frame that does not tell its size. No kernel is as large.
+const UNTOLD_MAX: ByteSize = ByteSize::mib(1024);
 
 /// A compression that rvmm undoes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,16 +65,37 @@ impl Compression {
         reader: &mut dyn Read,
         ram: ByteSize,
     ) -> Result<Vec<u8>, KernelError> {
-        let reader = BufReader::new(reader);
         match self {
-            Self::Gzip => self.read(flate2::bufread::GzDecoder::new(reader), ram),
-            Self::Zstd => {
-                let decoder = zstd::stream::read::Decoder::with_buffer(reader);
-                let decoder =
-                    decoder.map_err(|e| KernelError::Broken(self.name(), e.to_string()))?;
-                // One frame is a kernel; what follows it is none of its.
-                self.read(decoder.single_frame(), ram)
-            }
+            Self::Gzip => self.read(flate2::bufread::GzDecoder::new(BufReader::new(reader)), ram),
+            Self::Zstd => self.expand_zstd(reader, ram),
+        }
+    }
+
+    /// In one piece: a stream would need a window of up to 128 MiB beside what it expands to.
+    fn expand_zstd(self, reader: &mut dyn Read, ram: ByteSize) -> Result<Vec<u8>, KernelError> {
+        let broken = |why: String| KernelError::Broken(self.name(), why);
+        let packed = self.read(reader, ram)?;
+        let of_frame = |code| broken(zstd_safe::get_error_name(code).into());
+        let length = zstd_safe::find_frame_compressed_size(&packed).map_err(of_frame)?;
+        // One frame is a kernel; what follows it is none of its.
+        let frame = packed.get(..length).unwrap_or(&packed);
+        let told = zstd_safe::get_frame_content_size(frame);
+        let told = told.map_err(|error| broken(error.to_string()))?;
+        let room = told.unwrap_or(ram.bytes().min(UNTOLD_MAX.bytes()));
+        if room > ram.bytes() {
+            return Err(KernelError::TooLarge(self.name(), ram));
+        }
+        let mut bytes = Vec::new();
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        let reserved = bytes.try_reserve_exact(room);
+        reserved.map_err(|error| broken(error.to_string()))?;
+        match zstd_safe::decompress(&mut bytes, frame) {
+            Ok(0) => Err(KernelError::Empty),
+            Ok(_) => Ok(bytes),
+            Err(code) => match zstd_safe::get_error_name(code) {
+                "Destination buffer is too small" => Err(KernelError::TooLarge(self.name(), ram)),
+                other => Err(broken(other.into())),
+            },
         }
     }
 

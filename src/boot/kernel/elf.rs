@@ -14,6 +14,9 @@ use super::{HEAD_SIZE, Kernel, KernelError, Segment};
 /// Where a kernel without physical addresses goes: where an Image goes.
 const UNPLACED_OFFSET: u64 = 2 << 20;
 
+/// No RISC-V machine has RAM beyond it (Sv57x4).
+const END_MAX: u64 = 1 << 59;
+
 /// Whether a file starts so.
 pub(super) fn is(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
@@ -47,18 +50,18 @@ pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelE
     let lowest = loads.iter().map(|segment| segment.p_paddr).min();
     let lowest = lowest.ok_or_else(|| KernelError::Elf("it has nothing to load".into()))?;
     // Physical addresses that count from 0 are no addresses: no machine has RAM there.
-    let origin = match lowest {
-        0 => 0u64.wrapping_sub(UNPLACED_OFFSET),
-        _ => base,
+    let place = |paddr: u64| match lowest {
+        0 => paddr.checked_add(UNPLACED_OFFSET),
+        _ => paddr.checked_sub(base),
     };
     let mut segments = Vec::with_capacity(loads.len());
     for load in &loads {
-        segments.push(segment(load, origin, size)?);
+        segments.push(segment(load, place(load.p_paddr), size)?);
     }
     refuse_overlaps(&segments)?;
     Ok(Kernel {
         segments,
-        entry: entry(header.e_entry, &loads, origin)?,
+        entry: entry(header.e_entry, &loads, place)?,
         expanded: None,
     })
 }
@@ -79,9 +82,9 @@ fn program_headers<'a>(
     Ok(SegmentTable::new(header.endianness, header.class, bytes))
 }
 
-fn segment(load: &ProgramHeader, origin: u64, file: u64) -> Result<Segment, KernelError> {
+fn segment(load: &ProgramHeader, at: Option<u64>, file: u64) -> Result<Segment, KernelError> {
     let promised = load.p_offset.saturating_add(load.p_filesz);
-    if promised > file {
+    if load.p_filesz > 0 && promised > file {
         return Err(KernelError::Truncated { promised, file });
     }
     if load.p_filesz > load.p_memsz {
@@ -91,19 +94,14 @@ fn segment(load: &ProgramHeader, origin: u64, file: u64) -> Result<Segment, Kern
         );
         return Err(KernelError::Elf(line));
     }
-    let at = load.p_paddr.wrapping_sub(origin);
-    let fits = load.p_paddr >= origin || origin > u64::MAX / 2;
-    if !fits
-        || at
-            .checked_add(load.p_memsz)
-            .is_none_or(|end| end >= 1 << 59)
-    {
+    let end = at.and_then(|at| at.checked_add(load.p_memsz));
+    let (Some(at), Some(0..END_MAX)) = (at, end) else {
         let line = format!(
             "it wants to be at {:#x}, where this machine has no RAM",
             load.p_paddr
         );
         return Err(KernelError::Elf(line));
-    }
+    };
     Ok(Segment {
         source: load.p_offset..promised,
         at,
@@ -122,7 +120,11 @@ fn refuse_overlaps(segments: &[Segment]) -> Result<(), KernelError> {
 
 /// The entry as an offset in RAM. It is a virtual address wherever a segment has it, and those of
 /// most kernels are their physical ones.
-fn entry(entry: u64, loads: &[ProgramHeader], origin: u64) -> Result<u64, KernelError> {
+fn entry(
+    entry: u64,
+    loads: &[ProgramHeader],
+    place: impl Fn(u64) -> Option<u64>,
+) -> Result<u64, KernelError> {
     let inside = |start: u64, size: u64| (start..start.saturating_add(size)).contains(&entry);
     let virt = loads.iter().find(|load| inside(load.p_vaddr, load.p_memsz));
     let phys = || loads.iter().find(|load| inside(load.p_paddr, load.p_memsz));
@@ -134,7 +136,7 @@ fn entry(entry: u64, loads: &[ProgramHeader], origin: u64) -> Result<u64, Kernel
             return Err(KernelError::Elf(line));
         }
     };
-    Ok(address.wrapping_sub(origin))
+    place(address).ok_or_else(|| KernelError::Elf(format!("its entry {entry:#x} is no RAM's")))
 }
 
 /// ELF's `e_machine`, where it is one people have.
