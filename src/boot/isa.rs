@@ -55,9 +55,17 @@ impl HartFacts {
         })
     }
 
-    /// Keeps extension `name` from the guest's device tree.
+    /// Keeps extension `name` from the guest's device tree, and those that cannot be without it.
     pub fn hide(&mut self, name: &str) {
-        self.extensions.retain(|known| *known != name);
+        let goes = |known: &&str| *known == name || needs(known, name);
+        let gone: Vec<&str> = self.extensions.iter().copied().filter(goes).collect();
+        self.extensions.retain(|known| !gone.contains(known));
+        for name in gone {
+            self.forget_block_size(name);
+        }
+    }
+
+    fn forget_block_size(&mut self, name: &str) {
         match name {
             "zicbom" => self.cbom_block = None,
             "zicboz" => self.cboz_block = None,
@@ -87,6 +95,23 @@ impl HartFacts {
             _ => "riscv,none",
         }
     }
+}
+
+/// Whether `extension` cannot be without `base` (The RISC-V Instruction Set Manual, volume I).
+fn needs(extension: &str, base: &str) -> bool {
+    match base {
+        "f" => matches!(extension, "d" | "v" | "zfa" | "zcd" | "zcf") || needs_float(extension),
+        "d" => matches!(extension, "v" | "zcd") || extension.starts_with("zv"),
+        "v" => extension.starts_with("zv"),
+        "c" => matches!(extension, "zca" | "zcb" | "zcd" | "zcf" | "zcmop" | "zclsd"),
+        "zca" => matches!(extension, "c" | "zcb" | "zcd" | "zcf" | "zcmop" | "zclsd"),
+        "a" => matches!(extension, "zaamo" | "zalrsc" | "zabha" | "zacas"),
+        _ => false,
+    }
+}
+
+fn needs_float(extension: &str) -> bool {
+    extension.starts_with("zfh") || extension.starts_with("zfb") || extension.starts_with("zv")
 }
 
 /// Sorts single letters first, then Z extensions by their second letter, then S extensions.
@@ -151,5 +176,24 @@ mod tests {
             };
             assert_eq!(facts.mmu_type(), name);
         }
+    }
+
+    #[test]
+    fn what_needs_a_hidden_extension_goes_too() {
+        let names = ["f", "d", "v", "zicbom", "zfa", "zcd", "zvbb", "zbb"];
+        let left = |hidden| {
+            let mut facts = HartFacts {
+                extensions: names.to_vec(),
+                cbom_block: Some(64),
+                ..HartFacts::default()
+            };
+            facts.hide(hidden);
+            (facts.extensions, facts.cbom_block)
+        };
+        assert_eq!(left("f").0, ["zicbom", "zbb"]);
+        assert_eq!(left("d").0, ["f", "zicbom", "zfa", "zbb"]);
+        assert_eq!(left("v").0, ["f", "d", "zicbom", "zfa", "zcd", "zbb"]);
+        assert_eq!(left("zicbom").1, None);
+        assert_eq!(left("zbb").1, Some(64));
     }
 }

@@ -72,8 +72,15 @@ impl fmt::Display for Info {
             |e| e.can_be_off,
         )?;
         list(f, "ISA extensions that stay", isa, |e| !e.can_be_off)?;
-        list(f, "SBI extensions, on (--sbi NAME=off)", &self.sbi, |e| {
-            e.on
+        let sbi = &self.sbi;
+        list(
+            f,
+            "SBI extensions that --sbi NAME=off takes away",
+            sbi,
+            |e| e.on && e.can_be_off,
+        )?;
+        list(f, "SBI extensions that stay", sbi, |e| {
+            e.on && !e.can_be_off
         })?;
         list(f, "SBI extensions, off", &self.sbi, |e| !e.on)?;
         writeln!(f, "Known bugs of KVM:")?;
