@@ -79,8 +79,7 @@ fn count(checks: &[Check<'_>], extension: &str) -> Sums {
 const TIMER_RUNS: usize = 3;
 
 /// Run the guest on so many harts. In a nested host a hart that is rescheduled between two accesses to its timer sees the
-/// emulator's timer lose one of them, about once in thirty runs on a loaded machine: a run whose only failures are TIME's is
-/// not the last.
+/// emulator's timer lose one of them (docs/testing.md): a run whose only failures are TIME's is not the last.
 fn run(harts: usize) -> Outcome {
     let guest = || {
         Rvmm::guest("conformance")

@@ -199,7 +199,7 @@ pub(crate) fn boot_in_hugepages(
         ..lab.linux(QUIET)
     };
     with_pages_for(contestant, &job, |job| {
-        let (took, _) = run(contestant, job)?;
+        let (took, _) = run_to_power_off(contestant, job)?;
         figures.add("start to power-off, 2M pages", "ms", &contestant.name, took);
         Ok(())
     })
