@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -107,6 +108,40 @@ pub trait Vm: Send + Sync {
 
     /// Sets the level of wired interrupt `source` (1 and up) of the in-kernel APLIC.
     fn set_irq_line(&self, source: u32, high: bool) -> Result<()>;
+
+    /// From now on a guest's store to `doorbell` signals `fd` inside the kernel, and causes no exit (KVM_IOEVENTFD).
+    fn connect_doorbell(&self, doorbell: Doorbell, fd: &EventFd) -> Result<()>;
+
+    /// Ends what [`Vm::connect_doorbell`] began, with the same values.
+    fn disconnect_doorbell(&self, doorbell: Doorbell, fd: &EventFd) -> Result<()>;
+
+    /// From now on a signal of `fd` is the interrupt `gsi` (KVM_IRQFD), also one that came before.
+    /// Only a VM with an in-kernel AIA delivers it.
+    fn connect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()>;
+
+    /// Ends what [`Vm::connect_irqfd`] began: signals stay in `fd`.
+    fn disconnect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()>;
+
+    /// What each interrupt number is, in place of all that was said before (KVM_SET_GSI_ROUTING). At most 4096.
+    fn set_msi_routes(&self, routes: &[(u32, MsiMessage)]) -> Result<()>;
+}
+
+/// A register whose stores only wake somebody up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Only 32-bit stores of this value ring; without it, a store of any width and value.
+    pub value: Option<u32>,
+}
+
+/// A message-signalled interrupt: the store that makes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Guest-physical address of an IMSIC's page.
+    pub address: u64,
+    /// The interrupt identity.
+    pub data: u32,
 }
 
 /// The in-kernel AIA (`arch/riscv/kvm/aia_device.c`).

@@ -5,12 +5,13 @@ use std::io::Write;
 use std::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::hypervisor::{
-    Aia, AiaConfig, Counter, ExternalIrq, Hypervisor, Kicker, RegId, Result as HvResult, Vcpu, Vm,
-    VmEntry, VmExit, regs,
+    Aia, AiaConfig, Counter, Doorbell, ExternalIrq, Hypervisor, Kicker, MsiMessage, RegId,
+    Result as HvResult, Vcpu, Vm, VmEntry, VmExit, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -71,6 +72,21 @@ impl Vm for Fake {
         Ok(self.0.has_aia.then(|| Box::new(self.clone()) as _))
     }
     fn set_irq_line(&self, _: u32, _: bool) -> HvResult<()> {
+        Ok(())
+    }
+    fn connect_doorbell(&self, _: Doorbell, _: &EventFd) -> HvResult<()> {
+        Ok(())
+    }
+    fn disconnect_doorbell(&self, _: Doorbell, _: &EventFd) -> HvResult<()> {
+        Ok(())
+    }
+    fn connect_irqfd(&self, _: u32, _: &EventFd) -> HvResult<()> {
+        Ok(())
+    }
+    fn disconnect_irqfd(&self, _: u32, _: &EventFd) -> HvResult<()> {
+        Ok(())
+    }
+    fn set_msi_routes(&self, _: &[(u32, MsiMessage)]) -> HvResult<()> {
         Ok(())
     }
 }

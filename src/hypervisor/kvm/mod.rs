@@ -15,14 +15,16 @@ use kvm_bindings::{
     KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_SIGNAL_MSI, KVM_CAP_VM_GPA_BITS,
     KVM_DEV_RISCV_AIA_ADDR_APLIC, KVM_DEV_RISCV_AIA_CTRL_INIT, KVM_DEV_RISCV_AIA_GRP_ADDR,
     KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_GRP_IMSIC,
-    KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS, kvm_create_device, kvm_device_attr,
-    kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_userspace_memory_region,
+    KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_create_device,
+    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, DeviceFd, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{Unfit, explain_open};
-use super::{Aia, AiaConfig, Error, Hypervisor, Result, Vcpu, Vm};
+use super::{Aia, AiaConfig, Doorbell, Error, Hypervisor, MsiMessage, Result, Vcpu, Vm};
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::util::ByteSize;
 use crate::util::sync::lock;
@@ -187,6 +189,69 @@ impl Vm for KvmVm {
             .fd
             .set_irq_line(source, high)
             .map_err(|e| Error::refused(format!("set interrupt line {source}"), e))
+    }
+
+    fn connect_doorbell(&self, Doorbell { gpa, value }: Doorbell, fd: &EventFd) -> Result<()> {
+        let (vm, at) = (&self.0.fd, IoEventAddress::Mmio(gpa));
+        match value {
+            Some(value) => vm.register_ioevent(fd, &at, value),
+            None => vm.register_ioevent(fd, &at, NoDatamatch),
+        }
+        .map_err(|e| {
+            Error::refused(
+                format!("connect the doorbell at {gpa:#x} (KVM_IOEVENTFD)"),
+                e,
+            )
+        })
+    }
+
+    fn disconnect_doorbell(&self, Doorbell { gpa, value }: Doorbell, fd: &EventFd) -> Result<()> {
+        let (vm, at) = (&self.0.fd, IoEventAddress::Mmio(gpa));
+        match value {
+            Some(value) => vm.unregister_ioevent(fd, &at, value),
+            None => vm.unregister_ioevent(fd, &at, NoDatamatch),
+        }
+        .map_err(|e| {
+            Error::refused(
+                format!("disconnect the doorbell at {gpa:#x} (KVM_IOEVENTFD)"),
+                e,
+            )
+        })
+    }
+
+    fn connect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()> {
+        let connected = self.0.fd.register_irqfd(fd, gsi);
+        connected.map_err(|e| Error::refused(format!("connect interrupt {gsi} (KVM_IRQFD)"), e))
+    }
+
+    fn disconnect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()> {
+        let disconnected = self.0.fd.unregister_irqfd(fd, gsi);
+        disconnected
+            .map_err(|e| Error::refused(format!("disconnect interrupt {gsi} (KVM_IRQFD)"), e))
+    }
+
+    fn set_msi_routes(&self, routes: &[(u32, MsiMessage)]) -> Result<()> {
+        let entry = |&(gsi, message): &(u32, MsiMessage)| kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                msi: kvm_irq_routing_msi {
+                    address_lo: (message.address & 0xffff_ffff) as u32,
+                    address_hi: (message.address >> 32) as u32,
+                    data: message.data,
+                    ..Default::default()
+                },
+            },
+            ..Default::default()
+        };
+        let act = "route message-signalled interrupts (KVM_SET_GSI_ROUTING)";
+        let entries: Vec<_> = routes.iter().map(entry).collect();
+        let table = KvmIrqRouting::from_entries(&entries)
+            .map_err(|e| Error::refused(act, io::Error::other(format!("{e:?}"))))?;
+        self.0
+            .fd
+            .set_gsi_routing(&table)
+            .map_err(|e| Error::refused(act, e))
     }
 }
 
