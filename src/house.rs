@@ -12,6 +12,7 @@ const STOREYS: &[&str] = &[
     "bus",
     "irqchip",
     "devices",
+    "virtio",
     "boot",
     "vcpu",
     "machine",

@@ -17,6 +17,8 @@ pub mod irqchip;
 
 pub mod devices;
 
+pub mod virtio;
+
 pub mod boot;
 
 pub mod vcpu;

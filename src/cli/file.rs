@@ -73,7 +73,9 @@ pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig};
+    use crate::config::{
+        ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig, Transport,
+    };
     use crate::util::ByteSize;
 
     fn flags() -> VmConfig {
@@ -98,6 +100,8 @@ mod tests {
             cpus: 1,
             cpu: Some("v=off,mimpid=3".parse().unwrap()),
             sbi: Some("pmu=off".parse().unwrap()),
+            disk: vec!["x.img,readonly".parse().unwrap(), "y,id=b".parse().unwrap()],
+            transport: Transport::Mmio,
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
         };

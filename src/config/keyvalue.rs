@@ -8,13 +8,15 @@ use std::marker::PhantomData;
 
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
-use serde::{Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 /// What [`parse`] needs to know of a struct.
 pub(super) trait KeyValue: DeserializeOwned {
     /// The key of a first word without `=`, if that may be.
     const MAIN_KEY: Option<&'static str> = None;
+    /// Keys that may stand alone, for `=on`.
+    const SWITCHES: &'static [&'static str] = &[];
 }
 
 /// Parses a flag's text.
@@ -26,6 +28,7 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     for (index, word) in text.split(',').enumerate() {
         let (key, value) = match word.split_once('=') {
             Some(pair) => pair,
+            None if T::SWITCHES.contains(&word) => (word, "on"),
             None => match T::MAIN_KEY.filter(|_| index == 0) {
                 Some(key) => (key, word),
                 None => return Err(format!("{word:?} has no value: write {word}=VALUE")),
@@ -38,13 +41,15 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())
 }
 
-/// The flag's text for `value`, whose fields are all strings in JSON.
+/// The flag's text for `value`, whose fields are strings and switches in JSON.
 pub(super) fn print<T: Serialize>(value: &T) -> String {
     let Ok(Value::Object(object)) = serde_json::to_value(value) else {
         return String::new();
     };
     let words = object.iter().map(|(key, value)| match value {
         Value::String(text) => format!("{key}={text}"),
+        Value::Bool(true) => format!("{key}=on"),
+        Value::Bool(false) => format!("{key}=off"),
         other => format!("{key}={other}"),
     });
     words.collect::<Vec<_>>().join(",")
@@ -68,6 +73,22 @@ where
     deserialize(deserializer).map(Some)
 }
 
+/// The same for a list of them.
+pub(super) fn deserialize_list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: KeyValue,
+    D: Deserializer<'de>,
+{
+    struct One<T>(T);
+    impl<'de, T: KeyValue> Deserialize<'de> for One<T> {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserialize(deserializer).map(One)
+        }
+    }
+    let list = Vec::<One<T>>::deserialize(deserializer)?;
+    Ok(list.into_iter().map(|One(item)| item).collect())
+}
+
 struct Either<T>(PhantomData<T>);
 
 impl<'de, T: KeyValue> Visitor<'de> for Either<T> {
@@ -89,7 +110,6 @@ impl<'de, T: KeyValue> Visitor<'de> for Either<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::Deserialize;
 
     #[derive(Debug, PartialEq, Deserialize)]
     #[serde(deny_unknown_fields)]

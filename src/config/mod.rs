@@ -2,6 +2,7 @@
 
 mod console;
 mod cpu;
+mod disk;
 mod keyvalue;
 mod mem;
 
@@ -14,6 +15,7 @@ use thiserror::Error;
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
 pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
+pub use disk::{Cache, DiskConfig};
 pub use mem::{HugePages, MemConfig};
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
@@ -75,6 +77,20 @@ pub struct VmConfig {
     )]
     pub sbi: Option<SbiConfig>,
 
+    /// A disk: a raw image or a block device. readonly, direct (past the host's page cache), id=NAME,
+    /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm); give
+    /// more --disk for more
+    #[arg(long, value_name = "PATH[,KEY=VALUE,...]")]
+    #[serde(
+        deserialize_with = "keyvalue::deserialize_list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub disk: Vec<DiskConfig>,
+
+    /// How virtio devices are attached
+    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    pub transport: Transport,
+
     /// Interrupt controller
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub irqchip: IrqchipKind,
@@ -98,6 +114,8 @@ impl Default for VmConfig {
             cpus: 1,
             cpu: None,
             sbi: None,
+            disk: Vec::new(),
+            transport: Transport::default(),
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
         }
@@ -117,6 +135,17 @@ pub enum KernelFormat {
     Elf,
     /// Any bytes: loaded 2 MiB into RAM and entered there, as U-Boot is
     Flat,
+}
+
+/// How virtio devices are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// On a PCI bus, with a message for each queue where the host can deliver it
+    #[default]
+    Pci,
+    /// Registers at fixed addresses and a wire each, at most eight
+    Mmio,
 }
 
 /// The interrupt controller that the guest gets.
@@ -149,6 +178,15 @@ pub enum ConfigError {
     /// Longer than Linux keeps.
     #[error("--cmdline: {0} bytes are more than the {CMDLINE_MAX} that a RISC-V Linux keeps")]
     CmdlineLength(usize),
+    /// A name that a disk cannot carry.
+    #[error("--disk id={0}: a name has 1 to 20 letters, digits, '-', '_' or '.'")]
+    DiskId(String),
+    /// Two disks of one name.
+    #[error("--disk id={0}: two disks have this name")]
+    DiskIdTwice(String),
+    /// What excludes each other.
+    #[error("--disk {0:?}: direct has no meaning with snapshot: leave one out")]
+    DiskDirectSnapshot(PathBuf),
     /// What no command line can hold.
     #[error("--cmdline: a NUL byte would end it")]
     CmdlineNul,
@@ -167,6 +205,7 @@ impl VmConfig {
         if self.cpus == 0 {
             return Err(ConfigError::NoCpus);
         }
+        disk::validate(&self.disk)?;
         if self.cmdline.contains('\0') {
             return Err(ConfigError::CmdlineNul);
         }

@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 
 use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
+use super::virtio::Backends;
 use crate::boot::files::BootFile;
 use crate::boot::kernel::Kernel;
 use crate::boot::placement::{Placement, fdt_room};
@@ -21,6 +22,7 @@ pub struct Machine {
     config: VmConfig,
     hypervisor: Arc<dyn Hypervisor>,
     files: BootFiles,
+    backends: Backends,
     ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
     /// Absent only while a reset makes it anew.
@@ -36,12 +38,14 @@ impl Machine {
         let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
         let plan = files.plan(config)?;
+        let backends = Backends::open(config)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
         let mut machine = Self {
             config: config.clone(),
             hypervisor,
             files,
+            backends,
             ram,
             console: Arc::new(Console::default()),
             hardware: None,
@@ -82,6 +86,7 @@ impl Machine {
         let kept = Kept {
             config: &self.config,
             files: &self.files,
+            backends: &self.backends,
             ram: &self.ram,
             console: &self.console,
         };

@@ -11,6 +11,7 @@ use super::builder::{BootFiles, LoadPlan};
 use super::harts;
 use super::irqchip;
 use super::layout::{self, RAM_BASE};
+use super::virtio::{self, Backends};
 use crate::boot::fdt::{self, RNG_SEED_SIZE};
 use crate::boot::isa::HartFacts;
 use crate::boot::placement::Placement;
@@ -30,6 +31,7 @@ use crate::vcpu::sbi::Sbi;
 pub(super) struct Kept<'a> {
     pub(super) config: &'a VmConfig,
     pub(super) files: &'a BootFiles,
+    pub(super) backends: &'a Backends,
     pub(super) ram: &'a Arc<GuestMemory>,
     pub(super) console: &'a Arc<Console>,
 }
@@ -50,6 +52,7 @@ impl Hardware {
         let Kept {
             config,
             files,
+            backends,
             ram,
             console,
         } = kept;
@@ -73,13 +76,15 @@ impl Hardware {
         if let Some(registers) = irqchip.mmio() {
             bus.insert(layout::PLIC, registers)?;
         }
+        let virtio = virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)?;
         files.load(ram, plan)?;
-        let devices: [&dyn Device; 4] = [
+        let mut devices: Vec<&dyn Device> = vec![
             irqchip.device(),
             uart.as_ref(),
             rtc.as_ref(),
             finisher.as_ref(),
         ];
+        devices.extend(virtio.iter().map(Arc::as_ref));
         let device_tree = build_tree(config, &facts, placement, &devices)?;
         load_tree(ram, placement, &device_tree)?;
         boot_hart(harts::first(&vcpus)?, placement)?;

@@ -1,7 +1,7 @@
 //! The guest-physical map: that of QEMU's `virt` machine, so that guests built for it run.
 //!
 //! ```text
-//! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio *
+//! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio, eight slots
 //! 0x0010_1000  goldfish RTC        0x2800_0000  IMSIC, one page a hart
 //! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM *
 //! 0x0d00_0000  APLIC               0x4000_0000  PCIe MMIO window *
@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
+use crate::virtio::mmio;
 
 /// How a guest ends the machine by a store.
 pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);
@@ -27,12 +28,18 @@ pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// IMSIC pages, for as many harts as QEMU's virt machine has room for.
 pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_SIZE);
+/// Slots of virtio-mmio devices, and their wired interrupts from [`VIRTIO_MMIO_IRQ`].
+pub const VIRTIO_MMIO: Range<u64> = range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
+/// How many there are.
+pub const VIRTIO_MMIO_SLOTS: u32 = 8;
 /// Guest RAM starts here.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
 /// Harts the map has room for.
 pub const MAX_HARTS: u32 = 512;
 
+/// The first virtio-mmio slot's wired interrupt; the others follow.
+pub const VIRTIO_MMIO_IRQ: u32 = 1;
 /// The UART's wired interrupt.
 pub const UART_IRQ: u32 = 10;
 /// The clock's wired interrupt.
@@ -50,6 +57,7 @@ pub fn owner(gpa: u64) -> Option<&'static str> {
         (RTC, "RTC"),
         (SIFIVE_TEST, "sifive_test"),
         (IMSIC, "IMSIC"),
+        (VIRTIO_MMIO, "virtio-mmio"),
     ];
     let owner = owners.into_iter().find(|(range, _)| range.contains(&gpa));
     owner.map(|(_, name)| name)
@@ -71,6 +79,7 @@ mod tests {
             PLIC,
             APLIC,
             UART,
+            VIRTIO_MMIO,
             IMSIC,
             RAM_BASE..u64::MAX,
         ];

@@ -15,6 +15,7 @@ pub mod layout;
 mod outcome;
 mod signals;
 pub mod stats;
+mod virtio;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};

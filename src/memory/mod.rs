@@ -1,5 +1,7 @@
 //! Guest RAM as the host sees it: one private mapping, populated on first touch.
 
+mod pieces;
+
 use std::io;
 use std::sync::Arc;
 
@@ -14,6 +16,7 @@ use vm_memory::{
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
+pub use pieces::{NotRam, Pieces};
 
 /// Guest RAM, as every part of rvmm names it.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -10,6 +10,12 @@ pub enum Kind {
     Vcpu,
     /// Moves bytes between the console and the host.
     Console,
+    /// Serves a disk's requests.
+    Disk,
+    /// Moves a network interface's packets.
+    Net,
+    /// Serves another virtio device.
+    Virtio,
     /// Waits for an alarm of the guest's clock.
     Rtc,
     /// Waits for the process's signals.
@@ -21,6 +27,9 @@ impl Kind {
         match self {
             Kind::Vcpu => "vcpu",
             Kind::Console => "console",
+            Kind::Disk => "disk",
+            Kind::Net => "net",
+            Kind::Virtio => "virtio",
             Kind::Rtc => "rtc",
             Kind::Signals => "signals",
         }

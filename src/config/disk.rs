@@ -1,0 +1,157 @@
+//! Disks.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::ConfigError;
+use super::keyvalue::{self, KeyValue};
+
+/// Bytes of a disk's name that its driver can read (VIRTIO_BLK_ID_BYTES).
+pub(super) const ID_MAX: usize = 20;
+
+/// A disk of the guest: a raw image, or a block device of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image, or the block device.
+    pub path: PathBuf,
+    /// The guest can only read it.
+    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    pub readonly: bool,
+    /// Its name, as the guest's /dev/disk/by-id shows it; at most 20 bytes. `disk0` and so on
+    /// without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Past the host's page cache (O_DIRECT).
+    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    pub direct: bool,
+    /// When a write is durable.
+    #[serde(default, skip_serializing_if = "Cache::is_default")]
+    pub cache: Cache,
+    /// Keep what the guest writes in a temporary file that ends with rvmm; the image is only read,
+    /// and many guests can share it.
+    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    pub snapshot: bool,
+}
+
+/// When what the guest wrote is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// When a flush after it has ended, as on a disk with a write cache.
+    #[default]
+    Writeback,
+    /// When the write itself has ended.
+    Writethrough,
+    /// Some time later: flushes do nothing. For what can be made again.
+    Unsafe,
+}
+
+impl Cache {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl KeyValue for DiskConfig {
+    const MAIN_KEY: Option<&'static str> = Some("path");
+    const SWITCHES: &'static [&'static str] = &["readonly", "direct", "snapshot"];
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyvalue::parse(text)
+    }
+}
+
+/// As the flag takes it.
+impl fmt::Display for DiskConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&keyvalue::print(self))
+    }
+}
+
+/// Checks what can be checked without a host.
+pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    let ids = || disks.iter().filter_map(|disk| disk.id.as_ref());
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    for id in ids() {
+        if !(1..=ID_MAX).contains(&id.len()) || !id.chars().all(is_plain) {
+            return Err(ConfigError::DiskId(id.clone()));
+        }
+        if ids().filter(|other| *other == id).count() > 1 {
+            return Err(ConfigError::DiskIdTwice(id.clone()));
+        }
+    }
+    match disks.iter().find(|disk| disk.direct && disk.snapshot) {
+        Some(disk) => Err(ConfigError::DiskDirectSnapshot(disk.path.clone())),
+        None => Ok(()),
+    }
+}
+
+fn is_off(switch: &bool) -> bool {
+    !switch
+}
+
+/// `on` and `off`, or true and false in JSON.
+pub(super) fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "write on or off")]
+    enum Switch {
+        Bool(bool),
+        Word(Word),
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Word {
+        On,
+        Off,
+    }
+    Ok(match Switch::deserialize(deserializer)? {
+        Switch::Bool(on) => on,
+        Switch::Word(word) => matches!(word, Word::On),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(text: &str) -> DiskConfig {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn flag_and_json_say_the_same() {
+        let all = disk("x.img,readonly,id=root,direct=on,cache=writethrough,snapshot=off");
+        assert!(all.readonly && all.direct && !all.snapshot);
+        assert_eq!(all.id.as_deref(), Some("root"));
+        assert_eq!(all.cache, Cache::Writethrough);
+        let json = serde_json::to_string(&all).unwrap();
+        assert_eq!(
+            json,
+            r#"{"path":"x.img","readonly":true,"id":"root","direct":true,"cache":"writethrough"}"#
+        );
+        assert_eq!(serde_json::from_str::<DiskConfig>(&json).unwrap(), all);
+        assert_eq!(disk(&all.to_string()), all);
+        assert_eq!(disk("path=a,snapshot=on"), disk("a,snapshot"));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        for (text, part) in [
+            ("a,readonly=maybe", "on or off"),
+            ("a,cache=none", "`writeback`"),
+            ("a,size=3", "`size`"),
+            ("a,b", "b=VALUE"),
+        ] {
+            let error = text.parse::<DiskConfig>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The machine's virtio devices: what they are made of, and how they are attached.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+
+use super::layout;
+use crate::bus::{Bus, Device};
+use crate::config::{Transport, VmConfig};
+use crate::hypervisor::Vm;
+use crate::irqchip::IrqChip;
+use crate::memory::GuestMemory;
+use crate::virtio::blk::Disk;
+use crate::virtio::blk::image::Image;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mmio::{self, MmioTransport};
+
+/// More queues than this do not make a disk faster.
+const DISK_QUEUES_MAX: u32 = 16;
+
+/// The host's side of the devices, which outlives a reset: files stay open and locked.
+pub(super) struct Backends {
+    disks: Vec<(String, Arc<Image>)>,
+}
+
+impl Backends {
+    /// Opens everything that `config` names.
+    ///
+    /// # Errors
+    /// One line that names the file.
+    pub(super) fn open(config: &VmConfig) -> Result<Self> {
+        let mut disks = Vec::new();
+        for (index, disk) in config.disk.iter().enumerate() {
+            let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+            disks.push((name, Arc::new(Image::open(disk)?)));
+        }
+        Ok(Self { disks })
+    }
+
+    /// The devices, as after power-on.
+    fn devices(&self, config: &VmConfig) -> Vec<Box<dyn VirtioDevice>> {
+        let queues = config.cpus.min(DISK_QUEUES_MAX);
+        let queues = u16::try_from(queues).unwrap_or(u16::MAX);
+        let disks = self.disks.iter();
+        let disks = disks.map(|(name, image)| Disk::new(name, Arc::clone(image), queues));
+        disks.map(|disk| Box::new(disk) as _).collect()
+    }
+}
+
+/// Puts the devices on `bus`, and gives back what the device tree tells of.
+///
+/// # Errors
+/// There are more than places, or the host refused something.
+pub(super) fn attach(
+    backends: &Backends,
+    config: &VmConfig,
+    vm: &Arc<dyn Vm>,
+    ram: &Arc<GuestMemory>,
+    irqchip: &IrqChip,
+    bus: &mut Bus,
+) -> Result<Vec<Arc<dyn Device>>> {
+    let devices = backends.devices(config);
+    match config.transport {
+        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
+        Transport::Pci => attach_mmio(devices, vm, ram, irqchip, bus), // TODO
+    }
+}
+
+fn attach_mmio(
+    devices: Vec<Box<dyn VirtioDevice>>,
+    vm: &Arc<dyn Vm>,
+    ram: &Arc<GuestMemory>,
+    irqchip: &IrqChip,
+    bus: &mut Bus,
+) -> Result<Vec<Arc<dyn Device>>> {
+    let (count, slots) = (devices.len(), layout::VIRTIO_MMIO_SLOTS);
+    if count > slots as usize {
+        bail!("{count} virtio devices: --transport mmio has room for {slots}, pci for 31");
+    }
+    let mut attached: Vec<Arc<dyn Device>> = Vec::new();
+    for (slot, device) in (0u32..).zip(devices) {
+        let base = layout::VIRTIO_MMIO.start + u64::from(slot) * mmio::SIZE;
+        let line = irqchip.line(layout::VIRTIO_MMIO_IRQ + slot);
+        let name = device.name().to_owned();
+        let transport = MmioTransport::new(device, ram, vm, base, line)
+            .with_context(|| format!("Failed to attach {name}"))?;
+        bus.insert(base..base + mmio::SIZE, Arc::clone(&transport) as _)?;
+        attached.push(transport);
+    }
+    Ok(attached)
+}

@@ -1,0 +1,268 @@
+//! Pieces of guest RAM that a request names, for the host's scatter and gather calls.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use super::GuestMemory;
+
+/// A guest-physical range that is not all RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotRam;
+
+/// Pieces of guest RAM in the order the guest gave them. They stay mapped as long as this lives.
+///
+/// The guest may write to them at any time: bytes that matter twice are copied first. Everything
+/// the host writes to them goes through here, the one place for tracking it.
+#[derive(Clone)]
+pub struct Pieces {
+    ram: Arc<GuestMemory>,
+    iovecs: Vec<libc::iovec>,
+    len: usize,
+}
+
+// SAFETY: the pointers are to guest RAM, which `ram` keeps mapped and which any thread may access.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// No piece yet, of this RAM.
+    pub fn of(ram: &Arc<GuestMemory>) -> Self {
+        Self {
+            ram: Arc::clone(ram),
+            iovecs: Vec::new(),
+            len: 0,
+        }
+    }
+
+    /// Adds `len` bytes at `gpa`.
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
+    pub fn push(&mut self, gpa: GuestAddress, len: usize) -> Result<(), NotRam> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (region, at) = self.ram.to_region_addr(gpa).ok_or(NotRam)?;
+        let slice = vm_memory::GuestMemoryRegion::get_slice(region, at, len);
+        let slice = slice.map_err(|_| NotRam)?;
+        self.len = self.len.checked_add(len).ok_or(NotRam)?;
+        self.iovecs.push(libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: len,
+        });
+        Ok(())
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// For calls that this type does not wrap. Valid as long as `self`.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs
+    }
+
+    /// Takes the first `count` bytes off, or all there are.
+    pub fn advance(&mut self, count: usize) {
+        let mut rest = count.min(self.len);
+        self.len -= rest;
+        let mut gone = 0;
+        for iovec in &mut self.iovecs {
+            if rest < iovec.iov_len {
+                iovec.iov_base = iovec.iov_base.wrapping_byte_add(rest);
+                iovec.iov_len -= rest;
+                break;
+            }
+            rest -= iovec.iov_len;
+            gone += 1;
+        }
+        self.iovecs.drain(..gone);
+    }
+
+    /// Cuts off what is behind the first `count` bytes, and returns it.
+    pub fn split_off(&mut self, count: usize) -> Pieces {
+        let mut rest = self.clone();
+        rest.advance(count);
+        let mut keep = count.min(self.len);
+        self.len = keep;
+        self.iovecs.retain_mut(|iovec| {
+            iovec.iov_len = iovec.iov_len.min(keep);
+            keep -= iovec.iov_len;
+            iovec.iov_len > 0
+        });
+        rest
+    }
+
+    /// Copies the first bytes out, as many as both have, and returns their number.
+    pub fn copy_to(&self, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        for iovec in &self.iovecs {
+            let count = iovec.iov_len.min(bytes.len() - done);
+            let to = &mut bytes[done..done + count];
+            // SAFETY: the piece is mapped RAM of `iov_len` bytes, and no reference to it exists:
+            // what the guest writes meanwhile can only change which bytes are copied.
+            unsafe { std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), to.as_mut_ptr(), count) };
+            done += count;
+        }
+        done
+    }
+
+    /// Copies `bytes` to the start, as many as there is room for, and returns their number.
+    pub fn copy_from(&self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        for iovec in &self.iovecs {
+            let count = iovec.iov_len.min(bytes.len() - done);
+            let from = &bytes[done..done + count];
+            // SAFETY: as in `copy_to`.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), iovec.iov_base.cast(), count) };
+            done += count;
+        }
+        done
+    }
+
+    /// `preadv`: bytes of the file at `offset` into the pieces, with flags RWF_*. May read fewer.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn read_at(&self, fd: BorrowedFd, offset: u64, flags: i32) -> io::Result<usize> {
+        let (offset, count) = (file_offset(offset)?, self.iovec_count());
+        // SAFETY: the pieces are mapped RAM that any bytes may be written to.
+        let done =
+            unsafe { libc::preadv2(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset, flags) };
+        transferred(done)
+    }
+
+    /// `pwritev`: the pieces' bytes to the file at `offset`. May write fewer.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_at(&self, fd: BorrowedFd, offset: u64, flags: i32) -> io::Result<usize> {
+        let (offset, count) = (file_offset(offset)?, self.iovec_count());
+        // SAFETY: the pieces are mapped RAM.
+        let done =
+            unsafe { libc::pwritev2(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset, flags) };
+        transferred(done)
+    }
+
+    /// `readv`, for what has no offset. May read fewer.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn read_from(&self, fd: BorrowedFd) -> io::Result<usize> {
+        // SAFETY: as in `read_at`.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), self.iovecs.as_ptr(), self.iovec_count()) };
+        transferred(done)
+    }
+
+    /// `writev`. May write fewer.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_to(&self, fd: BorrowedFd) -> io::Result<usize> {
+        // SAFETY: as in `write_at`.
+        let done =
+            unsafe { libc::writev(fd.as_raw_fd(), self.iovecs.as_ptr(), self.iovec_count()) };
+        transferred(done)
+    }
+
+    /// The host takes [`libc::UIO_MAXIOV`] pieces in one call; the rest is a short transfer.
+    fn iovec_count(&self) -> i32 {
+        let count = i32::try_from(self.iovecs.len()).unwrap_or(i32::MAX);
+        count.min(libc::UIO_MAXIOV)
+    }
+}
+
+fn file_offset(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn transferred(done: isize) -> io::Result<usize> {
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MemConfig;
+    use crate::memory;
+    use crate::util::ByteSize;
+    use std::os::fd::AsFd;
+
+    const BASE: u64 = 0x8000_0000;
+
+    fn ram() -> Arc<GuestMemory> {
+        memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1))).unwrap()
+    }
+
+    fn pieces(parts: &[(u64, usize)]) -> Pieces {
+        let mut pieces = Pieces::of(&ram());
+        for (gpa, len) in parts {
+            pieces.push(GuestAddress(*gpa), *len).unwrap();
+        }
+        pieces
+    }
+
+    #[test]
+    fn only_ram_is_a_piece() {
+        let mut pieces = pieces(&[]);
+        for (gpa, len) in [
+            (BASE - 1, 2),
+            (BASE + (1 << 20) - 1, 2),
+            (BASE, usize::MAX),
+            (u64::MAX, 1),
+            (0, 1),
+        ] {
+            assert_eq!(pieces.push(GuestAddress(gpa), len), Err(NotRam), "{gpa:#x}");
+        }
+        assert_eq!(pieces.push(GuestAddress(0), 0), Ok(()));
+        assert!(pieces.is_empty());
+    }
+
+    #[test]
+    fn bytes_keep_their_order() {
+        let mut all = pieces(&[(BASE + 100, 3), (BASE, 4), (BASE + 50, 5)]);
+        assert_eq!(all.copy_from(b"abcdefghijklmnop"), 12);
+        let tail = all.split_off(5);
+        assert_eq!((all.len(), tail.len()), (5, 7));
+        let text = |pieces: &Pieces| {
+            let mut bytes = vec![0; pieces.len()];
+            assert_eq!(pieces.copy_to(&mut bytes), pieces.len());
+            String::from_utf8(bytes).unwrap()
+        };
+        assert_eq!(
+            (text(&all), text(&tail)),
+            ("abcde".into(), "fghijkl".into())
+        );
+        all.advance(3);
+        assert_eq!(text(&all), "de");
+        all.advance(99);
+        assert!(all.is_empty() && all.iovecs().is_empty());
+    }
+
+    #[test]
+    fn files_are_read_and_written() {
+        let pieces = pieces(&[(BASE + 10, 2), (BASE, 2)]);
+        pieces.copy_from(b"wxyz");
+        let file = tempfile();
+        assert_eq!(pieces.write_at(file.as_fd(), 3, 0).unwrap(), 4);
+        pieces.copy_from(b"....");
+        assert_eq!(pieces.read_at(file.as_fd(), 4, 0).unwrap(), 3);
+        let mut bytes = [0; 4];
+        pieces.copy_to(&mut bytes);
+        assert_eq!(&bytes, b"xyz.");
+        assert!(pieces.read_at(file.as_fd(), u64::MAX, 0).is_err());
+    }
+
+    fn tempfile() -> rustix::fd::OwnedFd {
+        rustix::fs::memfd_create("pieces", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
+    }
+}

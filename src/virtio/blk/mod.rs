@@ -1,0 +1,195 @@
+//! A disk: virtio-blk (VIRTIO 1.2, section 5.2).
+//!
+//! `request` parses, `image` does; here the two meet, on a thread for each queue.
+
+pub mod image;
+mod overlay;
+mod request;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::*;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use self::image::Image;
+use self::request::{ID_BYTES, Operation, RANGES_MAX, Request, SECTOR, SECTOR_BYTES, Status};
+use super::device::{Activation, VirtioDevice, read_bytes};
+use super::queue::{Broken, Chain, Virtq};
+use super::worker::{Stop, Worker, wait};
+use crate::memory::Pieces;
+use crate::util::thread::Kind;
+use crate::util::{RateLimit, guest_warn};
+
+/// Entries of each queue: requests of three descriptors, or 256 with indirect ones.
+const QUEUE_SIZE: u16 = 256;
+/// Pieces of one request's data: header and status take two descriptors more.
+const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// Sectors of one discard or write-zeroes range: what a slow host zeroes in a moment.
+const ZEROES_MAX: u32 = 1 << 15;
+/// 2^3 sectors: what file systems write at once.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+
+/// A disk of the guest.
+pub struct Disk {
+    shared: Arc<Shared>,
+    queues: u16,
+    workers: Vec<Worker>,
+}
+
+/// What all queues' threads use.
+struct Shared {
+    name: String,
+    image: Arc<Image>,
+    failures: RateLimit,
+}
+
+impl Disk {
+    /// `image` as a disk of that name, with so many queues.
+    pub fn new(name: &str, image: Arc<Image>, queues: u16) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                name: name.to_owned(),
+                image,
+                failures: RateLimit::default(),
+            }),
+            queues: queues.max(1),
+            workers: Vec::new(),
+        }
+    }
+
+    /// struct virtio_blk_config, up to the write-zeroes fields.
+    fn config(&self) -> [u8; 60] {
+        let image = &self.shared.image;
+        let mut space = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &(image.len() / SECTOR).to_le_bytes());
+        put(12, &SEGMENTS.to_le_bytes());
+        put(20, &image.block_size().to_le_bytes());
+        put(24, &[PHYSICAL_BLOCK_EXP]);
+        put(34, &self.queues.to_le_bytes());
+        put(36, &ZEROES_MAX.to_le_bytes());
+        put(40, &RANGES_MAX.to_le_bytes());
+        put(44, &(image.block_size() / SECTOR_BYTES).to_le_bytes());
+        put(48, &ZEROES_MAX.to_le_bytes());
+        put(52, &RANGES_MAX.to_le_bytes());
+        put(56, &[1]);
+        space
+    }
+}
+
+impl VirtioDevice for Disk {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn features(&self) -> u64 {
+        let image = &self.shared.image;
+        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_MQ;
+        if image.is_read_only() {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        }
+        if image.has_write_cache() {
+            features |= 1 << VIRTIO_BLK_F_FLUSH;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&self.config(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        for queue in activation.queues {
+            let shared = Arc::clone(&self.shared);
+            let name = format!("{}.{}", self.shared.name, queue.index());
+            let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(queues, stop);
+            let worker = Worker::start(Kind::Disk, &name, vec![queue], serve)
+                .inspect_err(|_| drop(self.deactivate()))?;
+            self.workers.push(worker);
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        self.workers.drain(..).flat_map(Worker::stop).collect()
+    }
+}
+
+impl Shared {
+    fn serve(&self, queues: &mut [Virtq], stop: &Stop) -> Result<(), Broken> {
+        for queue in queues {
+            while !stop.is_asked() {
+                queue.drain(|chain| self.serve_chain(chain))?;
+                wait(queue.kick());
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_chain(&self, chain: Chain) -> Result<usize, Broken> {
+        let head = chain.head;
+        let mut request = Request::parse(chain).ok_or(Broken::NoRequest(head))?;
+        let status = self.execute(&mut request);
+        Ok(request.finish(status))
+    }
+
+    fn execute(&self, request: &mut Request) -> Status {
+        let image = &self.image;
+        let length = request.data.len();
+        let done = match &request.operation {
+            Operation::Read(offset) => image.read(&mut request.data, *offset),
+            Operation::Write(offset) => image.write(&mut request.data, *offset),
+            Operation::Flush => image.flush(),
+            Operation::Id => self.tell_id(&request.data),
+            Operation::Discard(ranges) => ranges.iter().try_for_each(|r| image.discard(*r)),
+            Operation::WriteZeroes(ranges) => {
+                ranges.iter().try_for_each(|r| image.write_zeroes(*r))
+            }
+            Operation::Unsupported => return Status::Unsupported,
+        };
+        match done {
+            Ok(()) => Status::Ok,
+            Err(error) => self.failed(&request.operation, length, &error),
+        }
+    }
+
+    fn failed(&self, operation: &Operation, length: usize, error: &io::Error) -> Status {
+        let act = match operation {
+            Operation::Read(offset) => format!("read {length} bytes at {offset:#x}"),
+            Operation::Write(offset) => format!("write {length} bytes at {offset:#x}"),
+            Operation::Flush => "flush".into(),
+            Operation::Discard(_) => "discard".into(),
+            Operation::WriteZeroes(_) => "write zeroes".into(),
+            Operation::Id | Operation::Unsupported => String::new(),
+        };
+        let (name, path) = (&self.name, self.image.path());
+        guest_warn!(
+            self.failures,
+            "{name} ({path:?}): Failed to {act}: {error}; the guest was told"
+        );
+        Status::IoError
+    }
+
+    fn tell_id(&self, room: &Pieces) -> io::Result<()> {
+        let mut id = [0; ID_BYTES];
+        let name = self.name.as_bytes();
+        let count = name.len().min(ID_BYTES);
+        id[..count].copy_from_slice(&name[..count]);
+        room.copy_from(&id);
+        Ok(())
+    }
+}

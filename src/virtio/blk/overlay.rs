@@ -1,0 +1,155 @@
+//! What a guest writes to a disk with `snapshot=on`: a temporary file without a name, over an image
+//! that is only read.
+
+use std::env;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use log::debug;
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, openat};
+
+use super::image::{read_all, read_up_to};
+use crate::memory::Pieces;
+use crate::util::sync::lock;
+
+/// Bytes that are taken from the image or from the overlay as one.
+const CLUSTER: u64 = CLUSTER_BYTES as u64;
+const CLUSTER_BYTES: usize = 4096;
+
+/// The clusters that were written.
+pub(super) struct Overlay {
+    file: File,
+    /// A bit for each cluster.
+    written: Vec<AtomicU64>,
+    /// Held while a cluster is written for the first time, so that two writes to it keep both.
+    first_writes: Mutex<()>,
+}
+
+impl Overlay {
+    /// Nothing written yet, for an image of `len` bytes.
+    ///
+    /// # Errors
+    /// The host has no place for it.
+    pub(super) fn new(len: u64) -> io::Result<Self> {
+        let clusters = len.div_ceil(CLUSTER);
+        let words = usize::try_from(clusters.div_ceil(64)).map_err(io::Error::other)?;
+        let file = temporary()?;
+        file.set_len(len)?;
+        Ok(Self {
+            file,
+            written: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            first_writes: Mutex::new(()),
+        })
+    }
+
+    /// Fills `pieces` with what is at `offset`, from `image` where nothing was written.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn read(
+        &self,
+        image: &File,
+        pieces: &mut Pieces,
+        mut offset: u64,
+    ) -> io::Result<()> {
+        while !pieces.is_empty() {
+            let (here, length) = self.run(offset, pieces.len() as u64);
+            let rest = pieces.split_off(usize::try_from(length).unwrap_or(usize::MAX));
+            let file = if here { &self.file } else { image };
+            read_all(file.as_fd(), pieces, offset)?;
+            *pieces = rest;
+            offset += length;
+        }
+        Ok(())
+    }
+
+    /// Lets `write` write all of the `length` bytes at `offset` to the overlay's file.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn write(
+        &self,
+        image: &File,
+        offset: u64,
+        length: u64,
+        write: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        if self.run(offset, length) == (true, length) {
+            return write(&self.file);
+        }
+        let _first = lock(&self.first_writes);
+        let (from, to) = (offset / CLUSTER, (offset + length).div_ceil(CLUSTER));
+        if offset % CLUSTER != 0 {
+            self.copy_up(image, from)?;
+        }
+        if (offset + length) % CLUSTER != 0 {
+            self.copy_up(image, to - 1)?;
+        }
+        write(&self.file)?;
+        (from..to).for_each(|cluster| self.mark(cluster));
+        Ok(())
+    }
+
+    /// Copies a cluster that was not written yet.
+    fn copy_up(&self, image: &File, cluster: u64) -> io::Result<()> {
+        if self.is_written(cluster) {
+            return Ok(());
+        }
+        let mut bytes = [0; CLUSTER_BYTES];
+        let count = read_up_to(image, cluster * CLUSTER, &mut bytes)?;
+        self.file.write_all_at(&bytes[..count], cluster * CLUSTER)?;
+        self.mark(cluster);
+        Ok(())
+    }
+
+    /// Whether `offset` was written, and for how many of the `length` bytes there that is the same.
+    fn run(&self, offset: u64, length: u64) -> (bool, u64) {
+        let first = offset / CLUSTER;
+        let here = self.is_written(first);
+        let mut next = first + 1;
+        while next * CLUSTER < offset + length && self.is_written(next) == here {
+            next += 1;
+        }
+        (here, length.min(next * CLUSTER - offset))
+    }
+
+    fn is_written(&self, cluster: u64) -> bool {
+        let (word, bit) = place(cluster);
+        let word = self.written.get(word);
+        word.is_some_and(|word| word.load(Ordering::Acquire) & bit != 0)
+    }
+
+    fn mark(&self, cluster: u64) {
+        let (word, bit) = place(cluster);
+        if let Some(word) = self.written.get(word) {
+            word.fetch_or(bit, Ordering::Release);
+        }
+    }
+}
+
+fn place(cluster: u64) -> (usize, u64) {
+    let word = usize::try_from(cluster / 64).unwrap_or(usize::MAX);
+    (word, 1 << (cluster % 64))
+}
+
+/// A file that goes with its last descriptor: in the directory for temporary files, or in memory.
+fn temporary() -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match openat(CWD, env::temp_dir(), flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        Err(errno) => {
+            debug!(
+                "a disk's overlay is in memory: {:?}: {errno}",
+                env::temp_dir()
+            );
+            Ok(memfd_create("rvmm-disk", MemfdFlags::CLOEXEC)?.into())
+        }
+    }
+}

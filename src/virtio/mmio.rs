@@ -1,0 +1,225 @@
+//! Virtio over MMIO, version 2 (VIRTIO 1.2, section 4.2): registers at a fixed address and one wire.
+
+use std::sync::{Arc, Mutex};
+
+use virtio_bindings::virtio_mmio::*;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::core::{Core, Half, Ring};
+use super::device::{Interrupt, VirtioDevice};
+use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
+use crate::hypervisor::{self, Doorbell, Vm};
+use crate::memory::GuestMemory;
+use crate::util::sync::lock;
+
+/// The range on the bus, as QEMU's virt machine has it.
+pub const SIZE: u64 = 0x1000;
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// rvmm has no number of its own: "rvmm" in ASCII, which drivers ignore.
+const VENDOR: u32 = 0x6d6d_7672;
+const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
+
+/// A device and its registers.
+pub struct MmioTransport {
+    core: Mutex<Core>,
+    interrupt: Arc<WiredInterrupt>,
+    base: u64,
+    _doorbells: Doorbells,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers at guest-physical address `base`, interrupting by `line`.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or KVM refused a doorbell.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        ram: &Arc<GuestMemory>,
+        vm: &Arc<dyn Vm>,
+        base: u64,
+        line: IrqLine,
+    ) -> hypervisor::Result<Arc<Self>> {
+        let interrupt = Arc::new(WiredInterrupt::new(line));
+        let name = device.name().to_owned();
+        let core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)
+            .map_err(|e| hypervisor::Error::refused(format!("make {name}"), e))?;
+        let doorbells = Doorbells::connect(vm, base, &core)?;
+        Ok(Arc::new(Self {
+            core: Mutex::new(core),
+            interrupt,
+            base,
+            _doorbells: doorbells,
+        }))
+    }
+
+    fn read_register(&self, register: u32) -> u32 {
+        let core = lock(&self.core);
+        match register {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => core.kind(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => core.device_features(),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => core.queue().map_or(0, |q| q.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => core.queue().is_some_and(|q| q.enabled).into(),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
+            VIRTIO_MMIO_STATUS => core.status().into(),
+            VIRTIO_MMIO_CONFIG_GENERATION => core.config_generation(),
+            // No shared memory: of any region the length reads so (section 4.2.2).
+            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
+            VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, register: u32, value: u32) {
+        let mut core = lock(&self.core);
+        // A queue's number has 16 bits; what is beyond selects none.
+        let number = u16::try_from(value).unwrap_or(u16::MAX);
+        match register {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.device_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.driver_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => core.set_driver_features(value),
+            VIRTIO_MMIO_QUEUE_SEL => core.queue_select = number,
+            VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(number),
+            VIRTIO_MMIO_QUEUE_READY if value == 1 => core.enable_queue(),
+            VIRTIO_MMIO_QUEUE_NOTIFY => core.kick(number),
+            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            VIRTIO_MMIO_STATUS => {
+                let [status, ..] = value.to_le_bytes();
+                core.set_status(status);
+                if status == 0 {
+                    self.interrupt.acknowledge(u32::MAX);
+                }
+            }
+            VIRTIO_MMIO_QUEUE_DESC_LOW => core.set_ring(Ring::Descriptors, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => core.set_ring(Ring::Descriptors, Half::High, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => core.set_ring(Ring::Driver, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => core.set_ring(Ring::Driver, Half::High, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => core.set_ring(Ring::Device, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => core.set_ring(Ring::Device, Half::High, value),
+            _ => {}
+        }
+    }
+}
+
+/// Registers are read and written whole, 32 bits; the configuration space in any width.
+impl MmioDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            lock(&self.core).read_config(offset, data);
+        } else if let (Ok(register), Ok(data)) =
+            (u32::try_from(offset), <&mut [u8; 4]>::try_from(data))
+        {
+            *data = self.read_register(register).to_le_bytes();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            lock(&self.core).write_config(offset, data);
+        } else if let (Ok(register), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data))
+        {
+            self.write_register(register, u32::from_le_bytes(data));
+        }
+    }
+}
+
+impl Device for MmioTransport {
+    fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+        let node = fdt.begin_node(&format!("virtio_mmio@{:x}", self.base))?;
+        fdt.property_string("compatible", "virtio,mmio")?;
+        fdt.property_array_u64("reg", &[self.base, SIZE])?;
+        fdt.property_null("dma-coherent")?;
+        let line = &self.interrupt.line;
+        fdt.property_array_u32("interrupts-extended", &line.fdt_interrupt())?;
+        fdt.end_node(node)
+    }
+}
+
+/// QueueNotify, told apart by the queue's number, which is the value stored.
+struct Doorbells {
+    vm: Arc<dyn Vm>,
+    connected: Vec<(Doorbell, Arc<EventFd>)>,
+}
+
+impl Doorbells {
+    fn connect(vm: &Arc<dyn Vm>, base: u64, core: &Core) -> hypervisor::Result<Self> {
+        let mut doorbells = Self {
+            vm: Arc::clone(vm),
+            connected: Vec::new(),
+        };
+        for (index, queue) in (0u32..).zip(core.queues()) {
+            let doorbell = Doorbell {
+                gpa: base + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY),
+                value: Some(index),
+            };
+            vm.connect_doorbell(doorbell, &queue.kick)?;
+            doorbells
+                .connected
+                .push((doorbell, Arc::clone(&queue.kick)));
+        }
+        Ok(doorbells)
+    }
+}
+
+impl Drop for Doorbells {
+    fn drop(&mut self) {
+        for (doorbell, kick) in &self.connected {
+            // The VM itself goes next: nothing is lost when KVM refuses.
+            let _ = self.vm.disconnect_doorbell(*doorbell, kick);
+        }
+    }
+}
+
+/// InterruptStatus and the wire, which is high while a bit of it is set.
+struct WiredInterrupt {
+    status: Mutex<u32>,
+    line: IrqLine,
+}
+
+impl WiredInterrupt {
+    fn new(line: IrqLine) -> Self {
+        Self {
+            status: Mutex::new(0),
+            line,
+        }
+    }
+
+    fn status(&self) -> u32 {
+        *lock(&self.status)
+    }
+
+    fn raise(&self, bit: u32) {
+        let mut status = lock(&self.status);
+        if *status == 0 {
+            self.line.set_level(true);
+        }
+        *status |= bit;
+    }
+
+    fn acknowledge(&self, bits: u32) {
+        let mut status = lock(&self.status);
+        let left = *status & !bits;
+        if std::mem::replace(&mut *status, left) != 0 && left == 0 {
+            self.line.set_level(false);
+        }
+    }
+}
+
+impl Interrupt for WiredInterrupt {
+    fn queue(&self, _: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn config(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn queue_fd(&self, _: u16) -> Option<EventFd> {
+        None
+    }
+}

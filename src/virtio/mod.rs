@@ -1,0 +1,12 @@
+//! Virtio devices: one state machine, two transports, a folder for each kind of device.
+//!
+//! Virtual I/O Device (VIRTIO) Version 1.2. A device implements [`device::VirtioDevice`]; its
+//! registers are [`core::Core`], which `mmio` and `pci` only decode; its queues are
+//! [`queue::Virtq`]s that a [`worker::Worker`] serves.
+
+pub mod blk;
+pub mod core;
+pub mod device;
+pub mod mmio;
+pub mod queue;
+pub mod worker;

@@ -1,0 +1,229 @@
+//! A live virtqueue, as a device sees it: chains out, used buffers in, one interrupt for a batch.
+//!
+//! Split virtqueues of Virtual I/O Device (VIRTIO) 1.2, section 2.7; the ring itself is the crate
+//! virtio-queue's.
+
+use std::fmt;
+use std::sync::Arc;
+
+use log::debug;
+use thiserror::Error;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Fault, Interrupt};
+use crate::memory::{GuestMemory, Pieces};
+
+/// What a driver did that leaves no way to go on with a queue: the device needs a reset.
+#[derive(Debug, Error)]
+pub enum Broken {
+    /// The rings themselves.
+    #[error("{0}")]
+    Ring(virtio_queue::Error),
+    /// A chain that loops, leaves its table, nests indirect tables, or is longer than 4 GiB.
+    #[error("descriptor chain {0} has no end")]
+    Chain(u16),
+    /// A buffer, wholly or in part.
+    #[error("descriptor chain {0} names what is not RAM")]
+    NotRam(u16),
+    /// No request of the device's.
+    #[error("descriptor chain {0} is no request")]
+    NoRequest(u16),
+    /// A device-readable buffer behind a device-writable one.
+    #[error("descriptor chain {0} is out of order")]
+    Order(u16),
+}
+
+/// A request: what the device may read, then what it may write. Give it back with [`Virtq::push`].
+#[derive(Debug)]
+pub struct Chain {
+    /// Its number in the descriptor table.
+    pub head: u16,
+    /// The driver's bytes.
+    pub readable: Pieces,
+    /// Room for the device's.
+    pub writable: Pieces,
+}
+
+impl fmt::Debug for Pieces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.len())
+    }
+}
+
+/// One virtqueue of a running device. It belongs to the thread that serves it.
+pub struct Virtq {
+    index: u16,
+    queue: Queue,
+    ram: Arc<GuestMemory>,
+    kick: Arc<EventFd>,
+    interrupt: Arc<dyn Interrupt>,
+    fault: Fault,
+    /// Used buffers that the driver was not told of.
+    untold: bool,
+}
+
+impl Virtq {
+    pub(super) fn new(
+        index: u16,
+        queue: Queue,
+        ram: &Arc<GuestMemory>,
+        kick: &Arc<EventFd>,
+        fault: &Fault,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            ram: Arc::clone(ram),
+            kick: Arc::clone(kick),
+            interrupt: Arc::clone(fault.interrupt()),
+            fault: fault.clone(),
+            untold: false,
+        }
+    }
+
+    /// Its number among the device's queues.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Signalled by the driver's notifications, and to stop whoever waits for them.
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// The ring, for what serves it in the kernel.
+    pub fn ring(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The interrupt of this queue, for what serves it in the kernel: none where only userspace can
+    /// make it.
+    pub fn interrupt_fd(&self) -> Option<EventFd> {
+        self.interrupt.queue_fd(self.index)
+    }
+
+    /// Interrupts the driver whether it asked for it or not.
+    pub fn interrupt(&self) {
+        self.interrupt.queue(self.index);
+    }
+
+    /// The next request.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Broken> {
+        let mut chains = self.queue.iter(self.ram.as_ref()).map_err(Broken::Ring)?;
+        let Some(chain) = chains.next() else {
+            return Ok(None);
+        };
+        let head = chain.head_index();
+        let mut request = Chain {
+            head,
+            readable: Pieces::of(&self.ram),
+            writable: Pieces::of(&self.ram),
+        };
+        // The iterator just ends where a chain goes wrong: only a chain whose last descriptor says
+        // so is whole.
+        let mut whole = false;
+        for descriptor in chain {
+            whole = !descriptor.has_next();
+            let pieces = if descriptor.is_write_only() {
+                &mut request.writable
+            } else if request.writable.is_empty() {
+                &mut request.readable
+            } else {
+                return Err(Broken::Order(head));
+            };
+            pieces
+                .push(descriptor.addr(), descriptor.len() as usize)
+                .map_err(|_| Broken::NotRam(head))?;
+        }
+        if whole {
+            Ok(Some(request))
+        } else {
+            Err(Broken::Chain(head))
+        }
+    }
+
+    /// Puts back the request that [`Virtq::pop`] gave last, to be given again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns a request, with the number of bytes that were written from the start of its writable
+    /// part. [`Virtq::tell`] lets the driver know.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn push(&mut self, head: u16, written: usize) -> Result<(), Broken> {
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        let pushed = self.queue.add_used(self.ram.as_ref(), head, written);
+        self.untold = true;
+        pushed.map_err(Broken::Ring)
+    }
+
+    /// Interrupts the driver for all that was pushed since the last time, if it wants that.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn tell(&mut self) -> Result<(), Broken> {
+        if !std::mem::take(&mut self.untold) {
+            return Ok(());
+        }
+        let wanted = self.queue.needs_notification(self.ram.as_ref());
+        if wanted.map_err(Broken::Ring)? {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for a notification of its next request. True when one came already, and
+    /// perhaps without a notification.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn ask_for_kick(&mut self) -> Result<bool, Broken> {
+        let more = self.queue.enable_notification(self.ram.as_ref());
+        more.map_err(Broken::Ring)
+    }
+
+    /// Tells the driver that nobody needs notifications now; it may still send them.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn mute_kicks(&mut self) -> Result<(), Broken> {
+        let muted = self.queue.disable_notification(self.ram.as_ref());
+        muted.map_err(Broken::Ring)
+    }
+
+    /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
+    /// driver once.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn drain(
+        &mut self,
+        mut serve: impl FnMut(Chain) -> Result<usize, Broken>,
+    ) -> Result<(), Broken> {
+        loop {
+            self.mute_kicks()?;
+            while let Some(chain) = self.pop()? {
+                let head = chain.head;
+                let written = serve(chain)?;
+                self.push(head, written)?;
+            }
+            self.tell()?;
+            if !self.ask_for_kick()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Gives up the queue: the driver finds DEVICE_NEEDS_RESET.
+    pub fn give_up(&self, why: &Broken) {
+        debug!("queue {}: {why}", self.index);
+        self.fault
+            .needs_reset(format_args!("queue {}: {why}", self.index));
+    }
+}
