@@ -379,3 +379,6 @@ impl QueueSetup {
         Ok(queue)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,4 +9,6 @@ pub mod core;
 pub mod device;
 pub mod mmio;
 pub mod queue;
+#[cfg(test)]
+mod testing;
 pub mod worker;

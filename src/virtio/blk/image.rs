@@ -196,7 +196,7 @@ impl Image {
     ///
     /// # Errors
     /// Out of range, read-only, or the host's.
-    pub fn discard(&self, range: Range) -> io::Result<()> {
+    pub(super) fn discard(&self, range: Range) -> io::Result<()> {
         self.check_write(range.offset, range.length)?;
         if self.overlay.is_some() || range.length == 0 {
             return Ok(());
@@ -213,7 +213,7 @@ impl Image {
     ///
     /// # Errors
     /// Out of range, read-only, or the host's.
-    pub fn write_zeroes(&self, range: Range) -> io::Result<()> {
+    pub(super) fn write_zeroes(&self, range: Range) -> io::Result<()> {
         let Range { offset, length, .. } = range;
         self.check_write(offset, length)?;
         if length == 0 {

@@ -1,0 +1,386 @@
+//! Disks, driven through their queues.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::image::OpenError;
+use super::*;
+use crate::config::DiskConfig;
+use crate::virtio::testing::*;
+
+const MIB: u64 = 1 << 20;
+const HEADER: u64 = BUFFERS;
+const DATA: u64 = BUFFERS + 0x1000;
+const STATUS: u64 = BUFFERS + 0x800;
+/// What no status is.
+const NO_STATUS: u8 = 0x55;
+
+/// An image of its own for each test.
+struct TempImage(PathBuf);
+
+impl TempImage {
+    fn new(len: u64) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rvmm-disk-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let file = File::create(&path).unwrap();
+        file.set_len(len).unwrap();
+        Self(path)
+    }
+
+    fn open(&self, flags: &str) -> Result<Arc<Image>, OpenError> {
+        let config: DiskConfig = format!("{}{flags}", self.0.display()).parse().unwrap();
+        Image::open(&config).map(Arc::new)
+    }
+
+    fn driver(&self, flags: &str) -> Driver {
+        Driver::ready(Box::new(Disk::new("disk0", self.open(flags).unwrap(), 1)))
+    }
+
+    fn file(&self) -> File {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(&self.0)
+            .unwrap()
+    }
+
+    fn bytes(&self, offset: u64, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.file().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+}
+
+impl Drop for TempImage {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// One request: its status, and the bytes written.
+fn ask(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (u8, u32) {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    driver
+        .ram
+        .write_slice(&header, GuestAddress(HEADER))
+        .unwrap();
+    driver
+        .ram
+        .write_obj(NO_STATUS, GuestAddress(STATUS))
+        .unwrap();
+    let mut buffers = vec![(HEADER, 16, 0)];
+    buffers.extend_from_slice(data);
+    buffers.push((STATUS, 1, WRITE));
+    let written = driver.request(0, &buffers);
+    (driver.ram.read_obj(GuestAddress(STATUS)).unwrap(), written)
+}
+
+fn write(driver: &mut Driver, sector: u64, bytes: &[u8]) -> u8 {
+    driver.ram.write_slice(bytes, GuestAddress(DATA)).unwrap();
+    let len = u32::try_from(bytes.len()).unwrap();
+    let (status, written) = ask(driver, VIRTIO_BLK_T_OUT, sector, &[(DATA, len, 0)]);
+    assert_eq!(written, 1, "the status alone");
+    status
+}
+
+fn read(driver: &mut Driver, sector: u64, count: u32) -> Result<Vec<u8>, u8> {
+    let buffer = [(DATA, count, WRITE)];
+    match ask(driver, VIRTIO_BLK_T_IN, sector, &buffer) {
+        (0, written) => {
+            assert_eq!(written, count + 1);
+            let mut bytes = vec![0; count as usize];
+            driver
+                .ram
+                .read_slice(&mut bytes, GuestAddress(DATA))
+                .unwrap();
+            Ok(bytes)
+        }
+        (status, written) => {
+            assert_eq!(written, 1);
+            Err(status)
+        }
+    }
+}
+
+/// A list of ranges, for discard and write-zeroes.
+fn ranges(driver: &mut Driver, kind: u32, list: &[(u64, u32, u32)]) -> u8 {
+    let mut bytes = Vec::new();
+    for (sector, count, flags) in list {
+        bytes.extend_from_slice(&sector.to_le_bytes());
+        bytes.extend_from_slice(&count.to_le_bytes());
+        bytes.extend_from_slice(&flags.to_le_bytes());
+    }
+    driver.ram.write_slice(&bytes, GuestAddress(DATA)).unwrap();
+    let len = u32::try_from(bytes.len()).unwrap();
+    ask(driver, kind, 0, &[(DATA, len, 0)]).0
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    let data: Vec<u8> = (0..8192u32).map(|n| n.to_le_bytes()[0] ^ 0x5a).collect();
+    assert_eq!(write(&mut driver, 3, &data), 0);
+    assert_eq!(ask(&mut driver, VIRTIO_BLK_T_FLUSH, 0, &[]), (0, 1));
+    assert_eq!(image.bytes(3 * 512, 8192), data);
+    assert_eq!(read(&mut driver, 3, 8192), Ok(data));
+    assert_eq!(read(&mut driver, 0, 512), Ok(vec![0; 512]));
+    // The last sector, in two pieces of odd sizes.
+    let last = [(DATA, 100, WRITE), (DATA + 200, 412, WRITE)];
+    assert_eq!(ask(&mut driver, VIRTIO_BLK_T_IN, 2047, &last), (0, 513));
+}
+
+#[test]
+fn hostile_ranges_are_errors() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    for (sector, count) in [
+        (2048, 512),
+        (2047, 1024),
+        (u64::MAX, 512),
+        (1 << 55, 512),
+        (u64::MAX / 512, 512),
+        (0, 511),
+        (0, 513),
+    ] {
+        assert_eq!(read(&mut driver, sector, count), Err(1), "{sector} {count}");
+        let bytes = vec![7; count as usize];
+        assert_eq!(write(&mut driver, sector, &bytes), 1, "{sector} {count}");
+    }
+    assert_eq!(fs::metadata(&image.0).unwrap().len(), MIB, "nothing grew");
+    assert_eq!(read(&mut driver, 0, 0), Ok(vec![]), "no data is no error");
+}
+
+#[test]
+fn hostile_requests_that_are_none() {
+    let image = TempImage::new(MIB);
+    for buffers in [
+        // No status; a header that is too short, or the device's to write.
+        vec![(HEADER, 16, 0)],
+        vec![(HEADER, 15, 0), (STATUS, 1, WRITE)],
+        vec![(HEADER, 16, WRITE), (STATUS, 1, WRITE)],
+        vec![(STATUS, 1, WRITE)],
+        vec![(HEADER, 0, 0), (STATUS, 0, WRITE)],
+    ] {
+        let mut driver = image.driver("");
+        let last = buffers.len() - 1;
+        for (index, (addr, len, flags)) in buffers.into_iter().enumerate() {
+            let next = u16::try_from(index + 1).unwrap();
+            let flags = flags | if index == last { 0 } else { NEXT };
+            driver.describe(
+                0,
+                next - 1,
+                Desc {
+                    addr,
+                    len,
+                    flags,
+                    next,
+                },
+            );
+        }
+        driver.offer(0, 0);
+        driver.breaks_and_recovers(|d| assert_eq!(write(d, 0, &[1; 512]), 0));
+    }
+}
+
+#[test]
+fn hostile_types_are_unsupported() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    for kind in [2, 3, 5, 14, 15, 0x8000_0000, u32::MAX] {
+        assert_eq!(ask(&mut driver, kind, 0, &[]), (2, 1), "{kind}");
+    }
+    for list in [
+        vec![],
+        vec![(0, 8, 2)],
+        vec![(0, 8, u32::MAX)],
+        vec![(0, 8, 0); 17],
+    ] {
+        let status = ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &list);
+        assert_eq!(status, 2, "{list:?}");
+    }
+    // A discard knows no flag.
+    assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_DISCARD, &[(0, 8, 1)]), 2);
+}
+
+#[test]
+fn a_header_in_pieces_is_a_header() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    driver
+        .ram
+        .write_slice(&[0; 16], GuestAddress(HEADER))
+        .unwrap();
+    let buffers = [
+        (HEADER, 1, 0),
+        (HEADER + 1, 7, 0),
+        (HEADER + 8, 8, 0),
+        (DATA, 512, WRITE),
+        (STATUS, 1, WRITE),
+    ];
+    assert_eq!(driver.request(0, &buffers), 513);
+}
+
+#[test]
+fn ranges_become_zeros() {
+    let image = TempImage::new(MIB);
+    for flags in ["", ",snapshot=on", ",cache=writethrough"] {
+        let mut driver = image.driver(flags);
+        for (kind, unmap) in [
+            (VIRTIO_BLK_T_WRITE_ZEROES, 0),
+            (VIRTIO_BLK_T_WRITE_ZEROES, 1),
+        ] {
+            assert_eq!(write(&mut driver, 0, &[9; 16384]), 0);
+            let list = [(1, 2, unmap), (9, 17, unmap)];
+            assert_eq!(ranges(&mut driver, kind, &list), 0, "{flags} {unmap}");
+            let bytes = read(&mut driver, 0, 16384).unwrap();
+            for (sector, bytes) in bytes.chunks(512).enumerate() {
+                let zero = (1..3).contains(&sector) || (9..26).contains(&sector);
+                let want = if zero { 0 } else { 9 };
+                assert!(bytes.iter().all(|byte| *byte == want), "{flags} {sector}");
+            }
+        }
+        assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_DISCARD, &[(0, 64, 0)]), 0);
+        for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+            assert_eq!(ranges(&mut driver, kind, &[(2048, 1, 0)]), 1);
+            assert_eq!(ranges(&mut driver, kind, &[(0, 8, 0), (u64::MAX, 1, 0)]), 1);
+            assert_eq!(ranges(&mut driver, kind, &[(0, u32::MAX, 0)]), 1);
+        }
+    }
+}
+
+#[test]
+fn the_name_is_told() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    assert_eq!(
+        ask(&mut driver, VIRTIO_BLK_T_GET_ID, 0, &[(DATA, 20, WRITE)]),
+        (0, 21)
+    );
+    let mut id = [0; 20];
+    driver.ram.read_slice(&mut id, GuestAddress(DATA)).unwrap();
+    assert_eq!(&id, b"disk0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(
+        ask(&mut driver, VIRTIO_BLK_T_GET_ID, 0, &[(DATA, 3, WRITE)]),
+        (0, 4)
+    );
+}
+
+#[test]
+fn a_readonly_disk_is_not_written() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver(",readonly");
+    driver.core.device_select = 0;
+    assert_ne!(driver.core.device_features() & (1 << VIRTIO_BLK_F_RO), 0);
+    assert_eq!(write(&mut driver, 0, &[1; 512]), 1);
+    assert_eq!(
+        ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 1)]),
+        1
+    );
+    assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_DISCARD, &[(0, 8, 0)]), 1);
+    assert_eq!(read(&mut driver, 0, 512), Ok(vec![0; 512]));
+}
+
+#[test]
+fn a_snapshot_leaves_the_image_alone() {
+    let image = TempImage::new(MIB + 512);
+    image.file().write_all_at(&[3; 20_000], 0).unwrap();
+    let (mut one, mut other) = (image.driver(",snapshot=on"), image.driver(",snapshot=on"));
+    // Parts of clusters, whole ones, and the end, which is no whole one.
+    assert_eq!(write(&mut one, 9, &[5; 512]), 0);
+    assert_eq!(write(&mut one, 16, &[6; 8192]), 0);
+    assert_eq!(write(&mut one, 2048, &[7; 512]), 0);
+    let bytes = read(&mut one, 0, 20_480).unwrap();
+    for (sector, bytes) in bytes.chunks(512).enumerate().take(39) {
+        let want = match sector {
+            9 => 5,
+            16..32 => 6,
+            _ => 3,
+        };
+        assert!(bytes.iter().all(|byte| *byte == want), "sector {sector}");
+    }
+    assert_eq!(read(&mut one, 2048, 512), Ok(vec![7; 512]));
+    assert_eq!(read(&mut other, 9, 512), Ok(vec![3; 512]));
+    assert_eq!(ask(&mut one, VIRTIO_BLK_T_FLUSH, 0, &[]), (0, 1));
+    assert_eq!(image.bytes(0, 20_000), vec![3; 20_000]);
+}
+
+#[test]
+fn a_truncated_image_is_an_error_and_does_not_grow() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    image.file().set_len(4096).unwrap();
+    assert_eq!(read(&mut driver, 1024, 512), Err(1));
+    assert_eq!(read(&mut driver, 7, 1024), Err(1));
+    assert_eq!(write(&mut driver, 1024, &[1; 512]), 1);
+    assert_eq!(write(&mut driver, 0, &[1; 512]), 1);
+    assert_eq!(fs::metadata(&image.0).unwrap().len(), 4096);
+    assert_eq!(read(&mut driver, 7, 512), Ok(vec![0; 512]));
+    // Whole again, well again.
+    image.file().set_len(MIB).unwrap();
+    assert_eq!(write(&mut driver, 1024, &[1; 512]), 0);
+}
+
+#[test]
+fn one_writer_or_many_readers() {
+    let image = TempImage::new(MIB);
+    {
+        let _writer = image.open("").unwrap();
+        for flags in ["", ",readonly", ",snapshot=on"] {
+            let line = image.open(flags).err().unwrap().to_string();
+            assert!(line.contains("another process"), "{line}");
+        }
+    }
+    let _readers = [
+        image.open(",readonly").unwrap(),
+        image.open(",snapshot=on").unwrap(),
+    ];
+    assert!(image.open("").is_err());
+}
+
+#[test]
+fn what_cannot_be_a_disk_is_told() {
+    let line = |path: &str| {
+        let config: DiskConfig = path.parse().unwrap();
+        Image::open(&config).err().unwrap().to_string()
+    };
+    let missing = line("/nope/x.img");
+    assert!(missing.starts_with("Failed to open disk \"/nope/x.img\": No such file"));
+    assert!(line("/").contains("neither a file nor a block device"));
+    assert!(line("/dev/null").contains("neither a file nor a block device"));
+    let small = TempImage::new(511);
+    assert!(line(small.0.to_str().unwrap()).contains("truncate -s"));
+}
+
+#[test]
+fn sectors_behind_the_last_whole_one_are_not_the_guests() {
+    let image = TempImage::new(MIB + 100);
+    let mut driver = image.driver("");
+    let mut capacity = [0; 8];
+    driver.core.read_config(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 2048);
+    assert_eq!(read(&mut driver, 2048, 512), Err(1));
+}
+
+#[test]
+fn the_configuration_space_ends() {
+    let image = TempImage::new(MIB);
+    let driver = image.driver("");
+    for offset in [0, 1, 35, 57, 59, 60, 1000, u64::MAX] {
+        for count in [1, 2, 4, 8] {
+            let mut data = [0; 8];
+            driver.core.read_config(offset, &mut data[..count]);
+            if offset >= 60 {
+                assert_eq!(data, [0; 8], "{offset}");
+            }
+        }
+    }
+}
