@@ -1,6 +1,7 @@
 //! Guest RAM as the host sees it: one private mapping, populated on first touch.
 
 mod pieces;
+mod ring;
 
 use std::io;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use vm_memory::{
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
 pub use pieces::{NotRam, Pieces};
+pub use ring::{Op, Ring};
 
 /// Guest RAM, as every part of rvmm names it.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -9,6 +9,9 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemory;
 
+/// The most pieces that one call of the host's takes.
+pub(super) const PIECES_MAX: u32 = libc::UIO_MAXIOV.unsigned_abs();
+
 /// A guest-physical range that is not all RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotRam;
@@ -66,8 +69,7 @@ impl Pieces {
         self.len == 0
     }
 
-    /// For calls that this type does not wrap. Valid as long as `self`.
-    pub fn iovecs(&self) -> &[libc::iovec] {
+    pub(super) fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
     }
 
@@ -174,7 +176,7 @@ impl Pieces {
         transferred(done)
     }
 
-    /// The host takes [`libc::UIO_MAXIOV`] pieces in one call; the rest is a short transfer.
+    /// For one call; the rest is a short transfer.
     fn iovec_count(&self) -> i32 {
         let count = i32::try_from(self.iovecs.len()).unwrap_or(i32::MAX);
         count.min(libc::UIO_MAXIOV)

@@ -87,6 +87,11 @@ impl Virtq {
         self.index
     }
 
+    /// Its entries: no more requests can be on their way.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Signalled by the driver's notifications, and to stop whoever waits for them.
     pub fn kick(&self) -> &Arc<EventFd> {
         &self.kick

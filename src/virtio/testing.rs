@@ -19,12 +19,18 @@ use crate::util::ByteSize;
 pub(crate) const RAM: u64 = 0x8000_0000;
 /// Entries of every test queue.
 pub(crate) const SIZE: u16 = 16;
+/// A descriptor's flags are 16 bits.
+const fn flag(bit: u32) -> u16 {
+    let [low, high, ..] = bit.to_le_bytes();
+    u16::from_le_bytes([low, high])
+}
+
 /// Device-writable.
-pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub(crate) const WRITE: u16 = flag(VRING_DESC_F_WRITE);
 /// Another descriptor follows.
-pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub(crate) const NEXT: u16 = flag(VRING_DESC_F_NEXT);
 /// A table of descriptors.
-pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+pub(crate) const INDIRECT: u16 = flag(VRING_DESC_F_INDIRECT);
 /// ACKNOWLEDGE, DRIVER, FEATURES_OK.
 pub(crate) const NEGOTIATED: u8 = 1 | 2 | 8;
 /// The same, and DRIVER_OK.

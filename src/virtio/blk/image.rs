@@ -141,9 +141,13 @@ impl Image {
         self.cache != Cache::Writethrough
     }
 
-    /// Whether requests may go to the file itself, past this type: no overlay.
-    pub fn plain_file(&self) -> Option<BorrowedFd<'_>> {
-        self.overlay.is_none().then(|| self.file.as_fd())
+    /// The file, for requests that need not wait for each other: none where there is an overlay, or
+    /// where the host would hand each of them to another thread.
+    pub fn unwaiting(&self) -> Option<File> {
+        if self.overlay.is_some() || !can_fail_to_wait(&self.file) {
+            return None;
+        }
+        self.file.try_clone().ok()
     }
 
     /// Fills `pieces` with what is at `offset`.
@@ -319,6 +323,13 @@ fn block_size(file: &File, is_regular: bool, direct: bool) -> u32 {
     } else {
         ioctl_blksszget(file).unwrap_or(PAGE)
     }
+}
+
+/// Whether the file system can say that a request would wait (RWF_NOWAIT); io_uring then starts it at
+/// once.
+fn can_fail_to_wait(file: &File) -> bool {
+    let nothing = rustix::io::preadv2(file, &mut [], 0, rustix::io::ReadWriteFlags::NOWAIT);
+    nothing != Err(rustix::io::Errno::OPNOTSUPP)
 }
 
 /// Fills `pieces` from `fd`; a file that ends before is an error.

@@ -1,10 +1,12 @@
 //! A disk: virtio-blk (VIRTIO 1.2, section 5.2).
 //!
-//! `request` parses, `image` does; here the two meet, on a thread for each queue.
+//! `request` parses, `image` does, `serve` is the thread of each queue where the two meet; here is what
+//! the driver's registers tell.
 
 pub mod image;
 mod overlay;
 mod request;
+mod serve;
 
 use std::io;
 use std::sync::Arc;
@@ -13,13 +15,12 @@ use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::image::Image;
-use self::request::{ID_BYTES, Operation, RANGES_MAX, Request, SECTOR, SECTOR_BYTES, Status};
+use self::request::{RANGES_MAX, SECTOR, SECTOR_BYTES};
 use super::device::{Activation, VirtioDevice, read_bytes};
-use super::queue::{Broken, Chain, Virtq};
-use super::worker::{Stop, Worker, wait};
-use crate::memory::Pieces;
+use super::queue::Virtq;
+use super::worker::{Stop, Worker};
+use crate::util::RateLimit;
 use crate::util::thread::Kind;
-use crate::util::{RateLimit, guest_warn};
 
 /// Entries of each queue: requests of three descriptors, or 256 with indirect ones.
 const QUEUE_SIZE: u16 = 256;
@@ -116,7 +117,7 @@ impl VirtioDevice for Disk {
         for queue in activation.queues {
             let shared = Arc::clone(&self.shared);
             let name = format!("{}.{}", self.shared.name, queue.index());
-            let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(queues, stop);
+            let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(&mut queues[0], stop);
             let worker = Worker::start(Kind::Disk, &name, vec![queue], serve)
                 .inspect_err(|_| drop(self.deactivate()))?;
             self.workers.push(worker);
@@ -126,71 +127,6 @@ impl VirtioDevice for Disk {
 
     fn deactivate(&mut self) -> Vec<Virtq> {
         self.workers.drain(..).flat_map(Worker::stop).collect()
-    }
-}
-
-impl Shared {
-    fn serve(&self, queues: &mut [Virtq], stop: &Stop) -> Result<(), Broken> {
-        for queue in queues {
-            while !stop.is_asked() {
-                queue.drain(|chain| self.serve_chain(chain))?;
-                wait(queue.kick());
-            }
-        }
-        Ok(())
-    }
-
-    fn serve_chain(&self, chain: Chain) -> Result<usize, Broken> {
-        let head = chain.head;
-        let mut request = Request::parse(chain).ok_or(Broken::NoRequest(head))?;
-        let status = self.execute(&mut request);
-        Ok(request.finish(status))
-    }
-
-    fn execute(&self, request: &mut Request) -> Status {
-        let image = &self.image;
-        let length = request.data.len();
-        let done = match &request.operation {
-            Operation::Read(offset) => image.read(&mut request.data, *offset),
-            Operation::Write(offset) => image.write(&mut request.data, *offset),
-            Operation::Flush => image.flush(),
-            Operation::Id => self.tell_id(&request.data),
-            Operation::Discard(ranges) => ranges.iter().try_for_each(|r| image.discard(*r)),
-            Operation::WriteZeroes(ranges) => {
-                ranges.iter().try_for_each(|r| image.write_zeroes(*r))
-            }
-            Operation::Unsupported => return Status::Unsupported,
-        };
-        match done {
-            Ok(()) => Status::Ok,
-            Err(error) => self.failed(&request.operation, length, &error),
-        }
-    }
-
-    fn failed(&self, operation: &Operation, length: usize, error: &io::Error) -> Status {
-        let act = match operation {
-            Operation::Read(offset) => format!("read {length} bytes at {offset:#x}"),
-            Operation::Write(offset) => format!("write {length} bytes at {offset:#x}"),
-            Operation::Flush => "flush".into(),
-            Operation::Discard(_) => "discard".into(),
-            Operation::WriteZeroes(_) => "write zeroes".into(),
-            Operation::Id | Operation::Unsupported => String::new(),
-        };
-        let (name, path) = (&self.name, self.image.path());
-        guest_warn!(
-            self.failures,
-            "{name} ({path:?}): Failed to {act}: {error}; the guest was told"
-        );
-        Status::IoError
-    }
-
-    fn tell_id(&self, room: &Pieces) -> io::Result<()> {
-        let mut id = [0; ID_BYTES];
-        let name = self.name.as_bytes();
-        let count = name.len().min(ID_BYTES);
-        id[..count].copy_from_slice(&name[..count]);
-        room.copy_from(&id);
-        Ok(())
     }
 }
 

@@ -112,6 +112,11 @@ impl Request {
         })
     }
 
+    /// Its data, to be put back later.
+    pub(super) fn take_data(&mut self) -> Pieces {
+        self.data.split_off(0)
+    }
+
     /// Writes the status. Returns the bytes written in all, when as many of data were.
     pub(super) fn finish(&self, status: Status) -> usize {
         self.status.copy_from(&[status as u8]);

@@ -384,3 +384,66 @@ fn the_configuration_space_ends() {
         }
     }
 }
+
+/// Five requests that are there when the device starts: they are served together.
+#[test]
+fn requests_at_once_all_come_back() {
+    const EACH: u32 = 4096;
+    let image = TempImage::new(MIB);
+    let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
+    image.file().write_all_at(&content, 0).unwrap();
+    for flags in ["", ",snapshot=on"] {
+        let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
+        let mut driver = Driver::of(Box::new(disk));
+        driver.negotiate(u64::MAX);
+        driver.set_up(0, rings(0));
+        // Reads of blocks 10 to 14; the last one ends behind the disk, which the others do not mind.
+        for number in 0..5u16 {
+            let place = u64::from(number);
+            let sector: u64 = if number == 4 { 2047 } else { 8 * (10 + place) };
+            let header = HEADER + 32 * place;
+            let mut bytes = [0; 16];
+            bytes[8..].copy_from_slice(&sector.to_le_bytes());
+            driver
+                .ram
+                .write_slice(&bytes, GuestAddress(header))
+                .unwrap();
+            let data = DATA + u64::from(EACH) * place;
+            let (first, status) = (3 * number, STATUS + place);
+            let mut next = first;
+            for (addr, len, flags) in [
+                (header, 16, NEXT),
+                (data, EACH, NEXT | WRITE),
+                (status, 1, WRITE),
+            ] {
+                next += 1;
+                driver.describe(
+                    0,
+                    next - 1,
+                    Desc {
+                        addr,
+                        len,
+                        flags,
+                        next,
+                    },
+                );
+            }
+            driver.offer(0, first);
+        }
+        driver.core.set_status(READY);
+        driver.wait_until("five ends", |d| d.used(0) == 5);
+        let byte = |at: u64| driver.ram.read_obj::<u8>(GuestAddress(at)).unwrap();
+        for place in 0..4 {
+            assert_eq!(byte(STATUS + place), 0);
+            let data = DATA + u64::from(EACH) * place;
+            assert_eq!(
+                [byte(data), byte(data + 4095)],
+                [10 + place.to_le_bytes()[0]; 2]
+            );
+        }
+        assert_eq!(byte(STATUS + 4), 1);
+        let mut heads: Vec<u32> = (0..5).map(|n| driver.used_element(0, n).0).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, [0, 3, 6, 9, 12]);
+    }
+}

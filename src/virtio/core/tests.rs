@@ -277,7 +277,7 @@ fn hostile_indirect_tables() {
         (TABLE, 0),
         (TABLE, 15),
         (TABLE, 17),
-        (TABLE, u32::MAX & !15),
+        (TABLE, !15),
         (RAM_END, 16),
         (RAM_END - 8, 16),
         (u64::MAX - 15, 16),
@@ -304,7 +304,7 @@ fn hostile_rings_outside_ram() {
         [0, available, used],
         [descriptors, 0, used],
         [descriptors, available, u64::MAX - 7],
-        [u64::MAX & !15, available, used],
+        [!15, available, used],
         // Not aligned.
         [descriptors + 8, available, used],
         [descriptors, available + 1, used],

@@ -1,0 +1,216 @@
+//! io_uring between a file and guest RAM.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use io_uring::{IoUring, cqueue, opcode, types};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Pieces;
+use super::pieces::PIECES_MAX;
+
+/// What to do with a request's pieces and the ring's file.
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    /// Read at this offset.
+    Read(u64),
+    /// Write at this offset, with flags RWF_*.
+    Write(u64, i32),
+}
+
+/// A ring for one file. It belongs to one thread. `T` is what the owner knows a request by.
+pub struct Ring<T> {
+    ring: IoUring,
+    file: File,
+    /// Requests in flight, each in the slot whose number is its user data.
+    slots: Vec<Option<(Pieces, T)>>,
+    free: Vec<usize>,
+}
+
+impl<T> Ring<T> {
+    /// A ring for so many requests at once on `file`. Each that ends signals `ended`.
+    ///
+    /// # Errors
+    /// The host has no io_uring, or does not give it to this process.
+    pub fn new(requests: u16, file: File, ended: &EventFd) -> io::Result<Self> {
+        let ring = IoUring::new(requests.into())?;
+        ring.submitter().register_eventfd(ended.as_raw_fd())?;
+        Ok(Self {
+            ring,
+            file,
+            slots: (0..requests).map(|_| None).collect(),
+            free: (0..usize::from(requests)).rev().collect(),
+        })
+    }
+
+    /// Requests that have not come back.
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Adds a request, which starts with [`Ring::submit`].
+    ///
+    /// # Errors
+    /// The request itself, when there is no room or it has too many pieces.
+    pub fn push(&mut self, op: Op, pieces: Pieces, request: T) -> Result<(), (Pieces, T)> {
+        let iovecs = pieces.iovecs();
+        let count = u32::try_from(iovecs.len()).unwrap_or(u32::MAX);
+        if count > PIECES_MAX {
+            return Err((pieces, request));
+        }
+        let start = iovecs.as_ptr();
+        let Some(slot) = self.free.pop() else {
+            return Err((pieces, request));
+        };
+        let fd = types::Fd(self.file.as_raw_fd());
+        let entry = match op {
+            Op::Read(offset) => opcode::Readv::new(fd, start, count).offset(offset).build(),
+            Op::Write(offset, flags) => opcode::Writev::new(fd, start, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+        };
+        let entry = entry.user_data(slot as u64);
+        // SAFETY: the file is open as long as the ring. The pieces are mapped RAM, their list is on
+        // the heap, and both are kept in the slot until the kernel has said that the request ended.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() {
+            self.free.push(slot);
+            return Err((pieces, request));
+        }
+        self.slots[slot] = Some((pieces, request));
+        Ok(())
+    }
+
+    /// Starts what was pushed.
+    ///
+    /// # Errors
+    /// The host's; what was pushed is still there.
+    pub fn submit(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// A request that has ended, with the bytes transferred.
+    pub fn reap(&mut self) -> Option<(Pieces, T, io::Result<usize>)> {
+        let entry = self.ring.completion().next()?;
+        let slot = usize::try_from(entry.user_data()).ok()?;
+        let (pieces, request) = self.slots.get_mut(slot)?.take()?;
+        self.free.push(slot);
+        Some((pieces, request, result(&entry)))
+    }
+
+    /// Waits until a request has ended, if there is one.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn wait(&mut self) -> io::Result<()> {
+        if self.in_flight() == 0 {
+            return Ok(());
+        }
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn result(entry: &cqueue::Entry) -> io::Result<usize> {
+    usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()))
+}
+
+/// The kernel may write to buffers until their requests end.
+impl<T> Drop for Ring<T> {
+    fn drop(&mut self) {
+        while self.in_flight() > 0 {
+            if self.wait().is_err() {
+                // Nothing tells when they end: their memory stays for ever.
+                std::mem::take(&mut self.slots)
+                    .into_iter()
+                    .for_each(std::mem::forget);
+                return;
+            }
+            while self.reap().is_some() {}
+        }
+    }
+}
+
+// User-mode emulation, in which riscv64's unit tests run, has no io_uring; integration tests use it there.
+#[cfg(all(test, not(target_arch = "riscv64")))]
+mod tests {
+    use super::*;
+    use crate::config::MemConfig;
+    use crate::memory;
+    use crate::util::ByteSize;
+    use std::os::unix::fs::FileExt;
+    use vm_memory::GuestAddress;
+
+    const BASE: GuestAddress = GuestAddress(0x8000_0000);
+
+    fn pieces(bytes: &[u8]) -> Pieces {
+        let ram = memory::create(BASE, MemConfig::new(ByteSize::mib(1))).unwrap();
+        let mut pieces = Pieces::of(&ram);
+        pieces.push(BASE, bytes.len()).unwrap();
+        pieces.copy_from(bytes);
+        pieces
+    }
+
+    fn ring(content: &[u8]) -> (Ring<char>, File, EventFd) {
+        let fd = rustix::fs::memfd_create("ring", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.write_all_at(content, 0).unwrap();
+        let ended = EventFd::new(0).unwrap();
+        let ring = Ring::new(2, file.try_clone().unwrap(), &ended).unwrap();
+        (ring, file, ended)
+    }
+
+    #[test]
+    fn requests_come_back_with_their_bytes() {
+        let (mut ring, file, ended) = ring(b"0123456789");
+        ring.push(Op::Read(3), pieces(b"...."), 'r').ok().unwrap();
+        ring.push(Op::Write(20, 0), pieces(b"abc"), 'w')
+            .ok()
+            .unwrap();
+        let (_, full) = ring.push(Op::Read(0), pieces(b"."), 'f').err().unwrap();
+        assert_eq!(full, 'f');
+        ring.submit().unwrap();
+        let mut ends = Vec::new();
+        while ring.in_flight() > 0 {
+            ended.read().unwrap();
+            while let Some((pieces, request, result)) = ring.reap() {
+                let mut bytes = vec![0; pieces.len()];
+                pieces.copy_to(&mut bytes);
+                ends.push((request, bytes, result.unwrap()));
+            }
+        }
+        ends.sort();
+        assert_eq!(
+            ends,
+            [('r', b"3456".to_vec(), 4), ('w', b"abc".to_vec(), 3)]
+        );
+        let mut written = [0; 3];
+        file.read_exact_at(&mut written, 20).unwrap();
+        assert_eq!(&written, b"abc");
+        ring.push(Op::Read(99), pieces(b"."), 'e').ok().unwrap();
+        ring.wait().unwrap();
+        assert_eq!(ring.reap().unwrap().2.unwrap(), 0, "the file ends before");
+    }
+
+    #[test]
+    fn a_ring_that_goes_waits_for_its_requests() {
+        let (mut ring, ..) = ring(&[7; 100]);
+        ring.push(Op::Read(0), pieces(&[0; 100]), 'r').ok().unwrap();
+        drop(ring);
+    }
+}

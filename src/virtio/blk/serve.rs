@@ -1,0 +1,191 @@
+//! A queue's thread: each request is served here and now, or by io_uring while others are.
+//!
+//! A request that comes alone is served at once: nothing is quicker, and what arrives meanwhile
+//! waits for a moment. Several at a time go to the ring, where the host has one for this image.
+
+use std::io;
+
+use log::debug;
+
+use super::Shared;
+use super::request::{ID_BYTES, Operation, Request, Status};
+use crate::memory::{Op, Pieces, Ring};
+use crate::util::guest_warn;
+use crate::virtio::queue::{Broken, Chain, Virtq};
+use crate::virtio::worker::{Stop, wait};
+
+/// A request that came from this chain.
+struct Pending {
+    head: u16,
+    request: Request,
+}
+
+impl Pending {
+    fn parse(chain: Chain) -> Result<Self, Broken> {
+        let head = chain.head;
+        let request = Request::parse(chain).ok_or(Broken::NoRequest(head))?;
+        Ok(Self { head, request })
+    }
+}
+
+impl Shared {
+    /// Serves `queue` until the worker is to stop; what was begun is finished then.
+    pub(super) fn serve(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
+        let mut ring = self.ring(queue);
+        while !stop.is_asked() {
+            self.serve_all(queue, ring.as_mut())?;
+            wait(queue.kick());
+        }
+        while let Some(ring) = ring.as_mut().filter(|ring| ring.in_flight() > 0) {
+            if ring.wait().is_err() {
+                break;
+            }
+            self.reap(queue, ring)?;
+        }
+        queue.tell()
+    }
+
+    /// A ring whose ends wake this thread as the driver's notifications do.
+    fn ring(&self, queue: &Virtq) -> Option<Ring<Pending>> {
+        let file = self.image.unwaiting()?;
+        let ring = Ring::new(queue.size(), file, queue.kick());
+        if let Err(error) = &ring {
+            debug!("{}: no io_uring: {error}", self.name);
+        }
+        ring.ok()
+    }
+
+    /// Serves every request there is, and all that have ended in the ring.
+    fn serve_all(
+        &self,
+        queue: &mut Virtq,
+        mut ring: Option<&mut Ring<Pending>>,
+    ) -> Result<(), Broken> {
+        loop {
+            queue.mute_kicks()?;
+            let mut next = queue.pop()?;
+            while let Some(chain) = next {
+                let pending = Pending::parse(chain)?;
+                next = queue.pop()?;
+                let alone = next.is_none();
+                match ring
+                    .as_deref_mut()
+                    .filter(|ring| !alone || ring.in_flight() > 0)
+                {
+                    None => self.serve_now(queue, pending)?,
+                    Some(ring) => self.begin(queue, ring, pending)?,
+                }
+            }
+            if let Some(ring) = ring.as_deref_mut() {
+                self.submit(ring);
+                self.reap(queue, ring)?;
+            }
+            queue.tell()?;
+            if !queue.ask_for_kick()? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn serve_now(&self, queue: &mut Virtq, pending: Pending) -> Result<(), Broken> {
+        let Pending { head, mut request } = pending;
+        let status = self.execute(&mut request);
+        queue.push(head, request.finish(status))
+    }
+
+    /// Hands `pending` to the ring, if it is something the ring does.
+    fn begin(
+        &self,
+        queue: &mut Virtq,
+        ring: &mut Ring<Pending>,
+        mut pending: Pending,
+    ) -> Result<(), Broken> {
+        let request = &pending.request;
+        let length = request.data.len() as u64;
+        let op = match request.operation {
+            Operation::Read(at) if self.image.check(at, length).is_ok() => Op::Read(at),
+            Operation::Write(at) if self.image.check_write(at, length).is_ok() => {
+                Op::Write(at, self.image.write_flags())
+            }
+            _ => return self.serve_now(queue, pending),
+        };
+        let data = pending.request.take_data();
+        match ring.push(op, data, pending) {
+            Ok(()) => Ok(()),
+            Err((data, mut pending)) => {
+                pending.request.data = data;
+                self.serve_now(queue, pending)
+            }
+        }
+    }
+
+    fn submit(&self, ring: &mut Ring<Pending>) {
+        if let Err(error) = ring.submit() {
+            // They stay in the ring, and are tried again with the next request.
+            guest_warn!(
+                self.failures,
+                "{}: Failed to start requests: {error}",
+                self.name
+            );
+        }
+    }
+
+    fn reap(&self, queue: &mut Virtq, ring: &mut Ring<Pending>) -> Result<(), Broken> {
+        while let Some((data, Pending { head, mut request }, result)) = ring.reap() {
+            request.data = data;
+            let status = match result {
+                Ok(count) if count == request.data.len() => Status::Ok,
+                // In part, or not at all: once more, the slow way, which knows what to say.
+                _ => self.execute(&mut request),
+            };
+            queue.push(head, request.finish(status))?;
+        }
+        Ok(())
+    }
+
+    fn execute(&self, request: &mut Request) -> Status {
+        let image = &self.image;
+        let length = request.data.len();
+        let done = match &request.operation {
+            Operation::Read(offset) => image.read(&mut request.data, *offset),
+            Operation::Write(offset) => image.write(&mut request.data, *offset),
+            Operation::Flush => image.flush(),
+            Operation::Id => self.tell_id(&request.data),
+            Operation::Discard(ranges) => ranges.iter().try_for_each(|r| image.discard(*r)),
+            Operation::WriteZeroes(ranges) => {
+                ranges.iter().try_for_each(|r| image.write_zeroes(*r))
+            }
+            Operation::Unsupported => return Status::Unsupported,
+        };
+        match done {
+            Ok(()) => Status::Ok,
+            Err(error) => self.failed(&request.operation, length, &error),
+        }
+    }
+
+    fn failed(&self, operation: &Operation, length: usize, error: &io::Error) -> Status {
+        let act = match operation {
+            Operation::Read(offset) => format!("read {length} bytes at {offset:#x}"),
+            Operation::Write(offset) => format!("write {length} bytes at {offset:#x}"),
+            Operation::Flush => "flush".into(),
+            Operation::Discard(_) => "discard".into(),
+            Operation::WriteZeroes(_) => "write zeroes".into(),
+            Operation::Id | Operation::Unsupported => String::new(),
+        };
+        let (name, path) = (&self.name, self.image.path());
+        guest_warn!(
+            self.failures,
+            "{name} ({path:?}): Failed to {act}: {error}; the guest was told"
+        );
+        Status::IoError
+    }
+
+    fn tell_id(&self, room: &Pieces) -> io::Result<()> {
+        let mut id = [0; ID_BYTES];
+        let name = self.name.as_bytes();
+        let count = name.len().min(ID_BYTES);
+        id[..count].copy_from_slice(&name[..count]);
+        room.copy_from(&id);
+        Ok(())
+    }
+}
