@@ -12,6 +12,7 @@ const STOREYS: &[&str] = &[
     "bus",
     "irqchip",
     "devices",
+    "pci",
     "virtio",
     "boot",
     "vcpu",

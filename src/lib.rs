@@ -17,6 +17,8 @@ pub mod irqchip;
 
 pub mod devices;
 
+pub mod pci;
+
 pub mod virtio;
 
 pub mod boot;

@@ -101,6 +101,7 @@ mod tests {
             cpu: Some("v=off,mimpid=3".parse().unwrap()),
             sbi: Some("pmu=off".parse().unwrap()),
             disk: vec!["x.img,readonly".parse().unwrap(), "y,id=b".parse().unwrap()],
+            net: vec!["tap=t,vhost".parse().unwrap()],
             transport: Transport::Mmio,
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 use super::keyvalue::{self, KeyValue};
@@ -19,21 +19,33 @@ pub struct DiskConfig {
     /// The image, or the block device.
     pub path: PathBuf,
     /// The guest can only read it.
-    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    #[serde(
+        default,
+        deserialize_with = "keyvalue::switch",
+        skip_serializing_if = "keyvalue::is_off"
+    )]
     pub readonly: bool,
     /// Its name, as the guest's /dev/disk/by-id shows it; at most 20 bytes. `disk0` and so on
     /// without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Past the host's page cache (O_DIRECT).
-    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    #[serde(
+        default,
+        deserialize_with = "keyvalue::switch",
+        skip_serializing_if = "keyvalue::is_off"
+    )]
     pub direct: bool,
     /// When a write is durable.
     #[serde(default, skip_serializing_if = "Cache::is_default")]
     pub cache: Cache,
     /// Keep what the guest writes in a temporary file that ends with rvmm; the image is only read,
     /// and many guests can share it.
-    #[serde(default, deserialize_with = "switch", skip_serializing_if = "is_off")]
+    #[serde(
+        default,
+        deserialize_with = "keyvalue::switch",
+        skip_serializing_if = "keyvalue::is_off"
+    )]
     pub snapshot: bool,
 }
 
@@ -92,30 +104,6 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         Some(disk) => Err(ConfigError::DiskDirectSnapshot(disk.path.clone())),
         None => Ok(()),
     }
-}
-
-fn is_off(switch: &bool) -> bool {
-    !switch
-}
-
-/// `on` and `off`, or true and false in JSON.
-pub(super) fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "write on or off")]
-    enum Switch {
-        Bool(bool),
-        Word(Word),
-    }
-    #[derive(Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    enum Word {
-        On,
-        Off,
-    }
-    Ok(match Switch::deserialize(deserializer)? {
-        Switch::Bool(on) => on,
-        Switch::Word(word) => matches!(word, Word::On),
-    })
 }
 
 #[cfg(test)]

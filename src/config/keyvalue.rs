@@ -89,6 +89,31 @@ where
     Ok(list.into_iter().map(|One(item)| item).collect())
 }
 
+/// For `skip_serializing_if` of a switch.
+pub(super) fn is_off(switch: &bool) -> bool {
+    !switch
+}
+
+/// `on` and `off`, or true and false in JSON.
+pub(super) fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "write on or off")]
+    enum Switch {
+        Bool(bool),
+        Word(Word),
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Word {
+        On,
+        Off,
+    }
+    Ok(match Switch::deserialize(deserializer)? {
+        Switch::Bool(on) => on,
+        Switch::Word(word) => matches!(word, Word::On),
+    })
+}
+
 struct Either<T>(PhantomData<T>);
 
 impl<'de, T: KeyValue> Visitor<'de> for Either<T> {

@@ -5,6 +5,7 @@ mod cpu;
 mod disk;
 mod keyvalue;
 mod mem;
+mod net;
 
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ pub use console::ConsoleConfig;
 pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
 pub use disk::{Cache, DiskConfig};
 pub use mem::{HugePages, MemConfig};
+pub use net::{Mac, NetConfig};
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
 /// `arch/riscv/include/uapi/asm/setup.h`); it would cut off the rest in silence.
@@ -87,6 +89,15 @@ pub struct VmConfig {
     )]
     pub disk: Vec<DiskConfig>,
 
+    /// A network interface on a tap of the host: tap=NAME; mac=52:54:00:12:34:56, vhost (the host's
+    /// kernel moves the packets); give more --net for more
+    #[arg(long, value_name = "tap=NAME[,KEY=VALUE,...]")]
+    #[serde(
+        deserialize_with = "keyvalue::deserialize_list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub net: Vec<NetConfig>,
+
     /// How virtio devices are attached
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub transport: Transport,
@@ -115,6 +126,7 @@ impl Default for VmConfig {
             cpu: None,
             sbi: None,
             disk: Vec::new(),
+            net: Vec::new(),
             transport: Transport::default(),
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
@@ -187,6 +199,12 @@ pub enum ConfigError {
     /// What excludes each other.
     #[error("--disk {0:?}: direct has no meaning with snapshot: leave one out")]
     DiskDirectSnapshot(PathBuf),
+    /// What no interface is called.
+    #[error("--net tap={0}: no name of an interface")]
+    TapName(String),
+    /// One tap for two interfaces.
+    #[error("--net tap={0}: two interfaces cannot share a tap")]
+    TapTwice(String),
     /// What no command line can hold.
     #[error("--cmdline: a NUL byte would end it")]
     CmdlineNul,
@@ -206,6 +224,7 @@ impl VmConfig {
             return Err(ConfigError::NoCpus);
         }
         disk::validate(&self.disk)?;
+        net::validate(&self.net)?;
         if self.cmdline.contains('\0') {
             return Err(ConfigError::CmdlineNul);
         }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use log::info;
 use vm_memory::GuestAddress;
 
-use super::hart_intc_phandle;
+use super::msi::MsiRouter;
+use super::{Messages, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
 use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
 use crate::util::{RateLimit, guest_warn};
@@ -20,6 +21,13 @@ pub const SOURCES: u32 = 63;
 /// Wired sources that the device tree tells of on a host with the lossy IMSIC: a guest that uses
 /// all of them, each with an identity of its own, and one more for IPIs, stays within 31.
 pub const SOURCES_LOSSY: u32 = 30;
+
+/// Identities that work in a lossy file: 1 to 31. A guest takes the lowest first.
+const LOSSY_IDENTITIES: u32 = 31;
+
+/// Identities that Linux takes before any message's: the IPI's, and those of the wires it maps: UART,
+/// clock, and the four of PCI, which it maps for devices with messages too.
+const RESERVED_IDENTITIES: u32 = 7;
 
 /// An APLIC's registers for one domain, as KVM maps them.
 pub const APLIC_SIZE: u64 = 0x4000;
@@ -122,6 +130,33 @@ impl InKernelAia {
     /// Interrupt identities of each hart's file.
     pub fn identities(&self) -> u32 {
         self.ids
+    }
+
+    /// The last wired source that the guest is told of.
+    pub fn sources(&self) -> u32 {
+        self.sources
+    }
+
+    /// How messages reach the harts.
+    pub fn messages(&self) -> Messages {
+        Messages {
+            router: MsiRouter::new(Arc::clone(&self.vm)),
+            phandle: IMSIC_PHANDLE,
+            vectors: self.message_identities(),
+        }
+    }
+
+    /// Identities of one hart's file that are left for messages, whatever the guest does with them.
+    ///
+    /// Where the host has guest interrupt files these serve: own vectors are worth more than the
+    /// case of more vCPUs than files, in which the lossy emulation steps in.
+    fn message_identities(&self) -> u32 {
+        let usable = if self.lossy && !self.guest_files {
+            LOSSY_IDENTITIES
+        } else {
+            self.ids
+        };
+        usable.saturating_sub(RESERVED_IDENTITIES)
     }
 
     /// Whether an emulated file loses identities.

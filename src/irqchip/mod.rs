@@ -1,10 +1,12 @@
 //! Interrupt controllers: the AIA in the kernel, the PLIC in userspace.
 
 pub mod aia;
+pub mod msi;
 pub mod plic;
 
 use std::sync::Arc;
 
+use self::msi::MsiRouter;
 use crate::bus::{Device, IrqLine, IrqSink, MmioDevice};
 
 /// The interrupt controller of a machine, whichever it is.
@@ -12,32 +14,63 @@ pub struct IrqChip {
     sink: Arc<dyn IrqSink>,
     device: Arc<dyn Device>,
     mmio: Option<Arc<dyn MmioDevice>>,
+    messages: Option<Messages>,
+    sources: u32,
+}
+
+/// How devices that send messages reach the harts.
+#[derive(Clone)]
+pub struct Messages {
+    /// The routes.
+    pub router: Arc<MsiRouter>,
+    /// The controller that takes them, in the device tree.
+    pub phandle: u32,
+    /// Interrupts that all devices together may have, so that all of them fit one hart's file.
+    pub vectors: u32,
 }
 
 impl IrqChip {
-    /// A controller that the kernel serves.
-    pub fn in_kernel<C: IrqSink + Device + 'static>(chip: C) -> Self {
+    /// A controller that the kernel serves, with wired sources 1 to `sources`, and that takes messages.
+    pub fn in_kernel<C: IrqSink + Device + 'static>(
+        chip: C,
+        sources: u32,
+        messages: Messages,
+    ) -> Self {
         let chip = Arc::new(chip);
         Self {
             sink: Arc::clone(&chip) as _,
             device: chip,
             mmio: None,
+            messages: Some(messages),
+            sources,
         }
     }
 
-    /// A controller whose registers are on the bus.
-    pub fn on_bus<C: IrqSink + Device + MmioDevice + 'static>(chip: C) -> Self {
+    /// A controller whose registers are on the bus, with wired sources 1 to `sources`.
+    pub fn on_bus<C: IrqSink + Device + MmioDevice + 'static>(chip: C, sources: u32) -> Self {
         let chip = Arc::new(chip);
         Self {
             sink: Arc::clone(&chip) as _,
             device: Arc::clone(&chip) as _,
             mmio: Some(chip),
+            messages: None,
+            sources,
         }
     }
 
     /// A wire to `source`.
     pub fn line(&self, source: u32) -> IrqLine {
         IrqLine::new(Arc::clone(&self.sink), source)
+    }
+
+    /// The last wired source that the guest is told of.
+    pub fn sources(&self) -> u32 {
+        self.sources
+    }
+
+    /// How messages reach the harts, where they can.
+    pub fn messages(&self) -> Option<&Messages> {
+        self.messages.as_ref()
     }
 
     /// Its registers, where rvmm serves them.

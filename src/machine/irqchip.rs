@@ -12,7 +12,7 @@ use crate::config::IrqchipKind;
 use crate::hypervisor::{Aia, Vcpu, Vm};
 use crate::irqchip::IrqChip;
 use crate::irqchip::aia::{self, InKernelAia};
-use crate::irqchip::plic::Plic;
+use crate::irqchip::plic::{self, Plic};
 
 /// A controller, chosen before the vCPUs are created.
 pub(super) enum Choice {
@@ -52,13 +52,15 @@ impl Choice {
             Choice::Aia { device, emulate } => {
                 let (vm, harts) = (Arc::clone(vm), u32::try_from(vcpus.len())?);
                 let aia = InKernelAia::start(vm, device.as_ref(), AIA_PLACEMENT, harts, emulate)?;
-                Ok(IrqChip::in_kernel(aia))
+                let (sources, messages) = (aia.sources(), aia.messages());
+                Ok(IrqChip::in_kernel(aia, sources, messages))
             }
             Choice::Plic => {
                 let lines = vcpus.iter().map(|vcpu| vcpu.external_irq());
                 let lines = lines.collect::<Result<_, _>>()?;
                 info!("PLIC in userspace");
-                Ok(IrqChip::on_bus(Plic::new(layout::PLIC.start, lines)))
+                let plic = Plic::new(layout::PLIC.start, lines);
+                Ok(IrqChip::on_bus(plic, plic::SOURCES))
             }
         }
     }

@@ -3,17 +3,16 @@
 //! ```text
 //! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio, eight slots
 //! 0x0010_1000  goldfish RTC        0x2800_0000  IMSIC, one page a hart
-//! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM *
-//! 0x0d00_0000  APLIC               0x4000_0000  PCIe MMIO window *
+//! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM, one bus
+//! 0x0d00_0000  APLIC               0x4000_0000  PCIe memory window
 //! 0x1000_0000  UART                0x8000_0000  RAM
 //! ```
-//!
-//! What has a star is kept free and not there yet.
 
 use std::ops::Range;
 
 use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
+use crate::pci::host;
 use crate::virtio::mmio;
 
 /// How a guest ends the machine by a store.
@@ -32,6 +31,10 @@ pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_S
 pub const VIRTIO_MMIO: Range<u64> = range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
 /// How many there are.
 pub const VIRTIO_MMIO_SLOTS: u32 = 8;
+/// PCI configuration space.
+pub const PCI_ECAM: Range<u64> = range(0x3000_0000, host::ECAM_SIZE);
+/// Where the guest places PCI BARs.
+pub const PCI_WINDOW: Range<u64> = range(0x4000_0000, 0x4000_0000);
 /// Guest RAM starts here.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
@@ -44,6 +47,12 @@ pub const VIRTIO_MMIO_IRQ: u32 = 1;
 pub const UART_IRQ: u32 = 10;
 /// The clock's wired interrupt.
 pub const RTC_IRQ: u32 = 11;
+
+/// The first of PCI's four wired interrupts, on a controller whose last source is `sources`: as QEMU's
+/// virt machine has it, or lower where the guest is told of fewer.
+pub const fn pci_irq(sources: u32) -> u32 {
+    if sources >= 35 { 32 } else { 20 }
+}
 
 /// The UART's node in the device tree.
 pub const UART_PATH: &str = "/soc/serial@10000000";
@@ -58,6 +67,8 @@ pub fn owner(gpa: u64) -> Option<&'static str> {
         (SIFIVE_TEST, "sifive_test"),
         (IMSIC, "IMSIC"),
         (VIRTIO_MMIO, "virtio-mmio"),
+        (PCI_ECAM, "PCI configuration"),
+        (PCI_WINDOW, "PCI"),
     ];
     let owner = owners.into_iter().find(|(range, _)| range.contains(&gpa));
     owner.map(|(_, name)| name)
@@ -80,6 +91,8 @@ mod tests {
             APLIC,
             UART,
             VIRTIO_MMIO,
+            PCI_ECAM,
+            PCI_WINDOW,
             IMSIC,
             RAM_BASE..u64::MAX,
         ];
@@ -90,6 +103,9 @@ mod tests {
         let imsic_size = IMSIC.end - IMSIC.start;
         assert_eq!(IMSIC.start % imsic_size.next_power_of_two(), 0);
         assert!(UART_PATH.ends_with(&format!("@{:x}", UART.start)));
-        const { assert!(UART_IRQ <= aia::SOURCES) };
+        const { assert!(UART_IRQ <= aia::SOURCES_LOSSY) };
+        for sources in [aia::SOURCES, aia::SOURCES_LOSSY, plic::SOURCES] {
+            assert!(pci_irq(sources) + 3 <= sources);
+        }
     }
 }

@@ -10,10 +10,12 @@ use crate::config::{Transport, VmConfig};
 use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
+use crate::pci::HostBridge;
 use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{self, MmioTransport};
+use crate::virtio::pci::PciTransport;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;
@@ -62,8 +64,64 @@ pub(super) fn attach(
     let devices = backends.devices(config);
     match config.transport {
         Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
-        Transport::Pci => attach_mmio(devices, vm, ram, irqchip, bus), // TODO
+        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus),
     }
+}
+
+/// A bus with the devices, or none where there are none.
+fn attach_pci(
+    devices: Vec<Box<dyn VirtioDevice>>,
+    vm: &Arc<dyn Vm>,
+    ram: &Arc<GuestMemory>,
+    irqchip: &IrqChip,
+    bus: &mut Bus,
+) -> Result<Vec<Arc<dyn Device>>> {
+    if devices.is_empty() {
+        return Ok(Vec::new());
+    }
+    let first = layout::pci_irq(irqchip.sources());
+    let wires = [0, 1, 2, 3].map(|wire| irqchip.line(first + wire));
+    let messages = irqchip.messages().cloned();
+    let limit = messages.as_ref().map_or(0, |messages| messages.vectors);
+    let vectors = share_vectors(&devices, limit);
+    let (ecam, window) = (layout::PCI_ECAM, layout::PCI_WINDOW);
+    let mut bridge = HostBridge::new(ecam, window, wires, messages);
+    for (device, vectors) in devices.into_iter().zip(vectors) {
+        let name = device.name().to_owned();
+        PciTransport::attach(device, ram, vm, &mut bridge, vectors)
+            .with_context(|| format!("Failed to attach {name}"))?;
+    }
+    let bridge = Arc::new(bridge);
+    for (range, device) in bridge.on_bus() {
+        bus.insert(range, device)?;
+    }
+    Ok(vec![bridge])
+}
+
+/// Messages for each device, `limit` in all: one for each queue and one more where that fits, while
+/// each device behind it can still have two; else two, one of them for all queues; else none, and the
+/// device has its pin.
+fn share_vectors(devices: &[Box<dyn VirtioDevice>], limit: u32) -> Vec<u16> {
+    const SHARED: u32 = 2;
+    let mut left = limit;
+    let mut behind = u32::try_from(devices.len()).unwrap_or(u32::MAX);
+    let mut vectors = |device: &dyn VirtioDevice| {
+        behind -= 1;
+        let own = u32::try_from(device.queue_sizes().len() + 1).unwrap_or(u32::MAX);
+        let wanted = if own.saturating_add(SHARED * behind) <= left {
+            own
+        } else if SHARED <= left {
+            SHARED
+        } else {
+            0
+        };
+        left -= wanted;
+        u16::try_from(wanted).unwrap_or(0)
+    };
+    devices
+        .iter()
+        .map(|device| vectors(device.as_ref()))
+        .collect()
 }
 
 fn attach_mmio(

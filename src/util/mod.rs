@@ -5,6 +5,7 @@ pub mod poll;
 pub mod ratelimit;
 pub mod stderr;
 pub mod sync;
+pub mod tap;
 pub mod text;
 pub mod thread;
 

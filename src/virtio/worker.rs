@@ -1,7 +1,7 @@
 //! The thread that serves a device's queues.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -86,11 +86,4 @@ pub fn wait_readable<const N: usize>(fds: [BorrowedFd; N]) -> io::Result<[bool; 
         Ok(_) | Err(Errno::INTR) => Ok(polled.each_ref().map(|fd| !fd.revents().is_empty())),
         Err(errno) => Err(errno.into()),
     }
-}
-
-/// An EventFd's descriptor in the form that polls take.
-#[allow(unsafe_code)]
-pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as the EventFd, which the result borrows.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }

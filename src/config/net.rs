@@ -1,0 +1,141 @@
+//! Network interfaces.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+use super::keyvalue::{self, KeyValue};
+
+/// A network interface of the guest, on a tap interface of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap, which exists already.
+    pub tap: String,
+    /// The guest's address; without it one that stays the same for this tap of this host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// Let the host's kernel move the packets (vhost-net).
+    #[serde(
+        default,
+        deserialize_with = "keyvalue::switch",
+        skip_serializing_if = "keyvalue::is_off"
+    )]
+    pub vhost: bool,
+}
+
+/// An Ethernet address of one station.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let byte = |part: &str| match part.len() {
+            2 if part.bytes().all(|b| b.is_ascii_hexdigit()) => u8::from_str_radix(part, 16).ok(),
+            _ => None,
+        };
+        let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+        match bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
+            None => Err(format!(
+                "{text:?} is no MAC address: write 52:54:00:12:34:56"
+            )),
+            Some(bytes) if bytes[0] & 1 != 0 => Err(format!(
+                "{text:?} is a MAC address of a group, not of one station"
+            )),
+            Some(bytes) => Ok(Self(bytes)),
+        }
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [first, rest @ ..] = self.0;
+        write!(f, "{first:02x}")?;
+        rest.iter().try_for_each(|byte| write!(f, ":{byte:02x}"))
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl KeyValue for NetConfig {
+    const SWITCHES: &'static [&'static str] = &["vhost"];
+}
+
+impl FromStr for NetConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyvalue::parse(text)
+    }
+}
+
+/// As the flag takes it.
+impl fmt::Display for NetConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&keyvalue::print(self))
+    }
+}
+
+/// Checks what can be checked without a host.
+pub(super) fn validate(interfaces: &[NetConfig]) -> Result<(), ConfigError> {
+    for (index, interface) in interfaces.iter().enumerate() {
+        let tap = &interface.tap;
+        if tap.is_empty() || tap.contains('/') {
+            return Err(ConfigError::TapName(tap.clone()));
+        }
+        if interfaces[..index].iter().any(|other| other.tap == *tap) {
+            return Err(ConfigError::TapTwice(tap.clone()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flag_and_json_say_the_same() {
+        let net: NetConfig = "tap=tap0,mac=52:54:00:AB:cd:01,vhost=on".parse().unwrap();
+        assert_eq!(net.mac, Some(Mac([0x52, 0x54, 0, 0xab, 0xcd, 1])));
+        let json = serde_json::to_string(&net).unwrap();
+        assert_eq!(
+            json,
+            r#"{"tap":"tap0","mac":"52:54:00:ab:cd:01","vhost":true}"#
+        );
+        assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), net);
+        assert_eq!(net.to_string().parse(), Ok(net));
+    }
+
+    #[test]
+    fn errors_name_the_value() {
+        for (text, part) in [
+            ("mac=52:54:00:12:34:56", "`tap`"),
+            ("tap=a,mac=52:54:00:12:34", "52:54:00:12:34:56"),
+            ("tap=a,mac=52:54:00:12:34:5", "no MAC"),
+            ("tap=a,mac=+2:54:00:12:34:56", "no MAC"),
+            ("tap=a,mac=53:54:00:12:34:56", "group"),
+            ("tap=a,vhost=yes", "on or off"),
+        ] {
+            let error = text.parse::<NetConfig>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

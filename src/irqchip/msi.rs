@@ -1,0 +1,151 @@
+//! Message-signalled interrupts made in the kernel: an eventfd for each, routed to an IMSIC.
+//!
+//! KVM replaces its table of routes whole, and waits for all vCPUs to have seen it: the table is kept
+//! here, and handed over only when a message has changed.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use rustix::event::PollFlags;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::hypervisor::{self, MsiMessage, Vm};
+use crate::util::poll::{borrow, poll_now};
+use crate::util::sync::lock;
+use crate::util::{RateLimit, guest_warn};
+
+/// Interrupt numbers that KVM routes (KVM_MAX_IRQ_ROUTES).
+const NUMBERS: u32 = 4096;
+
+/// The routes of one machine.
+pub struct MsiRouter {
+    vm: Arc<dyn Vm>,
+    table: Mutex<Table>,
+    failures: RateLimit,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By interrupt number; without a message, one that was never connected.
+    routes: BTreeMap<u32, Option<MsiMessage>>,
+    /// Not handed to the kernel yet.
+    changed: bool,
+}
+
+impl MsiRouter {
+    /// No interrupt yet, on a machine with an in-kernel AIA.
+    pub fn new(vm: Arc<dyn Vm>) -> Arc<Self> {
+        Arc::new(Self {
+            vm,
+            table: Mutex::default(),
+            failures: RateLimit::default(),
+        })
+    }
+
+    /// An interrupt of its own.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or KVM no numbers.
+    pub fn vector(self: &Arc<Self>) -> io::Result<MsiVector> {
+        let signal = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
+        let mut table = lock(&self.table);
+        let free = (0..NUMBERS).find(|number| !table.routes.contains_key(number));
+        let number = free.ok_or_else(|| io::Error::other("KVM has no interrupt numbers left"))?;
+        table.routes.insert(number, None);
+        Ok(MsiVector {
+            router: Arc::clone(self),
+            number,
+            signal,
+            connected: false,
+        })
+    }
+
+    /// Connects vectors, each to its message, with one change of the kernel's table at most.
+    pub fn connect<'a>(&self, vectors: impl IntoIterator<Item = (&'a mut MsiVector, MsiMessage)>) {
+        let vectors: Vec<_> = vectors.into_iter().collect();
+        let mut table = lock(&self.table);
+        for (vector, message) in &vectors {
+            let route = table.routes.insert(vector.number, Some(*message));
+            table.changed |= route != Some(Some(*message));
+        }
+        if table.changed {
+            match self.vm.set_msi_routes(&table.routes()) {
+                Ok(()) => table.changed = false,
+                Err(error) => return self.failed(&error),
+            }
+        }
+        for (vector, _) in vectors {
+            if !vector.connected {
+                match self.vm.connect_irqfd(vector.number, &vector.signal) {
+                    Ok(()) => vector.connected = true,
+                    Err(error) => self.failed(&error),
+                }
+            }
+        }
+    }
+
+    fn failed(&self, error: &hypervisor::Error) {
+        let cause = std::error::Error::source(error);
+        guest_warn!(self.failures, "{error}: {cause:?}");
+    }
+}
+
+impl Table {
+    fn routes(&self) -> Vec<(u32, MsiMessage)> {
+        let routes = self.routes.iter();
+        routes
+            .filter_map(|(number, route)| Some((*number, (*route)?)))
+            .collect()
+    }
+}
+
+/// One message-signalled interrupt.
+pub struct MsiVector {
+    router: Arc<MsiRouter>,
+    number: u32,
+    signal: EventFd,
+    connected: bool,
+}
+
+impl MsiVector {
+    /// Makes the interrupt now, or keeps it pending while it is not connected.
+    pub fn signal(&self) {
+        // It fails only when 2^64 signals wait.
+        let _ = self.signal.write(1);
+    }
+
+    /// A descriptor whose signals are [`MsiVector::signal`].
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn descriptor(&self) -> io::Result<EventFd> {
+        self.signal.try_clone()
+    }
+
+    /// From now on signals stay pending. The route stays too: to connect it again with the same
+    /// message costs no change of the table.
+    pub fn disconnect(&mut self) {
+        if std::mem::take(&mut self.connected) {
+            let router = &self.router;
+            if let Err(error) = router.vm.disconnect_irqfd(self.number, &self.signal) {
+                router.failed(&error);
+            }
+        }
+    }
+
+    /// Whether a signal is kept for later.
+    pub fn is_pending(&self) -> bool {
+        !self.connected && poll_now(borrow(&self.signal), PollFlags::IN).contains(PollFlags::IN)
+    }
+}
+
+impl Drop for MsiVector {
+    fn drop(&mut self) {
+        self.disconnect();
+        lock(&self.router.table).routes.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,288 @@
+//! The host bridge: configuration space by ECAM (PCI Express Base, section 7.2.2), and the memory
+//! window in which the guest places BARs.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+use anyhow::{Result, bail};
+
+use super::config::{ConfigSpace, Identity};
+use super::function::{BAR_SIZE, Function};
+use super::interrupts::{Interrupts, SharedLine};
+use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
+use crate::irqchip::Messages;
+use crate::util::sync::lock;
+use crate::util::{RateLimit, guest_warn};
+
+/// Bytes of configuration space that a function has in an ECAM.
+const FUNCTION_SIZE: u64 = 4096;
+/// Functions of a bus: 32 devices with 8 each; rvmm's devices have one.
+const FUNCTIONS: u64 = 256;
+/// The ECAM of one bus.
+pub const ECAM_SIZE: u64 = FUNCTIONS * FUNCTION_SIZE;
+/// Devices beside the bridge itself.
+pub const SLOTS: usize = 31;
+/// Interrupt wires of the bus.
+pub const WIRES: usize = 4;
+
+/// QEMU's generic PCI Express host bridge, which is as plain as this one.
+const BRIDGE: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x0008,
+    class: 0x06_0000,
+    revision: 0,
+    subsystem: 0x1100,
+};
+
+/// Bus 0, complete: nothing is plugged later.
+pub struct HostBridge {
+    ecam: Range<u64>,
+    window: Range<u64>,
+    bridge: Mutex<ConfigSpace>,
+    /// From device 1 on.
+    functions: Vec<Arc<Function>>,
+    wires: [IrqLine; WIRES],
+    shared: [Arc<SharedLine>; WIRES],
+    messages: Option<Messages>,
+    /// Held while the guest writes configuration space: one move at a time.
+    moving: Mutex<Vec<Option<u64>>>,
+    placed: RwLock<Vec<(Range<u64>, Arc<Function>)>>,
+    overlaps: RateLimit,
+}
+
+impl HostBridge {
+    /// A bus without devices: its ECAM and window on the machine's bus, its wires, and how messages
+    /// reach the harts.
+    pub fn new(
+        ecam: Range<u64>,
+        window: Range<u64>,
+        wires: [IrqLine; WIRES],
+        messages: Option<Messages>,
+    ) -> Self {
+        Self {
+            ecam,
+            window,
+            bridge: Mutex::new(ConfigSpace::new(BRIDGE)),
+            functions: Vec::new(),
+            shared: wires.clone().map(SharedLine::new),
+            wires,
+            messages,
+            moving: Mutex::default(),
+            placed: RwLock::default(),
+            overlaps: RateLimit::default(),
+        }
+    }
+
+    /// The interrupts of the next device to be attached, with so many messages where the machine has
+    /// them.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or KVM no interrupt numbers.
+    pub fn interrupts(&self, vectors: u16) -> Result<Arc<Interrupts>> {
+        let device = self.functions.len() + 1;
+        // As bridges swizzle: INTA of device n is wire n (PCI-to-PCI Bridge Architecture 1.2, 9.1).
+        let line = &self.shared[device % WIRES];
+        let router = self.messages.as_ref().map(|m| (&m.router, vectors));
+        let interrupts = Interrupts::new(line, u32::try_from(device)?, router)?;
+        Ok(Arc::new(interrupts))
+    }
+
+    /// Attaches a function, whose interrupts came from [`HostBridge::interrupts`], and tells its
+    /// device number.
+    ///
+    /// # Errors
+    /// The bus is full.
+    pub fn attach(&mut self, function: Function) -> Result<usize> {
+        if self.functions.len() == SLOTS {
+            bail!("a PCI bus has room for {SLOTS} devices");
+        }
+        self.functions.push(Arc::new(function));
+        lock(&self.moving).push(None);
+        Ok(self.functions.len())
+    }
+
+    /// The two ranges on the machine's bus.
+    pub fn on_bus(self: &Arc<Self>) -> [(Range<u64>, Arc<dyn MmioDevice>); 2] {
+        [
+            (self.ecam.clone(), Arc::new(Ecam(Arc::clone(self)))),
+            (self.window.clone(), Arc::new(Window(Arc::clone(self)))),
+        ]
+    }
+
+    /// The function that an ECAM offset is for, and the offset in its configuration space.
+    fn at(&self, offset: u64) -> (Slot<'_>, u64) {
+        let (number, offset) = (offset / FUNCTION_SIZE, offset % FUNCTION_SIZE);
+        let device = usize::try_from(number / 8).unwrap_or(usize::MAX);
+        let slot = match (number % 8, device) {
+            (0, 0) => Slot::Bridge,
+            (0, device) => self
+                .functions
+                .get(device - 1)
+                .map_or(Slot::Empty, Slot::Function),
+            _ => Slot::Empty,
+        };
+        (slot, offset)
+    }
+
+    /// Follows the guest: after a store to configuration space every BAR may be elsewhere.
+    fn follow(&self, known: &mut [Option<u64>]) {
+        let window = &self.window;
+        let inside = |base: &u64| *base >= window.start && base + u64::from(BAR_SIZE) <= window.end;
+        let wanted: Vec<_> = self
+            .functions
+            .iter()
+            .map(|f| f.bar().filter(inside))
+            .collect();
+        if wanted == known {
+            return;
+        }
+        *self.placed.write().unwrap_or_else(PoisonError::into_inner) = self.place(&wanted);
+        // Those that leave go first: another may come to the same place.
+        for gone in [true, false] {
+            for ((function, known), wanted) in self.functions.iter().zip(&mut *known).zip(&wanted) {
+                if known != wanted && (known.is_some() == gone) {
+                    if gone {
+                        function.moved(None);
+                        *known = None;
+                    } else {
+                        function.moved(*wanted);
+                        *known = *wanted;
+                    }
+                }
+            }
+        }
+    }
+
+    fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
+        let mut placed: Vec<(Range<u64>, Arc<Function>)> = Vec::new();
+        for (function, base) in self.functions.iter().zip(bars) {
+            let Some(base) = *base else { continue };
+            let range = base..base + u64::from(BAR_SIZE);
+            if placed
+                .iter()
+                .any(|(taken, _)| taken.start < range.end && range.start < taken.end)
+            {
+                guest_warn!(self.overlaps, "the guest placed two PCI BARs at {base:#x}");
+                continue;
+            }
+            placed.push((range, Arc::clone(function)));
+        }
+        placed.sort_by_key(|(range, _)| range.start);
+        placed
+    }
+
+    fn placed(&self) -> RwLockReadGuard<'_, Vec<(Range<u64>, Arc<Function>)>> {
+        self.placed.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The function whose BAR is at `offset` of the window, and the offset in it.
+    fn find(&self, offset: u64, length: usize) -> Option<(Arc<Function>, u64)> {
+        let gpa = self.window.start + offset;
+        let placed = self.placed();
+        let after = placed.partition_point(|(range, _)| range.start <= gpa);
+        let (range, function) = placed.get(after.checked_sub(1)?)?;
+        let fits = gpa + length as u64 <= range.end;
+        fits.then(|| (Arc::clone(function), gpa - range.start))
+    }
+}
+
+enum Slot<'a> {
+    Bridge,
+    Function(&'a Arc<Function>),
+    Empty,
+}
+
+struct Ecam(Arc<HostBridge>);
+
+/// Accesses of any width that do not leave a function's 4096 bytes; where no function is, all ones.
+impl MmioDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match self.0.at(offset) {
+            (Slot::Bridge, offset) => lock(&self.0.bridge).read(offset, data),
+            (Slot::Function(function), offset) => function.read_config(offset, data),
+            (Slot::Empty, _) => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match self.0.at(offset) {
+            (Slot::Bridge, offset) => lock(&self.0.bridge).write(offset, data),
+            (Slot::Function(function), offset) => {
+                let mut known = lock(&self.0.moving);
+                function.write_config(offset, data);
+                self.0.follow(&mut known);
+            }
+            (Slot::Empty, _) => {}
+        }
+    }
+}
+
+struct Window(Arc<HostBridge>);
+
+impl MmioDevice for Window {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match self.0.find(offset, data.len()) {
+            Some((function, offset)) => function.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((function, offset)) = self.0.find(offset, data.len()) {
+            function.write(offset, data);
+        }
+    }
+}
+
+/// `pci-host-ecam-generic` (the binding `pci/host-generic-pci.yaml`; PCI Bus Binding to IEEE 1275).
+impl Device for HostBridge {
+    fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
+        /// ss = 10: 32-bit memory.
+        const MEMORY_32: u32 = 0x0200_0000;
+        let cells = |value: u64| [high(value), low(value)];
+        let node = fdt.begin_node(&format!("pci@{:x}", self.ecam.start))?;
+        fdt.property_string("compatible", "pci-host-ecam-generic")?;
+        fdt.property_string("device_type", "pci")?;
+        fdt.property_array_u64("reg", &[self.ecam.start, ECAM_SIZE])?;
+        fdt.property_array_u32("bus-range", &[0, 0])?;
+        fdt.property_u32("#address-cells", 3)?;
+        fdt.property_u32("#size-cells", 2)?;
+        let mut ranges = vec![MEMORY_32];
+        ranges.extend(cells(self.window.start));
+        ranges.extend(cells(self.window.start));
+        ranges.extend(cells(self.window.end - self.window.start));
+        fdt.property_array_u32("ranges", &ranges)?;
+        fdt.property_null("dma-coherent")?;
+        if let Some(messages) = &self.messages {
+            fdt.property_u32("msi-parent", messages.phandle)?;
+        }
+        fdt.property_u32("#interrupt-cells", 1)?;
+        fdt.property_array_u32("interrupt-map-mask", &[0x1800, 0, 0, 7])?;
+        fdt.property_array_u32("interrupt-map", &self.interrupt_map())?;
+        fdt.end_node(node)
+    }
+}
+
+impl HostBridge {
+    /// Of devices 0 to 3, which stand for all, and their pins: the wire.
+    fn interrupt_map(&self) -> Vec<u32> {
+        let mut map = Vec::new();
+        for device in 0..4u32 {
+            for pin in 1..=4u32 {
+                let wire = (device + pin - 1) as usize % WIRES;
+                map.extend([device << 11, 0, 0, pin]);
+                map.extend(self.wires[wire].fdt_interrupt());
+            }
+        }
+        map
+    }
+}
+
+fn low(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+fn high(value: u64) -> u32 {
+    low(value >> 32)
+}

@@ -1,0 +1,142 @@
+//! How a function interrupts: by messages, or by its pin, which it shares with others.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::msix::Msix;
+use crate::bus::IrqLine;
+use crate::irqchip::msi::MsiRouter;
+use crate::util::sync::lock;
+
+/// A wire that several functions pull high: it is high while one of them does.
+pub(super) struct SharedLine {
+    line: IrqLine,
+    /// A bit for each slot that pulls.
+    high: Mutex<u32>,
+}
+
+impl SharedLine {
+    pub(super) fn new(line: IrqLine) -> Arc<Self> {
+        Arc::new(Self {
+            line,
+            high: Mutex::new(0),
+        })
+    }
+
+    fn set(&self, slot: u32, on: bool) {
+        let mut high = lock(&self.high);
+        let bit = 1 << slot;
+        let after = if on { *high | bit } else { *high & !bit };
+        let before = std::mem::replace(&mut *high, after);
+        if (before == 0) != (after == 0) {
+            self.line.set_level(after != 0);
+        }
+    }
+}
+
+/// The interrupts of one function; its device raises them from any thread.
+pub struct Interrupts {
+    pub(super) msix: Option<Msix>,
+    line: Arc<SharedLine>,
+    slot: u32,
+    pin: Mutex<Pin>,
+}
+
+#[derive(Default)]
+struct Pin {
+    asserted: bool,
+    disabled: bool,
+}
+
+impl Interrupts {
+    pub(super) fn new(
+        line: &Arc<SharedLine>,
+        slot: u32,
+        messages: Option<(&Arc<MsiRouter>, u16)>,
+    ) -> io::Result<Self> {
+        let messages = messages.filter(|(_, count)| *count > 0);
+        let msix = messages.map(|(router, count)| Msix::new(router, count));
+        Ok(Self {
+            msix: msix.transpose()?,
+            line: Arc::clone(line),
+            slot,
+            pin: Mutex::default(),
+        })
+    }
+
+    /// Messages that the function can have, 0 where it has only its pin.
+    pub fn vectors(&self) -> u16 {
+        self.msix.as_ref().map_or(0, Msix::count)
+    }
+
+    /// Whether the guest chose messages, and not the pin.
+    pub fn uses_messages(&self) -> bool {
+        self.msix.as_ref().is_some_and(Msix::is_enabled)
+    }
+
+    /// Sends the message of a vector, if there is such a vector.
+    pub fn message(&self, vector: u16) {
+        if let Some(msix) = &self.msix {
+            msix.signal(vector);
+        }
+    }
+
+    /// A descriptor whose signals are that message.
+    pub fn message_fd(&self, vector: u16) -> Option<EventFd> {
+        self.msix.as_ref()?.descriptor(vector)
+    }
+
+    /// Sets the level of the pin.
+    pub fn set_pin(&self, high: bool) {
+        let mut pin = lock(&self.pin);
+        pin.asserted = high;
+        self.line.set(self.slot, pin.asserted && !pin.disabled);
+    }
+
+    pub(super) fn set_pin_disabled(&self, disabled: bool) {
+        let mut pin = lock(&self.pin);
+        pin.disabled = disabled;
+        self.line.set(self.slot, pin.asserted && !pin.disabled);
+    }
+
+    pub(super) fn is_pin_asserted(&self) -> bool {
+        lock(&self.pin).asserted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::IrqSink;
+
+    #[derive(Default)]
+    struct Levels(Mutex<Vec<bool>>);
+
+    impl IrqSink for Levels {
+        fn set_level(&self, _: u32, high: bool) {
+            lock(&self.0).push(high);
+        }
+        fn fdt_interrupt(&self, _: u32) -> Vec<u32> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_shared_wire_is_high_while_one_pulls() {
+        let levels = Arc::new(Levels::default());
+        let line = SharedLine::new(IrqLine::new(Arc::clone(&levels) as _, 32));
+        let function = |slot| Interrupts::new(&line, slot, None).unwrap();
+        let (one, two) = (function(1), function(5));
+        one.set_pin(true);
+        two.set_pin(true);
+        one.set_pin(false);
+        two.set_pin_disabled(true);
+        assert_eq!(*lock(&levels.0), [true, false]);
+        assert!(two.is_pin_asserted());
+        two.set_pin_disabled(false);
+        two.set_pin(false);
+        assert_eq!(*lock(&levels.0), [true, false, true, false]);
+    }
+}

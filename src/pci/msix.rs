@@ -1,0 +1,284 @@
+//! MSI-X: a table of messages in BAR 0, and which of them may be sent (PCI Local Bus 3.0, section
+//! 6.8.2).
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::hypervisor::MsiMessage;
+use crate::irqchip::msi::{MsiRouter, MsiVector};
+use crate::util::sync::lock;
+
+/// Bytes of a table entry: address, data, control.
+const ENTRY: u64 = 16;
+/// The mask bit of an entry's control.
+const MASKED: u32 = 1;
+/// Of the capability's message control.
+const ENABLE: u16 = 1 << 15;
+const FUNCTION_MASK: u16 = 1 << 14;
+
+/// The capability's id.
+pub(super) const CAPABILITY: u8 = 0x11;
+/// Bits of the message control that a guest can change.
+pub(super) const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
+
+/// A function's messages.
+pub(super) struct Msix {
+    /// Signals one vector each; no lock is needed for that.
+    signals: Vec<EventFd>,
+    enabled: AtomicBool,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    router: Arc<MsiRouter>,
+    control: u16,
+    entries: Vec<Entry>,
+}
+
+struct Entry {
+    message: MsiMessage,
+    control: u32,
+    vector: MsiVector,
+}
+
+impl Msix {
+    /// `count` vectors, all masked.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or KVM no interrupt numbers.
+    pub(super) fn new(router: &Arc<MsiRouter>, count: u16) -> io::Result<Self> {
+        let entry = |_| {
+            Ok(Entry {
+                message: MsiMessage::default(),
+                control: MASKED,
+                vector: router.vector()?,
+            })
+        };
+        let entries: Vec<Entry> = (0..count).map(entry).collect::<io::Result<_>>()?;
+        let signals = entries.iter().map(|entry| entry.vector.descriptor());
+        Ok(Self {
+            signals: signals.collect::<io::Result<_>>()?,
+            enabled: AtomicBool::new(false),
+            table: Mutex::new(Table {
+                router: Arc::clone(router),
+                control: 0,
+                entries,
+            }),
+        })
+    }
+
+    /// Vectors.
+    pub(super) fn count(&self) -> u16 {
+        u16::try_from(self.signals.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether the guest chose messages, and not the pin.
+    pub(super) fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
+    }
+
+    /// Sends the message of `vector`, or keeps it pending; nothing where there is no such vector.
+    pub(super) fn signal(&self, vector: u16) {
+        if let Some(signal) = self.signals.get(usize::from(vector)) {
+            // It fails only when 2^64 signals wait.
+            let _ = signal.write(1);
+        }
+    }
+
+    /// A descriptor whose signals are [`Msix::signal`].
+    pub(super) fn descriptor(&self, vector: u16) -> Option<EventFd> {
+        self.signals.get(usize::from(vector))?.try_clone().ok()
+    }
+
+    /// The guest has written the capability's message control.
+    pub(super) fn set_control(&self, control: u16) {
+        let mut table = lock(&self.table);
+        if table.control != control & CONTROL_WRITABLE {
+            table.control = control & CONTROL_WRITABLE;
+            self.enabled.store(control & ENABLE != 0, Ordering::Release);
+            table.apply();
+        }
+    }
+
+    /// Reads the table: 4 or 8 bytes, aligned; else zero.
+    pub(super) fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let table = lock(&self.table);
+        words(offset, data.len(), |at, range| {
+            let word = table.entry(at).map_or(0, |entry| entry.word(at));
+            data[range].copy_from_slice(&word.to_le_bytes());
+        });
+    }
+
+    /// Writes it: 4 or 8 bytes, aligned; else nothing.
+    pub(super) fn write_table(&self, offset: u64, data: &[u8]) {
+        let mut table = lock(&self.table);
+        words(offset, data.len(), |at, range| {
+            if let (Some(index), Ok(word)) = (table.index(at), data[range].try_into()) {
+                table.entries[index].set_word(at, u32::from_le_bytes(word));
+            }
+        });
+        table.apply();
+    }
+
+    /// Reads the pending bits.
+    pub(super) fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let table = lock(&self.table);
+        for (ahead, byte) in (0u64..).zip(data) {
+            let first = offset.saturating_add(ahead).saturating_mul(8);
+            let first = usize::try_from(first).unwrap_or(usize::MAX);
+            let entries = table.entries.iter().skip(first).take(8);
+            let bits = entries.enumerate();
+            *byte = bits.fold(0, |bits, (bit, entry)| {
+                bits | u8::from(entry.vector.is_pending()) << bit
+            });
+        }
+    }
+}
+
+impl Table {
+    fn index(&self, offset: u64) -> Option<usize> {
+        let index = usize::try_from(offset / ENTRY).ok()?;
+        (index < self.entries.len()).then_some(index)
+    }
+
+    fn entry(&self, offset: u64) -> Option<&Entry> {
+        self.index(offset).map(|index| &self.entries[index])
+    }
+
+    /// Connects the vectors that may be sent, and keeps back the others, with one change of the
+    /// machine's routes at most.
+    fn apply(&mut self) {
+        let all = self.control == ENABLE;
+        let may_send = |entry: &Entry| all && entry.control & MASKED == 0;
+        for entry in &mut self.entries {
+            if !may_send(entry) {
+                entry.vector.disconnect();
+            }
+        }
+        let live = self.entries.iter_mut().filter(|entry| may_send(entry));
+        let live = live.map(|entry| (&mut entry.vector, entry.message));
+        self.router.connect(live);
+    }
+}
+
+impl Entry {
+    /// The 32 bits of an entry at this offset of the table.
+    fn word(&self, offset: u64) -> u32 {
+        let [a, b, c, d, e, f, g, h] = self.message.address.to_le_bytes();
+        match offset % ENTRY {
+            0 => u32::from_le_bytes([a, b, c, d]),
+            4 => u32::from_le_bytes([e, f, g, h]),
+            8 => self.message.data,
+            _ => self.control,
+        }
+    }
+
+    fn set_word(&mut self, offset: u64, word: u32) {
+        let address = &mut self.message.address;
+        match offset % ENTRY {
+            // An address is aligned.
+            0 => *address = (*address & !0xffff_ffff) | u64::from(word & !3),
+            4 => *address = (*address & 0xffff_ffff) | u64::from(word) << 32,
+            8 => self.message.data = word,
+            _ => self.control = word & MASKED,
+        }
+    }
+}
+
+/// The 32-bit words of an access of 4 or 8 aligned bytes: where each is, and its part of the data.
+fn words(offset: u64, length: usize, mut word: impl FnMut(u64, std::ops::Range<usize>)) {
+    if offset % 4 == 0 && (length == 4 || length == 8) {
+        for first in (0..length).step_by(4) {
+            word(offset.saturating_add(first as u64), first..first + 4);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irqchip::msi::tests::FakeVm;
+
+    fn msix(count: u16) -> (Arc<FakeVm>, Msix) {
+        let vm = Arc::new(FakeVm::default());
+        let router = MsiRouter::new(Arc::clone(&vm) as _);
+        (vm, Msix::new(&router, count).unwrap())
+    }
+
+    fn write_entry(msix: &Msix, vector: u64, data: u32, control: u32) {
+        msix.write_table(vector * 16, &0x2800_0000u64.to_le_bytes());
+        msix.write_table(vector * 16 + 8, &data.to_le_bytes());
+        msix.write_table(vector * 16 + 12, &control.to_le_bytes());
+    }
+
+    fn pending(msix: &Msix) -> u8 {
+        let mut byte = [0];
+        msix.read_pending(0, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn vectors_are_connected_at_once() {
+        let (vm, msix) = msix(8);
+        msix.set_control(ENABLE | FUNCTION_MASK);
+        (0..8).for_each(|vector| write_entry(&msix, vector, 5, 0));
+        assert!(lock(&vm.tables).is_empty() && lock(&vm.irqfds).is_empty());
+        msix.set_control(ENABLE);
+        assert_eq!(lock(&vm.tables).len(), 1, "one table for all of them");
+        assert_eq!(lock(&vm.tables)[0].len(), 8);
+        assert_eq!(lock(&vm.irqfds).len(), 8);
+        msix.set_control(0);
+        assert!(lock(&vm.irqfds).is_empty());
+        msix.set_control(ENABLE);
+        assert_eq!(lock(&vm.tables).len(), 1);
+    }
+
+    #[test]
+    fn a_masked_vector_is_pending() {
+        let (vm, msix) = msix(3);
+        msix.set_control(ENABLE);
+        write_entry(&msix, 1, 9, 0);
+        assert_eq!(*lock(&vm.irqfds), [1]);
+        msix.write_table(16 + 12, &1u32.to_le_bytes());
+        assert!(lock(&vm.irqfds).is_empty());
+        assert_eq!(pending(&msix), 0);
+        msix.signal(1);
+        msix.signal(3);
+        msix.signal(u16::MAX);
+        assert_eq!(pending(&msix), 0b10);
+        let tables = lock(&vm.tables).len();
+        msix.write_table(16 + 12, &0u32.to_le_bytes());
+        assert_eq!(lock(&vm.tables).len(), tables, "the same message");
+        assert_eq!(*lock(&vm.irqfds), [1]);
+    }
+
+    #[test]
+    fn a_message_can_move_while_it_is_live() {
+        let (vm, msix) = msix(1);
+        msix.set_control(ENABLE);
+        write_entry(&msix, 0, 9, 0);
+        msix.write_table(8, &10u32.to_le_bytes());
+        assert_eq!(lock(&vm.tables).last().unwrap()[0].1.data, 10);
+        assert_eq!(*lock(&vm.irqfds), [0]);
+    }
+
+    #[test]
+    fn hostile_accesses_do_nothing() {
+        let (vm, msix) = msix(2);
+        for offset in [0, 1, 2, 3, 28, 32, 4096, u64::MAX - 7, u64::MAX - 3] {
+            for length in [1, 2, 3, 4, 8] {
+                let mut data = [0xff; 8];
+                msix.write_table(offset, &data[..length]);
+                msix.read_table(offset, &mut data[..length]);
+                msix.read_pending(offset, &mut data[..length]);
+            }
+        }
+        assert!(lock(&vm.irqfds).is_empty());
+        let mut data = [0; 4];
+        msix.read_table(28, &mut data);
+        assert_eq!(data, [1, 0, 0, 0], "only the mask is kept");
+    }
+}

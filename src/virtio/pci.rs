@@ -1,0 +1,384 @@
+//! Virtio over PCI (VIRTIO 1.2, section 4.1), modern only: a function whose BAR 0 has the registers.
+//!
+//! ```text
+//! 0x0000  common configuration     0x2000  the device's configuration space
+//! 0x1000  ISR status               0x3000  notifications, 4 bytes for each queue
+//! ```
+
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::Result;
+use log::{info, warn};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::core::{Core, Half, Ring};
+use super::device::{Interrupt, VirtioDevice};
+use crate::hypervisor::{Doorbell, Vm};
+use crate::memory::GuestMemory;
+use crate::pci::function::Window;
+use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
+use crate::util::sync::lock;
+use crate::util::{RateLimit, guest_warn};
+
+/// The vendor of all virtio devices.
+const VENDOR: u16 = 0x1af4;
+/// Device ids of modern devices: this and the type.
+const DEVICE: u16 = 0x1040;
+/// A queue or event without a message.
+const NO_VECTOR: u16 = 0xffff;
+
+const COMMON: u32 = 0x0000;
+const ISR: u32 = 0x1000;
+const CONFIG: u32 = 0x2000;
+const NOTIFY: u32 = 0x3000;
+/// Bytes of each part.
+const PART: u32 = 0x1000;
+/// Bytes of the common configuration that are there.
+const COMMON_SIZE: u32 = 0x40;
+/// Between two queues' notification addresses.
+const NOTIFY_STEP: u32 = 4;
+
+/// Interrupt causes in the ISR status.
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A device behind a PCI function.
+pub struct PciTransport {
+    core: Mutex<Core>,
+    interrupt: Arc<PciInterrupt>,
+    doorbells: Mutex<Doorbells>,
+}
+
+impl PciTransport {
+    /// Attaches `device` to `bridge` with at most `vectors` messages. Where that is fewer than one
+    /// for each queue and one more, queues share them.
+    ///
+    /// # Errors
+    /// The bus is full, or the host has no descriptors or interrupts left.
+    pub fn attach(
+        device: Box<dyn VirtioDevice>,
+        ram: &Arc<GuestMemory>,
+        vm: &Arc<dyn Vm>,
+        bridge: &mut HostBridge,
+        vectors: u16,
+    ) -> Result<()> {
+        let identity = identity(device.kind());
+        let queues = device.queue_sizes().len();
+        let name = device.name().to_owned();
+        let interrupts = bridge.interrupts(vectors)?;
+        let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&interrupts), queues));
+        let core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        let doorbells = Doorbells::new(vm, &core);
+        let transport = Arc::new(Self {
+            core: Mutex::new(core),
+            interrupt,
+            doorbells: Mutex::new(doorbells),
+        });
+        let (config, window) = config_space(identity);
+        let function = Function::new(config, Some(window), Arc::clone(&interrupts), transport);
+        let slot = bridge.attach(function)?;
+        let how = match usize::from(interrupts.vectors()) {
+            0 => "by pin".into(),
+            count if count > queues => format!("by {count} messages, each queue its own"),
+            count => format!("by {count} messages, queues share one"),
+        };
+        info!("{name}: PCI device {slot}, {queues} queues, interrupts {how}");
+        Ok(())
+    }
+
+    /// A field of the common configuration, of its own width.
+    fn read_common(&self, offset: u64, length: usize) -> u64 {
+        let core = lock(&self.core);
+        let queue = core.queue();
+        let ring = |ring: Ring| queue.map_or(0, |queue| queue.rings[ring as usize]);
+        let half = |which: Ring, half: Half| half.of(ring(which)).into();
+        match (offset, length) {
+            (0x00, 4) => core.device_select.into(),
+            (0x04, 4) => core.device_features().into(),
+            (0x08, 4) => core.driver_select.into(),
+            (0x0c, 4) => core.driver_features().into(),
+            (0x10, 2) => self.interrupt.config.load(Ordering::Acquire).into(),
+            (0x12, 2) => core.queues().len() as u64,
+            (0x14, 1) => core.status().into(),
+            (0x15, 1) => (core.config_generation() & 0xff).into(),
+            (0x16, 2) => core.queue_select.into(),
+            (0x18, 2) => queue.map_or(0, |queue| queue.size.into()),
+            (0x1a, 2) => self.interrupt.queue_vector(core.queue_select).into(),
+            (0x1c, 2) => queue.is_some_and(|queue| queue.enabled).into(),
+            (0x1e, 2) => queue.map_or(0, |_| core.queue_select.into()),
+            (0x20, 4) => half(Ring::Descriptors, Half::Low),
+            (0x24, 4) => half(Ring::Descriptors, Half::High),
+            (0x28, 4) => half(Ring::Driver, Half::Low),
+            (0x2c, 4) => half(Ring::Driver, Half::High),
+            (0x30, 4) => half(Ring::Device, Half::Low),
+            (0x34, 4) => half(Ring::Device, Half::High),
+            _ => 0,
+        }
+    }
+
+    fn write_common(&self, offset: u64, length: usize, value: u32) {
+        let mut core = lock(&self.core);
+        let [low, high, ..] = value.to_le_bytes();
+        let word = u16::from_le_bytes([low, high]);
+        match (offset, length) {
+            (0x00, 4) => core.device_select = value,
+            (0x08, 4) => core.driver_select = value,
+            (0x0c, 4) => core.set_driver_features(value),
+            (0x10, 2) => self.interrupt.set_config_vector(word),
+            (0x14, 1) => {
+                core.set_status(low);
+                if low == 0 {
+                    self.interrupt.reset();
+                }
+            }
+            (0x16, 2) => core.queue_select = word,
+            (0x18, 2) => core.set_queue_size(word),
+            (0x1a, 2) => self.interrupt.set_queue_vector(core.queue_select, word),
+            (0x1c, 2) if word == 1 => core.enable_queue(),
+            (0x20, 4) => core.set_ring(Ring::Descriptors, Half::Low, value),
+            (0x24, 4) => core.set_ring(Ring::Descriptors, Half::High, value),
+            (0x28, 4) => core.set_ring(Ring::Driver, Half::Low, value),
+            (0x2c, 4) => core.set_ring(Ring::Driver, Half::High, value),
+            (0x30, 4) => core.set_ring(Ring::Device, Half::Low, value),
+            (0x34, 4) => core.set_ring(Ring::Device, Half::High, value),
+            _ => {}
+        }
+    }
+}
+
+/// Fields are read and written whole; 64-bit ones also in halves. Other accesses read zero, and write
+/// nothing.
+impl BarDevice for PciTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let (part, offset) = part(offset);
+        match (part, data.len()) {
+            (COMMON, 8) => {
+                self.read(offset, &mut data[..4]);
+                self.read(offset + 4, &mut data[4..]);
+            }
+            (COMMON, length) => {
+                let value = self.read_common(offset, length).to_le_bytes();
+                data.copy_from_slice(&value[..length]);
+            }
+            (ISR, _) if offset == 0 => data[0] = self.interrupt.take(),
+            (CONFIG, _) => lock(&self.core).read_config(offset, data),
+            _ => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let (part, offset) = part(offset);
+        let mut value = [0; 4];
+        match (part, data.len()) {
+            (COMMON, 8) => {
+                self.write(offset, &data[..4]);
+                self.write(offset + 4, &data[4..]);
+            }
+            (COMMON, length) => {
+                value[..length].copy_from_slice(data);
+                self.write_common(offset, length, u32::from_le_bytes(value));
+            }
+            (CONFIG, _) => lock(&self.core).write_config(offset, data),
+            // Only before the kernel takes them: it does as soon as the BAR is placed.
+            (NOTIFY, _) => {
+                let queue = u16::try_from(offset / u64::from(NOTIFY_STEP));
+                lock(&self.core).kick(queue.unwrap_or(u16::MAX));
+            }
+            _ => {}
+        }
+    }
+
+    fn moved(&self, base: Option<u64>) {
+        lock(&self.doorbells).follow(base);
+    }
+}
+
+/// The part of the BAR that an offset is in, and the offset there.
+fn part(offset: u64) -> (u32, u64) {
+    let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+    (offset - offset % PART, (offset % PART).into())
+}
+
+/// The kernel's doorbells, which are where BAR 0 is.
+struct Doorbells {
+    vm: Arc<dyn Vm>,
+    kicks: Vec<Arc<EventFd>>,
+    connected: Vec<(Doorbell, Arc<EventFd>)>,
+    failures: RateLimit,
+}
+
+impl Doorbells {
+    fn new(vm: &Arc<dyn Vm>, core: &Core) -> Self {
+        Self {
+            vm: Arc::clone(vm),
+            kicks: core.queues().iter().map(|q| Arc::clone(&q.kick)).collect(),
+            connected: Vec::new(),
+            failures: RateLimit::default(),
+        }
+    }
+
+    fn follow(&mut self, base: Option<u64>) {
+        for (doorbell, kick) in self.connected.drain(..) {
+            if let Err(error) = self.vm.disconnect_doorbell(doorbell, &kick) {
+                warn!("{error}");
+            }
+        }
+        let Some(base) = base else { return };
+        let first = base + u64::from(NOTIFY);
+        let places = (first..).step_by(NOTIFY_STEP as usize);
+        for (gpa, kick) in places.zip(&self.kicks) {
+            let doorbell = Doorbell { gpa, value: None };
+            match self.vm.connect_doorbell(doorbell, kick) {
+                Ok(()) => self.connected.push((doorbell, Arc::clone(kick))),
+                // Notifications then come to `write`.
+                Err(error) => guest_warn!(self.failures, "{error}"),
+            }
+        }
+    }
+}
+
+impl Drop for Doorbells {
+    fn drop(&mut self) {
+        self.follow(None);
+    }
+}
+
+/// Messages where the driver uses them, else the ISR status and the pin, which is high while a bit of
+/// it is set.
+struct PciInterrupt {
+    interrupts: Arc<Interrupts>,
+    isr: Mutex<u8>,
+    config: AtomicU16,
+    queues: Vec<AtomicU16>,
+}
+
+impl PciInterrupt {
+    fn new(interrupts: Arc<Interrupts>, queues: usize) -> Self {
+        Self {
+            interrupts,
+            isr: Mutex::new(0),
+            config: AtomicU16::new(NO_VECTOR),
+            queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+        }
+    }
+
+    fn queue_vector(&self, queue: u16) -> u16 {
+        let vector = self.queues.get(usize::from(queue));
+        vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
+    }
+
+    /// A vector that is not there reads back as none (section 4.1.5.1.2.1).
+    fn known(&self, vector: u16) -> u16 {
+        if vector < self.interrupts.vectors() {
+            vector
+        } else {
+            NO_VECTOR
+        }
+    }
+
+    fn set_queue_vector(&self, queue: u16, vector: u16) {
+        if let Some(known) = self.queues.get(usize::from(queue)) {
+            known.store(self.known(vector), Ordering::Release);
+        }
+    }
+
+    fn set_config_vector(&self, vector: u16) {
+        self.config.store(self.known(vector), Ordering::Release);
+    }
+
+    fn reset(&self) {
+        self.take();
+        self.config.store(NO_VECTOR, Ordering::Release);
+        for queue in &self.queues {
+            queue.store(NO_VECTOR, Ordering::Release);
+        }
+    }
+
+    fn raise(&self, bit: u8) {
+        let mut isr = lock(&self.isr);
+        if *isr == 0 {
+            self.interrupts.set_pin(true);
+        }
+        *isr |= bit;
+    }
+
+    /// Reads the ISR status, which clears it.
+    fn take(&self) -> u8 {
+        let mut isr = lock(&self.isr);
+        if *isr != 0 {
+            self.interrupts.set_pin(false);
+        }
+        std::mem::take(&mut isr)
+    }
+}
+
+impl Interrupt for PciInterrupt {
+    fn queue(&self, index: u16) {
+        if self.interrupts.uses_messages() {
+            self.interrupts.message(self.queue_vector(index));
+        } else {
+            self.raise(ISR_QUEUE);
+        }
+    }
+
+    fn config(&self) {
+        if self.interrupts.uses_messages() {
+            self.interrupts.message(self.config.load(Ordering::Acquire));
+        } else {
+            self.raise(ISR_CONFIG);
+        }
+    }
+
+    fn queue_fd(&self, index: u16) -> Option<EventFd> {
+        if !self.interrupts.uses_messages() {
+            return None;
+        }
+        self.interrupts.message_fd(self.queue_vector(index))
+    }
+}
+
+fn identity(kind: u32) -> Identity {
+    Identity {
+        vendor: VENDOR,
+        device: DEVICE + u16::try_from(kind).unwrap_or(0),
+        class: match kind {
+            VIRTIO_ID_NET => 0x02_0000,
+            VIRTIO_ID_BLOCK => 0x01_8000,
+            VIRTIO_ID_CONSOLE => 0x07_8000,
+            _ => 0x00_ff00,
+        },
+        revision: 1,
+        subsystem: 0x1100,
+    }
+}
+
+/// A configuration space with the capabilities that tell where the registers are (section 4.1.4).
+fn config_space(identity: Identity) -> (ConfigSpace, Window) {
+    const VENDOR_SPECIFIC: u8 = 0x09;
+    let mut config = ConfigSpace::new(identity);
+    let mut add = |kind: u8, offset: u32, length: u32, more: &[u8], writable: &[u8]| {
+        let length_of_all = u8::try_from(16 + more.len()).unwrap_or(u8::MAX);
+        // Length, type, BAR 0, id, padding.
+        let mut body = vec![length_of_all, kind, 0, 0, 0, 0];
+        body.extend(offset.to_le_bytes());
+        body.extend(length.to_le_bytes());
+        body.extend(more);
+        config.add_capability(VENDOR_SPECIFIC, &body, writable)
+    };
+    add(1, COMMON, COMMON_SIZE, &[], &[]);
+    add(2, NOTIFY, PART, &NOTIFY_STEP.to_le_bytes(), &[]);
+    add(3, ISR, 1, &[], &[]);
+    add(4, CONFIG, PART, &[], &[]);
+    // A driver chooses BAR, offset and length, and the data are a window there.
+    let mut writable = [0; 18];
+    writable[2] = 0xff;
+    writable[6..].fill(0xff);
+    let at = add(5, 0, 0, &[0; 4], &writable);
+    let window = Window {
+        control: at + 4,
+        data: at + 16,
+    };
+    (config, window)
+}
