@@ -29,12 +29,13 @@ RUN set -eu; \
 RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
     apt-get update; \
     apt-get install \
-        binutils-riscv64-linux-gnu ca-certificates cargo cpio device-tree-compiler gcc gcc-riscv64-linux-gnu git kmod \
+        binutils-riscv64-linux-gnu ca-certificates cargo cpio device-tree-compiler e2fsprogs gcc gcc-riscv64-linux-gnu git kmod \
         libc6-dev libc6-dev-riscv64-cross libstd-rust-dev libstd-rust-dev:riscv64 qemu-system-riscv qemu-user rust-clippy \
         rustc rustfmt shellcheck xz-utils; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /usr/share/doc /usr/share/man
 
-# What riscv64 runs, unpacked and never installed: the kernel of L1 and of the guest, L1's modules, one static busybox, U-Boot.
+# What riscv64 runs, unpacked and never installed: the kernel of L1 and of the guest, their modules and the order to load them in,
+# one static busybox, U-Boot.
 # The kernel's package is named by what its metapackage depends on.
 RUN set -eu; cd /opt/rvmm; \
     apt-get update; \
@@ -46,11 +47,23 @@ RUN set -eu; cd /opt/rvmm; \
     mv root/boot/config-* config; \
     mv root/usr/bin/busybox busybox; \
     mv root/usr/lib/u-boot/qemu-riscv64_smode/u-boot.bin u-boot.bin; \
-    modules=$(find root -type d -path '*/lib/modules/*/kernel'); \
-    for name in irqbypass kvm; do \
-        file=$(find "$modules" -name "$name.ko*"); \
-        case $file in *.xz) xz -dc "$file" >"modules/$name.ko" ;; *) cp "$file" "modules/$name.ko" ;; esac; \
-    done; \
+    [ -e root/lib ] || ln -s usr/lib root/lib; \
+    [ -e root/usr/lib ] || { mkdir -p root/usr; ln -s ../lib root/usr/lib; }; \
+    version=${linux#linux-image-}; version=${version%%:*}; \
+    depmod --basedir root "$version"; \
+    load() { \
+        list=$1; shift; \
+        modprobe --dirname root --set-version "$version" --show-depends --all "$@" | \
+            sed -nE 's/^insmod ([^ ]*).*/\1/p' | awk '!seen[$0]++' | \
+            while read -r file; do \
+                name=$(basename "$file" | sed 's/[.]ko.*//'); \
+                case $file in *.xz) xz -dc "$file" >"modules/$name.ko" ;; *) cp "$file" "modules/$name.ko" ;; esac; \
+                echo "$name"; \
+            done >"modules/$list"; \
+    }; \
+    load host kvm tun vhost_net virtio_blk loop ext4; \
+    load guest virtio_mmio virtio_blk virtio_net virtio_rng ext4; \
+    [ -s modules/kvm.ko ] && [ -s modules/virtio_net.ko ]; \
     rm -rf root ./*.deb /var/lib/apt/lists/* /var/cache/apt/*.bin
 
 # QEMU for riscv64, which the benchmarks run beside rvmm: the program and the libraries it loads. apt resolves them as on a
@@ -73,6 +86,20 @@ RUN set -eu; cd /opt/rvmm; mkdir debs; \
         todo=$next; \
     done; \
     rm -rf root debs /var/lib/apt/lists/* /var/cache/apt/*.bin
+
+# The packages of a small Debian for riscv64, which a guest boots from a disk: what every Debian has, an init, and the programs
+# that test disks and networks. scripts/lib/debian.sh installs them, in an emulated machine.
+RUN set -eu; mkdir -p /opt/rvmm/debian; cd /opt/rvmm/debian; \
+    apt-get update; \
+    apt() { \
+        "$@" -o APT::Architecture=riscv64 -o APT::Architectures=riscv64 -o Dir::State::status=/dev/null \
+            -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=; \
+    }; \
+    base=$(apt apt-cache dumpavail | awk '/^Package:/ { p = $2 } /^(Essential: yes|Priority: required)/ { print p }' | \
+        sort -u | grep -v '^apt$'); \
+    apt apt-get install --download-only -o Dir::Cache::archives=/opt/rvmm/debian \
+        $base systemd-sysv udev fio iperf3 iproute2 e2fsprogs kmod; \
+    rm -rf partial lock /var/lib/apt/lists/* /var/cache/apt/*.bin
 
 # For riscv64, cargo links statically (L1 has no libraries) and runs tests in user-mode emulation.
 ENV CARGO_TARGET_RISCV64GC_UNKNOWN_LINUX_GNU_LINKER=riscv64-linux-gnu-gcc \

@@ -16,6 +16,8 @@ source "$RVMM_REPO/scripts/lib/ui.sh"
 source "$RVMM_REPO/scripts/lib/env.sh"
 # shellcheck source=scripts/lib/rig.sh
 source "$RVMM_REPO/scripts/lib/rig.sh"
+# shellcheck source=scripts/lib/debian.sh
+source "$RVMM_REPO/scripts/lib/debian.sh"
 
 cd "$RVMM_REPO"
 trap 'rig_cleanup; ui_cleanup' EXIT

@@ -22,12 +22,19 @@ pack_busybox() {
     printf "alias %s='%s -f'\n" poweroff poweroff reboot reboot halt halt >"$root/etc/shrc"
 }
 
-# The Linux guest's initramfs.
+# The Linux guest's initramfs; with the modules for virtio and disks, if their directory is given.
 pack_guest_initramfs() {
-    local repo=$1 out=$2 root
+    local repo=$1 out=$2 modules=${3-} root name
     root=$(mktemp -d)
     pack_busybox "$root"
     install -m 755 "$repo/resources/initramfs/init" "$root/init"
+    if [[ -n $modules ]]; then
+        mkdir "$root/modules"
+        cp "$modules/guest" "$root/modules/order"
+        while read -r name; do
+            cp "$modules/$name.ko" "$root/modules"
+        done <"$modules/guest"
+    fi
     pack_dir "$root" | gzip -9n >"$out.tmp"
     mv "$out.tmp" "$out"
     rm -rf "$root"

@@ -3,6 +3,7 @@
 #
 #   rig_build            rvmm (release, static riscv64), then rig_assemble: the guests, L1's base
 #   rig_begin KIND       a new payload for a kind of host; add files below $RIG_RUN/root/payload
+#   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are forgotten
 #   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
 #   rig_status           the payload's exit status; fails when L1 gave none
 #
@@ -15,6 +16,7 @@ readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 # L1's harts, and more arguments for its QEMU.
 RIG_CPUS=2
 RIG_QEMU=()
+RIG_DISKS=()
 
 RIG_RUN=
 RIG_TTY=
@@ -53,6 +55,7 @@ rig_begin() {
     mkdir -p "$RVMM_CACHE/run"
     RIG_RUN=$(mktemp -d "$RVMM_CACHE/run/XXXXXX")
     RIG_KIND=$kind
+    RIG_DISKS=()
     mkdir -p "$RIG_RUN"/root/payload/bin
     rig_add_program "$RIG_RVMM"
     cp -r "$RIG_GUESTS" "$RIG_RUN/root/payload/guests"
@@ -65,6 +68,11 @@ rig_begin() {
 # Take along a program that cargo built, without what only a debugger reads.
 rig_add_program() {
     env_run riscv64-linux-gnu-strip -o "$RIG_RUN/root/payload/bin/${1##*/}" "$1"
+}
+
+rig_add_disk() {
+    local id=disk$((${#RIG_DISKS[@]} / 4))
+    RIG_DISKS+=(-drive "file=$1,format=raw,if=none,snapshot=on,id=$id" -device "virtio-blk-pci,drive=$id")
 }
 
 # Give the payload a variable.
@@ -94,7 +102,7 @@ rig_boot() {
     # shellcheck disable=SC2054 # the commas are QEMU's
     command=(
         qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m 2G -no-reboot
-        -nodefaults -display none -monitor none "${RIG_QEMU[@]}"
+        -nodefaults -display none -monitor none "${RIG_QEMU[@]}" "${RIG_DISKS[@]}"
         -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
         -serial "file:$RIG_RUN/l1.log"
         -device virtio-serial-pci

@@ -1,0 +1,61 @@
+# shellcheck shell=bash
+# A small Debian for guests, on a disk: packages of the cross-environment, installed in an emulated machine.
+#
+#   debian_build         make $DEBIAN_IMAGE, an ext4 file system, unless it is there
+#
+# The image is never written to again: who boots it does so with a throw-away overlay.
+
+readonly DEBIAN_SIZE=1G
+readonly DEBIAN_LIMIT=1800
+DEBIAN_IMAGE=
+
+debian_build() {
+    DEBIAN_IMAGE=$RVMM_CACHE/l1/debian-$(debian_key).img
+    [[ -e $DEBIAN_IMAGE ]] || must "Install a Debian for guests" debian_install
+}
+
+debian_key() {
+    { printf '%s\n' "$ENV_NAME" && cat resources/debian/configure scripts/lib/debian.sh; } | sha256sum | cut -c1-12
+}
+
+debian_install() {
+    local work=$RVMM_CACHE/l1/debian.$$ status=0
+    mkdir -p "$work"
+    debian_unpack "$work" && debian_boot "$work" && mv "$work/image" "$DEBIAN_IMAGE" || status=$?
+    rm -rf "$work"
+    return "$status"
+}
+
+# All packages unpacked, and behind them as files that need no decompression: dpkg registers them from there.
+debian_unpack() {
+    env_run bash -euc '
+        work=$1
+        root=$work/root
+        mkdir -p "$root/debs"
+        dpkg-deb --extract /opt/rvmm/debian/base-files_*.deb "$root"
+        for deb in /opt/rvmm/debian/*.deb; do
+            dpkg-deb --extract "$deb" "$root"
+            dpkg-deb --raw-extract "$deb" "$work/one"
+            dpkg-deb --build -Znone "$work/one" "$root/debs/${deb##*/}"
+            rm -r "$work/one"
+        done
+        install -m 755 resources/debian/configure "$root/configure"
+        mke2fs -q -t ext4 -L rvmm-debian -d "$root" "$work/image" "$2"
+        rm -r "$root"
+    ' - "$1" "$DEBIAN_SIZE"
+}
+
+debian_boot() {
+    local work=$1
+    # shellcheck disable=SC2054 # the commas are QEMU's
+    local command=(
+        qemu-system-riscv64 -M virt -smp 2 -m 1G -no-reboot -nodefaults -display none -monitor none
+        -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_GUESTS/virtio.cpio.gz"
+        -append "console=ttyS0 panic=-1 root=/dev/vda rvmm.init=/configure"
+        -drive "file=$work/image,format=raw,if=none,id=root,cache=unsafe,discard=unmap"
+        -device virtio-blk-pci,drive=root -serial "file:$work/console"
+    )
+    env_run timeout --foreground --kill-after=5 "$DEBIAN_LIMIT" "${command[@]}"
+    cat "$work/console"
+    grep -q '^rvmm: configured' "$work/console"
+}
