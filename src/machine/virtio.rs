@@ -6,23 +6,36 @@ use anyhow::{Context, Result, bail};
 
 use super::layout;
 use crate::bus::{Bus, Device};
-use crate::config::{Transport, VmConfig};
+use crate::config::{Mac, NetConfig, Transport, VmConfig};
 use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
 use crate::pci::HostBridge;
+use crate::util::tap::TapQueue;
 use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{self, MmioTransport};
+use crate::virtio::net::{Net, vhost};
 use crate::virtio::pci::PciTransport;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;
 
+/// More pairs of queues than this do not make an interface faster.
+const NET_PAIRS_MAX: u32 = 8;
+
+/// A tap, opened.
+struct Interface {
+    name: String,
+    config: NetConfig,
+    queues: Vec<Arc<TapQueue>>,
+}
+
 /// The host's side of the devices, which outlives a reset: files stay open and locked.
 pub(super) struct Backends {
     disks: Vec<(String, Arc<Image>)>,
+    interfaces: Vec<Interface>,
 }
 
 impl Backends {
@@ -36,7 +49,12 @@ impl Backends {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
             disks.push((name, Arc::new(Image::open(disk)?)));
         }
-        Ok(Self { disks })
+        let interfaces = config.net.iter().enumerate();
+        let interfaces = interfaces.map(|(index, net)| Interface::open(index, net, config.cpus));
+        Ok(Self {
+            disks,
+            interfaces: interfaces.collect::<Result<_>>()?,
+        })
     }
 
     /// The devices, as after power-on.
@@ -45,8 +63,42 @@ impl Backends {
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
         let disks = self.disks.iter();
         let disks = disks.map(|(name, image)| Disk::new(name, Arc::clone(image), queues));
-        disks.map(|disk| Box::new(disk) as _).collect()
+        let disks = disks.map(|disk| Box::new(disk) as _);
+        let interfaces = self.interfaces.iter();
+        let interfaces = interfaces.map(|interface| Box::new(interface.device()) as _);
+        disks.chain(interfaces).collect()
     }
+}
+
+impl Interface {
+    fn open(index: usize, config: &NetConfig, cpus: u32) -> Result<Self> {
+        if config.vhost {
+            vhost::check()?;
+        }
+        let pairs = cpus.min(NET_PAIRS_MAX);
+        let queues = TapQueue::open(&config.tap, usize::try_from(pairs)?)?;
+        Ok(Self {
+            name: format!("net{index}"),
+            config: config.clone(),
+            queues: queues.into_iter().map(Arc::new).collect(),
+        })
+    }
+
+    fn device(&self) -> Net {
+        let NetConfig { tap, mac, vhost } = &self.config;
+        let mac = mac.unwrap_or_else(|| default_mac(tap));
+        Net::new(&self.name, tap, self.queues.clone(), mac, *vhost)
+    }
+}
+
+/// An address of this host's own for this tap, the same at every start: locally administered, with the
+/// first bytes that QEMU's have.
+fn default_mac(tap: &str) -> Mac {
+    let mut sum = flate2::Crc::new();
+    sum.update(&std::fs::read("/etc/machine-id").unwrap_or_default());
+    sum.update(tap.as_bytes());
+    let [a, b, c, d] = sum.sum().to_be_bytes();
+    Mac([0x52, 0x54, a, b, c, d])
 }
 
 /// Puts the devices on `bus`, and gives back what the device tree tells of.

@@ -90,6 +90,13 @@ impl Pieces {
         self.iovecs.drain(..gone);
     }
 
+    /// Adds the pieces of `more`, which are of the same RAM.
+    pub fn append(&mut self, more: &Pieces) {
+        debug_assert!(Arc::ptr_eq(&self.ram, &more.ram));
+        self.iovecs.extend_from_slice(&more.iovecs);
+        self.len += more.len;
+    }
+
     /// Cuts off what is behind the first `count` bytes, and returns it.
     pub fn split_off(&mut self, count: usize) -> Pieces {
         let mut rest = self.clone();

@@ -23,3 +23,13 @@ pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as the EventFd, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }
+
+/// Waits until one of `fds` is readable, or in a state that only a read tells, and says which are; none
+/// after a signal.
+pub fn wait_readable<const N: usize>(fds: [BorrowedFd; N]) -> [bool; N] {
+    let mut polled = fds.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
+    match poll(&mut polled, None) {
+        Ok(_) => polled.each_ref().map(|fd| !fd.revents().is_empty()),
+        Err(_) => [false; N],
+    }
+}

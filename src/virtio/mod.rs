@@ -8,6 +8,7 @@ pub mod blk;
 pub mod core;
 pub mod device;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod queue;
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use log::debug;
 use thiserror::Error;
@@ -102,15 +103,24 @@ impl Virtq {
         &self.queue
     }
 
+    /// What served the ring in the kernel has taken its requests up to `next` (an index of the
+    /// available ring), and returned all that it took.
+    pub fn took_until(&mut self, next: u16) {
+        self.queue.set_next_avail(next);
+        let used = self.queue.used_idx(self.ram.as_ref(), Ordering::Acquire);
+        self.queue.set_next_used(used.map_or(next, |used| used.0));
+    }
+
+    /// How to interrupt the driver, for who does not own the queue.
+    pub fn interrupter(&self) -> impl Fn() + Send + use<> {
+        let (interrupt, index) = (Arc::clone(&self.interrupt), self.index);
+        move || interrupt.queue(index)
+    }
+
     /// The interrupt of this queue, for what serves it in the kernel: none where only userspace can
     /// make it.
     pub fn interrupt_fd(&self) -> Option<EventFd> {
         self.interrupt.queue_fd(self.index)
-    }
-
-    /// Interrupts the driver whether it asked for it or not.
-    pub fn interrupt(&self) {
-        self.interrupt.queue(self.index);
     }
 
     /// The next request.

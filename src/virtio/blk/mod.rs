@@ -118,7 +118,7 @@ impl VirtioDevice for Disk {
             let shared = Arc::clone(&self.shared);
             let name = format!("{}.{}", self.shared.name, queue.index());
             let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(&mut queues[0], stop);
-            let worker = Worker::start(Kind::Disk, &name, vec![queue], serve)
+            let worker = Worker::serve(Kind::Disk, &name, vec![queue], serve)
                 .inspect_err(|_| drop(self.deactivate()))?;
             self.workers.push(worker);
         }
@@ -126,7 +126,8 @@ impl VirtioDevice for Disk {
     }
 
     fn deactivate(&mut self) -> Vec<Virtq> {
-        self.workers.drain(..).flat_map(Worker::stop).collect()
+        let queues = self.workers.drain(..).filter_map(Worker::stop);
+        queues.flatten().collect()
     }
 }
 

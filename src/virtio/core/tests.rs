@@ -32,7 +32,7 @@ impl VirtioDevice for Echo {
     }
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         for queue in activation.queues {
-            let worker = Worker::start(Kind::Virtio, "echo", vec![queue], |queues, stop| {
+            let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
                 while !stop.is_asked() {
                     queues[0].drain(|chain| {
                         let bytes = vec![0xee; chain.writable.len()];
@@ -47,7 +47,8 @@ impl VirtioDevice for Echo {
         Ok(())
     }
     fn deactivate(&mut self) -> Vec<Virtq> {
-        self.workers.drain(..).flat_map(Worker::stop).collect()
+        let queues = self.workers.drain(..).filter_map(Worker::stop);
+        queues.flatten().collect()
     }
 }
 

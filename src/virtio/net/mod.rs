@@ -7,7 +7,7 @@
 mod control;
 mod receive;
 mod transmit;
-mod vhost;
+pub mod vhost;
 
 use std::io;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
-use self::control::Pairs;
+use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, read_bytes};
-use super::queue::Virtq;
-use super::worker::Worker;
+use super::queue::{Broken, Virtq};
+use super::worker::{Stop, Worker};
 use crate::config::Mac;
 use crate::util::RateLimit;
 use crate::util::sync::lock;
-use crate::util::tap::{Offloads, TapQueue};
+use crate::util::tap::{self, Offloads, TapQueue};
 use crate::util::thread::Kind;
 
 /// Entries of each receive and transmit queue.
@@ -34,7 +34,7 @@ const CONTROL_SIZE: u16 = 64;
 pub struct Net {
     shared: Arc<Shared>,
     mac: Mac,
-    vhost: Option<vhost::Maker>,
+    vhost: bool,
     served: Served,
 }
 
@@ -42,7 +42,7 @@ pub struct Net {
 struct Shared {
     name: String,
     tap: String,
-    pairs: Vec<TapQueue>,
+    pairs: Vec<Arc<TapQueue>>,
     /// The tap has gone, and with it the link.
     link: Link,
     failures: RateLimit,
@@ -83,7 +83,7 @@ impl Link {
 
 impl Net {
     /// An interface with this address on `pairs`, the queues of the tap of that name.
-    pub fn new(name: &str, tap: &str, pairs: Vec<TapQueue>, mac: Mac, vhost: bool) -> Self {
+    pub fn new(name: &str, tap: &str, pairs: Vec<Arc<TapQueue>>, mac: Mac, vhost: bool) -> Self {
         Self {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
@@ -93,7 +93,7 @@ impl Net {
                 failures: RateLimit::default(),
             }),
             mac,
-            vhost: vhost.then(vhost::Maker::default),
+            vhost,
             served: Served::default(),
         }
     }
@@ -109,5 +109,135 @@ impl Net {
         space[6] = u8::from(!self.shared.link.is_gone());
         space[8..].copy_from_slice(&self.pairs().to_le_bytes());
         space
+    }
+}
+
+/// Bytes of the largest packet, and of the header before it: 64 KiB of segments to come and their own
+/// headers, or what Ethernet carries.
+const PACKET_SEGMENTS: usize = 65_562 + tap::HEADER;
+const PACKET_ETHERNET: usize = 1_518 + tap::HEADER;
+
+impl VirtioDevice for Net {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = 1 << VIRTIO_NET_F_MAC
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_MRG_RXBUF
+            | 1 << VIRTIO_NET_F_CSUM
+            | 1 << VIRTIO_NET_F_HOST_TSO4
+            | 1 << VIRTIO_NET_F_HOST_TSO6
+            | 1 << VIRTIO_NET_F_HOST_ECN
+            | 1 << VIRTIO_NET_F_GUEST_CSUM
+            | 1 << VIRTIO_NET_F_GUEST_TSO4
+            | 1 << VIRTIO_NET_F_GUEST_TSO6
+            | 1 << VIRTIO_NET_F_GUEST_ECN;
+        if self.pairs() > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let mut sizes = vec![QUEUE_SIZE; 2 * usize::from(self.pairs())];
+        if self.pairs() > 1 {
+            sizes.push(CONTROL_SIZE);
+        }
+        sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&self.config(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        lock(&self.shared.link.0).fault = Some(activation.fault.clone());
+        let offloads = Offloads {
+            checksum: activation.has(VIRTIO_NET_F_GUEST_CSUM),
+            tso4: activation.has(VIRTIO_NET_F_GUEST_TSO4),
+            tso6: activation.has(VIRTIO_NET_F_GUEST_TSO6),
+            ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
+        };
+        for tap in &self.shared.pairs {
+            // A tap that has gone refuses: its link is down then.
+            if let Err(error) = tap.set_offloads(offloads) {
+                self.shared.lose_link(&error);
+            }
+        }
+        self.shared.use_pairs(1);
+        let segments = offloads.tso4 || offloads.tso6;
+        let room = Room {
+            mergeable: activation.has(VIRTIO_NET_F_MRG_RXBUF),
+            packet: if segments {
+                PACKET_SEGMENTS
+            } else {
+                PACKET_ETHERNET
+            },
+        };
+        self.start(activation, room)
+            .inspect_err(|_| drop(self.deactivate()))
+    }
+
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        lock(&self.shared.link.0).fault = None;
+        let Served { workers, vhost } = std::mem::take(&mut self.served);
+        let queues = workers.into_iter().filter_map(Worker::stop).flatten();
+        let mut queues: Vec<Virtq> = queues.collect();
+        queues.extend(vhost.into_iter().flat_map(vhost::Pair::stop));
+        queues.sort_by_key(Virtq::index);
+        queues
+    }
+}
+
+impl Net {
+    fn start(&mut self, activation: Activation, room: Room) -> io::Result<()> {
+        let Activation {
+            ram,
+            features,
+            queues,
+            ..
+        } = activation;
+        let mut queues = queues.into_iter().peekable();
+        while let Some(queue) = queues.next() {
+            let pair = usize::from(queue.index() / 2);
+            let is_receive = queue.index() % 2 == 0;
+            let next = queues
+                .next_if(|next| self.vhost && is_receive && next.index() == queue.index() + 1);
+            match (self.shared.pairs.get(pair), next) {
+                (Some(tap), Some(next)) => {
+                    let name = &self.shared.name;
+                    let started = vhost::Pair::start(name, &ram, features, tap, [queue, next])?;
+                    self.served.vhost.push(started);
+                }
+                (Some(_), None) => self.start_worker(queue, move |shared, queue, stop| {
+                    let tap = &shared.pairs[pair];
+                    if is_receive {
+                        shared.receive(tap, room, queue, stop)
+                    } else {
+                        shared.transmit(tap, queue, stop)
+                    }
+                })?,
+                (None, _) => self.start_worker(queue, Shared::control)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn start_worker<F>(&mut self, queue: Virtq, serve: F) -> io::Result<()>
+    where
+        F: FnOnce(&Shared, &mut Virtq, &Stop) -> Result<(), Broken> + Send + 'static,
+    {
+        let shared = Arc::clone(&self.shared);
+        let name = format!("{}.{}", shared.name, queue.index());
+        let serve = move |queues: &mut [Virtq], stop: &Stop| serve(&shared, &mut queues[0], stop);
+        let worker = Worker::serve(Kind::Net, &name, vec![queue], serve)?;
+        self.served.workers.push(worker);
+        Ok(())
     }
 }

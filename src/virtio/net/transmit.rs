@@ -1,0 +1,60 @@
+//! From the guest to the tap.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use super::Shared;
+use crate::memory::Pieces;
+use crate::util::guest_warn;
+use crate::util::tap::{HEADER, TapQueue};
+use crate::virtio::queue::{Broken, Virtq};
+use crate::virtio::worker::{Stop, wait};
+
+/// The largest packet a tap takes: 64 KiB of segments to come, and headers.
+const PACKET_MAX: usize = 65_562 + HEADER;
+
+impl Shared {
+    /// Sends what `queue` has to `tap` until the worker is to stop.
+    pub(super) fn transmit(
+        &self,
+        tap: &TapQueue,
+        queue: &mut Virtq,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
+        while !stop.is_asked() {
+            queue.drain(|chain| {
+                self.send(tap, &chain.readable);
+                Ok(0)
+            })?;
+            wait(queue.kick());
+        }
+        Ok(())
+    }
+
+    /// Sends one packet, or drops it, as a wire does.
+    fn send(&self, tap: &TapQueue, packet: &Pieces) {
+        if !(HEADER..=PACKET_MAX).contains(&packet.len()) || self.link.is_gone() {
+            return;
+        }
+        let Err(error) = packet.write_to(tap.as_fd()) else {
+            return;
+        };
+        match error.raw_os_error() {
+            // The tap's queue is full; or a header that no packet has, which is the guest's own loss.
+            Some(libc::EAGAIN | libc::EINTR | libc::EINVAL) => {}
+            // The interface is down, which may change.
+            Some(libc::EIO) => {
+                guest_warn!(self.failures, "{}: tap {} is down", self.name, self.tap);
+            }
+            _ => self.lose_link(&error),
+        }
+    }
+
+    /// The tap has gone: the guest finds its link down.
+    pub(super) fn lose_link(&self, error: &io::Error) {
+        if self.link.lose() {
+            let (name, tap) = (&self.name, &self.tap);
+            log::warn!("{name}: tap {tap} has gone ({error}): the guest's link is down");
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Pairs of queues that the host's kernel serves: /dev/vhost-net (`drivers/vhost/net.c`).
+
+use std::fmt::Display;
+use std::fs::OpenOptions;
+use std::io;
+use std::sync::Arc;
+
+use ::vhost::net::VhostNet;
+use ::vhost::vhost_kern::net::Net as Kernel;
+use ::vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+use crate::util::tap::TapQueue;
+use crate::util::thread::Kind;
+use crate::virtio::queue::Virtq;
+use crate::virtio::worker::{Worker, wait};
+
+const DEVICE: &str = "/dev/vhost-net";
+
+/// What of the driver's features is the kernel's business.
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+/// Whether this host has vhost-net.
+///
+/// # Errors
+/// One line that names the way out.
+pub fn check() -> io::Result<()> {
+    let opened = OpenOptions::new().read(true).write(true).open(DEVICE);
+    match opened {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let way_out = "modprobe vhost_net, run as one who may open it, or leave out vhost";
+            Err(io::Error::other(format!(
+                "Failed to open {DEVICE}: {error}: {way_out}"
+            )))
+        }
+    }
+}
+
+/// A receive and a transmit queue in the kernel's hands.
+pub(super) struct Pair {
+    kernel: Kernel<Arc<GuestMemory>>,
+    queues: [Virtq; 2],
+    /// Threads that make the interrupts which the kernel cannot make by itself.
+    relays: Vec<Worker<()>>,
+}
+
+impl Pair {
+    /// Hands `queues`, receive and transmit, to the kernel, with `tap` behind them.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn start(
+        name: &str,
+        ram: &Arc<GuestMemory>,
+        features: u64,
+        tap: &TapQueue,
+        queues: [Virtq; 2],
+    ) -> io::Result<Self> {
+        let kernel = Kernel::new(Arc::clone(ram)).map_err(failed("open it"))?;
+        kernel.set_owner().map_err(failed("own it"))?;
+        let offered = kernel
+            .get_features()
+            .map_err(failed("ask for its features"))?;
+        let features = features & FEATURES & offered;
+        kernel
+            .set_features(features)
+            .map_err(failed("set its features"))?;
+        let regions = ram.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
+        let regions = regions.collect::<Result<Vec<_>, _>>();
+        let regions = regions.map_err(failed("name guest RAM"))?;
+        kernel
+            .set_mem_table(&regions)
+            .map_err(failed("give it guest RAM"))?;
+        let mut pair = Self {
+            kernel,
+            queues,
+            relays: Vec::new(),
+        };
+        for ring in 0..pair.queues.len() {
+            let call = pair.call(name, ring)?;
+            pair.set_up(ring, &call)?;
+        }
+        for ring in 0..pair.queues.len() {
+            let set = pair.kernel.set_backend(ring, Some(tap.file()));
+            set.map_err(failed("give it the tap"))?;
+        }
+        Ok(pair)
+    }
+
+    fn set_up(&self, ring: usize, call: &EventFd) -> io::Result<()> {
+        let queue = self.queues[ring].ring();
+        let rings = VringConfigData {
+            queue_max_size: queue.max_size(),
+            queue_size: queue.size(),
+            flags: 0,
+            desc_table_addr: queue.desc_table(),
+            used_ring_addr: queue.used_ring(),
+            avail_ring_addr: queue.avail_ring(),
+            log_addr: None,
+        };
+        let kernel = &self.kernel;
+        kernel
+            .set_vring_num(ring, queue.size())
+            .and_then(|()| kernel.set_vring_addr(ring, &rings))
+            .and_then(|()| kernel.set_vring_base(ring, queue.next_avail()))
+            .and_then(|()| kernel.set_vring_call(ring, call))
+            .and_then(|()| kernel.set_vring_kick(ring, self.queues[ring].kick()))
+            .map_err(failed("set up a queue"))
+    }
+
+    /// What the kernel signals to interrupt the driver.
+    fn call(&mut self, name: &str, ring: usize) -> io::Result<EventFd> {
+        let queue = &self.queues[ring];
+        if let Some(direct) = queue.interrupt_fd() {
+            return Ok(direct);
+        }
+        let call = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
+        let (waited, interrupt) = (Arc::clone(&call), queue.interrupter());
+        let name = format!("{name}.{}", queue.index());
+        let relay = Worker::start(Kind::Net, &name, Arc::clone(&call), move |stop| {
+            wait(&waited);
+            while !stop.is_asked() {
+                interrupt();
+                wait(&waited);
+            }
+        })?;
+        self.relays.push(relay);
+        call.try_clone()
+    }
+
+    /// Takes the queues back.
+    pub(super) fn stop(mut self) -> [Virtq; 2] {
+        for (ring, queue) in self.queues.iter_mut().enumerate() {
+            let stopped = self.kernel.set_backend(ring, None);
+            match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
+                Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
+                Err(error) => log::warn!("vhost-net: Failed to stop a queue: {error}"),
+            }
+        }
+        for relay in self.relays {
+            relay.stop();
+        }
+        self.queues
+    }
+}
+
+fn failed<E: Display>(act: &str) -> impl FnOnce(E) -> io::Error {
+    move |error| io::Error::other(format!("vhost-net: Failed to {act}: {error}"))
+}
