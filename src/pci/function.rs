@@ -99,10 +99,10 @@ impl Function {
             let control = self.msix_control.map(|at| config.word(at.into()));
             (config.is_intx_disabled(), control)
         };
-        self.interrupts.set_pin_disabled(disabled);
         if let (Some(msix), Some(control)) = (&self.interrupts.msix, control) {
             msix.set_control(control);
         }
+        self.interrupts.set_pin_disabled(disabled);
     }
 
     /// Where BAR 0 is, if it is decoded.
