@@ -126,13 +126,7 @@ impl HostBridge {
 
     /// Follows the guest: after a store to configuration space every BAR may be elsewhere.
     fn follow(&self, known: &mut [Option<u64>]) {
-        let window = &self.window;
-        let inside = |base: &u64| *base >= window.start && base + u64::from(BAR_SIZE) <= window.end;
-        let wanted: Vec<_> = self
-            .functions
-            .iter()
-            .map(|f| f.bar().filter(inside))
-            .collect();
+        let wanted = self.wanted();
         if wanted == known {
             return;
         }
@@ -153,20 +147,33 @@ impl HostBridge {
         }
     }
 
-    fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
-        let mut placed: Vec<(Range<u64>, Arc<Function>)> = Vec::new();
-        for (function, base) in self.functions.iter().zip(bars) {
-            let Some(base) = *base else { continue };
-            let range = base..base + u64::from(BAR_SIZE);
-            if placed
-                .iter()
-                .any(|(taken, _)| taken.start < range.end && range.start < taken.end)
-            {
-                guest_warn!(self.overlaps, "the guest placed two PCI BARs at {base:#x}");
-                continue;
+    /// Where each BAR is to be: inside the window, and not where an earlier device has one.
+    fn wanted(&self) -> Vec<Option<u64>> {
+        let (window, size) = (&self.window, u64::from(BAR_SIZE));
+        let inside = |base: &u64| *base >= window.start && base + size <= window.end;
+        let mut wanted: Vec<Option<u64>> = Vec::with_capacity(self.functions.len());
+        for function in &self.functions {
+            let mut bar = function.bar().filter(inside);
+            if let Some(base) = bar {
+                let mut earlier = wanted.iter().flatten();
+                if earlier.any(|taken| taken.abs_diff(base) < size) {
+                    guest_warn!(self.overlaps, "the guest placed two PCI BARs at {base:#x}");
+                    bar = None;
+                }
             }
-            placed.push((range, Arc::clone(function)));
+            wanted.push(bar);
         }
+        wanted
+    }
+
+    /// The functions that have a place, in its order.
+    fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
+        let bars = self.functions.iter().zip(bars);
+        let placed = bars.filter_map(|(function, base)| {
+            let base = (*base)?;
+            Some((base..base + u64::from(BAR_SIZE), Arc::clone(function)))
+        });
+        let mut placed: Vec<_> = placed.collect();
         placed.sort_by_key(|(range, _)| range.start);
         placed
     }
