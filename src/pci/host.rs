@@ -215,6 +215,10 @@ impl MmioDevice for Ecam {
         match self.0.at(offset) {
             (Slot::Bridge, offset) => lock(&self.0.bridge).write(offset, data),
             (Slot::Function(function), offset) => {
+                // The device runs without the lock.
+                if function.write_window(offset, data) {
+                    return;
+                }
                 let mut known = lock(&self.0.moving);
                 function.write_config(offset, data);
                 self.0.follow(&mut known);
