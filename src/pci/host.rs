@@ -77,9 +77,9 @@ impl HostBridge {
     /// them.
     ///
     /// # Errors
-    /// The host has no descriptors left, or KVM no interrupt numbers.
+    /// The bus is full, the host has no descriptors left, or KVM no interrupt numbers.
     pub fn interrupts(&self, vectors: u16) -> Result<Arc<Interrupts>> {
-        let device = self.functions.len() + 1;
+        let device = self.next_device()?;
         // As bridges swizzle: INTA of device n is wire n (PCI-to-PCI Bridge Architecture 1.2, 9.1).
         let line = &self.shared[device % WIRES];
         let router = self.messages.as_ref().map(|m| (&m.router, vectors));
@@ -93,12 +93,17 @@ impl HostBridge {
     /// # Errors
     /// The bus is full.
     pub fn attach(&mut self, function: Function) -> Result<usize> {
-        if self.functions.len() == SLOTS {
-            bail!("a PCI bus has room for {SLOTS} devices");
-        }
+        let device = self.next_device()?;
         self.functions.push(Arc::new(function));
         lock(&self.moving).push(None);
-        Ok(self.functions.len())
+        Ok(device)
+    }
+
+    fn next_device(&self) -> Result<usize> {
+        match self.functions.len() {
+            SLOTS => bail!("the PCI bus is full: give the machine at most {SLOTS} devices"),
+            taken => Ok(taken + 1),
+        }
     }
 
     /// The two ranges on the machine's bus.
