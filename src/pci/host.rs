@@ -302,3 +302,6 @@ fn low(value: u64) -> u32 {
 fn high(value: u64) -> u32 {
     low(value >> 32)
 }
+
+#[cfg(test)]
+mod tests;
