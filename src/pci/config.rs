@@ -119,7 +119,7 @@ impl ConfigSpace {
     /// Where BAR 0 is, if the function decodes memory now.
     pub fn bar(&self) -> Option<u64> {
         self.bar_size?;
-        let base = u32::from(self.word(BAR0)) | u32::from(self.word(BAR0 + 2)) << 16;
+        let base = u32::from(self.word(BAR0)) | (u32::from(self.word(BAR0 + 2)) << 16);
         (self.word(COMMAND) & COMMAND_MEMORY != 0).then_some(base.into())
     }
 

@@ -88,21 +88,28 @@ impl Function {
         config.read(offset, data);
     }
 
-    /// A store to it. BAR 0 may have moved then: see [`Function::bar`].
-    pub fn write_config(&self, offset: u64, data: &[u8]) {
-        if let Some(at) = self.window_target(offset, data.len()) {
-            return self.write(at, data);
+    /// A store through the configuration space's window into BAR 0; whether it was one.
+    pub fn write_window(&self, offset: u64, data: &[u8]) -> bool {
+        let target = self.window_target(offset, data.len());
+        if let Some(at) = target {
+            self.write(at, data);
         }
+        target.is_some()
+    }
+
+    /// A store to the configuration space itself, one at a time. BAR 0 may have moved then: see
+    /// [`Function::bar`].
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
         let (disabled, control) = {
             let mut config = lock(&self.config);
             config.write(offset, data);
             let control = self.msix_control.map(|at| config.word(at.into()));
             (config.is_intx_disabled(), control)
         };
-        self.interrupts.set_pin_disabled(disabled);
         if let (Some(msix), Some(control)) = (&self.interrupts.msix, control) {
             msix.set_control(control);
         }
+        self.interrupts.set_pin_disabled(disabled);
     }
 
     /// Where BAR 0 is, if it is decoded.

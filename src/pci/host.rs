@@ -77,9 +77,9 @@ impl HostBridge {
     /// them.
     ///
     /// # Errors
-    /// The host has no descriptors left, or KVM no interrupt numbers.
+    /// The bus is full, the host has no descriptors left, or KVM no interrupt numbers.
     pub fn interrupts(&self, vectors: u16) -> Result<Arc<Interrupts>> {
-        let device = self.functions.len() + 1;
+        let device = self.next_device()?;
         // As bridges swizzle: INTA of device n is wire n (PCI-to-PCI Bridge Architecture 1.2, 9.1).
         let line = &self.shared[device % WIRES];
         let router = self.messages.as_ref().map(|m| (&m.router, vectors));
@@ -93,12 +93,17 @@ impl HostBridge {
     /// # Errors
     /// The bus is full.
     pub fn attach(&mut self, function: Function) -> Result<usize> {
-        if self.functions.len() == SLOTS {
-            bail!("a PCI bus has room for {SLOTS} devices");
-        }
+        let device = self.next_device()?;
         self.functions.push(Arc::new(function));
         lock(&self.moving).push(None);
-        Ok(self.functions.len())
+        Ok(device)
+    }
+
+    fn next_device(&self) -> Result<usize> {
+        match self.functions.len() {
+            SLOTS => bail!("the PCI bus is full: give the machine at most {SLOTS} devices"),
+            taken => Ok(taken + 1),
+        }
     }
 
     /// The two ranges on the machine's bus.
@@ -126,13 +131,7 @@ impl HostBridge {
 
     /// Follows the guest: after a store to configuration space every BAR may be elsewhere.
     fn follow(&self, known: &mut [Option<u64>]) {
-        let window = &self.window;
-        let inside = |base: &u64| *base >= window.start && base + u64::from(BAR_SIZE) <= window.end;
-        let wanted: Vec<_> = self
-            .functions
-            .iter()
-            .map(|f| f.bar().filter(inside))
-            .collect();
+        let wanted = self.wanted();
         if wanted == known {
             return;
         }
@@ -153,20 +152,33 @@ impl HostBridge {
         }
     }
 
-    fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
-        let mut placed: Vec<(Range<u64>, Arc<Function>)> = Vec::new();
-        for (function, base) in self.functions.iter().zip(bars) {
-            let Some(base) = *base else { continue };
-            let range = base..base + u64::from(BAR_SIZE);
-            if placed
-                .iter()
-                .any(|(taken, _)| taken.start < range.end && range.start < taken.end)
-            {
-                guest_warn!(self.overlaps, "the guest placed two PCI BARs at {base:#x}");
-                continue;
+    /// Where each BAR is to be: inside the window, and not where an earlier device has one.
+    fn wanted(&self) -> Vec<Option<u64>> {
+        let (window, size) = (&self.window, u64::from(BAR_SIZE));
+        let inside = |base: &u64| *base >= window.start && base + size <= window.end;
+        let mut wanted: Vec<Option<u64>> = Vec::with_capacity(self.functions.len());
+        for function in &self.functions {
+            let mut bar = function.bar().filter(inside);
+            if let Some(base) = bar {
+                let mut earlier = wanted.iter().flatten();
+                if earlier.any(|taken| taken.abs_diff(base) < size) {
+                    guest_warn!(self.overlaps, "the guest placed two PCI BARs at {base:#x}");
+                    bar = None;
+                }
             }
-            placed.push((range, Arc::clone(function)));
+            wanted.push(bar);
         }
+        wanted
+    }
+
+    /// The functions that have a place, in its order.
+    fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
+        let bars = self.functions.iter().zip(bars);
+        let placed = bars.filter_map(|(function, base)| {
+            let base = (*base)?;
+            Some((base..base + u64::from(BAR_SIZE), Arc::clone(function)))
+        });
+        let mut placed: Vec<_> = placed.collect();
         placed.sort_by_key(|(range, _)| range.start);
         placed
     }
@@ -208,6 +220,10 @@ impl MmioDevice for Ecam {
         match self.0.at(offset) {
             (Slot::Bridge, offset) => lock(&self.0.bridge).write(offset, data),
             (Slot::Function(function), offset) => {
+                // The device runs without the lock.
+                if function.write_window(offset, data) {
+                    return;
+                }
                 let mut known = lock(&self.0.moving);
                 function.write_config(offset, data);
                 self.0.follow(&mut known);
@@ -286,3 +302,6 @@ fn low(value: u64) -> u32 {
 fn high(value: u64) -> u32 {
     low(value >> 32)
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,21 +88,30 @@ impl Interrupts {
         self.msix.as_ref()?.descriptor(vector)
     }
 
-    /// Sets the level of the pin.
+    /// Sets the level of the pin, which stays low while the guest has disabled it or uses messages.
     pub fn set_pin(&self, high: bool) {
         let mut pin = lock(&self.pin);
         pin.asserted = high;
-        self.line.set(self.slot, pin.asserted && !pin.disabled);
+        self.drive(&pin);
     }
 
+    /// COMMAND's INTx disable may have changed, or what [`Interrupts::uses_messages`] says.
     pub(super) fn set_pin_disabled(&self, disabled: bool) {
         let mut pin = lock(&self.pin);
         pin.disabled = disabled;
-        self.line.set(self.slot, pin.asserted && !pin.disabled);
+        self.drive(&pin);
     }
 
+    /// STATUS's interrupt bit: INTx disable does not hide it (PCI Local Bus 3.0, section 6.2.3).
     pub(super) fn is_pin_asserted(&self) -> bool {
-        lock(&self.pin).asserted
+        lock(&self.pin).asserted && !self.uses_messages()
+    }
+
+    /// A function with messages enabled may not use its pin (section 6.8.2.3), also for what it
+    /// asserted before.
+    fn drive(&self, pin: &Pin) {
+        let high = pin.asserted && !pin.disabled && !self.uses_messages();
+        self.line.set(self.slot, high);
     }
 }
 

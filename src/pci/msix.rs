@@ -132,7 +132,7 @@ impl Msix {
             let entries = table.entries.iter().skip(first).take(8);
             let bits = entries.enumerate();
             *byte = bits.fold(0, |bits, (bit, entry)| {
-                bits | u8::from(entry.vector.is_pending()) << bit
+                bits | (u8::from(entry.vector.is_pending()) << bit)
             });
         }
     }
@@ -181,7 +181,7 @@ impl Entry {
         match offset % ENTRY {
             // An address is aligned.
             0 => *address = (*address & !0xffff_ffff) | u64::from(word & !3),
-            4 => *address = (*address & 0xffff_ffff) | u64::from(word) << 32,
+            4 => *address = (*address & 0xffff_ffff) | (u64::from(word) << 32),
             8 => self.message.data = word,
             _ => self.control = word & MASKED,
         }
