@@ -28,7 +28,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{
-    Activation, DRIVER_OK, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice, status_bit,
+    Activation, DRIVER_OK, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice, features,
+    status_bit,
 };
 use super::queue::Virtq;
 use crate::memory::GuestMemory;
@@ -40,10 +41,13 @@ const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
 /// What a driver may set.
 const DRIVERS: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
-const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const VERSION_1: u64 = features(&[VIRTIO_F_VERSION_1]);
 /// What every device of rvmm offers.
-const COMMON_FEATURES: u64 =
-    VERSION_1 | (1 << VIRTIO_RING_F_INDIRECT_DESC) | (1 << VIRTIO_RING_F_EVENT_IDX);
+const COMMON_FEATURES: u64 = features(&[
+    VIRTIO_F_VERSION_1,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX,
+]);
 
 /// A virtqueue as its driver sets it up.
 pub struct QueueSetup {

@@ -138,6 +138,16 @@ pub(super) const fn status_bit(bit: u32) -> u8 {
 pub(super) const DRIVER_OK: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER_OK);
 pub(super) const NEEDS_RESET: u8 = status_bit(VIRTIO_CONFIG_S_NEEDS_RESET);
 
+/// A set of feature bits.
+pub const fn features(bits: &[u32]) -> u64 {
+    let (mut set, mut index) = (0, 0);
+    while index < bits.len() {
+        set |= 1 << bits[index];
+        index += 1;
+    }
+    set
+}
+
 /// Reads `data` from a configuration space of these bytes; what is beyond them stays as it is.
 pub fn read_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
     let from = usize::try_from(offset).unwrap_or(usize::MAX);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
-use log::{info, warn};
+use log::info;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -154,7 +154,7 @@ impl BarDevice for PciTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (part, offset) = part(offset);
         match (part, data.len()) {
-            (COMMON, 8) => {
+            (COMMON, 8) if offset < COMMON_SIZE.into() => {
                 self.read(offset, &mut data[..4]);
                 self.read(offset + 4, &mut data[4..]);
             }
@@ -172,11 +172,11 @@ impl BarDevice for PciTransport {
         let (part, offset) = part(offset);
         let mut value = [0; 4];
         match (part, data.len()) {
-            (COMMON, 8) => {
+            (COMMON, 8) if offset < COMMON_SIZE.into() => {
                 self.write(offset, &data[..4]);
                 self.write(offset + 4, &data[4..]);
             }
-            (COMMON, length) => {
+            (COMMON, length @ ..=4) => {
                 value[..length].copy_from_slice(data);
                 self.write_common(offset, length, u32::from_le_bytes(value));
             }
@@ -222,7 +222,7 @@ impl Doorbells {
     fn follow(&mut self, base: Option<u64>) {
         for (doorbell, kick) in self.connected.drain(..) {
             if let Err(error) = self.vm.disconnect_doorbell(doorbell, &kick) {
-                warn!("{error}");
+                guest_warn!(self.failures, "{error}");
             }
         }
         let Some(base) = base else { return };

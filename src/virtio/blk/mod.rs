@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::image::Image;
 use self::request::{RANGES_MAX, SECTOR, SECTOR_BYTES};
-use super::device::{Activation, VirtioDevice, read_bytes};
+use super::device::{Activation, VirtioDevice, features, read_bytes};
 use super::queue::Virtq;
 use super::worker::{Stop, Worker};
 use crate::util::RateLimit;
@@ -90,19 +90,23 @@ impl VirtioDevice for Disk {
 
     fn features(&self) -> u64 {
         let image = &self.shared.image;
-        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_TOPOLOGY
-            | 1 << VIRTIO_BLK_F_MQ;
-        if image.is_read_only() {
-            features |= 1 << VIRTIO_BLK_F_RO;
+        let writes = if image.is_read_only() {
+            features(&[VIRTIO_BLK_F_RO])
         } else {
-            features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-        }
-        if image.has_write_cache() {
-            features |= 1 << VIRTIO_BLK_F_FLUSH;
-        }
-        features
+            features(&[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES])
+        };
+        let flush = if image.has_write_cache() {
+            features(&[VIRTIO_BLK_F_FLUSH])
+        } else {
+            0
+        };
+        let always = features(&[
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_MQ,
+        ]);
+        always | writes | flush
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

@@ -18,16 +18,19 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::memory::GuestMemory;
 use crate::util::tap::TapQueue;
 use crate::util::thread::Kind;
+use crate::virtio::device::features;
 use crate::virtio::queue::Virtq;
 use crate::virtio::worker::{Worker, wait};
 
 const DEVICE: &str = "/dev/vhost-net";
 
 /// What of the driver's features is the kernel's business.
-const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
-    | 1 << VIRTIO_RING_F_EVENT_IDX
-    | 1 << VIRTIO_RING_F_INDIRECT_DESC
-    | 1 << VIRTIO_NET_F_MRG_RXBUF;
+const FEATURES: u64 = features(&[
+    VIRTIO_F_VERSION_1,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_NET_F_MRG_RXBUF,
+]);
 
 /// Whether this host has vhost-net.
 ///
@@ -62,7 +65,7 @@ impl Pair {
     pub(super) fn start(
         name: &str,
         ram: &Arc<GuestMemory>,
-        features: u64,
+        agreed: u64,
         tap: &TapQueue,
         queues: [Virtq; 2],
     ) -> io::Result<Self> {
@@ -71,9 +74,9 @@ impl Pair {
         let offered = kernel
             .get_features()
             .map_err(failed("ask for its features"))?;
-        let features = features & FEATURES & offered;
+        let accepted = agreed & FEATURES & offered;
         kernel
-            .set_features(features)
+            .set_features(accepted)
             .map_err(failed("set its features"))?;
         let regions = ram.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
         let regions = regions.collect::<Result<Vec<_>, _>>();
