@@ -102,6 +102,8 @@ mod tests {
             sbi: Some("pmu=off".parse().unwrap()),
             disk: vec!["x.img,readonly".parse().unwrap(), "y,id=b".parse().unwrap()],
             net: vec!["tap=t,vhost".parse().unwrap()],
+            rng: true,
+            virtio_console: Some(ConsoleConfig::Pty),
             transport: Transport::Mmio,
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),

@@ -98,6 +98,17 @@ pub struct VmConfig {
     )]
     pub net: Vec<NetConfig>,
 
+    /// An entropy source (virtio-rng)
+    #[arg(long)]
+    #[serde(skip_serializing_if = "keyvalue::is_off")]
+    pub rng: bool,
+
+    /// A second console (virtio-console, the guest's hvc0): none, pty, file=PATH, socket=PATH, or
+    /// stdio with --console none
+    #[arg(long, value_name = "WHERE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub virtio_console: Option<ConsoleConfig>,
+
     /// How virtio devices are attached
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub transport: Transport,
@@ -127,6 +138,8 @@ impl Default for VmConfig {
             sbi: None,
             disk: Vec::new(),
             net: Vec::new(),
+            rng: false,
+            virtio_console: None,
             transport: Transport::default(),
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
@@ -199,6 +212,9 @@ pub enum ConfigError {
     /// What excludes each other.
     #[error("--disk {0:?}: direct has no meaning with snapshot: leave one out")]
     DiskDirectSnapshot(PathBuf),
+    /// Two consoles for one terminal.
+    #[error("--virtio-console stdio: the UART's console is there already: give --console none too")]
+    TwoStdio,
     /// What no interface is called.
     #[error("--net tap={0}: no name of an interface")]
     TapName(String),
@@ -225,6 +241,9 @@ impl VmConfig {
         }
         disk::validate(&self.disk)?;
         net::validate(&self.net)?;
+        if [Some(&self.console), self.virtio_console.as_ref()] == [Some(&ConsoleConfig::Stdio); 2] {
+            return Err(ConfigError::TwoStdio);
+        }
         if self.cmdline.contains('\0') {
             return Err(ConfigError::CmdlineNul);
         }

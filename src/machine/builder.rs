@@ -19,10 +19,10 @@ use crate::memory::{self, GuestMemory};
 
 /// A machine that is ready to run its first instruction.
 pub struct Machine {
-    config: VmConfig,
+    pub(super) config: VmConfig,
     hypervisor: Arc<dyn Hypervisor>,
     files: BootFiles,
-    backends: Backends,
+    pub(super) backends: Backends,
     ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
     /// Absent only while a reset makes it anew.
@@ -73,6 +73,11 @@ impl Machine {
         let plan = self.files.plan(&self.config)?;
         let vm = self.hypervisor.create_vm()?;
         self.assemble(&vm, &plan)
+    }
+
+    /// Ends the devices, with what they have begun.
+    pub(super) fn power_off(&mut self) {
+        self.hardware = None;
     }
 
     /// What runs now.

@@ -76,10 +76,11 @@ impl Machine {
             .timeout
             .and_then(|timeout| Instant::now().checked_add(timeout));
         let (tell, events) = channel();
-        let signals = Signals::start(tell.clone()).context("Failed to wait for signals")?;
-        let leave = tell.clone();
-        let on_leave = Box::new(move || send(&leave, Event::Left));
-        let host = Host::start(Arc::clone(&self.console), how.console, on_leave)?;
+        let resized = self.backends.console.clone();
+        let on_resize = move || resized.iter().for_each(|console| console.resized());
+        let signals = Signals::start(tell.clone(), on_resize);
+        let signals = signals.context("Failed to wait for signals")?;
+        let hosts = self.connect_consoles(how.console, &tell)?;
         let mut stats = how.stats_from.map(Stats::since);
         let outcome = loop {
             match self.live(&tell, &events, deadline, stats.as_mut()) {
@@ -90,18 +91,36 @@ impl Machine {
                 outcome => break outcome,
             }
         };
-        // Whatever happened: what the guest wrote is written.
+        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still have it.
+        self.power_off();
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
-        host.finish(|idle| {
-            hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
-            hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            !hurried || idle < DRAIN_PATIENCE
-        });
+        for host in hosts {
+            host.finish(|idle| {
+                hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
+                hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                !hurried || idle < DRAIN_PATIENCE
+            });
+        }
         drop(signals);
         if let Some(stats) = &mut stats {
             stats.put_away();
         }
         Ok((outcome?, stats))
+    }
+
+    /// Connects the console, and the second one where there is one, to the host.
+    fn connect_consoles(&self, console: &ConsoleConfig, tell: &Sender<Event>) -> Result<Vec<Host>> {
+        let mut consoles = vec![(Arc::clone(&self.console), console)];
+        let second = (&self.backends.console, &self.config.virtio_console);
+        if let (Some(console), Some(config)) = second {
+            consoles.push((Arc::clone(console), config));
+        }
+        let connect = |(console, config)| {
+            let leave = tell.clone();
+            let on_leave = Box::new(move || send(&leave, Event::Left));
+            Host::start(console, config, on_leave)
+        };
+        consoles.into_iter().map(connect).collect()
     }
 
     /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the

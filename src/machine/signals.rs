@@ -5,7 +5,7 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
 use signal_hook::iterator;
 use signal_hook::low_level::emulate_default_handler;
 
@@ -21,10 +21,13 @@ pub(super) struct Signals {
 
 impl Signals {
     /// Starts to tell every SIGTERM, SIGINT, SIGHUP and SIGQUIT; SIGTSTP and SIGCONT give the
-    /// terminal back and take it again.
-    pub(super) fn start(tell: Sender<Event>) -> io::Result<Self> {
+    /// terminal back and take it again; of SIGWINCH `on_resize` is told.
+    pub(super) fn start(
+        tell: Sender<Event>,
+        on_resize: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
         let ignored = ignored_signals();
-        let wanted = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
+        let wanted = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, SIGWINCH];
         let wanted = wanted.iter().filter(|signal| !ignored.contains(signal));
         let mut signals = iterator::Signals::new(wanted)?;
         let handle = signals.handle();
@@ -33,6 +36,7 @@ impl Signals {
                 match signal {
                     SIGTSTP => suspend(),
                     SIGCONT => terminal::resume(),
+                    SIGWINCH => on_resize(),
                     _ => send(&tell, Event::Signal(signal)),
                 }
             }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 
 use super::layout;
 use crate::bus::{Bus, Device};
-use crate::config::{Mac, NetConfig, Transport, VmConfig};
+use crate::config::{ConsoleConfig, Mac, NetConfig, Transport, VmConfig};
+use crate::devices::console::{Console, terminal};
 use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
@@ -14,10 +15,12 @@ use crate::pci::HostBridge;
 use crate::util::tap::TapQueue;
 use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
+use crate::virtio::console::ConsolePort;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{self, MmioTransport};
 use crate::virtio::net::{Net, vhost};
 use crate::virtio::pci::PciTransport;
+use crate::virtio::rng::Rng;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;
@@ -36,6 +39,8 @@ struct Interface {
 pub(super) struct Backends {
     disks: Vec<(String, Arc<Image>)>,
     interfaces: Vec<Interface>,
+    /// The second console.
+    pub(super) console: Option<Arc<Console>>,
 }
 
 impl Backends {
@@ -54,6 +59,7 @@ impl Backends {
         Ok(Self {
             disks,
             interfaces: interfaces.collect::<Result<_>>()?,
+            console: config.virtio_console.is_some().then(Arc::default),
         })
     }
 
@@ -61,12 +67,25 @@ impl Backends {
     fn devices(&self, config: &VmConfig) -> Vec<Box<dyn VirtioDevice>> {
         let queues = config.cpus.min(DISK_QUEUES_MAX);
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-        let disks = self.disks.iter();
-        let disks = disks.map(|(name, image)| Disk::new(name, Arc::clone(image), queues));
-        let disks = disks.map(|disk| Box::new(disk) as _);
-        let interfaces = self.interfaces.iter();
-        let interfaces = interfaces.map(|interface| Box::new(interface.device()) as _);
-        disks.chain(interfaces).collect()
+        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        for (name, image) in &self.disks {
+            devices.push(Box::new(Disk::new(name, Arc::clone(image), queues)));
+        }
+        for interface in &self.interfaces {
+            devices.push(Box::new(interface.device()));
+        }
+        if let Some(console) = &self.console {
+            let is_terminal = config.virtio_console == Some(ConsoleConfig::Stdio);
+            let size = move || is_terminal.then(terminal::size).flatten();
+            devices.push(Box::new(ConsolePort::new(
+                Arc::clone(console),
+                Arc::new(size),
+            )));
+        }
+        if config.rng {
+            devices.push(Box::<Rng>::default());
+        }
+        devices
     }
 }
 

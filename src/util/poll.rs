@@ -1,5 +1,7 @@
 //! What a descriptor is ready for at this moment.
 
+use std::time::Duration;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -32,4 +34,11 @@ pub fn wait_readable<const N: usize>(fds: [BorrowedFd; N]) -> [bool; N] {
         Ok(_) => polled.each_ref().map(|fd| !fd.revents().is_empty()),
         Err(_) => [false; N],
     }
+}
+
+/// Waits until `fd` is readable, for `time` at most, and says whether it is.
+pub fn wait_readable_for(fd: BorrowedFd, time: Duration) -> bool {
+    let mut polled = [PollFd::new(&fd, PollFlags::IN)];
+    let time = Timespec::try_from(time).ok();
+    matches!(poll(&mut polled, time.as_ref()), Ok(1..))
 }

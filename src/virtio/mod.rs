@@ -5,12 +5,14 @@
 //! [`queue::Virtq`]s that a [`worker::Worker`] serves.
 
 pub mod blk;
+pub mod console;
 pub mod core;
 pub mod device;
 pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod worker;

@@ -224,6 +224,11 @@ impl Console {
         true
     }
 
+    /// Whoever looks at the console has a window of another size now.
+    pub fn resized(&self) {
+        self.tell_listener();
+    }
+
     fn tell_listener(&self) {
         let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
         if let Some(listener) = listener {

@@ -7,8 +7,8 @@ use std::io::{self, IsTerminal};
 use std::sync::Mutex;
 
 use rustix::process::getpgrp;
-use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
 
 use crate::util::sync::lock;
 
@@ -57,6 +57,12 @@ pub fn resume() {
     if let Some(before) = lock(&BEFORE).as_ref().filter(|_| in_foreground) {
         let _ = set_raw(before);
     }
+}
+
+/// Columns and rows of the terminal that standard output is, if it is one.
+pub fn size() -> Option<[u16; 2]> {
+    let size = tcgetwinsize(stdout()).ok()?;
+    Some([size.ws_col, size.ws_row])
 }
 
 fn set_raw(before: &Termios) -> io::Result<()> {

@@ -1,0 +1,293 @@
+//! A console: virtio-console with one port (VIRTIO 1.2, section 5.3).
+
+use std::io;
+use std::sync::{Arc, Weak};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
+use super::queue::{Broken, Chain, Virtq};
+use super::worker::{Stop, Worker, wait};
+use crate::devices::console::{Console, Listener};
+use crate::util::poll::{borrow, wait_readable};
+use crate::util::thread::Kind;
+
+const QUEUE_SIZE: u16 = 64;
+/// VIRTIO_CONSOLE_F_SIZE: the configuration tells columns and rows.
+const F_SIZE: u32 = 0;
+/// Bytes moved at once.
+const CHUNK: usize = 4096;
+
+/// Columns and rows of whoever looks at the console, where that is known.
+pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
+
+/// A console of the guest.
+pub struct ConsolePort {
+    console: Arc<Console>,
+    size: Size,
+    worker: Option<Worker>,
+    listener: Option<Arc<Wake>>,
+}
+
+/// Wakes the port's thread when the host's side has changed.
+struct Wake(Arc<EventFd>);
+
+impl Listener for Wake {
+    fn console_changed(&self) {
+        // It fails only when 2^64 changes wait.
+        let _ = self.0.write(1);
+    }
+}
+
+impl ConsolePort {
+    /// A port that moves what `console` holds.
+    pub fn new(console: Arc<Console>, size: Size) -> Self {
+        Self {
+            console,
+            size,
+            worker: None,
+            listener: None,
+        }
+    }
+}
+
+impl VirtioDevice for ConsolePort {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_CONSOLE
+    }
+
+    fn name(&self) -> &str {
+        "console"
+    }
+
+    fn features(&self) -> u64 {
+        match (self.size)() {
+            Some(_) => features(&[F_SIZE]),
+            None => 0,
+        }
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; 2]
+    }
+
+    /// struct virtio_console_config: columns, rows, and the number of ports.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let [columns, rows] = (self.size)().unwrap_or_default().map(u16::to_le_bytes);
+        let space = [columns[0], columns[1], rows[0], rows[1], 1, 0, 0, 0];
+        read_bytes(&space, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let Ok([input, output]) = <[Virtq; 2]>::try_from(activation.queues) else {
+            return Err(io::Error::other("a console needs both of its queues"));
+        };
+        let wake = Arc::new(Wake(Arc::clone(input.kick())));
+        let listener: Arc<dyn Listener> = Arc::clone(&wake) as _;
+        self.console
+            .set_listener(Arc::downgrade(&listener) as Weak<dyn Listener>);
+        self.listener = Some(wake);
+        let mut port = Port {
+            console: Arc::clone(&self.console),
+            size: Arc::clone(&self.size),
+            told: (self.size)(),
+            fault: activation.fault,
+            sending: None,
+        };
+        let serve = move |queues: &mut [Virtq], stop: &Stop| port.serve(queues, stop);
+        let queues = vec![input, output];
+        self.worker = Some(Worker::serve(Kind::Virtio, "console", queues, serve)?);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        self.listener = None;
+        let queues = self.worker.take().and_then(Worker::stop);
+        queues.unwrap_or_default()
+    }
+}
+
+/// What the thread has.
+struct Port {
+    console: Arc<Console>,
+    size: Size,
+    /// The size that the driver knows.
+    told: Option<[u16; 2]>,
+    fault: Fault,
+    /// Output that the console had no room for.
+    sending: Option<Chain>,
+}
+
+impl Port {
+    fn serve(&mut self, queues: &mut [Virtq], stop: &Stop) -> Result<(), Broken> {
+        let [input, output] = queues else {
+            return Ok(());
+        };
+        while !stop.is_asked() {
+            let more_input = self.receive(input)?;
+            let more_output = self.send(output)?;
+            self.tell_size();
+            if more_input || more_output {
+                continue;
+            }
+            let kicked = wait_readable([borrow(input.kick()), borrow(output.kick())]);
+            for (queue, kicked) in [&*input, &*output].into_iter().zip(kicked) {
+                if kicked {
+                    wait(queue.kick());
+                }
+            }
+        }
+        // What the guest wrote before its end is its last words.
+        self.send(output)?;
+        Ok(())
+    }
+
+    /// Moves input to the guest, as far as it has buffers. True when some came meanwhile.
+    fn receive(&self, queue: &mut Virtq) -> Result<bool, Broken> {
+        let mut bytes = [0; CHUNK];
+        while self.console.input_len() > 0 {
+            let Some(chain) = queue.pop()? else {
+                queue.tell()?;
+                return queue.ask_for_kick();
+            };
+            let count = self
+                .console
+                .read(&mut bytes[..chain.writable.len().min(CHUNK)]);
+            chain.writable.copy_from(&bytes[..count]);
+            queue.push(chain.head, count)?;
+        }
+        queue.tell()?;
+        Ok(false)
+    }
+
+    /// Moves output of the guest to the console, as far as that has room. True when more came
+    /// meanwhile.
+    fn send(&mut self, queue: &mut Virtq) -> Result<bool, Broken> {
+        loop {
+            let mut chain = match self.sending.take() {
+                Some(chain) => chain,
+                None => match queue.pop()? {
+                    Some(chain) => chain,
+                    None => break,
+                },
+            };
+            if !self.write(&mut chain) {
+                // The console tells when there is room.
+                self.sending = Some(chain);
+                queue.tell()?;
+                return Ok(false);
+            }
+            queue.push(chain.head, 0)?;
+        }
+        queue.tell()?;
+        queue.ask_for_kick()
+    }
+
+    /// Writes what is left of `chain`; false when the console is full.
+    fn write(&self, chain: &mut Chain) -> bool {
+        let mut bytes = [0; CHUNK];
+        while !chain.readable.is_empty() {
+            let count = chain.readable.copy_to(&mut bytes);
+            let taken = self.console.write(&bytes[..count]);
+            chain.readable.advance(taken);
+            if taken < count {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn tell_size(&mut self) {
+        let size = (self.size)();
+        if size != self.told {
+            self.told = size;
+            self.fault.config_changed();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::console::OUTPUT_CAPACITY;
+    use crate::util::sync::lock;
+    use crate::virtio::testing::*;
+    use std::sync::Mutex;
+    use std::sync::atomic::Ordering;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn port() -> (Driver, Arc<Console>, Arc<Mutex<[u16; 2]>>) {
+        let console = Arc::new(Console::default());
+        let window = Arc::new(Mutex::new([80, 24]));
+        let seen = Arc::clone(&window);
+        let size: Size = Arc::new(move || Some(*lock(&seen)));
+        let port = ConsolePort::new(Arc::clone(&console), size);
+        (Driver::ready(Box::new(port)), console, window)
+    }
+
+    #[test]
+    fn bytes_go_both_ways() {
+        let (mut driver, console, _) = port();
+        driver
+            .ram
+            .write_slice(b"hello", GuestAddress(BUFFERS))
+            .unwrap();
+        assert_eq!(
+            driver.request(1, &[(BUFFERS, 2, 0), (BUFFERS + 2, 3, 0)]),
+            0
+        );
+        let mut output = Vec::new();
+        console.take_output(&mut output);
+        assert_eq!(output, b"hello");
+        console.push_input(b"typed");
+        assert_eq!(driver.request(0, &[(BUFFERS, 64, WRITE)]), 5);
+        let mut typed = [0; 5];
+        driver
+            .ram
+            .read_slice(&mut typed, GuestAddress(BUFFERS))
+            .unwrap();
+        assert_eq!(&typed, b"typed");
+    }
+
+    #[test]
+    fn a_slow_reader_holds_the_guest_back() {
+        let (mut driver, console, _) = port();
+        let len = u32::try_from(OUTPUT_CAPACITY).unwrap() + 100;
+        let (addr, flags, next) = (BUFFERS, 0, 0);
+        driver.describe(
+            1,
+            0,
+            Desc {
+                addr,
+                len,
+                flags,
+                next,
+            },
+        );
+        driver.offer(1, 0);
+        driver.wait_until("a full console", |_| console.output_room() == 0);
+        assert_eq!(driver.used(1), 0);
+        let (mut output, mut all) = (Vec::new(), 0);
+        while all < OUTPUT_CAPACITY + 100 {
+            console.take_output(&mut output);
+            all += output.len();
+        }
+        driver.wait_until("the rest", |d| d.used(1) == 1);
+    }
+
+    #[test]
+    fn a_window_that_changes_is_told() {
+        let (driver, console, window) = port();
+        let mut space = [0; 4];
+        driver.core.read_config(0, &mut space);
+        assert_eq!(space, [80, 0, 24, 0]);
+        *lock(&window) = [132, 50];
+        console.resized();
+        driver.wait_until("an interrupt", |d| {
+            d.interrupts.configs.load(Ordering::Acquire) == 1
+        });
+        driver.core.read_config(0, &mut space);
+        assert_eq!(space, [132, 0, 50, 0]);
+    }
+}

@@ -1,0 +1,202 @@
+//! An entropy source: virtio-rng (VIRTIO 1.2, section 5.4), from the host's getrandom.
+//!
+//! What a guest takes is bounded, so that none can keep a host's CPU busy with it.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::device::{Activation, VirtioDevice};
+use super::queue::{Broken, Virtq};
+use super::worker::{Stop, Worker, wait};
+use crate::memory::Pieces;
+use crate::util::poll::{borrow, wait_readable_for};
+use crate::util::thread::Kind;
+
+const QUEUE_SIZE: u16 = 64;
+/// Bytes in one second, in the long run.
+const RATE: u32 = 1 << 20;
+/// Bytes of one answer; the driver asks again for more.
+const ANSWER_MAX: usize = 4096;
+
+/// An entropy source of the guest.
+#[derive(Default)]
+pub struct Rng {
+    worker: Option<Worker>,
+}
+
+impl VirtioDevice for Rng {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn name(&self) -> &str {
+        "rng"
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE]
+    }
+
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let serve = |queues: &mut [Virtq], stop: &Stop| serve(&mut queues[0], stop);
+        if !activation.queues.is_empty() {
+            let worker = Worker::serve(Kind::Virtio, "rng", activation.queues, serve)?;
+            self.worker = Some(worker);
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        let queues = self.worker.take().and_then(Worker::stop);
+        queues.unwrap_or_default()
+    }
+}
+
+fn serve(queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
+    let mut budget = Budget::new(Instant::now());
+    while !stop.is_asked() {
+        let Some(chain) = queue.pop()? else {
+            queue.tell()?;
+            if !queue.ask_for_kick()? {
+                wait(queue.kick());
+            }
+            continue;
+        };
+        let written = fill(&chain.writable);
+        queue.push(chain.head, written)?;
+        let debt = budget.spend(written, Instant::now());
+        if !debt.is_zero() {
+            queue.tell()?;
+            pause(queue, stop, debt);
+        }
+    }
+    Ok(())
+}
+
+/// Waits for `time`, whatever the driver does, or until the worker is to stop.
+fn pause(queue: &Virtq, stop: &Stop, time: Duration) {
+    let until = Instant::now() + time;
+    while !stop.is_asked() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        if wait_readable_for(borrow(queue.kick()), left) {
+            wait(queue.kick());
+        }
+    }
+}
+
+/// Fills the start of `room`, and tells how many bytes of it.
+fn fill(room: &Pieces) -> usize {
+    let mut bytes = [0; ANSWER_MAX];
+    let wanted = room.len().min(ANSWER_MAX);
+    // The host's pool is ready long before a VM is: this does not wait.
+    let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+    room.copy_from(&bytes[..got])
+}
+
+/// What may still be taken at once; it grows by [`RATE`], up to that of one tenth of a second.
+struct Budget {
+    bytes: f64,
+    at: Instant,
+}
+
+impl Budget {
+    const MOST: f64 = RATE as f64 / 10.0;
+
+    fn new(now: Instant) -> Self {
+        Self {
+            bytes: Self::MOST,
+            at: now,
+        }
+    }
+
+    /// Takes `count` bytes, and tells how long to wait before the next ones.
+    fn spend(&mut self, count: usize, now: Instant) -> Duration {
+        let grown = now.duration_since(self.at).as_secs_f64() * f64::from(RATE);
+        self.at = now;
+        self.bytes = (self.bytes + grown).min(Self::MOST) - count as f64;
+        Duration::from_secs_f64((-self.bytes).max(0.0) / f64::from(RATE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn entropy_fills_the_room() {
+        let mut driver = Driver::ready(Box::<Rng>::default());
+        let take = |driver: &mut Driver, len| {
+            driver.request(0, &[(BUFFERS, len, WRITE), (BUFFERS + 4096, 16, WRITE)])
+        };
+        assert_eq!(take(&mut driver, 48), 64);
+        let read = |driver: &Driver| driver.ram.read_obj::<u64>(GuestAddress(BUFFERS)).unwrap();
+        let first = read(&driver);
+        assert_eq!(take(&mut driver, 48), 64);
+        assert_ne!(read(&driver), first);
+        assert_eq!(driver.request(0, &[(BUFFERS, 1 << 20, WRITE)]), 4096);
+        assert_eq!(
+            driver.request(0, &[(BUFFERS, 8, 0)]),
+            0,
+            "no room, no bytes"
+        );
+    }
+
+    #[test]
+    fn a_greedy_guest_waits() {
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
+        assert_eq!(budget.spend(100_000, start), Duration::ZERO);
+        let wait = budget.spend(1 << 20, start);
+        assert!(
+            (Duration::from_millis(990)..Duration::from_secs(1)).contains(&wait),
+            "{wait:?}"
+        );
+        let later = start + Duration::from_secs(100);
+        assert_eq!(
+            budget.spend(100_000, later),
+            Duration::ZERO,
+            "no more than a burst is saved"
+        );
+        assert!(budget.spend(100_000, later) > Duration::ZERO);
+    }
+
+    #[test]
+    fn a_guest_in_debt_can_be_reset() {
+        let mut driver = Driver::ready(Box::<Rng>::default());
+        for index in 0..SIZE {
+            let (addr, len, flags, next) = (BUFFERS, 1 << 20, WRITE, 0);
+            driver.describe(
+                0,
+                index,
+                Desc {
+                    addr,
+                    len,
+                    flags,
+                    next,
+                },
+            );
+        }
+        for turn in 0..4 * SIZE {
+            driver.offer(0, turn % SIZE);
+            if turn % 5 == 0 {
+                driver.restart();
+            }
+        }
+        driver.restart();
+        assert_eq!(driver.request(0, &[(BUFFERS, 8, WRITE)]), 8);
+    }
+}
