@@ -40,6 +40,19 @@ pub(crate) fn kernel() -> PathBuf {
     kernel
 }
 
+/// The same with the modules that Debian's kernel needs for virtio devices; or, with `root=` on the
+/// command line, boots that disk.
+pub(crate) fn virtio_initramfs() -> PathBuf {
+    built("virtio.cpio.gz")
+}
+
+/// A disk with a Debian for guests, which nobody writes to.
+pub(crate) fn debian() -> PathBuf {
+    let disk = env::var_os("RVMM_TEST_DEBIAN");
+    disk.expect("RVMM_TEST_DEBIAN names a disk with a Debian: scripts/test makes one")
+        .into()
+}
+
 fn built(name: &str) -> PathBuf {
     let dir = env::var_os("RVMM_TEST_GUESTS").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"),

@@ -10,6 +10,7 @@
 //! | `RVMM_TEST_HOST`     | the host this is meant to be: `aia`, `aia-emul` or `none` | whatever it is                |
 //! | `RVMM_TEST_KERNEL`   | a Linux `Image`                                           | `/boot/vmlinux-$(uname -r)`   |
 //! | `RVMM_TEST_GUESTS`   | what `scripts/guests` built                               | `target/guests`               |
+//! | `RVMM_TEST_DEBIAN`   | a disk with a Debian for guests                           | none: those cases fail        |
 #![allow(
     dead_code,
     unused_imports,
@@ -19,8 +20,10 @@
 pub(crate) mod files;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod host;
+mod shell;
 mod vm;
 
+pub(crate) use shell::Shell;
 pub(crate) use vm::{Outcome, Rvmm, Vm};
 
 /// Exit status: the guest powered off.

@@ -68,6 +68,19 @@ impl Rvmm {
             .arg(files::initramfs())
     }
 
+    /// rvmm with the Linux under test and an initramfs that has the drivers for virtio, and with a log.
+    pub(crate) fn virtio(cmdline: &str) -> Self {
+        Rvmm::new()
+            .arg("-v")
+            .arg(NO_REBOOT)
+            .arg("--kernel")
+            .arg(files::kernel())
+            .arg("--initrd")
+            .arg(files::virtio_initramfs())
+            .arg("--cmdline")
+            .arg(cmdline)
+    }
+
     /// Restarted when it asks for it; without this, a reset is the end.
     pub(crate) fn reboots(mut self) -> Self {
         self.args.retain(|arg| arg != NO_REBOOT);
@@ -239,6 +252,11 @@ impl Vm {
             );
             state = self.log.wait(state, self.deadline, text);
         }
+    }
+
+    /// What the guest has written so far.
+    pub(crate) fn console(&self) -> String {
+        self.console.text()
     }
 
     pub(crate) fn pid(&self) -> u32 {

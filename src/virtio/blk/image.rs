@@ -97,7 +97,7 @@ impl Image {
         }
         let overlay = config.snapshot.then(|| Overlay::new(len)).transpose();
         let is_regular = metadata.is_file();
-        info!("disk {path:?}: {} bytes", ByteSize(len));
+        info!("disk {path:?}: {}", ByteSize(len));
         Ok(Self {
             path: path.to_owned(),
             block_size: block_size(&file, is_regular, config.direct),
