@@ -68,7 +68,7 @@ fn check_io(transport: &str) {
         "2",
     ]);
     assert_eq!(
-        guest.ok("cat /sys/block/vda/serial /sys/block/vdb/serial"),
+        guest.ok("grep -h . /sys/block/vd[ab]/serial"),
         "first\ndisk1"
     );
     assert_eq!(
@@ -187,6 +187,7 @@ fn no_space_left() {
     let image = place.join("x");
     let file = File::create(&image).expect("the image");
     file.set_len(8 * MIB as u64).expect("a sparse image");
+    drop(file);
     let [flag, value] = disk(&image, "");
     let mut guest = Shell::start([flag, value]);
     let (status, _) = guest.run("dd if=/dev/urandom of=/dev/vda bs=64k conv=notrunc,fsync");

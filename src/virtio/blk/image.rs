@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use log::info;
+use log::debug;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, ioctl_blksszget};
 use thiserror::Error;
 
@@ -97,7 +97,7 @@ impl Image {
         }
         let overlay = config.snapshot.then(|| Overlay::new(len)).transpose();
         let is_regular = metadata.is_file();
-        info!("disk {path:?}: {}", ByteSize(len));
+        debug!("disk {path:?}: {}", ByteSize(len));
         Ok(Self {
             path: path.to_owned(),
             block_size: block_size(&file, is_regular, config.direct),
