@@ -17,6 +17,8 @@ readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 RIG_CPUS=2
 RIG_QEMU=()
 RIG_DISKS=()
+# Kill QEMU at once when its console has this line; empty: let it end.
+RIG_KILL=
 
 RIG_RUN=
 RIG_TTY=
@@ -110,8 +112,22 @@ rig_boot() {
         -chardev "file,id=result,path=$RIG_RUN/result" -device virtserialport,chardev=result,name=org.rvmm.result
         -chardev "file,id=log,path=$RIG_RUN/log" -device virtserialport,chardev=log,name=org.rvmm.log
     )
+    if [[ -n $RIG_KILL ]]; then
+        command=(bash -c "$RIG_KILLER" - "$RIG_KILL" "$RIG_RUN/console" "${command[@]}")
+    fi
     env_run timeout --foreground --kill-after=5 "$limit" "${command[@]}"
 }
+
+# Its output goes to the file $RIG_RUN/console meanwhile, as the caller's would.
+readonly RIG_KILLER='
+    line=$1 console=$2
+    shift 2
+    "$@" >"$console" &
+    until grep -q "$line" "$console"; do
+        kill -0 $! 2>/dev/null || exit 1
+        sleep 0.2
+    done
+    kill -KILL $!'
 
 rig_pack() {
     env_run bash -c 'source scripts/lib/pack.sh && { cat "$1" && pack_dir "$2"; } >"$3"' - \

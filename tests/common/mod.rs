@@ -20,6 +20,8 @@
 pub(crate) mod files;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod host;
+#[cfg(target_arch = "riscv64")]
+pub(crate) mod net;
 mod shell;
 mod vm;
 

@@ -47,7 +47,13 @@ impl Shell {
         output.trim().to_owned()
     }
 
-    /// Ends the guest by its end of input.
+    /// The guest was started again, and has said so since the last command.
+    pub(crate) fn restarted(&mut self) {
+        self.commands += 1;
+        self.vm.wait_for_times(READY, self.commands + 1);
+    }
+
+    /// Ends the guest.
     pub(crate) fn power_off(mut self) -> Outcome {
         self.vm.send("exec poweroff -f\n");
         let end = self.vm.finish();

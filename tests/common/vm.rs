@@ -232,6 +232,11 @@ impl Vm {
         }
     }
 
+    /// Allow it this much more time than others, in seconds.
+    pub(crate) fn allow_seconds(&mut self, seconds: u64) {
+        self.deadline += Duration::from_secs(seconds);
+    }
+
     /// Send SIGTERM.
     pub(crate) fn terminate(&self) {
         self.signal("TERM");

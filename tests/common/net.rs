@@ -1,0 +1,179 @@
+//! Taps of the host, and TCP between the host and a guest.
+
+use std::ffi::{c_int, c_ulong};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::Shell;
+
+const TUNSETIFF: c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: c_ulong = 0x4004_54cb;
+
+/// A tap with an address, which goes with the case.
+pub(crate) struct Tap {
+    pub(crate) name: String,
+    number: u32,
+}
+
+impl Tap {
+    /// One with a queue, or with several.
+    pub(crate) fn new(multi_queue: bool) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let tap = Tap {
+            name: format!("rvmm{number}"),
+            number,
+        };
+        create(&tap.name, multi_queue);
+        ip(&format!("addr add {} dev {}", tap.net(1), tap.name));
+        ip(&format!("link set {} up", tap.name));
+        tap
+    }
+
+    /// The host's address (1) or the guest's (2), with the length of the net's part.
+    fn net(&self, station: u32) -> String {
+        format!("10.77.{}.{station}/24", self.number)
+    }
+
+    /// The same without it.
+    pub(crate) fn address(&self, station: u32) -> String {
+        format!("10.77.{}.{station}", self.number)
+    }
+
+    /// Gives the guest its address, and waits for an answer from the host.
+    pub(crate) fn configure(&self, guest: &mut Shell) {
+        guest.ok(&format!("ip addr add {} dev eth0", self.net(2)));
+        guest.ok("ip link set eth0 up");
+        guest.ok(&format!("ping -c 1 -W 30 {} >/dev/null", self.address(1)));
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        // Gone already where a case took it away.
+        let _ = Command::new("ip")
+            .args(["link", "del", &self.name])
+            .output();
+    }
+}
+
+fn create(name: &str, multi_queue: bool) {
+    // SAFETY: all of a struct ifreq may be zero.
+    #[allow(unsafe_code, reason = "libc's struct has no other constructor")]
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if multi_queue {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    request.ifr_ifru.ifru_flags = flags.try_into().expect("16 bits");
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .expect("/dev/net/tun");
+    let request = std::ptr::from_ref(&request);
+    ioctl(&tun, TUNSETIFF, request.addr() as c_ulong);
+    ioctl(&tun, TUNSETPERSIST, 1);
+}
+
+fn ioctl(file: &File, request: c_ulong, argument: c_ulong) {
+    #[allow(unsafe_code, reason = "no crate here wraps these two")]
+    // SAFETY: TUNSETIFF reads a struct ifreq that lives through the call, TUNSETPERSIST a number.
+    let done: c_int = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// `ip` with these words.
+pub(crate) fn ip(words: &str) {
+    let done = Command::new("ip")
+        .args(words.split(' '))
+        .status()
+        .expect("ip");
+    assert!(done.success(), "ip {words}");
+}
+
+/// A sum over what is written to it.
+struct Md5(Child);
+
+impl Md5 {
+    fn new() -> Self {
+        let sum = Command::new("md5sum")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        Md5(sum.expect("md5sum"))
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        let stdin = self.0.stdin.as_mut().expect("a pipe");
+        stdin.write_all(bytes).expect("write to md5sum");
+    }
+
+    fn end(mut self) -> String {
+        self.0.stdin = None;
+        let output = self.0.wait_with_output().expect("md5sum");
+        String::from_utf8_lossy(&output.stdout)[..32].to_owned()
+    }
+}
+
+const CHUNK: usize = 1 << 20;
+
+/// Sends `chunks` MiB to the guest, and as many back; each stream has the same MD5 sum at both ends.
+pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
+    let listener = TcpListener::bind((tap.address(1), 0)).expect("listen");
+    let port = listener.local_addr().expect("its address").port();
+    let there = format!("{} {port}", tap.address(1));
+    let sent = std::thread::scope(|scope| {
+        let sent = scope.spawn(|| send(&listener, chunks));
+        let received = guest.ok(&format!("nc {there} </dev/null | md5sum | cut -c1-32"));
+        assert_eq!(received, sent.join().expect("the sender"), "host to guest");
+        received
+    });
+    guest.ok("dd if=/dev/urandom of=/tmp/chunk bs=1M count=1 2>/dev/null; mkfifo /tmp/copy; true");
+    let received = std::thread::scope(|scope| {
+        let received = scope.spawn(|| receive(&listener, chunks * CHUNK));
+        let sum = guest.ok(&format!(
+            "md5sum </tmp/copy >/tmp/sum & (for i in $(seq {chunks}); do cat /tmp/chunk; done) | \
+             tee /tmp/copy | nc {there}; wait; cut -c1-32 /tmp/sum"
+        ));
+        assert_eq!(sum, received.join().expect("the receiver"), "guest to host");
+        sum
+    });
+    assert_ne!(sent, received);
+}
+
+/// Random bytes, whose first ones count the chunks.
+fn send(listener: &TcpListener, chunks: usize) -> String {
+    let (mut stream, _) = listener.accept().expect("the guest's connection");
+    let mut chunk = vec![0; CHUNK];
+    let mut random = File::open("/dev/urandom").expect("/dev/urandom");
+    random.read_exact(&mut chunk).expect("random bytes");
+    let mut sum = Md5::new();
+    for number in 0..chunks {
+        chunk[..8].copy_from_slice(&number.to_le_bytes());
+        sum.add(&chunk);
+        stream.write_all(&chunk).expect("send");
+    }
+    stream.shutdown(Shutdown::Write).expect("end the stream");
+    sum.end()
+}
+
+fn receive(listener: &TcpListener, length: usize) -> String {
+    let (mut stream, _) = listener.accept().expect("the guest's connection");
+    let (mut sum, mut left) = (Md5::new(), length);
+    let mut bytes = vec![0; CHUNK];
+    while left > 0 {
+        let count = stream.read(&mut bytes).expect("receive");
+        assert_ne!(count, 0, "{left} bytes are missing");
+        sum.add(&bytes[..count]);
+        left = left.checked_sub(count).expect("no byte too many");
+    }
+    sum.end()
+}
