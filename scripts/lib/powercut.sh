@@ -41,7 +41,7 @@ END
 # Boots L1 with the image; kills it once the guest has synced so many writes, or waits for its end.
 powercut_boot() {
     local image=$1 writes=$2
-    rig_begin aia
+    rig_begin aia </dev/null # stdin is the script
     rig_script
     # shellcheck disable=SC2034,SC2054 # rig_boot reads both; the commas are QEMU's
     RIG_DISKS=(-drive "file=$image,format=raw,if=none,id=cut,cache=writeback" -device virtio-blk-pci,drive=cut)
