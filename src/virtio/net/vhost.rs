@@ -12,7 +12,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
@@ -78,9 +78,13 @@ impl Pair {
         kernel
             .set_features(accepted)
             .map_err(failed("set its features"))?;
-        let regions = ram.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
-        let regions = regions.collect::<Result<Vec<_>, _>>();
-        let regions = regions.map_err(failed("name guest RAM"))?;
+        let regions = ram.iter().map(|region| VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr().addr() as u64,
+            ..VhostUserMemoryRegionInfo::default()
+        });
+        let regions: Vec<_> = regions.collect();
         kernel
             .set_mem_table(&regions)
             .map_err(failed("give it guest RAM"))?;
