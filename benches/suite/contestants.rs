@@ -16,6 +16,17 @@ pub(crate) struct Job<'a> {
     pub(crate) initrd: Option<&'a Path>,
     pub(crate) cmdline: &'a str,
     pub(crate) hugepages: bool,
+    /// An image for its first disk.
+    pub(crate) disk: Option<&'a Path>,
+    /// Its network interface.
+    pub(crate) link: Option<Link>,
+}
+
+/// A tap, and who moves its packets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) tap: &'static str,
+    pub(crate) vhost: bool,
 }
 
 /// A VMM under measurement.
@@ -89,7 +100,12 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 impl Contestant {
     /// Whether it can run such a guest at all.
     pub(crate) fn can(&self, job: &Job) -> bool {
-        !(job.hugepages && matches!(self.kind, Kind::Peer(_)))
+        let devices = job.disk.is_some() || job.link.is_some();
+        match self.kind {
+            Kind::Rvmm | Kind::Qemu(_) => true,
+            Kind::Floor { .. } => !devices,
+            Kind::Peer(_) => !devices && !job.hugepages,
+        }
     }
 
     /// Whether it has interrupts and a real console: the floor has neither.
@@ -117,6 +133,13 @@ fn rvmm(job: &Job) -> Command {
     if let Some(initrd) = job.initrd {
         command.arg("--initrd").arg(initrd);
     }
+    if let Some(disk) = job.disk {
+        command.arg("--disk").arg(disk);
+    }
+    if let Some(Link { tap, vhost }) = job.link {
+        let vhost = if vhost { ",vhost" } else { "" };
+        command.arg("--net").arg(format!("tap={tap}{vhost}"));
+    }
     command
 }
 
@@ -140,6 +163,24 @@ fn qemu(machine: &str, job: &Job) -> Command {
     }
     if job.hugepages {
         command.args(["-mem-path", "/dev/hugepages"]);
+    }
+    if let Some(disk) = job.disk {
+        let drive = format!(
+            "file={},format=raw,if=none,id=disk,aio=io_uring",
+            disk.display()
+        );
+        command.args(["-object", "iothread,id=io", "-drive", &drive]);
+        command.args(["-device", "virtio-blk-pci,drive=disk,iothread=io"]);
+    }
+    if let Some(Link { tap, vhost }) = job.link {
+        let vhost = if vhost { ",vhost=on" } else { "" };
+        let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no{vhost}");
+        command.args([
+            "-netdev",
+            &netdev,
+            "-device",
+            "virtio-net-pci,netdev=net,romfile=",
+        ]);
     }
     command
 }

@@ -5,7 +5,7 @@
 //! main          what to measure, in which order          measure   one run of one contestant
 //! contestants   how each VMM is started                  memory    what a process has beside guest RAM
 //! figures       samples, medians, ratios                 report    the table and the JSON
-//! attribution   where rvmm's boot spends its time
+//! attribution   where rvmm's boot spends its time       wire      disks and networks
 //! ```
 
 mod attribution;
@@ -14,6 +14,7 @@ mod figures;
 mod measure;
 mod memory;
 mod report;
+mod wire;
 
 use std::env;
 use std::fs;
@@ -63,7 +64,7 @@ fn words(name: &str) -> Vec<String> {
 type Measure = fn(&Lab, &Contestant, &mut Figures) -> Result<()>;
 
 /// Groups, how often each is measured in a round, and how.
-const MEASUREMENTS: [(&str, usize, Measure); 8] = [
+const MEASUREMENTS: [(&str, usize, Measure); 10] = [
     ("boot", 1, measure::boot),
     ("hugeboot", 1, measure::boot_in_hugepages),
     ("log", 1, measure::boot_with_log),
@@ -73,6 +74,8 @@ const MEASUREMENTS: [(&str, usize, Measure); 8] = [
     ("exits", 1, measure::exits),
     ("pages", 1, measure::pages),
     ("memory", 1, measure::memory_and_term),
+    ("blk", 1, wire::blk),
+    ("net", 1, wire::net),
 ];
 
 fn main() -> Result<()> {

@@ -28,6 +28,7 @@ pub(crate) struct Lab {
     dir: PathBuf,
     linux: PathBuf,
     initrd: PathBuf,
+    io_initrd: PathBuf,
     guests: PathBuf,
     padded: PathBuf,
     /// Ticks a second of the guests' timer, which is the host's.
@@ -42,6 +43,7 @@ impl Lab {
         let lab = Self {
             linux: std::env::var("RVMM_TEST_KERNEL")?.into(),
             initrd: guests.join("initramfs.cpio.gz"),
+            io_initrd: guests.join("io.cpio.gz"),
             padded: dir.join("padded.img"),
             timebase: timebase()?,
             guests,
@@ -70,6 +72,16 @@ impl Lab {
             initrd: Some(&self.initrd),
             cmdline,
             hugepages: false,
+            disk: None,
+            link: None,
+        }
+    }
+
+    /// Linux with the drivers and the program for disks and networks.
+    pub(crate) fn io<'a>(&'a self, cmdline: &'a str) -> Job<'a> {
+        Job {
+            initrd: Some(&self.io_initrd),
+            ..self.linux(cmdline)
         }
     }
 
@@ -98,7 +110,7 @@ fn pad(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// No run takes so long: what still runs then hangs, and is killed.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A contestant at work; killed if it is still there at the end, or after [`LIMIT`].
 struct Running {
@@ -159,13 +171,13 @@ fn millis(time: Duration) -> f64 {
 }
 
 /// Runs `job` to its end: milliseconds and output.
-fn run(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
+pub(crate) fn run(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
     let (took, output, status) = Running::start(contestant, job)?.finish()?;
     ensure!(status.success(), "{status}; it wrote {:?}", tail(&output));
     Ok((took, output))
 }
 
-fn tail(output: &str) -> &str {
+pub(crate) fn tail(output: &str) -> &str {
     let from = output.char_indices().rev().nth(300).map_or(0, |(at, _)| at);
     &output[from..]
 }
@@ -249,6 +261,8 @@ pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figur
         initrd: None,
         cmdline: "",
         hugepages: false,
+        disk: None,
+        link: None,
     };
     let mut running = Running::start(contestant, &job)?;
     let mut byte = [0];
@@ -317,6 +331,8 @@ fn guest(kernel: &Path, hugepages: bool) -> Job<'_> {
         initrd: None,
         cmdline: "",
         hugepages,
+        disk: None,
+        link: None,
     }
 }
 

@@ -3,7 +3,7 @@
 
 # 1 instruction is 1 ns, and waiting takes no time: what the clock says is the same on every machine.
 readonly BENCH_CLOCK=(-icount "shift=0,sleep=off")
-readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory)
+readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory blk net)
 readonly BENCH_LIMIT=5400
 # Where the user is: the scripts work in the repository.
 BENCH_CALLER=$OLDPWD
@@ -31,6 +31,7 @@ bench_begin() {
     env_run cp -r /opt/rvmm/qemu/. "$root"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
+    must "Pack the guest that measures disks and networks" bench_pack_io
     if [[ -z $only || ,$only, == *,init,* ]]; then
         must "Boot without a hypervisor" bench_bare "$kind" "$repetitions"
         bare=$(bench_stamps)
@@ -43,8 +44,21 @@ bench_begin() {
     rig_script <<'END'
 mkdir /dev/hugepages
 mount -t hugetlbfs none /dev/hugepages
+tunctl -t bench0 >/dev/null
+ip addr add 10.99.0.1/24 dev bench0
+ip link set bench0 up
 exec bench-suite
 END
+}
+
+# The guest's initramfs with the modules for virtio, and behind it the program.
+bench_pack_io() {
+    local work=$RIG_RUN/io
+    mkdir -p "$work/bin"
+    env_run riscv64-linux-gnu-strip -o "$work/bin/guest-io" "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/guest-io"
+    env_run bash -c 'source scripts/lib/pack.sh && { cat "$1" && pack_dir "$2" | gzip -n; } >"$3"' - \
+        "$RIG_GUESTS/virtio.cpio.gz" "$work" "$RIG_RUN/root/payload/guests/io.cpio.gz"
+    rm -r "$work"
 }
 
 bench_boot() {
