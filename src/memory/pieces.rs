@@ -125,6 +125,24 @@ impl Pieces {
         done
     }
 
+    /// Copies `bytes` to what is behind the first `skip` bytes, as many as there is room for.
+    pub fn copy_from_at(&self, mut skip: usize, mut bytes: &[u8]) {
+        for iovec in &self.iovecs {
+            if skip >= iovec.iov_len {
+                skip -= iovec.iov_len;
+                continue;
+            }
+            let count = (iovec.iov_len - skip).min(bytes.len());
+            let to = iovec.iov_base.wrapping_byte_add(skip).cast();
+            // SAFETY: as in `copy_to`; `skip + count` bytes are in the piece.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, count) };
+            (skip, bytes) = (0, &bytes[count..]);
+            if bytes.is_empty() {
+                return;
+            }
+        }
+    }
+
     /// Copies `bytes` to the start, as many as there is room for, and returns their number.
     pub fn copy_from(&self, bytes: &[u8]) -> usize {
         let mut done = 0;
@@ -253,6 +271,10 @@ mod tests {
         );
         all.advance(3);
         assert_eq!(text(&all), "de");
+        tail.copy_from_at(1, b"GHI");
+        assert_eq!(text(&tail), "fGHIjkl");
+        tail.copy_from_at(6, b"LM");
+        assert_eq!(text(&tail), "fGHIjkL");
         all.advance(99);
         assert!(all.is_empty() && all.iovecs().is_empty());
     }

@@ -123,6 +123,11 @@ impl Virtq {
         self.interrupt.queue_fd(self.index)
     }
 
+    /// For buffers of several requests.
+    pub fn no_pieces(&self) -> Pieces {
+        Pieces::of(&self.ram)
+    }
+
     /// The next request.
     ///
     /// # Errors

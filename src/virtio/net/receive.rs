@@ -1,5 +1,6 @@
 //! From the tap to the guest.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 
@@ -7,11 +8,13 @@ use super::Shared;
 use crate::memory::Pieces;
 use crate::util::poll::{borrow, wait_readable};
 use crate::util::tap::TapQueue;
-use crate::virtio::queue::{Broken, Chain, Virtq};
+use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::worker::{Stop, wait};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
+/// Bytes of a packet that has others behind it: what Ethernet carries, at least.
+const FULL: usize = 1_500;
 /// Packets taken from the tap before the guest is told of them.
 const BATCH: usize = 64;
 
@@ -26,8 +29,10 @@ pub(super) struct Room {
 
 /// Buffers of the guest that wait for a packet.
 struct Buffers {
-    chains: VecDeque<Chain>,
-    bytes: usize,
+    /// Heads and lengths of the chains, in order.
+    chains: VecDeque<(u16, usize)>,
+    /// All their pieces.
+    room: Pieces,
 }
 
 impl Shared {
@@ -41,7 +46,7 @@ impl Shared {
     ) -> Result<(), Broken> {
         let mut buffers = Buffers {
             chains: VecDeque::new(),
-            bytes: 0,
+            room: queue.no_pieces(),
         };
         while !stop.is_asked() {
             if !buffers.gather(queue, room)? {
@@ -75,11 +80,14 @@ impl Shared {
             if !buffers.gather(queue, room)? {
                 return Ok(true);
             }
-            let Some(pieces) = buffers.pieces(room) else {
-                return Ok(true);
-            };
-            match pieces.read_from(tap.as_fd()) {
-                Ok(count) => buffers.used(queue, count, room)?,
+            match buffers.place(room).read_from(tap.as_fd()) {
+                Ok(count) => {
+                    buffers.used(queue, count, room)?;
+                    if count < FULL {
+                        // Seldom is there more behind a small one: to wait tells as soon.
+                        return Ok(false);
+                    }
+                }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(false),
                     // Too large for the guest's buffers: lost, as on a wire.
@@ -102,8 +110,8 @@ impl Buffers {
         loop {
             while !self.fits(room) {
                 let Some(chain) = queue.pop()? else { break };
-                self.bytes += chain.writable.len();
-                self.chains.push_back(chain);
+                self.chains.push_back((chain.head, chain.writable.len()));
+                self.room.append(&chain.writable);
             }
             if self.fits(room) {
                 return Ok(true);
@@ -117,23 +125,20 @@ impl Buffers {
 
     fn fits(&self, room: Room) -> bool {
         if room.mergeable {
-            self.bytes >= room.packet
+            self.room.len() >= room.packet
         } else {
             !self.chains.is_empty()
         }
     }
 
-    /// Where the next packet goes.
-    fn pieces(&self, room: Room) -> Option<Pieces> {
-        let mut chains = self.chains.iter();
-        let mut pieces = chains.next()?.writable.clone();
-        for chain in chains {
-            if !room.mergeable || pieces.len() >= room.packet {
-                break;
-            }
-            pieces.append(&chain.writable);
+    /// Where the next packet goes: all there is, or the first buffer.
+    fn place(&self, room: Room) -> Cow<'_, Pieces> {
+        if room.mergeable {
+            return Cow::Borrowed(&self.room);
         }
-        Some(pieces)
+        let mut first = self.room.clone();
+        first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
+        Cow::Owned(first)
     }
 
     /// A packet of `count` bytes, its header among them, lies in the first buffers.
@@ -143,50 +148,28 @@ impl Buffers {
         } else {
             1
         };
-        self.write_count(buffers);
-        let mut left = count;
-        for _ in 0..buffers {
-            let Some(chain) = self.chains.pop_front() else {
-                break;
-            };
-            self.bytes -= chain.writable.len();
-            let here = chain.writable.len().min(left);
+        self.room.copy_from_at(NUM_BUFFERS, &buffers.to_le_bytes());
+        let (mut left, mut gone) = (count, 0);
+        for (head, length) in self.chains.drain(..usize::from(buffers)) {
+            let here = length.min(left);
             left -= here;
-            queue.push(chain.head, here)?;
+            gone += length;
+            queue.push(head, here)?;
         }
+        self.room.advance(gone);
         Ok(())
     }
 
     /// How many buffers a packet of `count` bytes takes.
     fn count_for(&self, count: usize) -> u16 {
         let (mut room, mut buffers) = (0, 0);
-        for chain in &self.chains {
-            room += chain.writable.len();
+        for (_, length) in &self.chains {
+            room += length;
             buffers += 1;
             if room >= count {
                 break;
             }
         }
         buffers
-    }
-
-    /// Writes `num_buffers` to the header, which may itself be in several buffers.
-    fn write_count(&self, buffers: u16) {
-        let mut skip = NUM_BUFFERS;
-        let mut bytes = &buffers.to_le_bytes()[..];
-        for chain in &self.chains {
-            let length = chain.writable.len();
-            if skip >= length {
-                skip -= length;
-                continue;
-            }
-            let mut place = chain.writable.clone();
-            place.advance(skip);
-            let done = place.copy_from(bytes);
-            (skip, bytes) = (0, &bytes[done..]);
-            if bytes.is_empty() {
-                return;
-            }
-        }
     }
 }
