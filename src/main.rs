@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use log::LevelFilter;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
@@ -44,8 +45,17 @@ fn info(json: bool) -> Result<String> {
     Ok(info.to_string())
 }
 
+/// A device takes descriptors by the dozen, a queue some: as many as the host's administrator allows.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // What it is then has to do.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
 fn run(cli: &Cli, began: Instant) -> ExitCode {
     end_on_panic();
+    raise_descriptor_limit();
     if let Err(error) = start_logging(cli) {
         return end(&format!("{error:#}"), STATUS_HOST);
     }

@@ -99,15 +99,28 @@ impl Pieces {
 
     /// Cuts off what is behind the first `count` bytes, and returns it.
     pub fn split_off(&mut self, count: usize) -> Pieces {
-        let mut rest = self.clone();
-        rest.advance(count);
+        let mut rest = Pieces::of(&self.ram);
         let mut keep = count.min(self.len);
-        self.len = keep;
-        self.iovecs.retain_mut(|iovec| {
-            iovec.iov_len = iovec.iov_len.min(keep);
-            keep -= iovec.iov_len;
-            iovec.iov_len > 0
+        (rest.len, self.len) = (self.len - keep, keep);
+        // The first piece that is not, or not wholly, kept.
+        let first = self.iovecs.iter().position(|iovec| {
+            let whole = iovec.iov_len <= keep;
+            keep -= if whole { iovec.iov_len } else { 0 };
+            !whole
         });
+        let Some(first) = first else {
+            return rest;
+        };
+        rest.iovecs = self.iovecs[first..].to_vec();
+        self.iovecs.truncate(first + 1);
+        if let (Some(tail), Some(head)) = (rest.iovecs.first_mut(), self.iovecs.last_mut()) {
+            tail.iov_base = tail.iov_base.wrapping_byte_add(keep);
+            tail.iov_len -= keep;
+            head.iov_len = keep;
+        }
+        if keep == 0 {
+            self.iovecs.pop();
+        }
         rest
     }
 

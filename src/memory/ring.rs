@@ -89,16 +89,19 @@ impl<T> Ring<T> {
     /// # Errors
     /// The host's; what was pushed is still there.
     pub fn submit(&mut self) -> io::Result<()> {
-        if self.ring.submission().is_empty() {
-            return Ok(());
-        }
-        loop {
+        while self.has_unsubmitted() {
             match self.ring.submit() {
-                Ok(_) => return Ok(()),
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+
+    /// Whether requests were pushed that have not started.
+    pub fn has_unsubmitted(&mut self) -> bool {
+        !self.ring.submission().is_empty()
     }
 
     /// A request that has ended, with the bytes transferred.

@@ -48,6 +48,7 @@ pub struct HostBridge {
     moving: Mutex<Vec<Option<u64>>>,
     placed: RwLock<Vec<(Range<u64>, Arc<Function>)>>,
     overlaps: RateLimit,
+    unmapped: RateLimit,
 }
 
 impl HostBridge {
@@ -70,6 +71,7 @@ impl HostBridge {
             moving: Mutex::default(),
             placed: RwLock::default(),
             overlaps: RateLimit::default(),
+            unmapped: RateLimit::default(),
         }
     }
 
@@ -239,7 +241,14 @@ impl MmioDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.0.find(offset, data.len()) {
             Some((function, offset)) => function.read(offset, data),
-            None => data.fill(0xff),
+            None => {
+                data.fill(0xff);
+                let gpa = self.0.window.start + offset;
+                guest_warn!(
+                    self.0.unmapped,
+                    "the guest read {gpa:#x}, where no PCI BAR is"
+                );
+            }
         }
     }
 

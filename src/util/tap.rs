@@ -8,9 +8,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use libc::{c_char, c_int, c_uint};
+use rustix::event::PollFlags;
 use thiserror::Error;
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
+
+use super::poll::poll_now;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -144,11 +147,14 @@ impl TapQueue {
     /// # Errors
     /// The host's.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        // The host takes segments only with checksums, and ECN only with segments.
+        let tso4 = offloads.tso4 && offloads.checksum;
+        let tso6 = offloads.tso6 && offloads.checksum;
         let flags = [
             (offloads.checksum, libc::TUN_F_CSUM),
-            (offloads.tso4, libc::TUN_F_TSO4),
-            (offloads.tso6, libc::TUN_F_TSO6),
-            (offloads.ecn, libc::TUN_F_TSO_ECN),
+            (tso4, libc::TUN_F_TSO4),
+            (tso6, libc::TUN_F_TSO6),
+            (offloads.ecn && (tso4 || tso6), libc::TUN_F_TSO_ECN),
         ];
         let flags = flags.into_iter().filter(|(on, _)| *on);
         let flags = flags.fold(0, |all, (_, flag)| all | flag);
@@ -177,6 +183,17 @@ impl TapQueue {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             done => done,
         }
+    }
+
+    /// For tests: packets come from and go to `file`.
+    #[cfg(test)]
+    pub(crate) fn of(file: File) -> Self {
+        Self { file, multi: false }
+    }
+
+    /// Whether the interface is gone: then every access fails, and nothing else tells of it.
+    pub fn is_gone(&self) -> bool {
+        poll_now(&self.file, PollFlags::IN).contains(PollFlags::ERR)
     }
 
     /// For who serves it in the kernel.

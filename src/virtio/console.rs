@@ -146,7 +146,11 @@ impl Port {
     /// Moves input to the guest, as far as it has buffers. True when some came meanwhile.
     fn receive(&self, queue: &mut Virtq) -> Result<bool, Broken> {
         let mut bytes = [0; CHUNK];
-        while self.console.input_len() > 0 {
+        for _ in 0..queue.size() {
+            if self.console.input_len() == 0 {
+                queue.tell()?;
+                return Ok(false);
+            }
             let Some(chain) = queue.pop()? else {
                 queue.tell()?;
                 return queue.ask_for_kick();
@@ -158,18 +162,21 @@ impl Port {
             queue.push(chain.head, count)?;
         }
         queue.tell()?;
-        Ok(false)
+        Ok(true)
     }
 
     /// Moves output of the guest to the console, as far as that has room. True when more came
     /// meanwhile.
     fn send(&mut self, queue: &mut Virtq) -> Result<bool, Broken> {
-        loop {
+        for _ in 0..queue.size() {
             let mut chain = match self.sending.take() {
                 Some(chain) => chain,
                 None => match queue.pop()? {
                     Some(chain) => chain,
-                    None => break,
+                    None => {
+                        queue.tell()?;
+                        return queue.ask_for_kick();
+                    }
                 },
             };
             if !self.write(&mut chain) {
@@ -181,7 +188,7 @@ impl Port {
             queue.push(chain.head, 0)?;
         }
         queue.tell()?;
-        queue.ask_for_kick()
+        Ok(true)
     }
 
     /// Writes what is left of `chain`; false when the console is full.

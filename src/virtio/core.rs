@@ -33,6 +33,7 @@ use super::device::{
 };
 use super::queue::Virtq;
 use crate::memory::GuestMemory;
+use crate::util::RateLimit;
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -118,6 +119,7 @@ pub struct Core {
     pub queue_select: u16,
     queues: Vec<QueueSetup>,
     live: bool,
+    starts: RateLimit,
 }
 
 impl Core {
@@ -144,6 +146,7 @@ impl Core {
             queue_select: 0,
             queues: queues.collect::<io::Result<_>>()?,
             live: false,
+            starts: RateLimit::default(),
             device,
         })
     }
@@ -267,6 +270,14 @@ impl Core {
         }
     }
 
+    /// The driver takes back that it has set up the selected queue.
+    pub fn disable_queue(&mut self) {
+        let queue = self.queues.get_mut(usize::from(self.queue_select));
+        if let Some(queue) = queue.filter(|_| !self.live) {
+            queue.enabled = false;
+        }
+    }
+
     /// The driver notifies a queue, by a store that the kernel did not take.
     pub fn kick(&self, index: u16) {
         if let Some(queue) = self.queues.get(usize::from(index)) {
@@ -299,7 +310,9 @@ impl Core {
             Err(why) => return self.fault.needs_reset(why),
         };
         let name = self.device.name();
-        info!("{name}: its driver is ready, {} queues", queues.len());
+        if self.starts.admit().is_some() {
+            info!("{name}: its driver is ready, {} queues", queues.len());
+        }
         let started = self.device.activate(Activation {
             ram: Arc::clone(&self.ram),
             features: self.accepted,

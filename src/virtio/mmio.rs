@@ -86,6 +86,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_SEL => core.queue_select = number,
             VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(number),
             VIRTIO_MMIO_QUEUE_READY if value == 1 => core.enable_queue(),
+            VIRTIO_MMIO_QUEUE_READY if value == 0 => core.disable_queue(),
             VIRTIO_MMIO_QUEUE_NOTIFY => core.kick(number),
             VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             VIRTIO_MMIO_STATUS => {

@@ -7,7 +7,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::debug;
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -21,7 +20,8 @@ pub enum Broken {
     /// The rings themselves.
     #[error("{0}")]
     Ring(virtio_queue::Error),
-    /// A chain that loops, leaves its table, nests indirect tables, or is longer than 4 GiB.
+    /// A chain that loops, leaves its table, nests indirect tables, is longer than 4 GiB, or has more
+    /// than 1024 descriptors.
     #[error("descriptor chain {0} has no end")]
     Chain(u16),
     /// A buffer, wholly or in part.
@@ -34,6 +34,10 @@ pub enum Broken {
     #[error("descriptor chain {0} is out of order")]
     Order(u16),
 }
+
+/// Descriptors of one chain, as QEMU has it too: more than drivers use, and what one call of the host's
+/// takes.
+const DESCRIPTORS_MAX: usize = 1024;
 
 /// A request: what the device may read, then what it may write. Give it back with [`Virtq::push`].
 #[derive(Debug)]
@@ -146,7 +150,10 @@ impl Virtq {
         // The iterator just ends where a chain goes wrong: only a chain whose last descriptor says
         // so is whole.
         let mut whole = false;
-        for descriptor in chain {
+        for (number, descriptor) in chain.enumerate() {
+            if number == DESCRIPTORS_MAX {
+                return Err(Broken::Chain(head));
+            }
             whole = !descriptor.has_next();
             let pieces = if descriptor.is_write_only() {
                 &mut request.writable
@@ -218,7 +225,8 @@ impl Virtq {
     }
 
     /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
-    /// driver once.
+    /// driver once. After as many as the queue has entries it returns, with another kick to come: its
+    /// caller may have been asked to stop.
     ///
     /// # Errors
     /// The driver broke the queue.
@@ -226,12 +234,19 @@ impl Virtq {
         &mut self,
         mut serve: impl FnMut(Chain) -> Result<usize, Broken>,
     ) -> Result<(), Broken> {
+        let mut left = self.size();
         loop {
             self.mute_kicks()?;
             while let Some(chain) = self.pop()? {
                 let head = chain.head;
                 let written = serve(chain)?;
                 self.push(head, written)?;
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    self.tell()?;
+                    self.kick_again();
+                    return Ok(());
+                }
             }
             self.tell()?;
             if !self.ask_for_kick()? {
@@ -240,9 +255,16 @@ impl Virtq {
         }
     }
 
+    /// Signals the kick, for work that is left.
+    pub fn kick_again(&self) {
+        // It fails only when 2^64 signals wait.
+        let _ = self.kick.write(1);
+    }
+
     /// Gives up the queue: the driver finds DEVICE_NEEDS_RESET.
-    pub fn give_up(&self, why: &Broken) {
-        debug!("queue {}: {why}", self.index);
+    pub fn give_up(&mut self, why: &Broken) {
+        // What was pushed before is told all the same.
+        let _ = self.tell();
         self.fault
             .needs_reset(format_args!("queue {}: {why}", self.index));
     }

@@ -21,6 +21,9 @@ const RATE: u32 = 1 << 20;
 /// Bytes of one answer; the driver asks again for more.
 const ANSWER_MAX: usize = 4096;
 
+/// What an answer costs at least, so that small ones are bounded too.
+const LEAST: usize = 64;
+
 /// An entropy source of the guest.
 #[derive(Default)]
 pub struct Rng {
@@ -73,7 +76,7 @@ fn serve(queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         };
         let written = fill(&chain.writable);
         queue.push(chain.head, written)?;
-        let debt = budget.spend(written, Instant::now());
+        let debt = budget.spend(written.max(LEAST), Instant::now());
         if !debt.is_zero() {
             queue.tell()?;
             pause(queue, stop, debt);

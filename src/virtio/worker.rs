@@ -12,10 +12,10 @@ use super::queue::{Broken, Virtq};
 use crate::util::thread::{Kind, spawn};
 
 /// A thread that works for a device until it is stopped, and then gives back what it owned.
-pub struct Worker<T = Vec<Virtq>> {
+pub struct Worker<T: Send + 'static = Vec<Virtq>> {
     stop: Arc<AtomicBool>,
     wake: Arc<EventFd>,
-    thread: JoinHandle<T>,
+    thread: Option<JoinHandle<T>>,
 }
 
 /// Says whether a worker is to end; its own thread has it.
@@ -66,17 +66,33 @@ impl<T: Send + 'static> Worker<T> {
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Stop(Arc::clone(&stop));
         let thread = spawn(kind, name, move || body(&asked))?;
-        Ok(Self { stop, wake, thread })
+        Ok(Self {
+            stop,
+            wake,
+            thread: Some(thread),
+        })
     }
 
     /// Ends the thread, which finishes what it has begun, and takes what it owned. None where it
     /// panicked, which ends the process.
-    pub fn stop(self) -> Option<T> {
+    pub fn stop(mut self) -> Option<T> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Option<T> {
+        let thread = self.thread.take()?;
         self.stop.store(true, Ordering::Release);
         if let Err(error) = self.wake.write(1) {
             warn!("Failed to wake a device's thread: {error}");
         }
-        self.thread.join().ok()
+        thread.join().ok()
+    }
+}
+
+/// No thread outlives its device, whatever went wrong.
+impl<T: Send + 'static> Drop for Worker<T> {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

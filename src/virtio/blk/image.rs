@@ -5,17 +5,19 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 
 use log::debug;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, ioctl_blksszget};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::overlay::Overlay;
-use super::request::{Range, SECTOR};
+use super::request::{Range, SECTOR, SECTOR_BYTES};
 use crate::config::{Cache, DiskConfig};
 use crate::memory::Pieces;
 use crate::util::ByteSize;
+use crate::util::sync::lock;
 
 /// Why a disk cannot be had.
 #[derive(Debug, Error)]
@@ -65,8 +67,9 @@ pub struct Image {
     read_only: bool,
     cache: Cache,
     overlay: Option<Overlay>,
-    /// A flush failed: what it was for is lost, and no later one can promise it.
-    lost: AtomicBool,
+    /// What was written is lost: a flush failed, and no later one can promise it. Held while one is at
+    /// work: the host tells of a loss once, and so only one of two that ask at the same time.
+    lost: Mutex<bool>,
 }
 
 impl Image {
@@ -86,7 +89,7 @@ impl Image {
         }
         let writes = !config.readonly && !config.snapshot;
         let mut file = open_file(path, config, &metadata, writes).map_err(failed)?;
-        lock(&file, writes).map_err(|error| match error.kind() {
+        lock_file(&file, writes).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => OpenError::Locked(path.to_owned()),
             _ => failed(error),
         })?;
@@ -107,7 +110,7 @@ impl Image {
             read_only: config.readonly,
             cache: config.cache,
             overlay: overlay.map_err(failed)?,
-            lost: AtomicBool::new(false),
+            lost: Mutex::new(false),
         })
     }
 
@@ -162,15 +165,15 @@ impl Image {
         }
     }
 
-    /// Writes `pieces` at `offset`.
+    /// Writes `pieces` at `offset`, with flags RWF_*.
     ///
     /// # Errors
     /// Out of range, read-only, or the host's; some of it may have been written.
-    pub fn write(&self, pieces: &mut Pieces, offset: u64) -> io::Result<()> {
+    pub fn write(&self, pieces: &mut Pieces, offset: u64, flags: i32) -> io::Result<()> {
         let len = pieces.len() as u64;
         self.check_write(offset, len)?;
         match &self.overlay {
-            None => write_all(self.file.as_fd(), pieces, offset, self.write_flags()),
+            None => write_all(self.file.as_fd(), pieces, offset, flags),
             Some(overlay) => overlay.write(&self.file, offset, len, |file| {
                 write_all(file.as_fd(), pieces, offset, 0)
             }),
@@ -185,15 +188,11 @@ impl Image {
         if self.overlay.is_some() || self.cache == Cache::Unsafe || self.read_only {
             return Ok(());
         }
-        if self.lost.load(Ordering::Acquire) {
+        let mut lost = lock(&self.lost);
+        if *lost {
             return Err(io::Error::other("an earlier flush failed"));
         }
-        self.file.sync_data().inspect_err(|_| self.lost())
-    }
-
-    /// Remembers that a flush failed.
-    pub fn lost(&self) {
-        self.lost.store(true, Ordering::Release);
+        self.file.sync_data().inspect_err(|_| *lost = true)
     }
 
     /// Forgets what is in `range`, if the host can; the bytes may stay.
@@ -208,8 +207,8 @@ impl Image {
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match fallocate(&self.file, hole, range.offset, range.length) {
             // A hint only: what cannot be done need not be.
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
-            Err(errno) => Err(errno.into()),
+            Err(errno) if !is_unsupported(errno) => Err(errno.into()),
+            _ => Ok(()),
         }
     }
 
@@ -235,21 +234,15 @@ impl Image {
         };
         match fallocate(&self.file, how, offset, length) {
             Ok(()) => {}
-            Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(&self.file, offset, length)?,
+            Err(errno) if is_unsupported(errno) => write_zeros(&self.file, offset, length)?,
             Err(errno) => return Err(errno.into()),
-        }
-        if self.cache == Cache::Writethrough {
-            return self.flush();
         }
         Ok(())
     }
 
-    /// Flags of each write: RWF_*.
-    pub fn write_flags(&self) -> i32 {
-        match self.cache {
-            Cache::Writethrough => libc::RWF_DSYNC,
-            Cache::Writeback | Cache::Unsafe => 0,
-        }
+    /// Whether flushes mean something.
+    pub fn is_durable(&self) -> bool {
+        self.cache != Cache::Unsafe && self.overlay.is_none()
     }
 
     /// Whether a range is on the disk, and of whole blocks.
@@ -303,7 +296,7 @@ fn open_file(
     options.open(path)
 }
 
-fn lock(file: &File, writes: bool) -> io::Result<()> {
+fn lock_file(file: &File, writes: bool) -> io::Result<()> {
     let how = if writes {
         FlockOperation::NonBlockingLockExclusive
     } else {
@@ -312,24 +305,30 @@ fn lock(file: &File, writes: bool) -> io::Result<()> {
     Ok(flock(file, how)?)
 }
 
-/// What O_DIRECT wants requests to be multiples of; sectors without it.
+/// What the host wants requests to be multiples of: a block device's own blocks, a page for O_DIRECT
+/// on a file; else sectors.
 fn block_size(file: &File, is_regular: bool, direct: bool) -> u32 {
     const PAGE: u32 = 4096;
-    if !direct {
-        return 512;
+    match (is_regular, direct) {
+        (false, _) => ioctl_blksszget(file).unwrap_or(PAGE),
+        (true, true) => PAGE,
+        (true, false) => SECTOR_BYTES,
     }
-    if is_regular {
-        PAGE
-    } else {
-        ioctl_blksszget(file).unwrap_or(PAGE)
-    }
+}
+
+/// What hosts say of holes and zeros that they cannot make.
+fn is_unsupported(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::PERM
+    )
 }
 
 /// Whether the file system can say that a request would wait (RWF_NOWAIT); io_uring then starts it at
 /// once.
 fn can_fail_to_wait(file: &File) -> bool {
     let nothing = rustix::io::preadv2(file, &mut [], 0, rustix::io::ReadWriteFlags::NOWAIT);
-    nothing != Err(rustix::io::Errno::OPNOTSUPP)
+    nothing != Err(Errno::OPNOTSUPP)
 }
 
 /// Fills `pieces` from `fd`; a file that ends before is an error.

@@ -10,12 +10,13 @@ mod serve;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::image::Image;
-use self::request::{RANGES_MAX, SECTOR, SECTOR_BYTES};
+use self::request::{RANGE_MAX, RANGES_MAX, SECTOR, SECTOR_BYTES};
 use super::device::{Activation, VirtioDevice, features, read_bytes};
 use super::queue::Virtq;
 use super::worker::{Stop, Worker};
@@ -26,8 +27,6 @@ use crate::util::thread::Kind;
 const QUEUE_SIZE: u16 = 256;
 /// Pieces of one request's data: header and status take two descriptors more.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Sectors of one discard or write-zeroes range: what a slow host zeroes in a moment.
-const ZEROES_MAX: u32 = 1 << 15;
 /// 2^3 sectors: what file systems write at once.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
@@ -42,6 +41,8 @@ pub struct Disk {
 struct Shared {
     name: String,
     image: Arc<Image>,
+    /// Each write is durable when it ends.
+    through: AtomicBool,
     failures: RateLimit,
 }
 
@@ -52,6 +53,7 @@ impl Disk {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
                 image,
+                through: AtomicBool::new(false),
                 failures: RateLimit::default(),
             }),
             queues: queues.max(1),
@@ -69,10 +71,10 @@ impl Disk {
         put(20, &image.block_size().to_le_bytes());
         put(24, &[PHYSICAL_BLOCK_EXP]);
         put(34, &self.queues.to_le_bytes());
-        put(36, &ZEROES_MAX.to_le_bytes());
+        put(36, &RANGE_MAX.to_le_bytes());
         put(40, &RANGES_MAX.to_le_bytes());
         put(44, &(image.block_size() / SECTOR_BYTES).to_le_bytes());
-        put(48, &ZEROES_MAX.to_le_bytes());
+        put(48, &RANGE_MAX.to_le_bytes());
         put(52, &RANGES_MAX.to_le_bytes());
         put(56, &[1]);
         space
@@ -118,6 +120,9 @@ impl VirtioDevice for Disk {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        // A driver that does not flush takes what it wrote for durable.
+        let through = self.shared.image.is_durable() && !activation.has(VIRTIO_BLK_F_FLUSH);
+        self.shared.through.store(through, Ordering::Release);
         for queue in activation.queues {
             let shared = Arc::clone(&self.shared);
             let name = format!("{}.{}", self.shared.name, queue.index());

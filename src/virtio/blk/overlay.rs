@@ -23,6 +23,8 @@ const CLUSTER_BYTES: usize = 4096;
 /// The clusters that were written.
 pub(super) struct Overlay {
     file: File,
+    /// Bytes of the image.
+    len: u64,
     /// A bit for each cluster.
     written: Vec<AtomicU64>,
     /// Held while a cluster is written for the first time, so that two writes to it keep both.
@@ -41,6 +43,7 @@ impl Overlay {
         file.set_len(len)?;
         Ok(Self {
             file,
+            len,
             written: (0..words).map(|_| AtomicU64::new(0)).collect(),
             first_writes: Mutex::new(()),
         })
@@ -104,6 +107,10 @@ impl Overlay {
         }
         let mut bytes = [0; CLUSTER_BYTES];
         let count = read_up_to(image, cluster * CLUSTER, &mut bytes)?;
+        // Less is an image that was truncated: no zeros in its place.
+        if (count as u64) < CLUSTER.min(self.len - cluster * CLUSTER) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         self.file.write_all_at(&bytes[..count], cluster * CLUSTER)?;
         self.mark(cluster);
         Ok(())

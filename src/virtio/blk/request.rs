@@ -11,6 +11,8 @@ use crate::virtio::queue::Chain;
 pub(super) const SECTOR: u64 = SECTOR_BYTES as u64;
 /// The same, as block sizes are told.
 pub(super) const SECTOR_BYTES: u32 = 512;
+/// Sectors of one such range: what a slow host zeroes in a moment.
+pub(super) const RANGE_MAX: u32 = 1 << 15;
 /// Ranges that one discard or write-zeroes request may name.
 pub(super) const RANGES_MAX: u32 = 16;
 /// Bytes of a disk's name.
@@ -147,9 +149,10 @@ fn ranges(list: &Pieces, may_unmap: bool) -> Option<Vec<Range>> {
         let (sector, rest) = segment.split_first_chunk::<8>()?;
         let (sectors, rest) = rest.split_first_chunk::<4>()?;
         let flags = u32::from_le_bytes(*rest.first_chunk::<4>()?);
-        (flags & !known == 0).then_some(Range {
+        let sectors = u32::from_le_bytes(*sectors);
+        (flags & !known == 0 && sectors <= RANGE_MAX).then_some(Range {
             offset: u64::from_le_bytes(*sector).saturating_mul(SECTOR),
-            length: u64::from(u32::from_le_bytes(*sectors)) * SECTOR,
+            length: u64::from(sectors) * SECTOR,
             unmap: flags != 0,
         })
     };

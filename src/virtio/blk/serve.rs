@@ -4,6 +4,8 @@
 //! waits for a moment. Several at a time go to the ring, where the host has one for this image.
 
 use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use log::debug;
 
@@ -11,8 +13,12 @@ use super::Shared;
 use super::request::{ID_BYTES, Operation, Request, Status};
 use crate::memory::{Op, Pieces, Ring};
 use crate::util::guest_warn;
+use crate::util::poll::{borrow, wait_readable_for};
 use crate::virtio::queue::{Broken, Chain, Virtq};
 use crate::virtio::worker::{Stop, wait};
+
+/// Until requests that the host could not start are tried again.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// A request that came from this chain.
 struct Pending {
@@ -34,7 +40,11 @@ impl Shared {
         let mut ring = self.ring(queue);
         while !stop.is_asked() {
             self.serve_all(queue, ring.as_mut())?;
-            wait(queue.kick());
+            // What the host could not start is tried again soon.
+            let must_retry = ring.as_mut().is_some_and(Ring::has_unsubmitted);
+            if !must_retry || wait_readable_for(borrow(queue.kick()), RETRY) {
+                wait(queue.kick());
+            }
         }
         while let Some(ring) = ring.as_mut().filter(|ring| ring.in_flight() > 0) {
             if ring.wait().is_err() {
@@ -61,12 +71,15 @@ impl Shared {
         queue: &mut Virtq,
         mut ring: Option<&mut Ring<Pending>>,
     ) -> Result<(), Broken> {
+        let mut left = queue.size();
         loop {
             queue.mute_kicks()?;
             let mut next = queue.pop()?;
             while let Some(chain) = next {
                 let pending = Pending::parse(chain)?;
-                next = queue.pop()?;
+                left = left.saturating_sub(1);
+                // After as many as the queue has entries it is time to look whether to stop.
+                next = if left > 0 { queue.pop()? } else { None };
                 let alone = next.is_none();
                 match ring
                     .as_deref_mut()
@@ -81,6 +94,10 @@ impl Shared {
                 self.reap(queue, ring)?;
             }
             queue.tell()?;
+            if left == 0 {
+                queue.kick_again();
+                return Ok(());
+            }
             if !queue.ask_for_kick()? {
                 return Ok(());
             }
@@ -105,9 +122,15 @@ impl Shared {
         let op = match request.operation {
             Operation::Read(at) if self.image.check(at, length).is_ok() => Op::Read(at),
             Operation::Write(at) if self.image.check_write(at, length).is_ok() => {
-                Op::Write(at, self.image.write_flags())
+                Op::Write(at, self.write_flags())
             }
-            _ => return self.serve_now(queue, pending),
+            _ => {
+                // It may take its time: what came before does not wait for it.
+                self.submit(ring);
+                self.reap(queue, ring)?;
+                queue.tell()?;
+                return self.serve_now(queue, pending);
+            }
         };
         let data = pending.request.take_data();
         match ring.push(op, data, pending) {
@@ -116,6 +139,19 @@ impl Shared {
                 pending.request.data = data;
                 self.serve_now(queue, pending)
             }
+        }
+    }
+
+    fn is_through(&self) -> bool {
+        self.through.load(Ordering::Acquire)
+    }
+
+    /// Flags of each write: RWF_*.
+    fn write_flags(&self) -> i32 {
+        if self.is_through() {
+            libc::RWF_DSYNC
+        } else {
+            0
         }
     }
 
@@ -148,12 +184,19 @@ impl Shared {
         let length = request.data.len();
         let done = match &request.operation {
             Operation::Read(offset) => image.read(&mut request.data, *offset),
-            Operation::Write(offset) => image.write(&mut request.data, *offset),
+            Operation::Write(offset) => image.write(&mut request.data, *offset, self.write_flags()),
             Operation::Flush => image.flush(),
             Operation::Id => self.tell_id(&request.data),
             Operation::Discard(ranges) => ranges.iter().try_for_each(|r| image.discard(*r)),
             Operation::WriteZeroes(ranges) => {
-                ranges.iter().try_for_each(|r| image.write_zeroes(*r))
+                let zeroed = ranges.iter().try_for_each(|r| image.write_zeroes(*r));
+                zeroed.and_then(|()| {
+                    if self.is_through() {
+                        image.flush()
+                    } else {
+                        Ok(())
+                    }
+                })
             }
             Operation::Unsupported => return Status::Unsupported,
         };

@@ -252,7 +252,8 @@ fn ranges_become_zeros() {
         for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
             assert_eq!(ranges(&mut driver, kind, &[(2048, 1, 0)]), 1);
             assert_eq!(ranges(&mut driver, kind, &[(0, 8, 0), (u64::MAX, 1, 0)]), 1);
-            assert_eq!(ranges(&mut driver, kind, &[(0, u32::MAX, 0)]), 1);
+            assert_eq!(ranges(&mut driver, kind, &[(0, u32::MAX, 0)]), 2);
+            assert_eq!(ranges(&mut driver, kind, &[(0, 1 << 15, 0)]), 1);
         }
     }
 }
@@ -446,4 +447,76 @@ fn requests_at_once_all_come_back() {
         heads.sort_unstable();
         assert_eq!(heads, [0, 3, 6, 9, 12]);
     }
+}
+
+/// A driver that cannot flush: each write is durable, and the disk is told so with each.
+#[test]
+fn a_driver_without_flushes_can_write() {
+    let image = TempImage::new(MIB);
+    let disk = Disk::new("disk0", image.open("").unwrap(), 1);
+    let shared = Arc::clone(&disk.shared);
+    let mut driver = Driver::of(Box::new(disk));
+    for (features, through) in [(!(1 << VIRTIO_BLK_F_FLUSH), true), (u64::MAX, false)] {
+        driver.core.set_status(0);
+        driver.negotiate(features);
+        driver.set_up(0, rings(0));
+        driver.core.set_status(READY);
+        assert_eq!(shared.through.load(Ordering::Acquire), through);
+        assert_eq!(write(&mut driver, 5, &[4; 512]), 0);
+        assert_eq!(image.bytes(5 * 512, 512), [4; 512]);
+    }
+}
+
+/// What the base of a snapshot has lost is an error, not zeros.
+#[test]
+fn a_snapshot_of_a_truncated_image() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver(",snapshot=on");
+    image.file().set_len(512).unwrap();
+    assert_eq!(
+        write(&mut driver, 1, &[1; 512]),
+        1,
+        "the rest of its cluster is lost"
+    );
+    assert_eq!(read(&mut driver, 1, 512), Err(1));
+    assert_eq!(
+        write(&mut driver, 8, &[1; 4096]),
+        0,
+        "a whole one needs nothing of it"
+    );
+    assert_eq!(read(&mut driver, 8, 4096), Ok(vec![1; 4096]));
+}
+
+/// 1025 pieces: more than one request may have.
+#[test]
+fn hostile_pieces_without_number() {
+    let image = TempImage::new(MIB);
+    let mut driver = image.driver("");
+    let table = BUFFERS + 0x10_0000;
+    for index in 0..1025 {
+        let (addr, len, flags, next) = (DATA, 1, NEXT | WRITE, index + 1);
+        driver.describe_at(
+            table,
+            index,
+            Desc {
+                addr,
+                len,
+                flags,
+                next,
+            },
+        );
+    }
+    let (addr, len, flags, next) = (table, 16 * 1025, INDIRECT, 0);
+    driver.describe(
+        0,
+        0,
+        Desc {
+            addr,
+            len,
+            flags,
+            next,
+        },
+    );
+    driver.offer(0, 0);
+    driver.breaks_and_recovers(|d| assert_eq!(write(d, 0, &[1; 512]), 0));
 }

@@ -43,7 +43,7 @@ impl Shared {
         match pairs.try_for_each(|(index, tap)| tap.set_attached(index < count)) {
             Ok(()) => true,
             Err(error) => {
-                log::warn!("{}: tap {}: {error}", self.name, self.tap);
+                self.failed(&error);
                 false
             }
         }

@@ -11,19 +11,23 @@ pub mod vhost;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Virtq};
 use super::worker::{Stop, Worker};
 use crate::config::Mac;
-use crate::util::RateLimit;
+use crate::memory::GuestMemory;
+use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::sync::lock;
 use crate::util::tap::{self, Offloads, TapQueue};
 use crate::util::thread::Kind;
+use crate::util::{RateLimit, guest_warn};
 
 /// Entries of each receive and transmit queue.
 const QUEUE_SIZE: u16 = 256;
@@ -53,6 +57,8 @@ struct Shared {
 struct Served {
     workers: Vec<Worker>,
     vhost: Vec<vhost::Pair>,
+    /// With vhost.
+    watch: Option<Worker<()>>,
 }
 
 /// Whether the tap is there, and whom to tell when it goes.
@@ -168,9 +174,8 @@ impl VirtioDevice for Net {
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
         for tap in &self.shared.pairs {
-            // A tap that has gone refuses: its link is down then.
             if let Err(error) = tap.set_offloads(offloads) {
-                self.shared.lose_link(&error);
+                self.shared.failed(&error);
             }
         }
         self.shared.use_pairs(1);
@@ -189,7 +194,12 @@ impl VirtioDevice for Net {
 
     fn deactivate(&mut self) -> Vec<Virtq> {
         lock(&self.shared.link.0).fault = None;
-        let Served { workers, vhost } = std::mem::take(&mut self.served);
+        let Served {
+            workers,
+            vhost,
+            watch,
+        } = std::mem::take(&mut self.served);
+        drop(watch);
         let queues = workers.into_iter().filter_map(Worker::stop).flatten();
         let mut queues: Vec<Virtq> = queues.collect();
         queues.extend(vhost.into_iter().flat_map(vhost::Pair::stop));
@@ -200,6 +210,12 @@ impl VirtioDevice for Net {
 
 impl Net {
     fn start(&mut self, activation: Activation, room: Room) -> io::Result<()> {
+        // Without VIRTIO_NET_F_MQ the control queue follows the first pair (section 5.1.2).
+        let pairs = if activation.has(VIRTIO_NET_F_MQ) {
+            self.pairs()
+        } else {
+            1
+        };
         let Activation {
             ram,
             features,
@@ -208,28 +224,55 @@ impl Net {
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {
-            let pair = usize::from(queue.index() / 2);
-            let is_receive = queue.index() % 2 == 0;
-            let next = queues
-                .next_if(|next| self.vhost && is_receive && next.index() == queue.index() + 1);
-            match (self.shared.pairs.get(pair), next) {
-                (Some(tap), Some(next)) => {
-                    let name = &self.shared.name;
-                    let started = vhost::Pair::start(name, &ram, features, tap, [queue, next])?;
-                    self.served.vhost.push(started);
+            let index = queue.index();
+            let is_receive = index % 2 == 0;
+            let next = queues.next_if(|next| self.vhost && is_receive && next.index() == index + 1);
+            match next {
+                _ if index >= 2 * pairs => self.start_worker(queue, Shared::control)?,
+                None => self.start_half(queue, room)?,
+                Some(next) => self.start_pair(&ram, features, [queue, next], room)?,
+            }
+        }
+        if !self.served.vhost.is_empty() {
+            self.served.watch = Some(watch(&self.shared)?);
+        }
+        Ok(())
+    }
+
+    /// Hands a pair to the kernel; if that refuses, serves it here.
+    fn start_pair(
+        &mut self,
+        ram: &Arc<GuestMemory>,
+        features: u64,
+        queues: [Virtq; 2],
+        room: Room,
+    ) -> io::Result<()> {
+        let shared = &self.shared;
+        let tap = &shared.pairs[usize::from(queues[0].index() / 2)];
+        match vhost::Pair::start(&shared.name, ram, features, tap, queues) {
+            Ok(pair) => self.served.vhost.push(pair),
+            Err(refused) => {
+                let (queues, error) = *refused;
+                guest_warn!(shared.failures, "{}: {error}: it does without", shared.name);
+                for queue in queues {
+                    self.start_half(queue, room)?;
                 }
-                (Some(_), None) => self.start_worker(queue, move |shared, queue, stop| {
-                    let tap = &shared.pairs[pair];
-                    if is_receive {
-                        shared.receive(tap, room, queue, stop)
-                    } else {
-                        shared.transmit(tap, queue, stop)
-                    }
-                })?,
-                (None, _) => self.start_worker(queue, Shared::control)?,
             }
         }
         Ok(())
+    }
+
+    /// Serves a receive or transmit queue.
+    fn start_half(&mut self, queue: Virtq, room: Room) -> io::Result<()> {
+        let (pair, is_receive) = (usize::from(queue.index() / 2), queue.index() % 2 == 0);
+        self.start_worker(queue, move |shared, queue, stop| {
+            let tap = &shared.pairs[pair];
+            if is_receive {
+                shared.receive(tap, room, queue, stop)
+            } else {
+                shared.transmit(tap, queue, stop)
+            }
+        })
     }
 
     fn start_worker<F>(&mut self, queue: Virtq, serve: F) -> io::Result<()>
@@ -244,3 +287,22 @@ impl Net {
         Ok(())
     }
 }
+
+/// Looks now and then whether the tap is there still, where the kernel alone uses it.
+fn watch(shared: &Arc<Shared>) -> io::Result<Worker<()>> {
+    const EVERY: Duration = Duration::from_secs(1);
+    let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
+    let (shared, asked) = (Arc::clone(shared), Arc::clone(&wake));
+    let name = format!("{}.tap", shared.name);
+    Worker::start(Kind::Net, &name, wake, move |stop| {
+        while !stop.is_asked() && !shared.link.is_gone() {
+            if shared.pairs.iter().any(|tap| tap.is_gone()) {
+                shared.lose_link(&io::Error::from_raw_os_error(libc::EBADFD));
+            }
+            wait_readable_for(borrow(&asked), EVERY);
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests;

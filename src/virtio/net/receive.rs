@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use super::Shared;
 use crate::memory::Pieces;
-use crate::util::poll::{borrow, wait_readable};
+use crate::util::poll::{borrow, wait_readable, wait_readable_for};
 use crate::util::tap::TapQueue;
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::worker::{Stop, wait};
@@ -15,6 +16,8 @@ use crate::virtio::worker::{Stop, wait};
 const NUM_BUFFERS: usize = 10;
 /// Bytes of a packet that has others behind it: what Ethernet carries, at least.
 const FULL: usize = 1_500;
+/// How long a packet waits for more buffers than there are.
+const PATIENCE: Duration = Duration::from_millis(10);
 /// Packets taken from the tap before the guest is told of them.
 const BATCH: usize = 64;
 
@@ -50,9 +53,13 @@ impl Shared {
         };
         while !stop.is_asked() {
             if !buffers.gather(queue, room)? {
-                // The guest is slow: its next buffers come with a notification.
-                wait(queue.kick());
-                continue;
+                // The guest is slow: its next buffers come with a notification. If none come, those that
+                // are there may do for the next packet, or it is lost.
+                let kick = borrow(queue.kick());
+                if buffers.chains.is_empty() || wait_readable_for(kick, PATIENCE) {
+                    wait(queue.kick());
+                    continue;
+                }
             }
             let more = self.receive_some(tap, room, queue, &mut buffers)?;
             queue.tell()?;
@@ -77,7 +84,7 @@ impl Shared {
         buffers: &mut Buffers,
     ) -> Result<bool, Broken> {
         for _ in 0..BATCH {
-            if !buffers.gather(queue, room)? {
+            if buffers.chains.is_empty() {
                 return Ok(true);
             }
             match buffers.place(room).read_from(tap.as_fd()) {
@@ -87,13 +94,16 @@ impl Shared {
                         // Seldom is there more behind a small one: to wait tells as soon.
                         return Ok(false);
                     }
+                    if !buffers.gather(queue, room)? {
+                        return Ok(true);
+                    }
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(false),
                     // Too large for the guest's buffers: lost, as on a wire.
                     Some(libc::EINTR | libc::EFAULT | libc::EINVAL) => {}
                     _ => {
-                        self.lose_link(&error);
+                        self.failed(&error);
                         return Ok(false);
                     }
                 },
@@ -108,8 +118,11 @@ impl Buffers {
     /// the driver was asked to notify of more.
     fn gather(&mut self, queue: &mut Virtq, room: Room) -> Result<bool, Broken> {
         loop {
-            while !self.fits(room) {
+            while !self.fits(room) && self.chains.len() < usize::from(queue.size()) {
                 let Some(chain) = queue.pop()? else { break };
+                if chain.writable.is_empty() {
+                    return Err(Broken::NoRequest(chain.head));
+                }
                 self.chains.push_back((chain.head, chain.writable.len()));
                 self.room.append(&chain.writable);
             }

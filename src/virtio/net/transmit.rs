@@ -42,11 +42,15 @@ impl Shared {
         match error.raw_os_error() {
             // The tap's queue is full; or a header that no packet has, which is the guest's own loss.
             Some(libc::EAGAIN | libc::EINTR | libc::EINVAL) => {}
-            // The interface is down, which may change.
-            Some(libc::EIO) => {
-                guest_warn!(self.failures, "{}: tap {} is down", self.name, self.tap);
-            }
-            _ => self.lose_link(&error),
+            _ => self.failed(&error),
+        }
+    }
+
+    /// What a tap says when it is no more is final; all else may pass, with the loss of a packet.
+    pub(super) fn failed(&self, error: &io::Error) {
+        match error.raw_os_error() {
+            Some(libc::EBADFD | libc::ENODEV) => self.lose_link(error),
+            _ => guest_warn!(self.failures, "{}: tap {}: {error}", self.name, self.tap),
         }
     }
 

@@ -61,23 +61,36 @@ impl Pair {
     /// Hands `queues`, receive and transmit, to the kernel, with `tap` behind them.
     ///
     /// # Errors
-    /// The host's.
+    /// The host's, with the queues as they were.
     pub(super) fn start(
         name: &str,
         ram: &Arc<GuestMemory>,
         agreed: u64,
         tap: &TapQueue,
         queues: [Virtq; 2],
-    ) -> io::Result<Self> {
+    ) -> Result<Self, Box<([Virtq; 2], io::Error)>> {
+        let kernel = match Self::open(ram, agreed) {
+            Ok(kernel) => kernel,
+            Err(error) => return Err(Box::new((queues, error))),
+        };
+        let mut pair = Self {
+            kernel,
+            queues,
+            relays: Vec::new(),
+        };
+        match pair.run(name, tap) {
+            Ok(()) => Ok(pair),
+            Err(error) => Err(Box::new((pair.stop(), error))),
+        }
+    }
+
+    fn open(ram: &Arc<GuestMemory>, agreed: u64) -> io::Result<Kernel<Arc<GuestMemory>>> {
         let kernel = Kernel::new(Arc::clone(ram)).map_err(failed("open it"))?;
         kernel.set_owner().map_err(failed("own it"))?;
-        let offered = kernel
-            .get_features()
-            .map_err(failed("ask for its features"))?;
-        let accepted = agreed & FEATURES & offered;
-        kernel
-            .set_features(accepted)
-            .map_err(failed("set its features"))?;
+        let offered = kernel.get_features();
+        let offered = offered.map_err(failed("ask for its features"))?;
+        let set = kernel.set_features(agreed & FEATURES & offered);
+        set.map_err(failed("set its features"))?;
         let regions = ram.iter().map(|region| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
@@ -85,23 +98,21 @@ impl Pair {
             ..VhostUserMemoryRegionInfo::default()
         });
         let regions: Vec<_> = regions.collect();
-        kernel
-            .set_mem_table(&regions)
-            .map_err(failed("give it guest RAM"))?;
-        let mut pair = Self {
-            kernel,
-            queues,
-            relays: Vec::new(),
-        };
-        for ring in 0..pair.queues.len() {
-            let call = pair.call(name, ring)?;
-            pair.set_up(ring, &call)?;
+        let given = kernel.set_mem_table(&regions);
+        given.map_err(failed("give it guest RAM"))?;
+        Ok(kernel)
+    }
+
+    fn run(&mut self, name: &str, tap: &TapQueue) -> io::Result<()> {
+        for ring in 0..self.queues.len() {
+            let call = self.call(name, ring)?;
+            self.set_up(ring, &call)?;
         }
-        for ring in 0..pair.queues.len() {
-            let set = pair.kernel.set_backend(ring, Some(tap.file()));
+        for ring in 0..self.queues.len() {
+            let set = self.kernel.set_backend(ring, Some(tap.file()));
             set.map_err(failed("give it the tap"))?;
         }
-        Ok(pair)
+        Ok(())
     }
 
     fn set_up(&self, ring: usize, call: &EventFd) -> io::Result<()> {
@@ -151,12 +162,11 @@ impl Pair {
             let stopped = self.kernel.set_backend(ring, None);
             match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
                 Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
-                Err(error) => log::warn!("vhost-net: Failed to stop a queue: {error}"),
+                // Of one that was not set up wholly.
+                Err(error) => log::debug!("vhost-net: Failed to stop a queue: {error}"),
             }
         }
-        for relay in self.relays {
-            relay.stop();
-        }
+        drop(self.relays);
         self.queues
     }
 }

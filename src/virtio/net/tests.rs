@@ -1,0 +1,205 @@
+//! Interfaces, driven through their queues; a pair of sockets stands for the tap.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::virtio::core::Half;
+use crate::virtio::testing::*;
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const HEADER: usize = tap::HEADER;
+
+fn tap() -> (Arc<TapQueue>, UnixDatagram) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let file = File::from(OwnedFd::from(ours));
+    (Arc::new(TapQueue::of(file)), theirs)
+}
+
+fn net(pairs: usize) -> (Box<Net>, Vec<UnixDatagram>) {
+    let (taps, peers) = (0..pairs).map(|_| tap()).unzip();
+    let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
+    (Box::new(Net::new("net0", "tap0", taps, mac, false)), peers)
+}
+
+/// Everything accepted but segments, so that a packet is small.
+fn driver(device: Box<Net>, features: u64) -> Driver {
+    let mut driver = Driver::of(device);
+    driver.negotiate(features);
+    for queue in 0..driver.core.queues().len() {
+        driver.set_up(queue, rings(queue));
+    }
+    driver.core.set_status(READY);
+    driver
+}
+
+const NO_SEGMENTS: u64 = !((1 << VIRTIO_NET_F_GUEST_TSO4) | (1 << VIRTIO_NET_F_GUEST_TSO6));
+const NOT_MERGEABLE: u64 = NO_SEGMENTS & !(1 << VIRTIO_NET_F_MRG_RXBUF);
+
+/// Offers a receive buffer of `len` bytes.
+fn offer(driver: &mut Driver, index: u16, len: u32) {
+    let addr = BUFFERS + 0x1000 * u64::from(index);
+    let (flags, next) = (WRITE, 0);
+    driver.describe(
+        RECEIVE,
+        index,
+        Desc {
+            addr,
+            len,
+            flags,
+            next,
+        },
+    );
+    driver.offer(RECEIVE, index);
+}
+
+fn bytes(driver: &Driver, addr: u64, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    driver
+        .ram
+        .read_slice(&mut bytes, GuestAddress(addr))
+        .unwrap();
+    bytes
+}
+
+fn packet(len: usize) -> Vec<u8> {
+    let mut packet = vec![0; HEADER];
+    packet.extend((0..len).map(|n| n.to_le_bytes()[0]));
+    packet
+}
+
+#[test]
+fn a_packet_goes_out_whole() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, u64::MAX);
+    let sent = packet(200);
+    driver
+        .ram
+        .write_slice(&sent, GuestAddress(BUFFERS))
+        .unwrap();
+    let buffers = [
+        (BUFFERS, 12, 0),
+        (BUFFERS + 12, 100, 0),
+        (BUFFERS + 112, 100, 0),
+    ];
+    assert_eq!(driver.request(TRANSMIT, &buffers), 0);
+    let mut received = [0; 300];
+    let count = peers[0].recv(&mut received).unwrap();
+    assert_eq!(received[..count], sent);
+    // No header, and more than any tap takes: dropped, and the next one goes.
+    driver.request(TRANSMIT, &[(BUFFERS, 11, 0)]);
+    driver.request(TRANSMIT, &[(BUFFERS, 70_000, 0)]);
+    driver.request(TRANSMIT, &buffers);
+    assert_eq!(peers[0].recv(&mut received).unwrap(), sent.len());
+}
+
+#[test]
+fn a_packet_lies_in_as_many_buffers_as_it_takes() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, NO_SEGMENTS);
+    for index in 0..8 {
+        offer(&mut driver, index, 400);
+    }
+    let sent = packet(1000);
+    peers[0].send(&sent).unwrap();
+    driver.wait_until("a packet", |d| d.used(RECEIVE) == 3);
+    let lengths: Vec<_> = (0..3).map(|n| driver.used_element(RECEIVE, n)).collect();
+    assert_eq!(lengths, [(0, 400), (1, 400), (2, 212)]);
+    assert_eq!(bytes(&driver, BUFFERS + 10, 2), [3, 0], "num_buffers");
+    assert_eq!(bytes(&driver, BUFFERS + 12, 388), sent[12..400]);
+    assert_eq!(bytes(&driver, BUFFERS + 0x2000, 212), sent[800..]);
+    peers[0].send(&packet(10)).unwrap();
+    driver.wait_until("the next", |d| d.used(RECEIVE) == 4);
+    assert_eq!(driver.used_element(RECEIVE, 3), (3, 22));
+}
+
+#[test]
+fn without_merging_a_packet_has_one_buffer() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, NOT_MERGEABLE);
+    offer(&mut driver, 0, 1600);
+    offer(&mut driver, 1, 1600);
+    for len in [100, 1500] {
+        peers[0].send(&packet(len)).unwrap();
+    }
+    driver.wait_until("both", |d| d.used(RECEIVE) == 2);
+    assert_eq!(driver.used_element(RECEIVE, 0), (0, 112));
+    assert_eq!(driver.used_element(RECEIVE, 1), (1, 1512));
+    assert_eq!(bytes(&driver, BUFFERS + 10, 2), [1, 0]);
+}
+
+#[test]
+fn hostile_receive_buffers() {
+    // Nothing to write to; and so many that they would never fit.
+    for len in [0, 1] {
+        let (device, peers) = net(1);
+        let mut driver = driver(device, NO_SEGMENTS);
+        for round in 0..200u16 {
+            offer(&mut driver, round % SIZE, len);
+            let _ = peers[0].send(&packet(60));
+        }
+        driver.core.set_status(0);
+        assert_eq!(driver.core.status(), 0);
+    }
+}
+
+/// A command of the control queue, and its answer.
+fn command(driver: &mut Driver, queue: usize, bytes: &[u8]) -> u8 {
+    driver
+        .ram
+        .write_slice(bytes, GuestAddress(BUFFERS))
+        .unwrap();
+    let len = u32::try_from(bytes.len()).unwrap();
+    assert_eq!(
+        driver.request(queue, &[(BUFFERS, len, 0), (BUFFERS + 64, 1, WRITE)]),
+        1
+    );
+    driver.ram.read_obj(GuestAddress(BUFFERS + 64)).unwrap()
+}
+
+#[test]
+fn pairs_are_chosen_by_command() {
+    let (device, _peers) = net(2);
+    let mut two = driver(device, u64::MAX);
+    assert_eq!(command(&mut two, 4, &[4, 0, 2, 0]), 0);
+    for wrong in [
+        &[4, 0, 0, 0][..],
+        &[4, 0, 3, 0],
+        &[4, 0, 255, 255],
+        &[4, 1, 1, 0],
+        &[1, 0, 1, 0],
+        &[4, 0, 1],
+    ] {
+        assert_eq!(command(&mut two, 4, wrong), 1, "{wrong:?}");
+    }
+    // A driver of one pair has it right behind.
+    let (device, _peers) = net(2);
+    let mut one = driver(device, !(1 << VIRTIO_NET_F_MQ));
+    assert_eq!(command(&mut one, 2, &[1, 0, 1]), 1);
+}
+
+#[test]
+fn the_configuration_tells_address_link_and_pairs() {
+    let (device, _peers) = net(3);
+    let shared = Arc::clone(&device.shared);
+    let driver = driver(device, u64::MAX);
+    let mut space = [0; 12];
+    driver.core.read_config(0, &mut space);
+    assert_eq!(space, [0x52, 0x54, 0, 1, 2, 3, 1, 0, 3, 0, 0, 0]);
+    shared.lose_link(&io::Error::from_raw_os_error(libc::EBADFD));
+    shared.lose_link(&io::Error::from_raw_os_error(libc::EBADFD));
+    assert_eq!(
+        driver.interrupts.configs.load(Ordering::Acquire),
+        1,
+        "told once"
+    );
+    driver.core.read_config(0, &mut space);
+    assert_eq!(space[6], 0);
+    assert_ne!(Half::Low.of(driver.core.config_generation().into()), 0);
+}
