@@ -100,11 +100,10 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 impl Contestant {
     /// Whether it can run such a guest at all.
     pub(crate) fn can(&self, job: &Job) -> bool {
-        let devices = job.disk.is_some() || job.link.is_some();
         match self.kind {
             Kind::Rvmm | Kind::Qemu(_) => true,
-            Kind::Floor { .. } => !devices,
-            Kind::Peer(_) => !devices && !job.hugepages,
+            Kind::Floor { .. } => job.link.is_none(),
+            Kind::Peer(_) => job.disk.is_none() && job.link.is_none() && !job.hugepages,
         }
     }
 
@@ -118,6 +117,7 @@ impl Contestant {
         Ok(match &self.kind {
             Kind::Rvmm => rvmm(job),
             Kind::Qemu(machine) => qemu(machine, job),
+            Kind::Floor { aia, .. } if job.disk.is_some() => disk_floor(*aia, job),
             Kind::Floor { aia, dtb } => floor(*aia, dtb, job)?,
             Kind::Peer(words) => peer(words, job)?,
         })
@@ -125,8 +125,22 @@ impl Contestant {
 }
 
 fn rvmm(job: &Job) -> Command {
-    let pages = if job.hugepages { ",hugepages=2M" } else { "" };
     let mut command = Command::new("rvmm");
+    add_flags(&mut command, job);
+    command
+}
+
+/// rvmm's machine with a disk that does the least.
+fn disk_floor(aia: bool, job: &Job) -> Command {
+    let mut command = Command::new("disk-floor");
+    add_flags(&mut command, job);
+    command.args(["--irqchip", if aia { "aia" } else { "plic" }]);
+    command
+}
+
+/// rvmm's flags.
+fn add_flags(command: &mut Command, job: &Job) {
+    let pages = if job.hugepages { ",hugepages=2M" } else { "" };
     command.arg("--kernel").arg(job.kernel);
     command.args(["--mem", &format!("{MEM_MIB}M{pages}")]);
     command.args(["--cmdline", job.cmdline]);
@@ -140,7 +154,6 @@ fn rvmm(job: &Job) -> Command {
         let vhost = if vhost { ",vhost" } else { "" };
         command.arg("--net").arg(format!("tap={tap}{vhost}"));
     }
-    command
 }
 
 fn qemu(machine: &str, job: &Job) -> Command {

@@ -30,6 +30,7 @@ bench_begin() {
     root=$RIG_RUN/root
     env_run cp -r /opt/rvmm/qemu/. "$root"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
+    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/disk-floor"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
     must "Pack the guest that measures disks and networks" bench_pack_io
     if [[ -z $only || ,$only, == *,init,* ]]; then

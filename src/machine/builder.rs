@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 
 use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
-use super::virtio::Backends;
+use super::virtio::{Backends, MakeDevice};
 use crate::boot::files::BootFile;
 use crate::boot::kernel::Kernel;
 use crate::boot::placement::{Placement, fdt_room};
@@ -35,10 +35,31 @@ impl Machine {
     /// # Errors
     /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
     pub fn build(config: &VmConfig, hypervisor: Arc<dyn Hypervisor>) -> Result<Self> {
+        Self::make(config, hypervisor, None)
+    }
+
+    /// The same with one more virtio device, of the caller's own, made by `device` at the start and
+    /// at each reset. It comes behind those of `config`.
+    ///
+    /// # Errors
+    /// As [`Machine::build`], and the device's own.
+    pub fn build_with(
+        config: &VmConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        device: MakeDevice,
+    ) -> Result<Self> {
+        Self::make(config, hypervisor, Some(device))
+    }
+
+    fn make(
+        config: &VmConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        device: Option<MakeDevice>,
+    ) -> Result<Self> {
         let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
         let plan = files.plan(config)?;
-        let backends = Backends::open(config)?;
+        let backends = Backends::open(config, device)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
         let mut machine = Self {

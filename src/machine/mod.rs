@@ -35,6 +35,7 @@ pub use builder::Machine;
 pub use outcome::Outcome;
 use signals::Signals;
 pub use stats::Stats;
+pub use virtio::MakeDevice;
 
 /// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
 /// for it like any program that writes to a pipe.

@@ -1,5 +1,6 @@
 //! The machine's virtio devices: what they are made of, and how they are attached.
 
+use std::io;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -41,14 +42,19 @@ pub(super) struct Backends {
     interfaces: Vec<Interface>,
     /// The second console.
     pub(super) console: Option<Arc<Console>>,
+    /// A device of the library's user.
+    other: Option<MakeDevice>,
 }
+
+/// Makes a device as after power-on.
+pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
 
 impl Backends {
     /// Opens everything that `config` names.
     ///
     /// # Errors
     /// One line that names the file.
-    pub(super) fn open(config: &VmConfig) -> Result<Self> {
+    pub(super) fn open(config: &VmConfig, other: Option<MakeDevice>) -> Result<Self> {
         let mut disks = Vec::new();
         for (index, disk) in config.disk.iter().enumerate() {
             let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
@@ -60,11 +66,12 @@ impl Backends {
             disks,
             interfaces: interfaces.collect::<Result<_>>()?,
             console: config.virtio_console.is_some().then(Arc::default),
+            other,
         })
     }
 
     /// The devices, as after power-on.
-    fn devices(&self, config: &VmConfig) -> Vec<Box<dyn VirtioDevice>> {
+    fn devices(&self, config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>> {
         let queues = config.cpus.min(DISK_QUEUES_MAX);
         let queues = u16::try_from(queues).unwrap_or(u16::MAX);
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
@@ -85,7 +92,10 @@ impl Backends {
         if config.rng {
             devices.push(Box::<Rng>::default());
         }
-        devices
+        if let Some(make) = &self.other {
+            devices.push(make()?);
+        }
+        Ok(devices)
     }
 }
 
@@ -132,7 +142,7 @@ pub(super) fn attach(
     irqchip: &IrqChip,
     bus: &mut Bus,
 ) -> Result<Vec<Arc<dyn Device>>> {
-    let devices = backends.devices(config);
+    let devices = backends.devices(config)?;
     match config.transport {
         Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
         Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus),
