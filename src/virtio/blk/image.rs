@@ -1,7 +1,7 @@
 //! What is behind a disk: a raw image or a block device of the host.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use log::debug;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, ioctl_blksszget};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use thiserror::Error;
 
 use super::overlay::Overlay;
@@ -325,10 +325,12 @@ fn is_unsupported(errno: Errno) -> bool {
 }
 
 /// Whether the file system can say that a request would wait (RWF_NOWAIT); io_uring then starts it at
-/// once.
+/// once, and otherwise leaves it to a thread.
 fn can_fail_to_wait(file: &File) -> bool {
-    let nothing = rustix::io::preadv2(file, &mut [], 0, rustix::io::ReadWriteFlags::NOWAIT);
-    nothing != Err(Errno::OPNOTSUPP)
+    let mut byte = [0];
+    let mut pieces = [IoSliceMut::new(&mut byte)];
+    let read = rustix::io::preadv2(file, &mut pieces, 0, ReadWriteFlags::NOWAIT);
+    read != Err(Errno::OPNOTSUPP)
 }
 
 /// Fills `pieces` from `fd`; a file that ends before is an error.
