@@ -7,7 +7,7 @@ use common::net::{Tap, ip, transfer};
 use common::{HOST_FAILED, Rvmm, Shell, USAGE};
 
 /// MiB each way.
-const SOME: usize = 24;
+const SOME: usize = 8;
 
 fn check(transport: &str, more: &str, cpus: &str, multi_queue: bool) {
     let tap = Tap::new(multi_queue);
