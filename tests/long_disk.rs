@@ -9,7 +9,7 @@ use common::Rvmm;
 use common::files::{TempDir, debian};
 
 const JOBS: u32 = 4;
-const EACH_MIB: u32 = 32;
+const EACH_MIB: u32 = 8;
 
 fn check(transport: &str) {
     let scratch = TempDir::new();
