@@ -1,4 +1,4 @@
-//! fio with verification in a Debian with four vCPUs, and its image as the host sees it.
+//! fio with verification in a Debian with four vCPUs, and its image as the host sees it; Debian over MMIO.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -61,4 +61,9 @@ fn fio_over_pci() {
 #[test]
 fn fio_over_mmio() {
     check("mmio");
+}
+
+#[test]
+fn debian_over_mmio() {
+    common::disk::debian_boots("mmio");
 }

@@ -1,137 +1,26 @@
-//! Network interfaces: TCP between the host and a guest over a tap, and taps that go away.
+//! TCP between the host and a guest over a tap, on every kind of host.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
 
-use common::net::{Tap, ip, transfer};
-use common::{HOST_FAILED, Rvmm, Shell, USAGE};
-
-/// MiB each way.
-const SOME: usize = 8;
-
-fn check(transport: &str, more: &str, cpus: &str, multi_queue: bool) {
-    let tap = Tap::new(multi_queue);
-    let net = format!("tap={}{more}", tap.name);
-    let mut guest = Shell::start(["--net", &net, "--transport", transport, "--cpus", cpus]);
-    tap.configure(&mut guest);
-    let queues = guest.ok("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
-    assert_eq!(queues, if multi_queue { cpus } else { "1" });
-    transfer(&tap, &mut guest, SOME);
-    guest.power_off();
-}
+use common::net::tcp;
 
 #[test]
 fn tcp_over_pci() {
-    check("pci", "", "1", false);
+    tcp("pci", "", "1", false);
 }
 
 #[test]
 fn tcp_over_mmio() {
-    check("mmio", "", "1", false);
+    tcp("mmio", "", "1", false);
 }
 
 #[test]
 fn tcp_by_vhost_over_pci() {
-    check("pci", ",vhost=on", "1", false);
+    tcp("pci", ",vhost=on", "1", false);
 }
 
 #[test]
 fn tcp_by_vhost_over_mmio() {
-    check("mmio", ",vhost", "1", false);
-}
-
-/// A pair of queues for each vCPU, where the tap was made for several.
-#[test]
-fn tcp_by_several_queues() {
-    check("pci", "", "2", true);
-    check("pci", ",vhost", "2", true);
-}
-
-#[test]
-fn addresses_are_told() {
-    let tap = Tap::new(false);
-    let address = |more: &str| {
-        let net = format!("tap={}{more}", tap.name);
-        let mut guest = Shell::start(["--net", net.as_str()]);
-        let address = guest.ok("cat /sys/class/net/eth0/address");
-        guest.power_off();
-        address
-    };
-    assert_eq!(address(",mac=52:54:00:ab:cd:ef"), "52:54:00:ab:cd:ef");
-    let own = address("");
-    assert!(own.starts_with("52:54:"), "{own}");
-    assert_eq!(address(""), own, "the same at every start");
-}
-
-/// The tap is deleted while the guest uses it: its link goes down, and it goes on.
-#[test]
-fn a_tap_that_goes_away() {
-    let tap = Tap::new(false);
-    let net = format!("tap={}", tap.name);
-    let mut guest = Shell::start(["--net", net.as_str()]);
-    tap.configure(&mut guest);
-    assert_eq!(guest.ok("cat /sys/class/net/eth0/carrier"), "1");
-    ip(&format!("link del {}", tap.name));
-    guest.vm.wait_for_log("the guest's link is down");
-    guest.ok("while [ \"$(cat /sys/class/net/eth0/carrier)\" != 0 ]; do :; done");
-    let (status, _) = guest.run(&format!("ping -c 1 -W 1 {} >/dev/null", tap.address(1)));
-    assert_ne!(status, 0);
-    guest.ok("true");
-    guest.power_off();
-}
-
-/// The tap is down for a while.
-#[test]
-fn a_tap_that_is_down() {
-    let tap = Tap::new(false);
-    let net = format!("tap={}", tap.name);
-    let mut guest = Shell::start(["--net", net.as_str()]);
-    tap.configure(&mut guest);
-    ip(&format!("link set {} down", tap.name));
-    let ping = format!("ping -c 1 -W 1 {} >/dev/null", tap.address(1));
-    assert_ne!(guest.run(&ping).0, 0);
-    ip(&format!("link set {} up", tap.name));
-    guest.ok(&format!("until {ping}; do :; done"));
-    guest.power_off();
-}
-
-/// A guest that starts again has its interface again.
-#[test]
-fn a_reset_keeps_interfaces() {
-    let tap = Tap::new(false);
-    let net = format!("tap={}", tap.name);
-    let cmdline = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
-    let rvmm = Rvmm::virtio(cmdline)
-        .reboots()
-        .args(["--net", net.as_str()]);
-    let mut guest = Shell::of(rvmm);
-    tap.configure(&mut guest);
-    guest.vm.send("reboot -f\n");
-    guest.vm.wait_for_times("rvmm-guest: userspace", 2);
-    guest.restarted();
-    tap.configure(&mut guest);
-    guest.power_off();
-}
-
-#[test]
-fn what_cannot_be_an_interface() {
-    let refused = |net: &str, status, words: &[&str]| {
-        let end = Rvmm::new()
-            .args(["--kernel", "/guest/Image", "--net", net])
-            .run();
-        end.assert_one_line(status, words);
-    };
-    refused(
-        "tap=nope",
-        HOST_FAILED,
-        &["nope", "ip tuntap add dev nope mode tap"],
-    );
-    refused("tap=lo", HOST_FAILED, &["\"lo\"", "no tap"]);
-    refused("tap=a,mac=1:2", USAGE, &["52:54:00:12:34:56"]);
-    let tap = Tap::new(false);
-    let net = format!("tap={}", tap.name);
-    let mut guest = Shell::start(["--net", net.as_str()]);
-    refused(&net, HOST_FAILED, &[&tap.name, "another process has it"]);
-    guest.ok("true");
-    guest.power_off();
+    tcp("mmio", ",vhost", "1", false);
 }

@@ -17,6 +17,8 @@
     reason = "every test file uses a part of this"
 )]
 
+#[cfg(target_arch = "riscv64")]
+pub(crate) mod disk;
 pub(crate) mod files;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod host;

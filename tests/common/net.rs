@@ -177,3 +177,18 @@ fn receive(listener: &TcpListener, length: usize) -> String {
     }
     sum.end()
 }
+
+/// MiB each way.
+const SOME: usize = 8;
+
+/// A guest with this interface, and TCP both ways.
+pub(crate) fn tcp(transport: &str, more: &str, cpus: &str, multi_queue: bool) {
+    let tap = Tap::new(multi_queue);
+    let net = format!("tap={}{more}", tap.name);
+    let mut guest = Shell::start(["--net", &net, "--transport", transport, "--cpus", cpus]);
+    tap.configure(&mut guest);
+    let queues = guest.ok("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
+    assert_eq!(queues, if multi_queue { cpus } else { "1" });
+    transfer(&tap, &mut guest, SOME);
+    guest.power_off();
+}

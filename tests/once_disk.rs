@@ -1,0 +1,171 @@
+//! Disks: what the host does to them while a guest runs. The kind of host makes no difference to it.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use common::disk::{MIB, disk, host_runs, md5, random};
+use common::files::TempDir;
+use common::{HOST_FAILED, Rvmm, Shell, USAGE};
+
+/// Two guests at once write all over the same image, and it stays as it was.
+#[test]
+fn snapshots_share_an_image() {
+    let scratch = TempDir::new();
+    let image = scratch.file("base", random(4 * MIB));
+    let before = md5(&image);
+    let [flag, value] = disk(&image, ",snapshot=on");
+    let mut guests = [Shell::start([&flag, &value]), Shell::start([&flag, &value])];
+    let mut sums = Vec::new();
+    for guest in &mut guests {
+        assert_eq!(guest.ok("md5sum </dev/vda | cut -c1-32"), before);
+        guest.ok("dd if=/dev/urandom of=/dev/vda bs=7k count=500 conv=notrunc,fsync 2>/dev/null");
+        sums.push(guest.ok("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda | cut -c1-32"));
+    }
+    assert!(sums[0] != sums[1] && sums[0] != before && sums[1] != before);
+    guests.into_iter().for_each(|guest| drop(guest.power_off()));
+    assert_eq!(md5(&image), before);
+}
+
+/// What a write cache holds is durable after a flush; without one, after each write.
+#[test]
+fn caches_are_told_to_the_guest() {
+    let scratch = TempDir::new();
+    let image = |name| scratch.file(name, vec![0; MIB]);
+    let [f, a] = disk(&image("a"), "");
+    let [_, b] = disk(&image("b"), ",cache=writethrough");
+    let [_, c] = disk(&image("c"), ",cache=unsafe");
+    let mut guest = Shell::start([&f, &a, &f, &b, &f, &c]);
+    let told = guest.ok("cat /sys/block/vd[abc]/queue/write_cache");
+    assert_eq!(told, "write back\nwrite through\nwrite back");
+    for disk in ["vda", "vdb", "vdc"] {
+        guest.ok(&format!(
+            "dd if=/dev/urandom of=/dev/{disk} bs=64k count=8 conv=fsync 2>/dev/null"
+        ));
+    }
+    guest.power_off();
+}
+
+/// The image gets shorter while the guest runs: what is gone is an I/O error, what is there goes on.
+#[test]
+fn a_truncated_image() {
+    let scratch = TempDir::new();
+    let image = scratch.file("x", random(4 * MIB));
+    let [flag, value] = disk(&image, "");
+    let mut guest = Shell::start([flag, value]);
+    guest.ok("dd if=/dev/vda of=/dev/null bs=1M count=1 2>/dev/null");
+    let file = File::options().write(true).open(&image).expect("the image");
+    file.set_len(MIB as u64).expect("truncate it");
+    let (status, _) = guest.run("dd if=/dev/vda of=/dev/null bs=1M skip=2 count=1");
+    assert_ne!(status, 0, "a read behind the end fails");
+    let (status, _) =
+        guest.run("dd if=/dev/zero of=/dev/vda bs=4k seek=700 count=1 conv=notrunc,fsync");
+    assert_ne!(status, 0, "and so does a write");
+    assert_eq!(
+        file.metadata().expect("its size").len(),
+        MIB as u64,
+        "which makes nothing longer"
+    );
+    guest.ok("dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null");
+    guest.vm.wait_for_log("the image was truncated");
+    guest.power_off();
+}
+
+/// The host's file system is full.
+#[test]
+fn no_space_left() {
+    let scratch = TempDir::new();
+    let place = scratch.path().join("small");
+    let mount = place.display();
+    host_runs(&format!(
+        "mkdir {mount} && mount -t tmpfs -o size=2M none {mount}"
+    ));
+    let image = place.join("x");
+    let file = File::create(&image).expect("the image");
+    file.set_len(8 * MIB as u64).expect("a sparse image");
+    drop(file);
+    let [flag, value] = disk(&image, "");
+    let mut guest = Shell::start([flag, value]);
+    let (status, _) = guest.run("dd if=/dev/urandom of=/dev/vda bs=64k conv=notrunc,fsync");
+    assert_ne!(status, 0, "the guest is told");
+    guest.vm.wait_for_log("No space left on device");
+    guest.ok("dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null");
+    drop(guest.power_off());
+    host_runs(&format!("umount {mount}"));
+}
+
+/// The host's disk cannot read: a loop device whose file has lost its second half.
+#[test]
+fn the_hosts_disk_fails() {
+    let scratch = TempDir::new();
+    let file = scratch.file("backing", random(4 * MIB));
+    let device = host_runs(&format!(
+        "losetup -f && losetup $(losetup -f) {}",
+        file.display()
+    ));
+    let [flag, value] = disk(Path::new(&device), "");
+    let mut guest = Shell::start([flag, value]);
+    let backing = File::options()
+        .write(true)
+        .open(&file)
+        .expect("the backing file");
+    backing.set_len(MIB as u64).expect("truncate it");
+    let (status, _) = guest.run("dd if=/dev/vda of=/dev/null bs=64k skip=32 count=1 iflag=direct");
+    assert_ne!(status, 0, "the guest is told");
+    guest.vm.wait_for_log("Failed to read");
+    guest.ok("dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>/dev/null");
+    guest.power_off();
+    host_runs(&format!("losetup -d {device}"));
+}
+
+#[test]
+fn what_cannot_be_a_disk() {
+    let scratch = TempDir::new();
+    let kernel = || Rvmm::guest("shutdown");
+    let refused = |flag: &str, status, words: &[&str]| {
+        let end = kernel().args(["--disk", flag]).run();
+        end.assert_refused(status, words);
+    };
+    refused("/nope", HOST_FAILED, &["disk", "/nope", "No such file"]);
+    refused(
+        "/dev/null",
+        HOST_FAILED,
+        &["/dev/null", "neither a file nor a block device"],
+    );
+    refused("/nope,cache=none", USAGE, &["writeback", "--disk"]);
+    refused("/nope,direct,snapshot=on", USAGE, &["direct", "snapshot"]);
+    let image = scratch.file("x", vec![0; 4096]);
+    let name = image.display().to_string();
+    let both = kernel().args(["--disk", &name, "--disk", &name]).run();
+    both.assert_refused(HOST_FAILED, &["lock", &name, "readonly or snapshot=on"]);
+}
+
+/// A disk is the guest's still after a reset, and locked all the time.
+#[test]
+fn a_reset_keeps_disks() {
+    let scratch = TempDir::new();
+    let image = scratch.file("x", random(MIB));
+    let [flag, value] = disk(&image, "");
+    let cmdline = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
+    let rvmm = Rvmm::virtio(cmdline).reboots().args([&flag, &value]);
+    let mut guest = Shell::of(rvmm);
+    guest.ok("dd if=/dev/zero of=/dev/vda bs=4k count=1 conv=notrunc,fsync 2>/dev/null");
+    guest.vm.send("reboot -f\n");
+    guest.vm.wait_for_times("rvmm-guest: userspace", 2);
+    guest.vm.wait_for_times("rvmm-guest: ready", 3);
+    let other = Rvmm::guest("shutdown").args([&flag, &value]).run();
+    other.assert_refused(HOST_FAILED, &["lock"]);
+    guest.vm.send("head -c 4096 /dev/vda | md5sum\n");
+    guest.vm.wait_for("620f0b67a91f7f74151bc5be745b7110");
+    guest.vm.send("poweroff -f\n");
+    guest.vm.finish().assert_status(common::POWERED_OFF);
+    let mut byte = [1];
+    File::open(&image)
+        .expect("the image")
+        .read_exact_at(&mut byte, 4095)
+        .expect("a byte");
+    assert_eq!(byte, [0]);
+}
