@@ -15,7 +15,7 @@ debian_build() {
 }
 
 debian_key() {
-    { printf '%s\n' "$ENV_NAME" && cat resources/debian/configure scripts/lib/debian.sh; } | sha256sum | cut -c1-12
+    { printf '%s\n' "$ENV_NAME" && cat resources/debian/* scripts/lib/debian.sh; } | sha256sum | cut -c1-12
 }
 
 debian_install() {
@@ -26,7 +26,8 @@ debian_install() {
     return "$status"
 }
 
-# All packages unpacked, and behind them as files that need no decompression: dpkg registers them from there.
+# All packages unpacked, and behind them as files that need no decompression: dpkg registers them from there. No documentation but
+# the licences, no translations; and the modules that a guest has loaded by the time this disk is mounted, for modprobe to find.
 debian_unpack() {
     env_run bash -euc '
         work=$1
@@ -39,7 +40,17 @@ debian_unpack() {
             dpkg-deb --build -Znone "$work/one" "$root/debs/${deb##*/}"
             rm -r "$work/one"
         done
+        rm -rf "$root"/usr/share/{info,lintian,locale,man}/*
+        find "$root/usr/share/doc" -not -type d -not -name copyright -delete
+        find "$root/usr/share/doc" -type d -empty -delete
+        install -m 644 -D resources/debian/dpkg.cfg "$root/etc/dpkg/dpkg.cfg.d/rvmm"
         install -m 755 resources/debian/configure "$root/configure"
+        version=$(modinfo --field vermagic /opt/rvmm/modules/ext4.ko | cut -d" " -f1)
+        modules=$root/usr/lib/modules/$version/kernel
+        mkdir -p "$modules"
+        while read -r name; do cp "/opt/rvmm/modules/$name.ko" "$modules"; done </opt/rvmm/modules/guest
+        touch "$modules"/../modules.{order,builtin,builtin.modinfo}
+        depmod --basedir "$root" "$version"
         mke2fs -q -t ext4 -L rvmm-debian -d "$root" "$work/image" "$2"
         rm -r "$root"
     ' - "$1" "$DEBIAN_SIZE"
@@ -57,5 +68,5 @@ debian_boot() {
     )
     env_run timeout --foreground --kill-after=5 "$DEBIAN_LIMIT" "${command[@]}"
     cat "$work/console"
-    grep -q '^rvmm: configured' "$work/console"
+    grep -q '^rvmm: configured' "$work/console" && env_run e2fsck -f -n "$work/image"
 }

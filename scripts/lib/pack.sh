@@ -22,18 +22,25 @@ pack_busybox() {
     printf "alias %s='%s -f'\n" poweroff poweroff reboot reboot halt halt >"$root/etc/shrc"
 }
 
+# Modules that a list names, without the symbols that only the compiler made: those are most of each, and loading them most of a
+# small guest's boot. It costs them their signature, which a kernel notes and does not insist on.
+pack_modules() {
+    local from=$1 list=$2 to=$3 name
+    mkdir -p "$to"
+    while read -r name; do
+        riscv64-linux-gnu-strip --strip-debug --discard-locals -o "$to/$name.ko" "$from/$name.ko"
+    done <"$from/$list"
+}
+
 # The Linux guest's initramfs; with the modules for virtio and disks, if their directory is given.
 pack_guest_initramfs() {
-    local repo=$1 out=$2 modules=${3-} root name
+    local repo=$1 out=$2 modules=${3-} root
     root=$(mktemp -d)
     pack_busybox "$root"
     install -m 755 "$repo/resources/initramfs/init" "$root/init"
     if [[ -n $modules ]]; then
-        mkdir "$root/modules"
+        pack_modules "$modules" guest "$root/modules"
         cp "$modules/guest" "$root/modules/order"
-        while read -r name; do
-            cp "$modules/$name.ko" "$root/modules"
-        done <"$modules/guest"
     fi
     pack_dir "$root" | gzip -9n >"$out.tmp"
     mv "$out.tmp" "$out"
@@ -47,7 +54,8 @@ pack_l1_base() {
     pack_busybox "$root"
     mkdir "$root/guest"
     cp "$PACK_ENV/Image" "$root/guest/Image"
-    cp -r "$PACK_ENV/modules" "$root/modules"
+    pack_modules "$PACK_ENV/modules" host "$root/modules"
+    cp "$PACK_ENV/modules/host" "$root/modules"
     install -m 755 "$repo/resources/rig/init" "$root/init"
     pack_dir "$root" >"$out.tmp"
     mv "$out.tmp" "$out"
