@@ -52,11 +52,21 @@ impl Pieces {
         let slice = vm_memory::GuestMemoryRegion::get_slice(region, at, len);
         let slice = slice.map_err(|_| NotRam)?;
         self.len = self.len.checked_add(len).ok_or(NotRam)?;
-        self.iovecs.push(libc::iovec {
+        self.add(libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
             iov_len: len,
         });
         Ok(())
+    }
+
+    /// Adds a piece; to the last one if it lies right behind, for the host's calls cost by the piece.
+    fn add(&mut self, piece: libc::iovec) {
+        match self.iovecs.last_mut() {
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
+                last.iov_len += piece.iov_len;
+            }
+            _ => self.iovecs.push(piece),
+        }
     }
 
     /// Bytes in all.
@@ -93,7 +103,7 @@ impl Pieces {
     /// Adds the pieces of `more`, which are of the same RAM.
     pub fn append(&mut self, more: &Pieces) {
         debug_assert!(Arc::ptr_eq(&self.ram, &more.ram));
-        self.iovecs.extend_from_slice(&more.iovecs);
+        more.iovecs.iter().for_each(|piece| self.add(*piece));
         self.len += more.len;
     }
 

@@ -8,9 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Chain, Virtq};
-use super::worker::{Stop, Worker, wait};
+use super::worker::{Stop, Worker};
 use crate::devices::console::{Console, Listener};
-use crate::util::poll::{borrow, wait_readable};
+use crate::util::poll::Events;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
@@ -95,7 +95,10 @@ impl VirtioDevice for ConsolePort {
             fault: activation.fault,
             sending: None,
         };
-        let serve = move |queues: &mut [Virtq], stop: &Stop| port.serve(queues, stop);
+        let kicks = Events::new()?;
+        kicks.add_signal(0, input.kick())?;
+        kicks.add_signal(1, output.kick())?;
+        let serve = move |queues: &mut [Virtq], stop: &Stop| port.serve(queues, &kicks, stop);
         let queues = vec![input, output];
         self.worker = Some(Worker::serve(Kind::Virtio, "console", queues, serve)?);
         Ok(())
@@ -120,7 +123,7 @@ struct Port {
 }
 
 impl Port {
-    fn serve(&mut self, queues: &mut [Virtq], stop: &Stop) -> Result<(), Broken> {
+    fn serve(&mut self, queues: &mut [Virtq], kicks: &Events, stop: &Stop) -> Result<(), Broken> {
         let [input, output] = queues else {
             return Ok(());
         };
@@ -128,14 +131,8 @@ impl Port {
             let more_input = self.receive(input)?;
             let more_output = self.send(output)?;
             self.tell_size();
-            if more_input || more_output {
-                continue;
-            }
-            let kicked = wait_readable([borrow(input.kick()), borrow(output.kick())]);
-            for (queue, kicked) in [&*input, &*output].into_iter().zip(kicked) {
-                if kicked {
-                    wait(queue.kick());
-                }
+            if !more_input && !more_output {
+                kicks.wait(None);
             }
         }
         // What the guest wrote before its end is its last words.

@@ -14,9 +14,17 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Fault, Interrupt};
 use crate::memory::{GuestMemory, Pieces};
 
-/// What a driver did that leaves no way to go on with a queue: the device needs a reset.
+/// A driver left no way to go on with a queue: the device needs a reset.
 #[derive(Debug, Error)]
-pub enum Broken {
+#[error("queue {queue}: {how}")]
+pub struct Broken {
+    queue: u16,
+    how: How,
+}
+
+/// How a queue was broken; by the number of a descriptor chain, mostly.
+#[derive(Debug, Error)]
+enum How {
     /// The rings themselves.
     #[error("{0}")]
     Ring(virtio_queue::Error),
@@ -137,7 +145,9 @@ impl Virtq {
     /// # Errors
     /// The driver broke the queue.
     pub fn pop(&mut self) -> Result<Option<Chain>, Broken> {
-        let mut chains = self.queue.iter(self.ram.as_ref()).map_err(Broken::Ring)?;
+        let broken = broken(self.index);
+        let chains = self.queue.iter(self.ram.as_ref());
+        let mut chains = chains.map_err(|error| broken(How::Ring(error)))?;
         let Some(chain) = chains.next() else {
             return Ok(None);
         };
@@ -152,7 +162,7 @@ impl Virtq {
         let mut whole = false;
         for (number, descriptor) in chain.enumerate() {
             if number == DESCRIPTORS_MAX {
-                return Err(Broken::Chain(head));
+                return Err(broken(How::Chain(head)));
             }
             whole = !descriptor.has_next();
             let pieces = if descriptor.is_write_only() {
@@ -160,16 +170,16 @@ impl Virtq {
             } else if request.writable.is_empty() {
                 &mut request.readable
             } else {
-                return Err(Broken::Order(head));
+                return Err(broken(How::Order(head)));
             };
             pieces
                 .push(descriptor.addr(), descriptor.len() as usize)
-                .map_err(|_| Broken::NotRam(head))?;
+                .map_err(|_| broken(How::NotRam(head)))?;
         }
         if whole {
             Ok(Some(request))
         } else {
-            Err(Broken::Chain(head))
+            Err(broken(How::Chain(head)))
         }
     }
 
@@ -187,7 +197,7 @@ impl Virtq {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         let pushed = self.queue.add_used(self.ram.as_ref(), head, written);
         self.untold = true;
-        pushed.map_err(Broken::Ring)
+        pushed.map_err(self.ring_broken())
     }
 
     /// Interrupts the driver for all that was pushed since the last time, if it wants that.
@@ -199,7 +209,7 @@ impl Virtq {
             return Ok(());
         }
         let wanted = self.queue.needs_notification(self.ram.as_ref());
-        if wanted.map_err(Broken::Ring)? {
+        if wanted.map_err(self.ring_broken())? {
             self.interrupt.queue(self.index);
         }
         Ok(())
@@ -212,7 +222,7 @@ impl Virtq {
     /// The driver broke the queue.
     pub fn ask_for_kick(&mut self) -> Result<bool, Broken> {
         let more = self.queue.enable_notification(self.ram.as_ref());
-        more.map_err(Broken::Ring)
+        more.map_err(self.ring_broken())
     }
 
     /// Tells the driver that nobody needs notifications now; it may still send them.
@@ -221,7 +231,7 @@ impl Virtq {
     /// The driver broke the queue.
     pub fn mute_kicks(&mut self) -> Result<(), Broken> {
         let muted = self.queue.disable_notification(self.ram.as_ref());
-        muted.map_err(Broken::Ring)
+        muted.map_err(self.ring_broken())
     }
 
     /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
@@ -261,11 +271,24 @@ impl Virtq {
         let _ = self.kick.write(1);
     }
 
-    /// Gives up the queue: the driver finds DEVICE_NEEDS_RESET.
+    /// Gives up the device for `why`: its driver finds DEVICE_NEEDS_RESET.
     pub fn give_up(&mut self, why: &Broken) {
         // What was pushed before is told all the same.
         let _ = self.tell();
-        self.fault
-            .needs_reset(format_args!("queue {}: {why}", self.index));
+        self.fault.needs_reset(why);
     }
+
+    /// The chain that starts at `head` is nothing that the device knows.
+    pub fn no_request(&self, head: u16) -> Broken {
+        broken(self.index)(How::NoRequest(head))
+    }
+
+    fn ring_broken(&self) -> impl FnOnce(virtio_queue::Error) -> Broken + use<> {
+        let queue = self.index;
+        move |error| broken(queue)(How::Ring(error))
+    }
+}
+
+fn broken(queue: u16) -> impl Fn(How) -> Broken {
+    move |how| Broken { queue, how }
 }

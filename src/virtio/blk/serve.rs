@@ -27,9 +27,9 @@ struct Pending {
 }
 
 impl Pending {
-    fn parse(chain: Chain) -> Result<Self, Broken> {
+    fn parse(chain: Chain, queue: &Virtq) -> Result<Self, Broken> {
         let head = chain.head;
-        let request = Request::parse(chain).ok_or(Broken::NoRequest(head))?;
+        let request = Request::parse(chain).ok_or_else(|| queue.no_request(head))?;
         Ok(Self { head, request })
     }
 }
@@ -76,7 +76,7 @@ impl Shared {
             queue.mute_kicks()?;
             let mut next = queue.pop()?;
             while let Some(chain) = next {
-                let pending = Pending::parse(chain)?;
+                let pending = Pending::parse(chain, queue)?;
                 left = left.saturating_sub(1);
                 // After as many as the queue has entries it is time to look whether to stop.
                 next = if left > 0 { queue.pop()? } else { None };

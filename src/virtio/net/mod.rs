@@ -1,10 +1,11 @@
 //! A network interface: virtio-net on a tap (VIRTIO 1.2, section 5.1).
 //!
-//! Queues come in pairs, receive and transmit, and a control queue behind them all. `receive`,
-//! `transmit` and `control` are the threads that serve them; with `vhost` the host's kernel serves
-//! the pairs instead.
+//! Queues come in pairs, receive and transmit, and a control queue behind them all. `pair` is the thread
+//! that serves a pair by `receive` and `transmit`, `control` the one of that queue; with `vhost` the
+//! host's kernel serves the pairs instead.
 
 mod control;
+mod pair;
 mod receive;
 mod transmit;
 pub mod vhost;
@@ -224,13 +225,17 @@ impl Net {
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {
-            let index = queue.index();
-            let is_receive = index % 2 == 0;
-            let next = queues.next_if(|next| self.vhost && is_receive && next.index() == index + 1);
-            match next {
-                _ if index >= 2 * pairs => self.start_worker(queue, Shared::control)?,
-                None => self.start_half(queue, room)?,
-                Some(next) => self.start_pair(&ram, features, [queue, next], room)?,
+            let pair = queue.index() / 2;
+            if pair >= pairs {
+                self.start_control(queue)?;
+                continue;
+            }
+            match queues.next_if(|next| next.index() / 2 == pair) {
+                Some(next) if self.vhost => {
+                    self.start_in_kernel(&ram, features, [queue, next], room)?;
+                }
+                Some(next) => self.start_pair(vec![queue, next], room)?,
+                None => self.start_pair(vec![queue], room)?,
             }
         }
         if !self.served.vhost.is_empty() {
@@ -240,7 +245,7 @@ impl Net {
     }
 
     /// Hands a pair to the kernel; if that refuses, serves it here.
-    fn start_pair(
+    fn start_in_kernel(
         &mut self,
         ram: &Arc<GuestMemory>,
         features: u64,
@@ -254,35 +259,35 @@ impl Net {
             Err(refused) => {
                 let (queues, error) = *refused;
                 guest_warn!(shared.failures, "{}: {error}: it does without", shared.name);
-                for queue in queues {
-                    self.start_half(queue, room)?;
-                }
+                self.start_pair(queues.into(), room)?;
             }
         }
         Ok(())
     }
 
-    /// Serves a receive or transmit queue.
-    fn start_half(&mut self, queue: Virtq, room: Room) -> io::Result<()> {
-        let (pair, is_receive) = (usize::from(queue.index() / 2), queue.index() % 2 == 0);
-        self.start_worker(queue, move |shared, queue, stop| {
-            let tap = &shared.pairs[pair];
-            if is_receive {
-                shared.receive(tap, room, queue, stop)
-            } else {
-                shared.transmit(tap, queue, stop)
-            }
+    /// Serves a pair of queues, or one of a pair.
+    fn start_pair(&mut self, queues: Vec<Virtq>, room: Room) -> io::Result<()> {
+        let events = pair::kicks(&queues)?;
+        self.start_worker(queues, move |shared, queues, stop| {
+            let tap = &shared.pairs[usize::from(queues[0].index() / 2)];
+            shared.serve(tap, room, queues, &events, stop)
         })
     }
 
-    fn start_worker<F>(&mut self, queue: Virtq, serve: F) -> io::Result<()>
+    fn start_control(&mut self, queue: Virtq) -> io::Result<()> {
+        self.start_worker(vec![queue], |shared, queues, stop| {
+            shared.control(&mut queues[0], stop)
+        })
+    }
+
+    fn start_worker<F>(&mut self, queues: Vec<Virtq>, serve: F) -> io::Result<()>
     where
-        F: FnOnce(&Shared, &mut Virtq, &Stop) -> Result<(), Broken> + Send + 'static,
+        F: FnOnce(&Shared, &mut [Virtq], &Stop) -> Result<(), Broken> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
-        let name = format!("{}.{}", shared.name, queue.index());
-        let serve = move |queues: &mut [Virtq], stop: &Stop| serve(&shared, &mut queues[0], stop);
-        let worker = Worker::serve(Kind::Net, &name, vec![queue], serve)?;
+        let name = format!("{}.{}", shared.name, queues[0].index() / 2);
+        let serve = move |queues: &mut [Virtq], stop: &Stop| serve(&shared, queues, stop);
+        let worker = Worker::serve(Kind::Net, &name, queues, serve)?;
         self.served.workers.push(worker);
         Ok(())
     }

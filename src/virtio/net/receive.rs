@@ -3,14 +3,12 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Shared;
 use crate::memory::Pieces;
-use crate::util::poll::{borrow, wait_readable, wait_readable_for};
 use crate::util::tap::TapQueue;
 use crate::virtio::queue::{Broken, Virtq};
-use crate::virtio::worker::{Stop, wait};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
@@ -38,78 +36,118 @@ struct Buffers {
     room: Pieces,
 }
 
-impl Shared {
-    /// Receives from `tap` to `queue` until the worker is to stop.
-    pub(super) fn receive(
-        &self,
-        tap: &TapQueue,
+/// What comes next for a receive queue.
+#[derive(Clone, Copy)]
+enum Next {
+    /// There may be packets in the tap.
+    Receive,
+    /// There are none.
+    Packet,
+    /// The guest has not enough buffers for each of them. At the time given, what there is will do.
+    Buffers(Option<Instant>),
+}
+
+/// A receive queue at work.
+pub(super) struct Receiver<'a> {
+    shared: &'a Shared,
+    tap: &'a TapQueue,
+    room: Room,
+    queue: &'a mut Virtq,
+    buffers: Buffers,
+    next: Next,
+}
+
+impl<'a> Receiver<'a> {
+    pub(super) fn new(
+        shared: &'a Shared,
+        tap: &'a TapQueue,
         room: Room,
-        queue: &mut Virtq,
-        stop: &Stop,
-    ) -> Result<(), Broken> {
-        let mut buffers = Buffers {
+        queue: &'a mut Virtq,
+    ) -> Self {
+        let buffers = Buffers {
             chains: VecDeque::new(),
             room: queue.no_pieces(),
         };
-        while !stop.is_asked() {
-            if !buffers.gather(queue, room)? {
-                // The guest is slow: its next buffers come with a notification. If none come, those that
-                // are there may do for the next packet, or it is lost.
-                let kick = borrow(queue.kick());
-                if buffers.chains.is_empty() || wait_readable_for(kick, PATIENCE) {
-                    wait(queue.kick());
-                    continue;
-                }
-            }
-            let more = self.receive_some(tap, room, queue, &mut buffers)?;
-            queue.tell()?;
-            if self.link.is_gone() {
-                wait(queue.kick());
-            } else if !more {
-                let [kicked, _] = wait_readable([borrow(queue.kick()), tap.as_fd()]);
-                if kicked {
-                    wait(queue.kick());
-                }
-            }
+        Self {
+            shared,
+            tap,
+            room,
+            queue,
+            buffers,
+            next: Next::Receive,
         }
-        Ok(())
     }
 
-    /// Receives some packets; false when the tap had no more.
-    fn receive_some(
-        &self,
-        tap: &TapQueue,
-        room: Room,
-        queue: &mut Virtq,
-        buffers: &mut Buffers,
-    ) -> Result<bool, Broken> {
+    /// How long its thread may wait for kicks and packets; None: until they come.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        match self.next {
+            Next::Receive => Some(Duration::ZERO),
+            Next::Packet | Next::Buffers(None) => None,
+            Next::Buffers(Some(until)) => Some(until.saturating_duration_since(Instant::now())),
+        }
+    }
+
+    /// Whether a packet in the tap is news.
+    pub(super) fn wants_tap(&self) -> bool {
+        !matches!(self.next, Next::Buffers(_)) && !self.shared.link.is_gone()
+    }
+
+    /// Receives what there is: the driver notified of buffers, or the tap has packets.
+    pub(super) fn serve(&mut self, kicked: bool, has_packets: bool) -> Result<(), Broken> {
+        let late = match self.next {
+            Next::Buffers(until) => until.is_some_and(|until| until <= Instant::now()),
+            _ => false,
+        };
+        let due = match self.next {
+            Next::Receive => true,
+            Next::Packet => has_packets,
+            Next::Buffers(_) => kicked || late,
+        };
+        if !due {
+            return Ok(());
+        }
+        let enough = self.buffers.gather(self.queue, self.room)?;
+        let some = !self.buffers.chains.is_empty();
+        let will_do = enough || (late && some);
+        if !will_do {
+            // The guest is slow: its next buffers come with a notification. If none come, those that
+            // are there may do for the next packet, or it is lost.
+            self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
+            return Ok(());
+        }
+        self.next = self.receive_some()?;
+        self.queue.tell()
+    }
+
+    /// Receives some packets.
+    fn receive_some(&mut self) -> Result<Next, Broken> {
         for _ in 0..BATCH {
-            if buffers.chains.is_empty() {
-                return Ok(true);
+            if self.buffers.chains.is_empty() {
+                return Ok(Next::Receive);
             }
-            match buffers.place(room).read_from(tap.as_fd()) {
+            match self.buffers.place(self.room).read_from(self.tap.as_fd()) {
                 Ok(count) => {
-                    buffers.used(queue, count, room)?;
+                    self.buffers.used(self.queue, count, self.room)?;
                     if count < FULL {
                         // Seldom is there more behind a small one: to wait tells as soon.
-                        return Ok(false);
+                        return Ok(Next::Packet);
                     }
-                    if !buffers.gather(queue, room)? {
-                        return Ok(true);
+                    if !self.buffers.gather(self.queue, self.room)? {
+                        return Ok(Next::Receive);
                     }
                 }
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => return Ok(false),
+                    Some(libc::EAGAIN) => return Ok(Next::Packet),
                     // Too large for the guest's buffers: lost, as on a wire.
                     Some(libc::EINTR | libc::EFAULT | libc::EINVAL) => {}
                     _ => {
-                        self.failed(&error);
-                        return Ok(false);
+                        self.shared.failed(&error);
+                        return Ok(Next::Packet);
                     }
                 },
             }
         }
-        Ok(true)
+        Ok(Next::Receive)
     }
 }
 
@@ -121,7 +159,7 @@ impl Buffers {
             while !self.fits(room) && self.chains.len() < usize::from(queue.size()) {
                 let Some(chain) = queue.pop()? else { break };
                 if chain.writable.is_empty() {
-                    return Err(Broken::NoRequest(chain.head));
+                    return Err(queue.no_request(chain.head));
                 }
                 self.chains.push_back((chain.head, chain.writable.len()));
                 self.room.append(&chain.writable);

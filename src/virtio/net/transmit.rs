@@ -8,27 +8,17 @@ use crate::memory::Pieces;
 use crate::util::guest_warn;
 use crate::util::tap::{HEADER, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
-use crate::virtio::worker::{Stop, wait};
 
 /// The largest packet a tap takes: 64 KiB of segments to come, and headers.
 const PACKET_MAX: usize = 65_562 + HEADER;
 
 impl Shared {
-    /// Sends what `queue` has to `tap` until the worker is to stop.
-    pub(super) fn transmit(
-        &self,
-        tap: &TapQueue,
-        queue: &mut Virtq,
-        stop: &Stop,
-    ) -> Result<(), Broken> {
-        while !stop.is_asked() {
-            queue.drain(|chain| {
-                self.send(tap, &chain.readable);
-                Ok(0)
-            })?;
-            wait(queue.kick());
-        }
-        Ok(())
+    /// Sends what `queue` has to `tap`.
+    pub(super) fn transmit(&self, tap: &TapQueue, queue: &mut Virtq) -> Result<(), Broken> {
+        queue.drain(|chain| {
+            self.send(tap, &chain.readable);
+            Ok(0)
+        })
     }
 
     /// Sends one packet, or drops it, as a wire does.

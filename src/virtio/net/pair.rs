@@ -1,0 +1,85 @@
+//! The thread of a pair of queues, receive and transmit.
+//!
+//! One thread for both: who answers a packet finds it awake, or has but one to wake.
+
+use std::io;
+
+use super::Shared;
+use super::receive::{Receiver, Room};
+use crate::util::poll::Events;
+use crate::util::tap::TapQueue;
+use crate::virtio::queue::{Broken, Virtq};
+use crate::virtio::worker::Stop;
+
+/// Numbers of what the thread waits for.
+const RECEIVE: u8 = 0;
+const TRANSMIT: u8 = 1;
+const TAP: u8 = 2;
+
+/// The kicks of `queues`, which are of one pair, to wait for.
+///
+/// # Errors
+/// The host has no descriptors left.
+pub(super) fn kicks(queues: &[Virtq]) -> io::Result<Events> {
+    let events = Events::new()?;
+    for queue in queues {
+        let number = if is_receive(queue) { RECEIVE } else { TRANSMIT };
+        events.add_signal(number, queue.kick())?;
+    }
+    Ok(events)
+}
+
+fn is_receive(queue: &Virtq) -> bool {
+    queue.index() % 2 == 0
+}
+
+impl Shared {
+    /// Moves packets both ways between `tap` and `queues`, a pair or one half of it, until the worker is
+    /// to stop. `events` has their [`kicks`].
+    pub(super) fn serve(
+        &self,
+        tap: &TapQueue,
+        room: Room,
+        queues: &mut [Virtq],
+        events: &Events,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
+        let (mut receiver, mut transmit) = (None, None);
+        for queue in queues {
+            if is_receive(queue) {
+                receiver = Some(Receiver::new(self, tap, room, queue));
+            } else {
+                transmit = Some(queue);
+            }
+        }
+        let mut hears_tap = false;
+        while !stop.is_asked() {
+            let wants_tap = receiver.as_ref().is_some_and(Receiver::wants_tap);
+            if wants_tap != hears_tap {
+                self.hear(tap, events, wants_tap);
+                hears_tap = wants_tap;
+            }
+            let ready = events.wait(receiver.as_ref().and_then(Receiver::patience));
+            if let Some(queue) = transmit.as_mut().filter(|_| ready.has(TRANSMIT)) {
+                self.transmit(tap, queue)?;
+            }
+            if let Some(receiver) = &mut receiver {
+                receiver.serve(ready.has(RECEIVE), ready.has(TAP))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether packets in `tap` end a wait.
+    fn hear(&self, tap: &TapQueue, events: &Events, wanted: bool) {
+        let done = if wanted {
+            events.add_readable(TAP, tap)
+        } else {
+            events.remove(tap)
+        };
+        if let Err(error) = done {
+            // The host has no memory for it: nothing would come from there any more.
+            self.lose_link(&error);
+        }
+    }
+}
