@@ -27,6 +27,7 @@ use measure::Lab;
 
 /// What scripts/bench asks for, in the environment.
 struct Plan {
+    /// Its kind, its harts, its clock.
     host: String,
     repetitions: usize,
     /// Groups of figures; all when empty.

@@ -38,7 +38,7 @@ fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &
         text.push('\n');
     };
     line(format!(
-        "Host {host}, 1 hart; guest 1 vCPU, 256 MiB. Medians of {repetitions}, half the spread in percent."
+        "Host {host}; guest 1 vCPU, 256 MiB. Medians of {repetitions}, half the spread in percent."
     ));
     let mut head = format!("{:<30}{:>5}", "", "");
     for name in names {
