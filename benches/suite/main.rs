@@ -27,8 +27,10 @@ use measure::Lab;
 
 /// What scripts/bench asks for, in the environment.
 struct Plan {
-    /// Its kind, its harts, its clock.
+    /// Its kind.
     host: String,
+    /// Its harts and its clock, in words.
+    l1: String,
     repetitions: usize,
     /// Groups of figures; all when empty.
     only: Vec<String>,
@@ -41,6 +43,7 @@ impl Plan {
         let var = |name: &str| env::var(name).with_context(|| format!("{name} is not set"));
         Ok(Self {
             host: var("RVMM_BENCH_HOST")?,
+            l1: var("RVMM_BENCH_L1")?,
             repetitions: var("RVMM_BENCH_REPETITIONS")?.parse()?,
             only: words("RVMM_BENCH_ONLY"),
             report: var("LOG")?,
@@ -117,7 +120,8 @@ fn main() -> Result<()> {
             Err(error) => figures.failed("boot", "rvmm", &format!("{error:#}")),
         }
     }
-    let text = report::write(&plan.host, plan.repetitions, &contestants, &figures);
+    let host = format!("{}, {}", plan.host, plan.l1);
+    let text = report::write(&host, plan.repetitions, &contestants, &figures);
     fs::write(&plan.report, text).with_context(|| format!("cannot write {}", plan.report))?;
     // A contestant that is always there must not fail.
     let broken = figures.failures_of(&["rvmm", "qemu", "floor"]);

@@ -4,7 +4,7 @@
 # 1 instruction is 1 ns, and waiting takes no time: what the clock says is the same on every machine.
 BENCH_CLOCK=(-icount "shift=0,sleep=off")
 BENCH_HARTS=1
-BENCH_HOST='1 hart'
+BENCH_L1='1 hart'
 readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory blk net)
 readonly BENCH_LIMIT=5400
 # Where the user is: the scripts work in the repository.
@@ -14,7 +14,7 @@ BENCH_CALLER=$OLDPWD
 bench_by_wall_clock() {
     BENCH_CLOCK=()
     BENCH_HARTS=2
-    BENCH_HOST='2 harts, by the wall clock'
+    BENCH_L1='2 harts, by the wall clock'
 }
 
 bench_check_groups() {
@@ -46,7 +46,8 @@ bench_begin() {
         must "Boot without a hypervisor" bench_bare "$kind" "$repetitions"
         bare=$(bench_stamps)
     fi
-    rig_set RVMM_BENCH_HOST "$kind, $BENCH_HOST"
+    rig_set RVMM_BENCH_HOST "$kind"
+    rig_set RVMM_BENCH_L1 "$BENCH_L1"
     rig_set RVMM_BENCH_REPETITIONS "$repetitions"
     rig_set RVMM_BENCH_ONLY "$only"
     rig_set RVMM_BENCH_BARE "$bare"

@@ -15,4 +15,6 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod transports;
 pub mod worker;

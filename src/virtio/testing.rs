@@ -1,6 +1,7 @@
 //! The driver's side of a device, for unit tests: rings in guest RAM, registers set up as a guest
 //! does it, and the freedom to do all of it wrong.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -10,10 +11,13 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Core, Half, Ring};
-use super::device::{Interrupt, VirtioDevice};
+use super::device::{Activation, Interrupt, VirtioDevice, read_bytes};
+use super::queue::Virtq;
+use super::worker::{Worker, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
 use crate::util::ByteSize;
+use crate::util::thread::Kind;
 
 /// Guest RAM starts here, 4 MiB of it.
 pub(crate) const RAM: u64 = 0x8000_0000;
@@ -58,6 +62,59 @@ impl Interrupt for Counter {
     fn queue_fd(&self, _: u16) -> Option<EventFd> {
         None
     }
+}
+
+/// Answers each request with as many bytes as it has room for.
+#[derive(Default)]
+pub(crate) struct Echo {
+    workers: Vec<Worker>,
+    config: [u8; 8],
+}
+
+impl VirtioDevice for Echo {
+    fn kind(&self) -> u32 {
+        42
+    }
+    fn name(&self) -> &str {
+        "echo"
+    }
+    fn features(&self) -> u64 {
+        1 << 5
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![SIZE; 2]
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&self.config, offset, data);
+    }
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        for queue in activation.queues {
+            let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
+                while !stop.is_asked() {
+                    queues[0].drain(|chain| {
+                        let bytes = vec![0xee; chain.writable.len()];
+                        Ok(chain.writable.copy_from(&bytes))
+                    })?;
+                    wait(queues[0].kick());
+                }
+                Ok(())
+            })?;
+            self.workers.push(worker);
+        }
+        Ok(())
+    }
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        let queues = self.workers.drain(..).filter_map(Worker::stop);
+        queues.flatten().collect()
+    }
+}
+
+/// The device that the tests of cores and transports drive: two queues, feature 5, and "abcdefgh".
+pub(crate) fn echo() -> Box<Echo> {
+    Box::new(Echo {
+        config: *b"abcdefgh",
+        ..Echo::default()
+    })
 }
 
 /// A descriptor as it lies in RAM.

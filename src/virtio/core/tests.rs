@@ -3,61 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::util::thread::Kind;
 use crate::virtio::testing::*;
-use crate::virtio::worker::{Worker, wait};
-
-/// Answers each request with as many bytes as it has room for.
-#[derive(Default)]
-struct Echo {
-    workers: Vec<Worker>,
-    config: [u8; 8],
-}
-
-impl VirtioDevice for Echo {
-    fn kind(&self) -> u32 {
-        42
-    }
-    fn name(&self) -> &str {
-        "echo"
-    }
-    fn features(&self) -> u64 {
-        1 << 5
-    }
-    fn queue_sizes(&self) -> Vec<u16> {
-        vec![SIZE; 2]
-    }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        crate::virtio::device::read_bytes(&self.config, offset, data);
-    }
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        for queue in activation.queues {
-            let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
-                while !stop.is_asked() {
-                    queues[0].drain(|chain| {
-                        let bytes = vec![0xee; chain.writable.len()];
-                        Ok(chain.writable.copy_from(&bytes))
-                    })?;
-                    wait(queues[0].kick());
-                }
-                Ok(())
-            })?;
-            self.workers.push(worker);
-        }
-        Ok(())
-    }
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        let queues = self.workers.drain(..).filter_map(Worker::stop);
-        queues.flatten().collect()
-    }
-}
-
-fn echo() -> Box<Echo> {
-    Box::new(Echo {
-        config: *b"abcdefgh",
-        ..Echo::default()
-    })
-}
 
 /// An ordinary request of 12 bytes on `queue`.
 fn works(driver: &mut Driver, queue: usize) {
