@@ -360,10 +360,10 @@ fn hostile_accesses_at_random() {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            let width = 1 << (state >> 60 & 3);
-            let mut offset = state >> 32 & 0xfff;
+            let width = 1 << ((state >> 60) & 3);
+            let mut offset = (state >> 32) & 0xfff;
             if guest.base == BAR {
-                offset |= state >> 16 & 0x7000;
+                offset |= (state >> 16) & 0x7000;
             }
             offset &= !(width as u64 - 1);
             guest.get((offset, width));
@@ -422,7 +422,7 @@ fn each_queue_sends_its_message() {
     guest.wait_until("vector 2", |g| g.pending() != 0);
     assert_eq!(guest.pending(), 1 << 2);
     guest.offer(0);
-    guest.wait_until("vector 1", |g| g.pending() == 1 << 1 | 1 << 2);
+    guest.wait_until("vector 1", |g| g.pending() == (1 << 1) | (1 << 2));
     assert!(!guest.is_high());
     assert_eq!(guest.get(guest.map.interrupt_status), 0);
     // Unmasked, they are in the kernel's hands.
