@@ -38,14 +38,12 @@ pub(crate) struct Contestant {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Rvmm,
+    /// Over its default transport, or over MMIO.
+    Rvmm { mmio: bool },
     /// With this machine.
     Qemu(&'static str),
     /// With the in-kernel AIA, and with a device tree that was made for it.
-    Floor {
-        aia: bool,
-        dtb: String,
-    },
+    Floor { aia: bool, dtb: String },
     /// A command with places for kernel, initrd, command line and RAM.
     Peer(Vec<String>),
 }
@@ -81,7 +79,8 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
         "virt"
     };
     let mut all = vec![
-        contestant("rvmm", Kind::Rvmm),
+        contestant("rvmm", Kind::Rvmm { mmio: false }),
+        contestant("rvmm/mmio", Kind::Rvmm { mmio: true }),
         contestant("qemu", Kind::Qemu(machine)),
         floor("floor", false, "plic"),
     ];
@@ -98,10 +97,15 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 }
 
 impl Contestant {
+    /// Whether a group of figures is about it.
+    pub(crate) fn takes_part(&self, group: &str) -> bool {
+        !matches!(self.kind, Kind::Rvmm { mmio: true }) || ["blk", "net"].contains(&group)
+    }
+
     /// Whether it can run such a guest at all.
     pub(crate) fn can(&self, job: &Job) -> bool {
         match self.kind {
-            Kind::Rvmm | Kind::Qemu(_) => true,
+            Kind::Rvmm { .. } | Kind::Qemu(_) => true,
             Kind::Floor { .. } => job.link.is_none(),
             Kind::Peer(_) => job.disk.is_none() && job.link.is_none() && !job.hugepages,
         }
@@ -115,7 +119,15 @@ impl Contestant {
     /// The command that runs `job`, with the guest's console on standard output.
     pub(crate) fn command(&self, job: &Job) -> Result<Command> {
         Ok(match &self.kind {
-            Kind::Rvmm => rvmm(job),
+            Kind::Rvmm { mmio } => {
+                let mut command = rvmm(job);
+                command.args(
+                    mmio.then_some(["--transport", "mmio"])
+                        .into_iter()
+                        .flatten(),
+                );
+                command
+            }
             Kind::Qemu(machine) => qemu(machine, job),
             Kind::Floor { aia, .. } if job.disk.is_some() => disk_floor(*aia, job),
             Kind::Floor { aia, dtb } => floor(*aia, dtb, job)?,

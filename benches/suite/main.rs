@@ -93,6 +93,7 @@ fn main() -> Result<()> {
         for (group, times, measurement) in MEASUREMENTS {
             let times = if repetition > first { times } else { 1 };
             let turns = (0..times).flat_map(|_| &contestants);
+            let turns = turns.filter(|contestant| contestant.takes_part(group));
             for contestant in turns.filter(|_| plan.wants(group)) {
                 println!(
                     "{repetition} of {}: {group}, {}",

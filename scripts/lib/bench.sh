@@ -118,7 +118,7 @@ bench_by_crate() {
 
 # Other VMMs: NAME=PROGRAM ARGUMENTS, with the program's path as the caller's directory has it.
 bench_check_peers() {
-    local peer name names=" rvmm qemu floor floor+aia bare " program
+    local peer name names=" rvmm rvmm/mmio qemu floor floor+aia bare " program
     for peer; do
         name=${peer%%=*}
         [[ $peer == *=* && $name =~ ^[a-z0-9_-]+$ ]] || die "--peer '$peer' is not NAME=COMMAND, with a NAME of a-z, 0-9, _ and -"
