@@ -184,22 +184,46 @@ impl Pieces {
     /// # Errors
     /// The host's.
     pub fn read_at(&self, fd: BorrowedFd, offset: u64, flags: i32) -> io::Result<usize> {
-        let (offset, count) = (file_offset(offset)?, self.iovec_count());
+        let (offset, count) = (file_offset(offset)?, call_count(&self.iovecs));
         // SAFETY: the pieces are mapped RAM that any bytes may be written to.
         let done =
             unsafe { libc::preadv2(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset, flags) };
         transferred(done)
     }
 
-    /// `pwritev`: the pieces' bytes to the file at `offset`. May write fewer.
+    /// `pwritev`: the pieces' bytes, `most` of them, to the file at `offset`. May write fewer.
     ///
     /// # Errors
     /// The host's.
-    pub fn write_at(&self, fd: BorrowedFd, offset: u64, flags: i32) -> io::Result<usize> {
-        let (offset, count) = (file_offset(offset)?, self.iovec_count());
+    pub fn write_at(
+        &self,
+        fd: BorrowedFd,
+        offset: u64,
+        flags: i32,
+        most: usize,
+    ) -> io::Result<usize> {
+        let offset = file_offset(offset)?;
+        let mut room = most;
+        let whole = self.iovecs.iter().take_while(|piece| {
+            let fits = piece.iov_len <= room;
+            room -= if fits { piece.iov_len } else { 0 };
+            fits
+        });
+        let (count, first) = (whole.count(), self.iovecs.first());
+        // A part of the first one, where not even that is to go whole.
+        let part = first.filter(|_| count == 0).map(|first| libc::iovec {
+            iov_base: first.iov_base,
+            iov_len: most,
+        });
+        let pieces = part.as_slice();
+        let pieces = if pieces.is_empty() {
+            &self.iovecs[..count]
+        } else {
+            pieces
+        };
+        let count = call_count(pieces);
         // SAFETY: the pieces are mapped RAM.
-        let done =
-            unsafe { libc::pwritev2(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset, flags) };
+        let done = unsafe { libc::pwritev2(fd.as_raw_fd(), pieces.as_ptr(), count, offset, flags) };
         transferred(done)
     }
 
@@ -209,7 +233,13 @@ impl Pieces {
     /// The host's.
     pub fn read_from(&self, fd: BorrowedFd) -> io::Result<usize> {
         // SAFETY: as in `read_at`.
-        let done = unsafe { libc::readv(fd.as_raw_fd(), self.iovecs.as_ptr(), self.iovec_count()) };
+        let done = unsafe {
+            libc::readv(
+                fd.as_raw_fd(),
+                self.iovecs.as_ptr(),
+                call_count(&self.iovecs),
+            )
+        };
         transferred(done)
     }
 
@@ -219,16 +249,21 @@ impl Pieces {
     /// The host's.
     pub fn write_to(&self, fd: BorrowedFd) -> io::Result<usize> {
         // SAFETY: as in `write_at`.
-        let done =
-            unsafe { libc::writev(fd.as_raw_fd(), self.iovecs.as_ptr(), self.iovec_count()) };
+        let done = unsafe {
+            libc::writev(
+                fd.as_raw_fd(),
+                self.iovecs.as_ptr(),
+                call_count(&self.iovecs),
+            )
+        };
         transferred(done)
     }
+}
 
-    /// For one call; the rest is a short transfer.
-    fn iovec_count(&self) -> i32 {
-        let count = i32::try_from(self.iovecs.len()).unwrap_or(i32::MAX);
-        count.min(libc::UIO_MAXIOV)
-    }
+/// As many as one call takes; the rest is a short transfer.
+fn call_count(pieces: &[libc::iovec]) -> i32 {
+    let count = i32::try_from(pieces.len()).unwrap_or(i32::MAX);
+    count.min(libc::UIO_MAXIOV)
 }
 
 fn file_offset(offset: u64) -> io::Result<i64> {
@@ -307,7 +342,7 @@ mod tests {
         let pieces = pieces(&[(BASE + 10, 2), (BASE, 2)]);
         pieces.copy_from(b"wxyz");
         let file = tempfile();
-        assert_eq!(pieces.write_at(file.as_fd(), 3, 0).unwrap(), 4);
+        assert_eq!(pieces.write_at(file.as_fd(), 3, 0, usize::MAX).unwrap(), 4);
         pieces.copy_from(b"....");
         assert_eq!(pieces.read_at(file.as_fd(), 4, 0).unwrap(), 3);
         let mut bytes = [0; 4];
@@ -318,5 +353,26 @@ mod tests {
 
     fn tempfile() -> rustix::fd::OwnedFd {
         rustix::fs::memfd_create("pieces", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn pieces_side_by_side_become_one() {
+        let all = pieces(&[(BASE, 4), (BASE + 4, 4), (BASE + 16, 4), (BASE + 12, 4)]);
+        let lengths: Vec<_> = all.iovecs().iter().map(|piece| piece.iov_len).collect();
+        assert_eq!(lengths, [8, 4, 4]);
+        let mut head = pieces(&[(BASE, 8)]);
+        let tail = head.split_off(4);
+        head.append(&tail);
+        assert_eq!((head.iovecs().len(), head.len()), (1, 8));
+    }
+
+    #[test]
+    fn a_write_has_at_most_so_many_bytes() {
+        let file = tempfile();
+        let all = pieces(&[(BASE, 4), (BASE + 50, 5), (BASE + 100, 100)]);
+        all.copy_from(b"abcdefghijkl");
+        for (most, written) in [(3, 3), (4, 4), (8, 4), (9, 9), (108, 9), (109, 109)] {
+            assert_eq!(all.write_at(file.as_fd(), 0, 0, most).unwrap(), written);
+        }
     }
 }

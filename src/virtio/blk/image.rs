@@ -67,6 +67,8 @@ pub struct Image {
     read_only: bool,
     cache: Cache,
     overlay: Option<Overlay>,
+    /// Bytes that one write to the file, or to the overlay, is to have at most.
+    step: usize,
     /// What was written is lost: a flush failed, and no later one can promise it. Held while one is at
     /// work: the host tells of a loss once, and so only one of two that ask at the same time.
     lost: Mutex<bool>,
@@ -99,18 +101,20 @@ impl Image {
             return Err(OpenError::Empty(path.to_owned()));
         }
         let overlay = config.snapshot.then(|| Overlay::new(len)).transpose();
+        let overlay = overlay.map_err(failed)?;
         let is_regular = metadata.is_file();
         debug!("disk {path:?}: {}", ByteSize(len));
         Ok(Self {
             path: path.to_owned(),
             block_size: block_size(&file, is_regular, config.direct),
-            file,
             len,
             is_regular,
             read_only: config.readonly,
             cache: config.cache,
-            overlay: overlay.map_err(failed)?,
+            step: write_step(overlay.as_ref().map_or(&file, Overlay::file)),
+            overlay,
             lost: Mutex::new(false),
+            file,
         })
     }
 
@@ -173,9 +177,9 @@ impl Image {
         let len = pieces.len() as u64;
         self.check_write(offset, len)?;
         match &self.overlay {
-            None => write_all(self.file.as_fd(), pieces, offset, flags),
+            None => write_all(&self.file, pieces, offset, flags, self.step),
             Some(overlay) => overlay.write(&self.file, offset, len, |file| {
-                write_all(file.as_fd(), pieces, offset, 0)
+                write_all(file, pieces, offset, 0, self.step)
             }),
         }
     }
@@ -333,6 +337,17 @@ fn can_fail_to_wait(file: &File) -> bool {
     read != Err(Errno::OPNOTSUPP)
 }
 
+/// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is
+/// left: a large write takes the square of its length. Such file systems are those that have no NOWAIT.
+fn write_step(file: &File) -> usize {
+    const STEP: usize = 32 << 10;
+    if can_fail_to_wait(file) {
+        usize::MAX
+    } else {
+        STEP
+    }
+}
+
 /// Fills `pieces` from `fd`; a file that ends before is an error.
 pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
     while !pieces.is_empty() {
@@ -349,15 +364,16 @@ pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> 
     Ok(())
 }
 
-/// Writes all of `pieces`.
-pub(super) fn write_all(
-    fd: BorrowedFd,
+/// Writes all of `pieces`, `step` bytes at a time.
+fn write_all(
+    file: &File,
     pieces: &mut Pieces,
     mut offset: u64,
     flags: i32,
+    step: usize,
 ) -> io::Result<()> {
     while !pieces.is_empty() {
-        match pieces.write_at(fd, offset, flags) {
+        match pieces.write_at(file.as_fd(), offset, flags, step) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => {
                 pieces.advance(count);

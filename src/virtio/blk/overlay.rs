@@ -49,6 +49,11 @@ impl Overlay {
         })
     }
 
+    /// Where they are.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Fills `pieces` with what is at `offset`, from `image` where nothing was written.
     ///
     /// # Errors
