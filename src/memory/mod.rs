@@ -1,5 +1,6 @@
 //! Guest RAM as the host sees it: one private mapping, populated on first touch.
 
+mod flat;
 mod pieces;
 mod ring;
 
@@ -17,6 +18,7 @@ use vm_memory::{
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
+pub use flat::FlatRam;
 pub use pieces::{NotRam, Pieces};
 pub use ring::{Op, Ring};
 

@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 
-use super::GuestMemory;
+use super::FlatRam;
 
 /// The most pieces that one call of the host's takes.
 pub(super) const PIECES_MAX: u32 = libc::UIO_MAXIOV.unsigned_abs();
@@ -22,7 +22,7 @@ pub struct NotRam;
 /// the host writes to them goes through here, the one place for tracking it.
 #[derive(Clone)]
 pub struct Pieces {
-    ram: Arc<GuestMemory>,
+    ram: Arc<FlatRam>,
     iovecs: Vec<libc::iovec>,
     len: usize,
 }
@@ -32,7 +32,7 @@ unsafe impl Send for Pieces {}
 
 impl Pieces {
     /// No piece yet, of this RAM.
-    pub fn of(ram: &Arc<GuestMemory>) -> Self {
+    pub fn of(ram: &Arc<FlatRam>) -> Self {
         Self {
             ram: Arc::clone(ram),
             iovecs: Vec::new(),
@@ -48,12 +48,10 @@ impl Pieces {
         if len == 0 {
             return Ok(());
         }
-        let (region, at) = self.ram.to_region_addr(gpa).ok_or(NotRam)?;
-        let slice = vm_memory::GuestMemoryRegion::get_slice(region, at, len);
-        let slice = slice.map_err(|_| NotRam)?;
+        let host = self.ram.host_address(gpa, len).ok_or(NotRam)?;
         self.len = self.len.checked_add(len).ok_or(NotRam)?;
         self.add(libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_base: host.cast(),
             iov_len: len,
         });
         Ok(())
@@ -284,8 +282,9 @@ mod tests {
 
     const BASE: u64 = 0x8000_0000;
 
-    fn ram() -> Arc<GuestMemory> {
-        memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1))).unwrap()
+    fn ram() -> Arc<FlatRam> {
+        let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1)));
+        FlatRam::of(&ram.unwrap())
     }
 
     fn pieces(parts: &[(u64, usize)]) -> Pieces {

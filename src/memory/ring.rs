@@ -163,7 +163,7 @@ mod tests {
 
     fn pieces(bytes: &[u8]) -> Pieces {
         let ram = memory::create(BASE, MemConfig::new(ByteSize::mib(1))).unwrap();
-        let mut pieces = Pieces::of(&ram);
+        let mut pieces = Pieces::of(&memory::FlatRam::of(&ram));
         pieces.push(BASE, bytes.len()).unwrap();
         pieces.copy_from(bytes);
         pieces

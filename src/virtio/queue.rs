@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Fault, Interrupt};
-use crate::memory::{GuestMemory, Pieces};
+use crate::memory::{FlatRam, GuestMemory, Pieces};
 
 /// A driver left no way to go on with a queue: the device needs a reset.
 #[derive(Debug, Error)]
@@ -68,7 +68,7 @@ impl fmt::Debug for Pieces {
 pub struct Virtq {
     index: u16,
     queue: Queue,
-    ram: Arc<GuestMemory>,
+    ram: Arc<FlatRam>,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     fault: Fault,
@@ -87,7 +87,7 @@ impl Virtq {
         Self {
             index,
             queue,
-            ram: Arc::clone(ram),
+            ram: FlatRam::of(ram),
             kick: Arc::clone(kick),
             interrupt: Arc::clone(fault.interrupt()),
             fault: fault.clone(),

@@ -1,0 +1,146 @@
+//! Guest RAM for rings and descriptors, of which a few bytes are read and written at a time.
+//!
+//! RAM is one region: to find a place in it is a subtraction, where vm-memory's own collections search
+//! for each access.
+#![allow(unsafe_code)]
+
+use std::iter::FusedIterator;
+use std::sync::Arc;
+
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
+    Permissions, VolatileSlice,
+};
+
+use super::GuestMemory;
+
+/// All of guest RAM, which stays mapped as long as this lives.
+pub struct FlatRam {
+    start: u64,
+    size: u64,
+    host: *mut u8,
+    ram: Arc<GuestMemory>,
+}
+
+// SAFETY: the pointer is to guest RAM, which `ram` keeps mapped and which any thread may access.
+unsafe impl Send for FlatRam {}
+// SAFETY: as above; every access through it is volatile or atomic.
+unsafe impl Sync for FlatRam {}
+
+impl FlatRam {
+    /// `ram`, which is one region, as [`super::create`] makes it: of others only the first is seen.
+    pub fn of(ram: &Arc<GuestMemory>) -> Arc<Self> {
+        debug_assert_eq!(ram.num_regions(), 1);
+        let region = ram.iter().next();
+        let place =
+            |region: &GuestRegionMmap| (region.start_addr().0, region.len(), region.as_ptr());
+        let (start, size, host) = region.map_or((0, 0, std::ptr::null_mut()), place);
+        Arc::new(Self {
+            start,
+            size,
+            host,
+            ram: Arc::clone(ram),
+        })
+    }
+
+    /// Where the host has the `length` bytes at `gpa`, if they are all RAM.
+    pub fn host_address(&self, gpa: GuestAddress, length: usize) -> Option<*mut u8> {
+        let offset = gpa.0.checked_sub(self.start)?;
+        let room = self.size.checked_sub(offset)?;
+        let fits = length as u64 <= room;
+        fits.then(|| {
+            self.host
+                .wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX))
+        })
+    }
+}
+
+impl vm_memory::GuestMemory for FlatRam {
+    type PhysicalMemory = GuestMemory;
+    type Bitmap = ();
+
+    fn check_range(&self, gpa: GuestAddress, length: usize, _: Permissions) -> bool {
+        self.host_address(gpa, length).is_some()
+    }
+
+    fn get_slices(
+        &self,
+        gpa: GuestAddress,
+        length: usize,
+        _: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'_, ()>, GuestMemoryError> {
+        let host = self.host_address(gpa, length);
+        let host = host.ok_or(GuestMemoryError::InvalidGuestAddress(gpa))?;
+        // SAFETY: the range is mapped RAM, for as long as `self` is borrowed at least.
+        let slice = unsafe { VolatileSlice::new(host, length) };
+        Ok(OneSlice(Some(slice).filter(|_| length > 0)))
+    }
+
+    fn physical_memory(&self) -> Option<&GuestMemory> {
+        Some(&self.ram)
+    }
+}
+
+/// All of a range in one piece.
+struct OneSlice<'a>(Option<VolatileSlice<'a>>);
+
+impl<'a> Iterator for OneSlice<'a> {
+    type Item = Result<VolatileSlice<'a>, GuestMemoryError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.take().map(Ok)
+    }
+}
+
+impl FusedIterator for OneSlice<'_> {}
+
+impl<'a> GuestMemorySliceIterator<'a, ()> for OneSlice<'a> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MemConfig;
+    use crate::memory;
+    use crate::util::ByteSize;
+    use vm_memory::Bytes;
+
+    const START: u64 = 0x8000_0000;
+    const END: u64 = START + (1 << 20);
+
+    fn flat() -> Arc<FlatRam> {
+        let ram = memory::create(GuestAddress(START), MemConfig::new(ByteSize::mib(1)));
+        FlatRam::of(&ram.unwrap())
+    }
+
+    #[test]
+    fn what_is_written_is_in_ram() {
+        let flat = flat();
+        for gpa in [START, START + 13, END - 8] {
+            flat.write_obj(gpa, GuestAddress(gpa)).unwrap();
+            assert_eq!(flat.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
+            assert_eq!(flat.ram.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
+        }
+    }
+
+    #[test]
+    fn ranges_end_where_ram_does() {
+        let flat = flat();
+        for (gpa, length, fits) in [
+            (START, 1 << 20, true),
+            (END, 0, true),
+            (START - 1, 1, false),
+            (END - 7, 8, false),
+            (END, 1, false),
+            (END + 1, 0, false),
+            (0, 1, false),
+            (u64::MAX, 2, false),
+            (START, usize::MAX, false),
+        ] {
+            let is_ram = flat.host_address(GuestAddress(gpa), length).is_some();
+            assert_eq!(is_ram, fits, "{length} bytes at {gpa:#x}");
+        }
+        assert!(flat.read_obj::<u64>(GuestAddress(END - 4)).is_err());
+        assert!(flat.write_slice(&[0; 16], GuestAddress(END - 8)).is_err());
+    }
+}
