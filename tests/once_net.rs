@@ -32,8 +32,13 @@ fn addresses_are_told() {
 /// The tap is deleted while the guest uses it: its link goes down, and it goes on.
 #[test]
 fn a_tap_that_goes_away() {
+    tap_goes_away("");
+    tap_goes_away(",vhost");
+}
+
+fn tap_goes_away(more: &str) {
     let tap = Tap::new(false);
-    let net = format!("tap={}", tap.name);
+    let net = format!("tap={}{more}", tap.name);
     let mut guest = Shell::start(["--net", net.as_str()]);
     tap.configure(&mut guest);
     assert_eq!(guest.ok("cat /sys/class/net/eth0/carrier"), "1");
