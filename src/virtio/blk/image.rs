@@ -1,15 +1,15 @@
 //! What is behind a disk: a raw image or a block device of the host.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, IoSliceMut, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use log::debug;
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, ioctl_blksszget};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstatfs, ioctl_blksszget};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::overlay::Overlay;
@@ -149,9 +149,9 @@ impl Image {
     }
 
     /// The file, for requests that need not wait for each other: none where there is an overlay, or
-    /// where the host would hand each of them to another thread.
+    /// where none of them would wait.
     pub fn unwaiting(&self) -> Option<File> {
-        if self.overlay.is_some() || !can_fail_to_wait(&self.file) {
+        if self.overlay.is_some() || is_in_memory(&self.file) {
             return None;
         }
         self.file.try_clone().ok()
@@ -328,24 +328,23 @@ fn is_unsupported(errno: Errno) -> bool {
     )
 }
 
-/// Whether the file system can say that a request would wait (RWF_NOWAIT); io_uring then starts it at
-/// once, and otherwise leaves it to a thread.
-fn can_fail_to_wait(file: &File) -> bool {
-    let mut byte = [0];
-    let mut pieces = [IoSliceMut::new(&mut byte)];
-    let read = rustix::io::preadv2(file, &mut pieces, 0, ReadWriteFlags::NOWAIT);
-    read != Err(Errno::OPNOTSUPP)
+/// Whether the file is in the host's memory alone. Such file systems cannot say that a request would
+/// wait (RWF_NOWAIT): io_uring hands each to another thread, which takes longer than to serve it.
+fn is_in_memory(file: &File) -> bool {
+    /// `include/uapi/linux/magic.h`.
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    let kind = fstatfs(file)
+        .ok()
+        .map(|system| u64::try_from(system.f_type));
+    matches!(kind, Some(Ok(RAMFS_MAGIC | TMPFS_MAGIC)))
 }
 
 /// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is
-/// left: a large write takes the square of its length. Such file systems are those that have no NOWAIT.
+/// left: a large write takes the square of its length.
 fn write_step(file: &File) -> usize {
     const STEP: usize = 32 << 10;
-    if can_fail_to_wait(file) {
-        usize::MAX
-    } else {
-        STEP
-    }
+    if is_in_memory(file) { STEP } else { usize::MAX }
 }
 
 /// Fills `pieces` from `fd`; a file that ends before is an error.
