@@ -152,11 +152,12 @@ impl<'a> Receiver<'a> {
 }
 
 impl Buffers {
-    /// Takes buffers of the guest until a packet of any size fits. False when they are too few, and
-    /// the driver was asked to notify of more.
+    /// Takes buffers of the guest until a packet of any size fits, or they are as many as there can be.
+    /// False when they are too few, and the driver was asked to notify of more.
     fn gather(&mut self, queue: &mut Virtq, room: Room) -> Result<bool, Broken> {
+        let most = usize::from(queue.size());
         loop {
-            while !self.fits(room) && self.chains.len() < usize::from(queue.size()) {
+            while !self.fits(room) && self.chains.len() < most {
                 let Some(chain) = queue.pop()? else { break };
                 if chain.writable.is_empty() {
                     return Err(queue.no_request(chain.head));
@@ -164,12 +165,12 @@ impl Buffers {
                 self.chains.push_back((chain.head, chain.writable.len()));
                 self.room.append(&chain.writable);
             }
-            if self.fits(room) {
+            // A guest with small buffers gets what fits in them, whatever else it offers.
+            if self.fits(room) || self.chains.len() >= most {
                 return Ok(true);
             }
             if !queue.ask_for_kick()? {
-                // A guest with few buffers gets what fits in them.
-                return Ok(self.chains.len() >= usize::from(queue.size()));
+                return Ok(false);
             }
         }
     }

@@ -149,6 +149,58 @@ fn hostile_receive_buffers() {
     }
 }
 
+/// Hands its queues to the test.
+struct Taker(std::sync::mpsc::Sender<Vec<Virtq>>);
+
+impl VirtioDevice for Taker {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+    fn name(&self) -> &str {
+        "taker"
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![SIZE]
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        self.0.send(activation.queues).map_err(io::Error::other)
+    }
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        Vec::new()
+    }
+}
+
+/// All buffers together are too small, and the driver offers more of them than its queue has entries.
+#[test]
+fn hostile_more_buffers_than_entries() {
+    let (device, peers) = net(1);
+    let shared = Arc::clone(&device.shared);
+    let (sender, taken) = std::sync::mpsc::channel();
+    let mut driver = Driver::ready(Box::new(Taker(sender)));
+    let mut queues = taken.recv().unwrap();
+    let room = Room {
+        mergeable: true,
+        packet: PACKET_ETHERNET,
+    };
+    for index in 0..SIZE {
+        offer(&mut driver, index, 4);
+    }
+    let tap = &shared.pairs[0];
+    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queues[0]);
+    receiver.serve(true, true).unwrap();
+    assert!(receiver.wants_tap() && receiver.patience().is_none());
+    for index in 0..SIZE {
+        offer(&mut driver, index, 4);
+    }
+    peers[0].send(&packet(10)).unwrap();
+    receiver.serve(true, true).unwrap();
+    assert_eq!(driver.used(RECEIVE), 6, "22 bytes");
+}
+
 /// A command of the control queue, and its answer.
 fn command(driver: &mut Driver, queue: usize, bytes: &[u8]) -> u8 {
     driver
