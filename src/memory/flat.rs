@@ -25,7 +25,7 @@ pub struct FlatRam {
 
 // SAFETY: the pointer is to guest RAM, which `ram` keeps mapped and which any thread may access.
 unsafe impl Send for FlatRam {}
-// SAFETY: as above; every access through it is volatile or atomic.
+// SAFETY: as above; what is done with it is done through raw pointers, never through references.
 unsafe impl Sync for FlatRam {}
 
 impl FlatRam {

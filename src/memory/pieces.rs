@@ -189,7 +189,8 @@ impl Pieces {
         transferred(done)
     }
 
-    /// `pwritev`: the pieces' bytes, `most` of them, to the file at `offset`. May write fewer.
+    /// `pwritev`: the pieces' bytes, `most` of them, to the file at `offset`. May write fewer, and end
+    /// anywhere: no bound is for files that take whole blocks only.
     ///
     /// # Errors
     /// The host's.

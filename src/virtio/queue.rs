@@ -271,10 +271,8 @@ impl Virtq {
         let _ = self.kick.write(1);
     }
 
-    /// Gives up the device for `why`: its driver finds DEVICE_NEEDS_RESET.
-    pub fn give_up(&mut self, why: &Broken) {
-        // What was pushed before is told all the same.
-        let _ = self.tell();
+    /// The device is broken for `why`: its driver finds DEVICE_NEEDS_RESET.
+    pub fn needs_reset(&self, why: &Broken) {
         self.fault.needs_reset(why);
     }
 

@@ -43,7 +43,7 @@ impl Worker {
         let first = queues.first().ok_or(io::ErrorKind::InvalidInput)?;
         Self::start(kind, name, Arc::clone(first.kick()), move |stop| {
             if let Err(broken) = serve(&mut queues, stop) {
-                queues[0].give_up(&broken);
+                give_up(&mut queues, &broken);
             }
             while !stop.is_asked() {
                 wait(queues[0].kick());
@@ -93,6 +93,18 @@ impl<T: Send + 'static> Worker<T> {
 impl<T: Send + 'static> Drop for Worker<T> {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Gives up the device for `why`: its driver finds DEVICE_NEEDS_RESET. What was done before is told all
+/// the same.
+fn give_up(queues: &mut [Virtq], why: &Broken) {
+    for queue in queues.iter_mut() {
+        // The broken one may refuse.
+        let _ = queue.tell();
+    }
+    if let Some(queue) = queues.first() {
+        queue.needs_reset(why);
     }
 }
 

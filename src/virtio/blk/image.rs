@@ -330,10 +330,14 @@ fn is_unsupported(errno: Errno) -> bool {
 
 /// Whether the file is in the host's memory alone. Such file systems cannot say that a request would
 /// wait (RWF_NOWAIT): io_uring hands each to another thread, which takes longer than to serve it.
-fn is_in_memory(file: &File) -> bool {
+pub(super) fn is_in_memory(file: &File) -> bool {
     /// `include/uapi/linux/magic.h`.
     const RAMFS_MAGIC: u64 = 0x8584_58f6;
     const TMPFS_MAGIC: u64 = 0x0102_1994;
+    // Of a device it would be where its node is, which is a tmpfs too.
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return false;
+    }
     let kind = fstatfs(file)
         .ok()
         .map(|system| u64::try_from(system.f_type));

@@ -139,6 +139,14 @@ fn what_is_written_is_read() {
 }
 
 #[test]
+fn a_device_is_not_where_its_node_is() {
+    let node = std::fs::File::open("/dev/null").unwrap();
+    assert!(!image::is_in_memory(&node));
+    let file = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    assert!(image::is_in_memory(&file.into()));
+}
+
+#[test]
 fn hostile_ranges_are_errors() {
     let image = TempImage::new(MIB);
     let mut driver = image.driver("");

@@ -268,26 +268,27 @@ impl Net {
     /// Serves a pair of queues, or one of a pair.
     fn start_pair(&mut self, queues: Vec<Virtq>, room: Room) -> io::Result<()> {
         let events = pair::kicks(&queues)?;
-        self.start_worker(queues, move |shared, queues, stop| {
+        let name = format!("{}.{}", self.shared.name, queues[0].index() / 2);
+        self.start_worker(&name, queues, move |shared, queues, stop| {
             let tap = &shared.pairs[usize::from(queues[0].index() / 2)];
             shared.serve(tap, room, queues, &events, stop)
         })
     }
 
     fn start_control(&mut self, queue: Virtq) -> io::Result<()> {
-        self.start_worker(vec![queue], |shared, queues, stop| {
+        let name = format!("{}.ctl", self.shared.name);
+        self.start_worker(&name, vec![queue], |shared, queues, stop| {
             shared.control(&mut queues[0], stop)
         })
     }
 
-    fn start_worker<F>(&mut self, queues: Vec<Virtq>, serve: F) -> io::Result<()>
+    fn start_worker<F>(&mut self, name: &str, queues: Vec<Virtq>, serve: F) -> io::Result<()>
     where
         F: FnOnce(&Shared, &mut [Virtq], &Stop) -> Result<(), Broken> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
-        let name = format!("{}.{}", shared.name, queues[0].index() / 2);
         let serve = move |queues: &mut [Virtq], stop: &Stop| serve(&shared, queues, stop);
-        let worker = Worker::serve(Kind::Net, &name, queues, serve)?;
+        let worker = Worker::serve(Kind::Net, name, queues, serve)?;
         self.served.workers.push(worker);
         Ok(())
     }

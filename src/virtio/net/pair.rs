@@ -6,6 +6,7 @@ use std::io;
 
 use super::Shared;
 use super::receive::{Receiver, Room};
+use crate::util::guest_warn;
 use crate::util::poll::Events;
 use crate::util::tap::TapQueue;
 use crate::virtio::queue::{Broken, Virtq};
@@ -52,6 +53,9 @@ impl Shared {
                 transmit = Some(queue);
             }
         }
+        if let Some(queue) = &mut transmit {
+            self.transmit(tap, queue)?;
+        }
         let mut hears_tap = false;
         while !stop.is_asked() {
             let wants_tap = receiver.as_ref().is_some_and(Receiver::wants_tap);
@@ -78,8 +82,12 @@ impl Shared {
             events.remove(tap)
         };
         if let Err(error) = done {
-            // The host has no memory for it: nothing would come from there any more.
-            self.lose_link(&error);
+            guest_warn!(
+                self.failures,
+                "{}: Failed to wait for tap {}: {error}: no packet will come from it until a reset",
+                self.name,
+                self.tap
+            );
         }
     }
 }

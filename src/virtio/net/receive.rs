@@ -111,7 +111,7 @@ impl<'a> Receiver<'a> {
         let will_do = enough || (late && some);
         if !will_do {
             // The guest is slow: its next buffers come with a notification. If none come, those that
-            // are there may do for the next packet, or it is lost.
+            // are there may do for the next packet, or it arrives cut, and the guest drops it.
             self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
             return Ok(());
         }
@@ -138,7 +138,7 @@ impl<'a> Receiver<'a> {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(Next::Packet),
-                    // Too large for the guest's buffers: lost, as on a wire.
+                    // No header fits in the guest's buffers, or it has one that it cannot: lost, as on a wire.
                     Some(libc::EINTR | libc::EFAULT | libc::EINVAL) => {}
                     _ => {
                         self.shared.failed(&error);

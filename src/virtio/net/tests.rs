@@ -149,6 +149,51 @@ fn hostile_receive_buffers() {
     }
 }
 
+/// A driver may leave out one queue of a pair.
+#[test]
+fn half_a_pair_works() {
+    for only in [RECEIVE, TRANSMIT] {
+        let (device, peers) = net(1);
+        let mut driver = Driver::of(device);
+        driver.negotiate(NO_SEGMENTS);
+        for _ in 0..2 {
+            driver.set_up(only, rings(only));
+            driver.core.set_status(READY);
+            if only == RECEIVE {
+                offer(&mut driver, 0, 1600);
+                peers[0].send(&packet(60)).unwrap();
+                driver.wait_until("a packet", |d| d.used(RECEIVE) == 1);
+            } else {
+                driver.request(TRANSMIT, &[(BUFFERS, 100, 0)]);
+                assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
+            }
+            driver.core.set_status(0);
+            driver.negotiate(NO_SEGMENTS);
+        }
+    }
+}
+
+/// What was offered before the driver was ready needs no notification.
+#[test]
+fn a_packet_that_was_there_before_goes_out() {
+    let (device, peers) = net(1);
+    let mut driver = Driver::of(device);
+    driver.negotiate(u64::MAX);
+    driver.set_up(TRANSMIT, rings(TRANSMIT));
+    let (addr, len, flags, next) = (BUFFERS, 100, 0, 0);
+    let buffer = Desc {
+        addr,
+        len,
+        flags,
+        next,
+    };
+    driver.describe(TRANSMIT, 0, buffer);
+    driver.set_avail(TRANSMIT, 1);
+    driver.core.set_status(READY);
+    driver.wait_until("it", |d| d.used(TRANSMIT) == 1);
+    assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
+}
+
 /// Hands its queues to the test.
 struct Taker(std::sync::mpsc::Sender<Vec<Virtq>>);
 
