@@ -4,11 +4,13 @@
 #
 #     docker build --tag rvmm-env .
 #
-# One suite, Debian trixie main, so that amd64 and riscv64 are always of the same age.
+# One suite, Debian trixie's main, so that amd64 and riscv64 are of the same age.
 FROM debian:trixie-slim
 
 # Empty: the mirror that the base image came with.
 ARG MIRROR=
+# A suite whose codename is trixie: scripts/lib/whole-suite prints one that the mirror has whole for both architectures.
+ARG SUITE=trixie
 
 # The host's certificate authorities, where the context has them (Dockerfile is there so that COPY finds something).
 COPY Dockerfile host-ca.crt* /opt/rvmm/
@@ -16,7 +18,8 @@ RUN set -eu; \
     sources="/etc/apt/sources.list /etc/apt/sources.list.d/*"; \
     mirror=${MIRROR:-$(sed -nE 's/^(URIs:|deb) *([a-z]+:[^ ]+).*/\2/p' $sources 2>/dev/null | head -n 1)}; \
     rm -f $sources; \
-    echo "deb ${mirror%/} trixie main" >/etc/apt/sources.list; \
+    echo "deb ${mirror%/} $SUITE main" | tee /etc/apt/sources.list >/opt/rvmm/suite; \
+    printf 'Package: *\nPin: release n=trixie\nPin-Priority: 1001\n' >/etc/apt/preferences.d/rvmm; \
     { echo 'APT::Install-Recommends "false";'; \
       echo 'APT::Get::Assume-Yes "true";'; \
       echo 'Acquire::Languages "none";'; \
@@ -25,11 +28,13 @@ RUN set -eu; \
     } >/etc/apt/apt.conf.d/90rvmm; \
     dpkg --add-architecture riscv64
 
-# The toolchain for x86-64 and riscv64, the emulator, and what the scripts call.
+# The toolchain for x86-64 and riscv64, the emulator, and what the scripts call. A base image can be newer than the suite: the same
+# package for two architectures must have one version, so what is newer goes back to the suite's.
 RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
     apt-get update; \
+    apt-get dist-upgrade --allow-downgrades; \
     apt-get install \
-        binutils-riscv64-linux-gnu ca-certificates cargo cpio device-tree-compiler e2fsprogs gcc gcc-riscv64-linux-gnu git kmod \
+        binutils-riscv64-linux-gnu ca-certificates cargo cpio device-tree-compiler e2fsprogs gcc gcc-riscv64-linux-gnu git gpg gpg-agent kmod \
         libc6-dev libc6-dev-riscv64-cross libstd-rust-dev libstd-rust-dev:riscv64 qemu-system-riscv qemu-user rust-clippy \
         rustc rustfmt shellcheck xz-utils; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /usr/share/doc /usr/share/man

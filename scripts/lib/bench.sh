@@ -84,7 +84,7 @@ bench_bare() {
         rm -f "$RIG_RUN/bare.one"
         env_run timeout --foreground --kill-after=5 300 qemu-system-riscv64 -M "$(rig_machine "$kind")" -cpu rv64,h=true -smp 1 -m 256M \
             "${BENCH_CLOCK[@]}" -no-reboot -nodefaults -display none -monitor none -serial "file:$RIG_RUN/bare.one" \
-            -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_GUESTS/initramfs.cpio.gz" \
+            -kernel "$RIG_L1/Image" -initrd "$RIG_GUESTS/initramfs.cpio.gz" \
             -append "console=ttyS0 quiet panic=-1 rvmm.action=clock" || return
         grep -h '\] Run /init' "$RIG_RUN/bare.one" >>"$RIG_RUN/bare" || return
     done

@@ -12,15 +12,35 @@ readonly RVMM_TRIPLE=riscv64gc-unknown-linux-gnu
 
 # shellcheck source=scripts/lib/ui.sh
 source "$RVMM_REPO/scripts/lib/ui.sh"
+# shellcheck source=scripts/lib/fetch.sh
+source "$RVMM_REPO/scripts/lib/fetch.sh"
 # shellcheck source=scripts/lib/env.sh
 source "$RVMM_REPO/scripts/lib/env.sh"
+# shellcheck source=scripts/lib/env-build.sh
+source "$RVMM_REPO/scripts/lib/env-build.sh"
 # shellcheck source=scripts/lib/rig.sh
 source "$RVMM_REPO/scripts/lib/rig.sh"
 # shellcheck source=scripts/lib/debian.sh
 source "$RVMM_REPO/scripts/lib/debian.sh"
 
+# A new directory for what is not finished. It goes when this script ends; one that was killed leaves it to the next.
+cache_temp() {
+    mkdir -p "$RVMM_CACHE/tmp"
+    mktemp -d "$RVMM_CACHE/tmp/$$.XXXXXX"
+}
+
+# Remove the temporary directories of this script, and those of scripts that have ended without.
+cache_sweep() {
+    local dir pid
+    for dir in "$RVMM_CACHE"/tmp/*; do
+        pid=${dir##*/}
+        pid=${pid%%.*}
+        [[ $pid != "$$" && -e /proc/$pid ]] || rm -rf --one-file-system "$dir"
+    done
+}
+
 cd "$RVMM_REPO"
-trap 'rig_cleanup; ui_cleanup' EXIT
+trap 'rig_cleanup; ui_cleanup; cache_sweep' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM

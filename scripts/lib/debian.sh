@@ -19,8 +19,8 @@ debian_key() {
 }
 
 debian_install() {
-    local work=$RVMM_CACHE/l1/debian.$$ status=0
-    mkdir -p "$work"
+    local work status=0
+    work=$(cache_temp)
     debian_unpack "$work" && debian_boot "$work" && mv "$work/image" "$DEBIAN_IMAGE" || status=$?
     rm -rf "$work"
     return "$status"
@@ -61,7 +61,7 @@ debian_boot() {
     # shellcheck disable=SC2054 # the commas are QEMU's
     local command=(
         qemu-system-riscv64 -M virt -smp 2 -m 1G -no-reboot -nodefaults -display none -monitor none
-        -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_GUESTS/virtio.cpio.gz"
+        -kernel "$RIG_L1/Image" -initrd "$RIG_GUESTS/virtio.cpio.gz"
         -append "console=ttyS0 panic=-1 root=/dev/vda rvmm.init=/configure"
         -drive "file=$work/image,format=raw,if=none,id=root,cache=unsafe,discard=unmap"
         -device virtio-blk-pci,drive=root -serial "file:$work/console"

@@ -4,11 +4,10 @@
 #   env_up             build it if need be; every script calls this first
 #   env_run COMMAND    run a command in it, in the current directory, with this repository and the cache at their own paths
 #
-# An engine (Docker, Podman) does it where one answers; without one, buildah does, which needs root and Debian.
+# An engine (Docker, Podman) does it where one answers; without one, buildah does, which needs root and Debian. What is built is used
+# without asking the network anything. scripts/lib/env-build.sh has the building.
 
-readonly ENV_NEEDS_MIB=6000
 readonly ENV_HOST_CA=/etc/ssl/certs/ca-certificates.crt
-readonly ENV_PACKAGES=(buildah mmdebstrap debian-archive-keyring ca-certificates)
 readonly ENV_PROXIES=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
 
 ENV_ENGINE=
@@ -19,13 +18,14 @@ env_up() {
     mkdir -p "$RVMM_CACHE"/{env,cargo,home}
     env_choose_engine
     ENV_NAME=rvmm-env-$(env_key)
-    env_is_built && return
+    env_is_built && env_has_crates && return
     exec {lock}>"$RVMM_CACHE/lock"
     flock --nonblock "$lock" || {
         say "another run is building the cross-environment; waiting for it"
         flock "$lock"
     }
     env_is_built || "env_build_$ENV_ENGINE"
+    env_has_crates || env_fetch_crates
     exec {lock}>&-
     say "[$(ui_since "$start") s] The cross-environment is ready$(ui_downloaded "$UI_BYTES")"
 }
@@ -71,105 +71,12 @@ env_is_built() {
     esac
 }
 
-# Wherever commands run it is without the engine's own filter of system calls: unit tests use io_uring.
-#
-# Everything the three engines share before a cold build: room, a mirror, and the build's context.
-env_prepare() {
-    local free
-    free=$(df --output=avail --block-size=1M "$RVMM_CACHE" | tail -n 1 | tr -d " ")
-    ((free >= ENV_NEEDS_MIB)) || die "not enough space for the cross-environment: $RVMM_CACHE has $free MiB free and needs $ENV_NEEDS_MIB; free some, or set XDG_CACHE_HOME to a roomier place"
-    ENV_MIRROR=$(env_mirror)
-    [[ -z $ENV_MIRROR ]] || env_check_network "$ENV_MIRROR"
-    ENV_CONTEXT=$(mktemp -d "$RVMM_CACHE/env/context.XXXXXX")
-    cp "$RVMM_REPO/Dockerfile" "$ENV_CONTEXT"
-    [[ ! -r $ENV_HOST_CA ]] || cp "$ENV_HOST_CA" "$ENV_CONTEXT/host-ca.crt"
-    ENV_BUILD_ARGS=(--network host --build-arg "MIRROR=$ENV_MIRROR")
-    local name
-    for name in "${ENV_PROXIES[@]}"; do
-        [[ -z ${!name-} ]] || ENV_BUILD_ARGS+=(--build-arg "$name=${!name}")
-    done
-}
-
-# The mirror of Debian that this machine itself uses; nothing on other distributions.
-env_mirror() {
-    grep -qs '^ID=debian$' /etc/os-release || return 0
-    local codename
-    codename=$(. /etc/os-release && printf '%s' "$VERSION_CODENAME")
-    apt-get indextargets --no-release-info --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 2>/dev/null |
-        sed -nE "s|^(https?://[^ ]*[^ /])/* +$codename main\$|\\1|p" | head -n 1
-}
-
-env_check_network() {
-    local helper=/usr/lib/apt/apt-helper probe=$RVMM_CACHE/env/probe.$$
-    [[ -x $helper ]] || return 0
-    timeout 60 "$helper" -o Acquire::Retries=0 -o Acquire::http::Timeout=15 -o Acquire::https::Timeout=15 \
-        download-file "$1/dists/trixie/InRelease" "$probe" >/dev/null 2>&1 ||
-        die "cannot download from the Debian mirror $1: connect this machine to the network, or set http_proxy and https_proxy"
-    rm -f "$probe"
-}
-
-env_build_docker() {
-    env_prepare
-    must "Build the cross-environment with $ENV_ENGINE" env_engine_build
-    rm -rf "$ENV_CONTEXT"
-}
-
-env_build_podman() {
-    env_build_docker
-}
-
-# The name is given only to a finished image.
-env_engine_build() {
-    "$ENV_ENGINE" build "${ENV_BUILD_ARGS[@]}" --tag "$ENV_NAME" "$ENV_CONTEXT"
-}
-
 env_buildah() {
     buildah --root "$RVMM_CACHE/storage" --runroot "$RVMM_CACHE/storage-run" "$@"
 }
 
-# buildah: a base made by mmdebstrap under the name that FROM gives, the Dockerfile on it, a container to run things in.
-# Each is done when its .done file is there, and what an earlier attempt left half done goes first.
-env_build_buildah() {
-    env_prepare
-    if ! env_has_tools; then
-        must "Install ${ENV_PACKAGES[*]}" env_install
-    fi
-    must "Make the Debian base with mmdebstrap" env_make_base "$ENV_MIRROR"
-    must "Build the cross-environment with buildah" env_buildah_build
-    touch "$RVMM_CACHE/env/$ENV_NAME.done"
-    rm -rf "$ENV_CONTEXT"
-}
-
-env_install() {
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update
-    apt-get install --assume-yes --no-install-recommends "${ENV_PACKAGES[@]}"
-}
-
-env_make_base() {
-    local container tar=$RVMM_CACHE/env/base.tar
-    mmdebstrap --verbose --variant=minbase --architectures=amd64 trixie "$tar" "deb $1 trixie main" || return
-    env_drop_leftovers
-    container=$(env_buildah from scratch) &&
-        env_buildah add --quiet "$container" "$tar" / &&
-        env_buildah commit --quiet --rm "$container" "$(sed -n 's/^FROM //p' "$RVMM_REPO/Dockerfile")" &&
-        rm "$tar"
-}
-
-env_buildah_build() {
-    env_buildah bud --isolation chroot --pull-never "${ENV_BUILD_ARGS[@]}" --tag "$ENV_NAME" "$ENV_CONTEXT" &&
-        env_buildah from --pull-never --security-opt seccomp=unconfined --name "$ENV_NAME" "$ENV_NAME"
-}
-
-# Containers without a .done file: of builds that ended early.
-env_drop_leftovers() {
-    local name
-    env_buildah containers --format '{{.ContainerName}}' | while read -r name; do
-        [[ -e $RVMM_CACHE/env/$name.done ]] || env_buildah rm "$name"
-    done
-}
-
 # Run a command in the environment. stdin, stdout and stderr are the caller's; the exit status is the command's.
+# It is without the engine's own filter of system calls: unit tests use io_uring.
 env_run() {
     local args=() name
     env_volumes

@@ -18,7 +18,8 @@ powercut_loses() {
 
 # Sets POWERCUT_MISSING.
 powercut() {
-    local cache=$1 nonce=$RANDOM$RANDOM image=$RVMM_CACHE/run/powercut.$$ told
+    local cache=$1 nonce=$RANDOM$RANDOM image told
+    image=$(cache_temp)/disk
     truncate --size=64M "$image"
     powercut_boot "$image" "$POWERCUT_WRITES" <<END
 exec rvmm --kernel /guest/Image --initrd /payload/guests/virtio.cpio.gz --disk path=/dev/vda,cache=$cache \\
@@ -33,7 +34,7 @@ done
 echo "missing \$missing"
 END
     POWERCUT_MISSING=$(sed -nE 's/^missing ([0-9]+).*/\1/p' "$RIG_RUN/console")
-    rm -f "$image"
+    rm -rf "${image%/*}"
     printf 'cache=%s: %s of %s writes that were synced are missing\n' "$cache" "${POWERCUT_MISSING:-?}" "${told:-?}"
     ((${told:-0} >= POWERCUT_WRITES)) && [[ -n $POWERCUT_MISSING ]]
 }

@@ -7,7 +7,7 @@
 #   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
 #   rig_status           the payload's exit status; fails when L1 gave none
 #
-# L1 is an initramfs and nothing else: a base kept in the cache, and the payload behind it.
+# L1 is an initramfs and nothing else: a base kept in the cache, in $RIG_L1 with its kernel, and the payload behind it.
 
 readonly RIG_KINDS=(aia aia-emul none)
 readonly RIG_GUESTS=$RVMM_TARGET/guests
@@ -20,6 +20,7 @@ RIG_DISKS=()
 # Kill QEMU at once when its console has this line; empty: let it end.
 RIG_KILL=
 
+RIG_L1=
 RIG_RUN=
 RIG_TTY=
 RIG_CHILD=
@@ -35,18 +36,21 @@ rig_build_rvmm() {
 
 rig_assemble() {
     must "Build the guests" env_run scripts/guests "$RIG_GUESTS"
-    RIG_BASE=$RVMM_CACHE/l1/$(rig_base_key).cpio
-    [[ -e $RIG_BASE ]] || must "Assemble L1" rig_make_base
+    RIG_L1=$RVMM_CACHE/l1/$(rig_l1_key)
+    [[ -e $RIG_L1 ]] || must "Assemble L1" rig_make_l1
 }
 
-rig_base_key() {
+rig_l1_key() {
     { printf '%s\n' "$ENV_NAME" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
 }
 
-rig_make_base() {
+# The directory gets its name when all of it is there.
+rig_make_l1() {
+    local new
+    new=$(cache_temp)
     mkdir -p "$RVMM_CACHE/l1"
-    env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2.$3" && mv "$2.$3" "$2"' - "$RVMM_REPO" "$RIG_BASE" "$$"
-    env_run cp /opt/rvmm/Image "$RVMM_CACHE/l1/"
+    env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2/base.cpio" && cp /opt/rvmm/Image "$2"' - "$RVMM_REPO" "$new" &&
+        mv "$new" "$RIG_L1"
 }
 
 # What every payload has: rvmm, the guests, and who the host is meant to be.
@@ -54,8 +58,7 @@ rig_begin() {
     local kind=$1
     rig_machine "$kind" >/dev/null || die "no such kind of host: '$kind' (there are ${RIG_KINDS[*]})"
     rig_cleanup
-    mkdir -p "$RVMM_CACHE/run"
-    RIG_RUN=$(mktemp -d "$RVMM_CACHE/run/XXXXXX")
+    RIG_RUN=$(cache_temp)
     RIG_KIND=$kind
     RIG_DISKS=()
     mkdir -p "$RIG_RUN"/root/payload/bin
@@ -105,7 +108,7 @@ rig_boot() {
     command=(
         qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m 2G -no-reboot
         -nodefaults -display none -monitor none "${RIG_QEMU[@]}" "${RIG_DISKS[@]}"
-        -kernel "$RVMM_CACHE/l1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
+        -kernel "$RIG_L1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
         -serial "file:$RIG_RUN/l1.log"
         -device virtio-serial-pci
         -chardev stdio,signal=off,id=con -device virtconsole,chardev=con
@@ -131,7 +134,7 @@ readonly RIG_KILLER='
 
 rig_pack() {
     env_run bash -c 'source scripts/lib/pack.sh && { cat "$1" && pack_dir "$2"; } >"$3"' - \
-        "$RIG_BASE" "$RIG_RUN/root" "$RIG_RUN/initrd"
+        "$RIG_L1/base.cpio" "$RIG_RUN/root" "$RIG_RUN/initrd"
 }
 
 # The "done" record is L1's last; without it L1 ended early.

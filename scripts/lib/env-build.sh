@@ -1,0 +1,148 @@
+# shellcheck shell=bash
+# Building the cross-environment: room, the tools for it, a Debian suite that is whole, the image, and the crates.
+#
+# The suite is chosen before each build (scripts/lib/whole-suite). A built environment keeps its own: /opt/rvmm/suite in it.
+
+readonly ENV_NEEDS_MIB=6000
+readonly ENV_PACKAGES=(buildah mmdebstrap debian-archive-keyring ca-certificates)
+readonly ENV_OTHER_MIRROR="Use another mirror with RVMM_MIRROR=URL, set http_proxy and https_proxy if this machine needs them, or come back another day."
+readonly ENV_OTHER_REGISTRY="Come back later, or name a mirror of crates.io as cargo's source replacement in $RVMM_CACHE/cargo/config.toml."
+
+# Everything that the engines share before a build.
+env_prepare() {
+    local name
+    cache_sweep
+    env_check_room
+    [[ $ENV_ENGINE != buildah ]] || env_install_tools
+    env_choose_suite
+    ENV_CONTEXT=$(cache_temp)
+    cp "$RVMM_REPO/Dockerfile" "$ENV_CONTEXT"
+    [[ ! -r $ENV_HOST_CA ]] || cp "$ENV_HOST_CA" "$ENV_CONTEXT/host-ca.crt"
+    ENV_BUILD_ARGS=(--network host --build-arg "MIRROR=$ENV_MIRROR" --build-arg "SUITE=$ENV_SUITE")
+    for name in "${ENV_PROXIES[@]}"; do
+        [[ -z ${!name-} ]] || ENV_BUILD_ARGS+=(--build-arg "$name=${!name}")
+    done
+}
+
+env_check_room() {
+    local free
+    free=$(df --output=avail --block-size=1M "$RVMM_CACHE" | tail -n 1 | tr -d " ")
+    ((free >= ENV_NEEDS_MIB)) ||
+        die "not enough space for the cross-environment: $RVMM_CACHE has $free MiB free and needs $ENV_NEEDS_MIB; free some, or set XDG_CACHE_HOME to a roomier place"
+}
+
+env_install_tools() {
+    env_has_tools ||
+        must_fetch "Install ${ENV_PACKAGES[*]}" "apt-get update must work on this machine first." env_install
+}
+
+env_install() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update
+    apt-get install --assume-yes --no-install-recommends "${ENV_PACKAGES[@]}"
+}
+
+# Sets ENV_MIRROR and ENV_SUITE, and says in one line which they are and which were passed over.
+env_choose_suite() {
+    local chosen passed_over version made
+    chosen=$(cache_temp)/suite
+    must_fetch "Choose the Debian suite" "$ENV_OTHER_MIRROR" env_whole_suite "$chosen"
+    read -r ENV_MIRROR ENV_SUITE version made <"$chosen"
+    passed_over=$(grep -E '^(trixie|stable): ' "$UI_LOG" | sed 's/[.?]*$//' | paste --serial --delimiters=';') || true
+    say "Debian $version of $made: suite $ENV_SUITE of $ENV_MIRROR${passed_over:+ (passed over: $passed_over)}"
+}
+
+# With an engine, in the base image, which has apt where this machine may have none.
+env_whole_suite() {
+    local args=() name
+    if [[ $ENV_ENGINE == buildah ]]; then
+        sh scripts/lib/whole-suite "${RVMM_MIRROR:-}" >"$1"
+        return
+    fi
+    for name in "${ENV_PROXIES[@]}"; do
+        [[ -z ${!name-} ]] || args+=(--env "$name=${!name}")
+    done
+    [[ ! -r $ENV_HOST_CA ]] || args+=(--volume "$ENV_HOST_CA:/etc/ssl/certs/ca-certificates.crt:ro")
+    "$ENV_ENGINE" run --rm --interactive --network host "${args[@]}" "$(env_base)" \
+        sh -s "${RVMM_MIRROR:-$(sh scripts/lib/whole-suite --mirror)}" <scripts/lib/whole-suite >"$1"
+}
+
+# The name of the base image.
+env_base() {
+    sed -n 's/^FROM //p' "$RVMM_REPO/Dockerfile"
+}
+
+env_build_docker() {
+    env_prepare
+    must_fetch "Build the cross-environment with $ENV_ENGINE" "$ENV_OTHER_MIRROR" env_engine_build
+}
+
+env_build_podman() {
+    env_build_docker
+}
+
+# The name is given only to a finished image.
+env_engine_build() {
+    "$ENV_ENGINE" build "${ENV_BUILD_ARGS[@]}" --tag "$ENV_NAME" "$ENV_CONTEXT"
+}
+
+# buildah: a base made by mmdebstrap under the name that FROM gives, the Dockerfile on it, a container to run things in.
+# It is done when its .done file is there, and what an earlier attempt left half done goes first.
+env_build_buildah() {
+    env_prepare
+    must_fetch "Make the Debian base with mmdebstrap" "$ENV_OTHER_MIRROR" env_make_base
+    must_fetch "Build the cross-environment with buildah" "$ENV_OTHER_MIRROR" env_buildah_build
+    touch "$RVMM_CACHE/env/$ENV_NAME.done"
+}
+
+env_make_base() {
+    local container dir tar
+    dir=$(cache_temp)
+    tar=$dir/base.tar
+    TMPDIR=$dir mmdebstrap --verbose --variant=minbase --architectures=amd64 "$ENV_SUITE" "$tar" "deb $ENV_MIRROR $ENV_SUITE main" || return
+    env_drop_leftovers
+    container=$(env_buildah from scratch) &&
+        env_buildah add --quiet "$container" "$tar" / &&
+        env_buildah commit --quiet --rm "$container" "$(env_base)" &&
+        rm -rf "$dir"
+}
+
+env_buildah_build() {
+    env_drop_leftovers
+    env_buildah bud --isolation chroot --pull-never "${ENV_BUILD_ARGS[@]}" --tag "$ENV_NAME" "$ENV_CONTEXT" &&
+        env_buildah from --pull-never --security-opt seccomp=unconfined --name "$ENV_NAME" "$ENV_NAME"
+}
+
+# Containers without a .done file: of builds that ended early. Images without a name: layers of those.
+env_drop_leftovers() {
+    local name
+    env_buildah containers --format '{{.ContainerName}}' | while read -r name; do
+        [[ -e $RVMM_CACHE/env/$name.done ]] || env_buildah rm "$name"
+    done
+    env_buildah rmi --prune >/dev/null || true
+}
+
+# The file that is there when all crates of Cargo.lock are. It goes when they go.
+env_crates_mark() {
+    printf '%s/cargo/registry/fetched-%s' "$RVMM_CACHE" "$(sha256sum "$RVMM_REPO/Cargo.lock" | cut -c1-12)"
+}
+
+env_has_crates() {
+    [[ -e $(env_crates_mark) ]]
+}
+
+# All crates at once, so that no later step needs a network.
+env_fetch_crates() {
+    must_fetch "Download the crates" "$ENV_OTHER_REGISTRY" env_cargo_fetch
+    touch "$(env_crates_mark)"
+}
+
+# A download that was cut off can leave a file that cargo takes for whole and then cannot unpack.
+env_cargo_fetch() {
+    local targets=(--target x86_64-unknown-linux-gnu --target "$RVMM_TRIPLE")
+    env_run cargo fetch --locked "${targets[@]}" && return
+    ! grep -qE 'failed to unpack|checksum|corrupt' "$UI_LOG" || {
+        rm -rf "$RVMM_CACHE"/cargo/registry/{cache,src}
+        env_run cargo fetch --locked "${targets[@]}"
+    }
+}
