@@ -48,15 +48,16 @@ env_choose_suite() {
     chosen=$(cache_temp)/suite
     must_fetch "Choose the Debian suite" "$ENV_OTHER_MIRROR" env_whole_suite "$chosen"
     read -r ENV_MIRROR ENV_SUITE version made <"$chosen"
-    passed_over=$(grep -E '^(trixie|stable): ' "$UI_LOG" | sed 's/[.?]*$//' | paste --serial --delimiters=';') || true
+    passed_over=$(grep -E '^(trixie|stable|snapshot): ' "$UI_LOG" | sed 's/[.?]*$//' | paste --serial --delimiters=';') || true
     say "Debian $version of $made: suite $ENV_SUITE of $ENV_MIRROR${passed_over:+ (passed over: $passed_over)}"
 }
 
 # With an engine, in the base image, which has apt where this machine may have none.
 env_whole_suite() {
-    local args=() name
+    local args=() name mirror=${RVMM_MIRROR-}
+    [[ -n $mirror ]] || mirror=$(sh scripts/lib/whole-suite --mirror)
     if [[ $ENV_ENGINE == buildah ]]; then
-        sh scripts/lib/whole-suite "${RVMM_MIRROR:-}" >"$1"
+        sh scripts/lib/whole-suite "$mirror" >"$1"
         return
     fi
     for name in "${ENV_PROXIES[@]}"; do
@@ -64,7 +65,7 @@ env_whole_suite() {
     done
     [[ ! -r $ENV_HOST_CA ]] || args+=(--volume "$ENV_HOST_CA:/etc/ssl/certs/ca-certificates.crt:ro")
     "$ENV_ENGINE" run --rm --interactive --network host "${args[@]}" "$(env_base)" \
-        sh -s "${RVMM_MIRROR:-$(sh scripts/lib/whole-suite --mirror)}" <scripts/lib/whole-suite >"$1"
+        sh -s "$mirror" <scripts/lib/whole-suite >"$1"
 }
 
 # The name of the base image.

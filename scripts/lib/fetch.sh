@@ -12,7 +12,8 @@ must_fetch() {
     shift 2
     for pause in "${FETCH_PAUSES[@]}" ''; do
         step "$title" "$@" && return
-        [[ -n $pause ]] && fetch_is_transient "$UI_LOG" || break
+        [[ -n $pause ]] || break
+        fetch_is_transient "$UI_LOG" || break
         say "$title: $(fetch_failure "$UI_LOG"); trying again in $pause s"
         sleep "$pause"
     done
@@ -27,7 +28,7 @@ fetch_is_transient() {
 # The first file that the log says could not be downloaded, and why: apt's, whole-suite's and cargo's words for it.
 fetch_failure() {
     local failure
-    failure=$(sed -nE 's/ \[IP: [^]]*\]//; s/  +/: /; s/^[EW]: Failed to fetch //p; s/^[EW]: (The repository .* Release.*)/\1/p; /^(trixie|stable): /p' "$1" | head -n 1)
+    failure=$(sed -nE 's/ \[IP: [^]]*\]//; s/  +/: /; s/^[EW]: Failed to fetch //p; s/^[EW]: (The repository .* Release.*)/\1/p; /^(trixie|stable|snapshot): /p' "$1" | head -n 1)
     [[ -n $failure ]] || failure=$(sed -nE 's/^.*[Ff]ailed to download (from )?`([^`]+)`.*/\2/p' "$1" | head -n 1)$(sed -nE 's/^ *(\[[0-9]+\] .*|.*checksum.*|.*status code.*)/: \1/p' "$1" | tail -n 1)
     printf '%s' "${failure:-$(ui_last_line)}"
 }
