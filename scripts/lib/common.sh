@@ -35,7 +35,7 @@ cache_sweep() {
     for dir in "$RVMM_CACHE"/tmp/*; do
         pid=${dir##*/}
         pid=${pid%%.*}
-        [[ $pid != "$$" && -e /proc/$pid ]] || rm -rf --one-file-system "$dir"
+        [[ $pid != "$$" && -e /proc/$pid ]] || rm -rf --one-file-system "$dir" || true
     done
 }
 

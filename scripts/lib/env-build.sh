@@ -96,11 +96,13 @@ env_build_buildah() {
     touch "$RVMM_CACHE/env/$ENV_NAME.done"
 }
 
+# What mmdebstrap mounts is mounted for it alone: when it is killed, nothing of it stays.
 env_make_base() {
     local container dir tar
     dir=$(cache_temp)
     tar=$dir/base.tar
-    TMPDIR=$dir mmdebstrap --verbose --variant=minbase --architectures=amd64 "$ENV_SUITE" "$tar" "deb $ENV_MIRROR $ENV_SUITE main" || return
+    TMPDIR=$dir unshare --mount \
+        mmdebstrap --verbose --variant=minbase --architectures=amd64 "$ENV_SUITE" "$tar" "deb $ENV_MIRROR $ENV_SUITE main" || return
     env_drop_leftovers
     container=$(env_buildah from scratch) &&
         env_buildah add --quiet "$container" "$tar" / &&
