@@ -23,7 +23,7 @@ suite_stale_riscv64() {
     make_stale trixie riscv64
     make_suite stable
     chosen stable
-    said "trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.xz: File has unexpected size"
+    said "^not whole: trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.xz: File has unexpected size"
 }
 
 suite_stale_amd64() {
@@ -31,7 +31,7 @@ suite_stale_amd64() {
     make_stale trixie amd64
     make_suite stable
     chosen stable
-    said "trixie: $site/$name/debian/dists/trixie/main/binary-amd64/Packages.xz: File has unexpected size"
+    said "^not whole: trixie: $site/$name/debian/dists/trixie/main/binary-amd64/Packages.xz: File has unexpected size"
 }
 
 suite_index_missing() {
@@ -39,7 +39,7 @@ suite_index_missing() {
     rm -r "$mirror/dists/trixie/main/binary-riscv64"
     make_suite stable
     chosen stable
-    said "trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.*: 404"
+    said "^not whole: trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.*: 404"
 }
 
 suite_other_bytes_of_the_same_size() {
@@ -47,21 +47,23 @@ suite_other_bytes_of_the_same_size() {
     printf x | dd of="$mirror/dists/trixie/main/binary-riscv64/Packages.xz" bs=1 seek=20 conv=notrunc status=none
     make_suite stable
     chosen stable
-    said "trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.xz: Hash Sum mismatch"
+    said "^not whole: trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/Packages.xz: Hash Sum mismatch"
 }
 
 suite_without_riscv64() {
     make_suite trixie "" amd64
     make_suite stable
     chosen stable
-    said "trixie: it has no packages for riscv64"
+    said "^not whole: trixie: it has no packages for riscv64"
 }
 
 suite_expired() {
     make_suite trixie "Valid-Until: $(date_of -$HOUR)"
     make_suite stable
+    # Some machines take what has expired; the environment does not.
+    echo 'Acquire::Check-Valid-Until "false";' >>"$dir/apt.conf"
     chosen stable
-    said "trixie: Release file for $site/$name/debian/dists/trixie/InRelease is expired"
+    said "^not whole: trixie: Release file for $site/$name/debian/dists/trixie/InRelease is expired"
 }
 
 suite_codename_moved_on() {
@@ -69,7 +71,7 @@ suite_codename_moved_on() {
     make_stale trixie riscv64
     codename=forky make_suite stable
     none_chosen
-    said "stable: it is forky now"
+    said "^not whole: stable: it is forky now"
 }
 
 suite_snapshot_beside_the_mirror() {
@@ -80,6 +82,16 @@ suite_snapshot_beside_the_mirror() {
     make_suite trixie
     mirror=$dir/debian
     chosen trixie "/archive/debian/[0-9]*T[0-9]*Z"
+}
+
+suite_snapshot_known_to_apt() {
+    make_suite trixie
+    make_stale trixie amd64
+    echo "Acquire::Snapshots::URI::Origin::Debian \"$site/$name/elsewhere/@SNAPSHOTID@/\";" >"$dir/apt.conf"
+    mirror=$dir/elsewhere/$(date --utc --date "@$((made - 24 * HOUR))" +%Y%m%dT%H%M%SZ)
+    make_suite trixie
+    mirror=$dir/debian
+    chosen trixie "/elsewhere/[0-9]*T[0-9]*Z"
 }
 
 suite_snapshot_named_by_the_mirror() {
@@ -97,27 +109,69 @@ suite_signed_by_another() {
     make_key other
     keyring=$dir/other.gpg
     none_chosen
-    said "trixie: .*$site/$name/debian trixie InRelease.*[Mm]issing key"
+    said "^not whole: trixie: .*$site/$name/debian trixie InRelease"
 }
 
 suite_unsigned() {
     make_suite trixie
     rm "$mirror/dists/trixie/InRelease"
+    cp "$dir/Release" "$mirror/dists/trixie"
     make_suite stable
     chosen stable
-    said "trixie: "
+    said "^not whole: trixie: The repository '$site/$name/debian trixie Release' is not signed"
+}
+
+suite_signed_beside() {
+    make_suite trixie
+    rm "$mirror/dists/trixie/InRelease"
+    cp "$dir/Release" "$mirror/dists/trixie"
+    gpg --quiet --batch --local-user ours --detach-sign --armor --output "$mirror/dists/trixie/Release.gpg" "$dir/Release"
+    chosen trixie
+}
+
+suite_stale_by_hash() {
+    make_suite trixie "Acquire-By-Hash: yes"
+    make_stale trixie riscv64
+    make_suite stable
+    chosen stable
+    said "^not whole: trixie: $site/$name/debian/dists/trixie/main/binary-riscv64/.*: File has unexpected size"
 }
 
 suite_no_such_mirror() {
     none_chosen
-    said "trixie: The repository '$site/$name/debian trixie Release' does not have a Release file"
-    said "stable: The repository '$site/$name/debian stable Release' does not have a Release file"
+    said "^not whole: trixie: The repository '$site/$name/debian trixie Release' does not have a Release file"
+    said "^not whole: stable: The repository '$site/$name/debian stable Release' does not have a Release file"
 }
 
 suite_unreachable() {
     url=http://127.0.0.1:9/debian
     none_chosen
-    said "trixie: http://127.0.0.1:9/debian/dists/trixie/InRelease: .* connect to 127.0.0.1:9"
+    said "^not whole: trixie: http://127.0.0.1:9/debian/dists/trixie/InRelease: .* connect to 127.0.0.1:9"
+}
+
+mirror_of_debian() {
+    os debian bookworm
+    sources "deb https://apt.vendor.example/packages stable main" "deb http://deb.example/debian bookworm main"
+    [[ $(machines_mirror) == http://deb.example/debian/ ]]
+}
+
+mirror_with_another_name() {
+    os debian trixie
+    sources "deb https://repository.example/mirrors/main trixie main contrib" "deb http://deb.example/security trixie-security main"
+    [[ $(machines_mirror) == https://repository.example/mirrors/main/ ]]
+}
+
+mirror_from_a_list() {
+    os debian trixie
+    echo "http://listed.example/debian" >"$dir/debian.list"
+    sources "deb mirror+file:$dir/debian.list trixie main"
+    [[ $(machines_mirror) == http://listed.example/debian ]]
+}
+
+mirror_of_another_distribution() {
+    os ubuntu noble
+    sources "deb http://archive.ubuntu.example/ubuntu noble main"
+    [[ -z $(machines_mirror) ]]
 }
 
 fetch_comes_back() {
@@ -147,7 +201,46 @@ fetch_of_a_crate() {
 fetch_where_the_disk_is_full() {
     fetch_with "full fine"
     [[ $status == 123 && $tries == 1 ]]
-    said "^setup.sh: Get it: .*No space left on device. Another day."
+    said "^setup.sh: Get it: failed; all it said is in "
+}
+
+fetch_in_a_build_of_docker() {
+    fetch_with "docker docker docker"
+    [[ $status == 123 && $tries == 3 ]]
+    said "^setup.sh: Get it: http://mirror/file: Could not connect to mirror:80.*. Another day."
+}
+
+fetch_without_a_word() {
+    fetch_with "silent fine"
+    [[ $status == 123 && $tries == 1 ]]
+    said "^setup.sh: Get it: failed; all it said is in "
+}
+
+crates_without_a_network() {
+    fetch_crates "crate crate crate"
+    [[ $status == 123 && $tries == 3 && ! -e $dir/cache/cargo/registry/fetched-$lock ]]
+}
+
+crates_half_there() {
+    mkdir -p "$dir/cache/cargo/registry/cache"
+    touch "$dir/cache/cargo/registry/cache/half"
+    fetch_crates "half fine"
+    [[ $status == 0 && $tries == 2 && ! -e $dir/cache/cargo/registry/cache/half ]]
+    [[ -e $dir/cache/cargo/registry/fetched-$lock ]]
+}
+
+work_of_a_killed_script_goes() {
+    local work=$dir/cache/rvmm/work
+    script 'kill -KILL $$' || true
+    [[ $(find "$work" -mindepth 1 -maxdepth 1 | wc -l) == 1 ]]
+    # What it started still works there.
+    script 'sleep 1000 & echo $! >"$RVMM_CACHE/child"; kill -KILL $$' || true
+    [[ $(find "$work" -mindepth 1 -maxdepth 1 | wc -l) == 1 ]]
+    script 'ls "$RVMM_CACHE/work" | wc -l >"$RVMM_CACHE/seen"'
+    [[ $(cat "$dir/cache/rvmm/seen") == 2 ]]
+    kill "$(cat "$dir/cache/rvmm/child")"
+    script 'ls "$RVMM_CACHE/work" | wc -l >"$RVMM_CACHE/seen"'
+    [[ $(cat "$dir/cache/rvmm/seen") == 1 && -z $(ls "$work") ]]
 }
 
 # --- what they are made with ---------------------------------------------------------------------------------------------------------
@@ -203,6 +296,7 @@ whole_suite() {
 serve() {
     perl -MIO::Socket::INET -e '
         $| = 1;
+        $SIG{PIPE} = "IGNORE";
         my $server = IO::Socket::INET->new(Listen => 9, LocalAddr => "127.0.0.1") or die "no socket: $!";
         print $server->sockport, "\n";
         close STDOUT;
@@ -232,13 +326,38 @@ said() {
     grep -q -- "$1" "$dir/err"
 }
 
-# must_fetch on a command that fails in these ways, one for each try; sets $status and $tries.
+# This machine as apt and os-release describe it.
+os() {
+    printf 'ID=%s\nVERSION_CODENAME=%s\n' "$1" "$2" >"$dir/os-release"
+}
+
+sources() {
+    printf '%s\n' "$@" >"$dir/sources.list"
+    printf 'Dir::Etc::SourceList "%s";\nDir::Etc::SourceParts "/dev/null";\n' "$dir/sources.list" >"$dir/apt.conf"
+}
+
+machines_mirror() {
+    OS_RELEASE=$dir/os-release sh "$repo/scripts/lib/whole-suite" --mirror 2>"$dir/err"
+}
+
+# must_fetch on a command that ends in these ways, one for each try; sets $status and $tries.
 fetch_with() {
+    ending "$1" 'must_fetch "Get it" "Another day." download'
+}
+
+# The same for the crates, by a cargo that ends so.
+fetch_crates() {
+    lock=$(sha256sum "$repo/Cargo.lock" | cut -c1-12)
+    mkdir -p "$dir/cache/cargo/registry"
+    ending "$1" 'env_run() { download; }; env_fetch_crates'
+}
+
+ending() {
     status=0
     tr ' ' '\n' <<<"$1" >"$dir/ways"
-    bash -euc '
-        RVMM_TARGET=$1/target RVMM_CACHE=$1/cache ways=$1/ways
-        source "$2/scripts/lib/ui.sh" && source "$2/scripts/lib/fetch.sh"
+    bash -euo pipefail -c '
+        RVMM_REPO=$2 RVMM_TARGET=$1/target RVMM_CACHE=$1/cache RVMM_TRIPLE=riscv64gc-unknown-linux-gnu ways=$1/ways
+        for part in ui fetch env env-build; do source "$2/scripts/lib/$part.sh"; done
         FETCH_PAUSES=(0 0)
         download() {
             local way
@@ -247,21 +366,29 @@ fetch_with() {
             case $way in
                 fine) return ;;
                 unreachable) echo "E: Failed to fetch http://mirror/file  Could not connect to mirror:80 (192.0.2.1). - connect (111: Connection refused) [IP: 192.0.2.1 80]" ;;
+                docker) echo "#8 3.42 E: Failed to fetch http://mirror/file  Could not connect to mirror:80 (192.0.2.1). - connect (111: Connection refused) [IP: 192.0.2.1 80]" ;;
                 missing) echo "E: Failed to fetch http://mirror/file  404  Not Found [IP: 192.0.2.1 80]" ;;
                 crate) printf "error: failed to get x\n\nCaused by:\n  failed to download from \`https://registry/config.json\`\n\nCaused by:\n  [6] Could not resolve hostname (Could not resolve host: registry)\n" ;;
+                half) printf "error: failed to unpack package x\n" ;;
                 full) echo "dpkg: error: No space left on device" ;;
+                silent) ;;
             esac
             return 1
         }
-        must_fetch "Get it" "Another day." download
-    ' setup.sh "$dir" "$repo" 2>"$dir/err" || status=$?
+        eval "$3"
+    ' setup.sh "$dir" "$repo" "$2" 2>"$dir/err" || status=$?
     tries=$(($(wc -w <<<"$1") - $(wc -l <"$dir/ways")))
+}
+
+# A script of ours with a cache of its own.
+script() {
+    XDG_CACHE_HOME=$dir/cache bash -c 'source "$1/scripts/lib/common.sh"; cache_begin; eval "$2"' - "$repo" "$1" >>"$dir/out" 2>>"$dir/err"
 }
 
 # --- running them --------------------------------------------------------------------------------------------------------------------
 
 cases() {
-    sed -nE 's/^((suite|fetch)_[a-z0-9_]+)\(\) \{$/\1/p' "$repo/tests/setup.sh" | grep -v '^fetch_with$'
+    sed -nE 's/^((suite|mirror|fetch|crates|work)_[a-z0-9_]+)\(\) \{$/\1/p' "$repo/tests/setup.sh" | grep -vE '^fetch_(with|crates)$'
 }
 
 main() {
@@ -275,8 +402,10 @@ main() {
     local name status=0
     mkdir -p "$1"
     cd "$1"
-    export GNUPGHOME=$PWD/gnupg
-    mkdir -m 700 "$GNUPGHOME"
+    # A socket lies in it, whose name cannot be long.
+    GNUPGHOME=$(mktemp -d)
+    export GNUPGHOME
+    trap 'gpgconf --kill all; rm -rf "$GNUPGHOME"; kill "${SERVER_PID-}" 2>/dev/null || true' EXIT
     made=$(($(date +%s) - HOUR))
     dir=$PWD make_key ours
     coproc SERVER { serve; }
@@ -291,14 +420,15 @@ main() {
             status=1
         fi
     done
-    kill "$SERVER_PID"
-    gpgconf --kill all
     echo "setup exit $status"
 }
 
 run() {
     name=$1 dir=$PWD/$1 mirror=$PWD/$1/debian keyring=$PWD/ours.gpg
     mkdir "$dir"
+    # apt may know where the snapshots of the real mirrors are.
+    echo '#clear Acquire::Snapshots;' >"$dir/apt.conf"
+    export APT_CONFIG=$dir/apt.conf
     trap 'tail -n +1 "$dir"/{err,out} >&2 || true' EXIT
     "$1"
 }

@@ -10,6 +10,8 @@ RVMM_TARGET=$RVMM_CACHE/target/$(printf '%s' "$RVMM_REPO" | sha256sum | cut -c1-
 readonly RVMM_REPO RVMM_CACHE RVMM_TARGET
 readonly RVMM_TRIPLE=riscv64gc-unknown-linux-gnu
 
+CACHE_WORK=
+
 # shellcheck source=scripts/lib/ui.sh
 source "$RVMM_REPO/scripts/lib/ui.sh"
 # shellcheck source=scripts/lib/fetch.sh
@@ -23,24 +25,40 @@ source "$RVMM_REPO/scripts/lib/rig.sh"
 # shellcheck source=scripts/lib/debian.sh
 source "$RVMM_REPO/scripts/lib/debian.sh"
 
-# A new directory for what is not finished. It goes when this script ends; one that was killed leaves it to the next.
+# A new directory for what is not finished. It goes when this script ends. One that was killed leaves it to the next: the lock on
+# the script's own directory, which what it started has too, says whether anybody still works there.
 cache_temp() {
-    mkdir -p "$RVMM_CACHE/tmp"
-    mktemp -d "$RVMM_CACHE/tmp/$$.XXXXXX"
+    mktemp -d "$CACHE_WORK/XXXXXX"
 }
 
-# Remove the temporary directories of this script, and those of scripts that have ended without.
+# Before the first cache_temp. One script at a time does this.
+cache_begin() {
+    local gate
+    mkdir -p "$RVMM_CACHE/work"
+    exec {gate}<"$RVMM_CACHE/work"
+    flock "$gate"
+    cache_sweep
+    CACHE_WORK=$(mktemp -d "$RVMM_CACHE/work/XXXXXX")
+    exec {CACHE_LOCK}>"$CACHE_WORK/lock"
+    flock "$CACHE_LOCK"
+    exec {gate}<&-
+}
+
+# Remove the directories of scripts that were killed, once all that these had started has ended too.
 cache_sweep() {
-    local dir pid
-    for dir in "$RVMM_CACHE"/tmp/*; do
-        pid=${dir##*/}
-        pid=${pid%%.*}
-        [[ $pid != "$$" && -e /proc/$pid ]] || rm -rf --one-file-system "$dir" || true
+    local dir
+    for dir in "$RVMM_CACHE"/work/*/; do
+        [[ -d $dir ]] || continue
+        ! flock --nonblock "$dir/lock" true || rm -rf --one-file-system "$dir" || true
     done
 }
 
+cache_end() {
+    [[ -z $CACHE_WORK ]] || rm -rf --one-file-system "$CACHE_WORK" || true
+}
+
 cd "$RVMM_REPO"
-trap 'rig_cleanup; ui_cleanup; cache_sweep' EXIT
+trap 'rig_cleanup; ui_cleanup; cache_end' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM

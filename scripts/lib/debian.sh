@@ -15,7 +15,7 @@ debian_build() {
 }
 
 debian_key() {
-    { printf '%s\n' "$ENV_NAME" && cat resources/debian/* scripts/lib/debian.sh; } | sha256sum | cut -c1-12
+    { printf '%s\n' "$ENV_NAME" "$(env_made_from)" && cat resources/debian/* scripts/lib/debian.sh; } | sha256sum | cut -c1-12
 }
 
 debian_install() {

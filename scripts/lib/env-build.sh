@@ -6,22 +6,41 @@
 readonly ENV_NEEDS_MIB=6000
 readonly ENV_PACKAGES=(buildah mmdebstrap debian-archive-keyring ca-certificates)
 readonly ENV_OTHER_MIRROR="Use another mirror with RVMM_MIRROR=URL, set http_proxy and https_proxy if this machine needs them, or come back another day."
+readonly ENV_OTHER_IMAGE="That is the engine's own download: see to its proxy, its login or its limits, or come back another day."
 readonly ENV_OTHER_REGISTRY="Come back later, or name a mirror of crates.io as cargo's source replacement in $RVMM_CACHE/cargo/config.toml."
 
 # Everything that the engines share before a build.
 env_prepare() {
-    local name
-    cache_sweep
     env_check_room
-    [[ $ENV_ENGINE != buildah ]] || env_install_tools
+    env_take_proxies_of_apt
+    if [[ $ENV_ENGINE == buildah ]]; then
+        env_install_tools
+    else
+        env_pull_base
+    fi
     env_choose_suite
     ENV_CONTEXT=$(cache_temp)
     cp "$RVMM_REPO/Dockerfile" "$ENV_CONTEXT"
     [[ ! -r $ENV_HOST_CA ]] || cp "$ENV_HOST_CA" "$ENV_CONTEXT/host-ca.crt"
-    ENV_BUILD_ARGS=(--network host --build-arg "MIRROR=$ENV_MIRROR" --build-arg "SUITE=$ENV_SUITE")
-    for name in "${ENV_PROXIES[@]}"; do
-        [[ -z ${!name-} ]] || ENV_BUILD_ARGS+=(--build-arg "$name=${!name}")
+    env_proxies --build-arg
+    ENV_BUILD_ARGS=(--network host --build-arg "MIRROR=$ENV_MIRROR" --build-arg "SUITE=$ENV_SUITE" "${ENV_PROXY_ARGS[@]}")
+}
+
+# What reaches the mirror for this machine's apt reaches it for the environment's.
+env_take_proxies_of_apt() {
+    local proxy
+    command -v apt-config >/dev/null || return 0
+    for proxy in http https; do
+        eval "$(apt-config shell "${proxy}_proxy_of_apt" "Acquire::$proxy::Proxy")"
+        proxy=${proxy}_proxy
+        local of_apt=${proxy}_of_apt
+        [[ -n ${!proxy-} || -z ${!of_apt-} || ${!of_apt} == DIRECT ]] || export "$proxy=${!of_apt}"
     done
+}
+
+env_pull_base() {
+    "$ENV_ENGINE" image inspect "$(env_base)" >/dev/null 2>&1 ||
+        must_fetch "Get the base image" "$ENV_OTHER_IMAGE" "$ENV_ENGINE" pull "$(env_base)"
 }
 
 env_check_room() {
@@ -38,8 +57,9 @@ env_install_tools() {
 
 env_install() {
     export DEBIAN_FRONTEND=noninteractive
+    local wait=(-o DPkg::Lock::Timeout=300)
     apt-get update
-    apt-get install --assume-yes --no-install-recommends "${ENV_PACKAGES[@]}"
+    apt-get install "${wait[@]}" --assume-yes --no-install-recommends "${ENV_PACKAGES[@]}"
 }
 
 # Sets ENV_MIRROR and ENV_SUITE, and says in one line which they are and which were passed over.
@@ -48,24 +68,23 @@ env_choose_suite() {
     chosen=$(cache_temp)/suite
     must_fetch "Choose the Debian suite" "$ENV_OTHER_MIRROR" env_whole_suite "$chosen"
     read -r ENV_MIRROR ENV_SUITE version made <"$chosen"
-    passed_over=$(grep -E '^(trixie|stable|snapshot): ' "$UI_LOG" | sed 's/[.?]*$//' | paste --serial --delimiters=';') || true
-    say "Debian $version of $made: suite $ENV_SUITE of $ENV_MIRROR${passed_over:+ (passed over: $passed_over)}"
+    passed_over=$(sed -nE 's/[.?]*$//; s/^not whole: //p' "$UI_LOG" | paste --serial --delimiters=';')
+    ENV_FROM="Debian $version of $made: suite $ENV_SUITE of $ENV_MIRROR"
+    say "$ENV_FROM${passed_over:+ (passed over: $passed_over)}"
 }
 
 # With an engine, in the base image, which has apt where this machine may have none.
 env_whole_suite() {
-    local args=() name mirror=${RVMM_MIRROR-}
+    local args mirror=${RVMM_MIRROR-}
     [[ -n $mirror ]] || mirror=$(sh scripts/lib/whole-suite --mirror)
     if [[ $ENV_ENGINE == buildah ]]; then
         sh scripts/lib/whole-suite "$mirror" >"$1"
         return
     fi
-    for name in "${ENV_PROXIES[@]}"; do
-        [[ -z ${!name-} ]] || args+=(--env "$name=${!name}")
-    done
+    env_proxies --env
+    args=(--rm --interactive --network host --security-opt label=disable "${ENV_PROXY_ARGS[@]}")
     [[ ! -r $ENV_HOST_CA ]] || args+=(--volume "$ENV_HOST_CA:/etc/ssl/certs/ca-certificates.crt:ro")
-    "$ENV_ENGINE" run --rm --interactive --network host "${args[@]}" "$(env_base)" \
-        sh -s "$mirror" <scripts/lib/whole-suite >"$1"
+    "$ENV_ENGINE" run "${args[@]}" "$(env_base)" sh -s "$mirror" <scripts/lib/whole-suite >"$1"
 }
 
 # The name of the base image.
@@ -76,6 +95,7 @@ env_base() {
 env_build_docker() {
     env_prepare
     must_fetch "Build the cross-environment with $ENV_ENGINE" "$ENV_OTHER_MIRROR" env_engine_build
+    env_finish
 }
 
 env_build_podman() {
@@ -93,7 +113,12 @@ env_build_buildah() {
     env_prepare
     must_fetch "Make the Debian base with mmdebstrap" "$ENV_OTHER_MIRROR" env_make_base
     must_fetch "Build the cross-environment with buildah" "$ENV_OTHER_MIRROR" env_buildah_build
+    env_finish
     touch "$RVMM_CACHE/env/$ENV_NAME.done"
+}
+
+env_finish() {
+    printf '%s\n' "$ENV_FROM" >"$RVMM_CACHE/env/$ENV_NAME.from"
 }
 
 # What mmdebstrap mounts is mounted for it alone: when it is killed, nothing of it stays.
@@ -144,8 +169,7 @@ env_fetch_crates() {
 env_cargo_fetch() {
     local targets=(--target x86_64-unknown-linux-gnu --target "$RVMM_TRIPLE")
     env_run cargo fetch --locked "${targets[@]}" && return
-    ! grep -qE 'failed to unpack|checksum|corrupt' "$UI_LOG" || {
-        rm -rf "$RVMM_CACHE"/cargo/registry/{cache,src}
-        env_run cargo fetch --locked "${targets[@]}"
-    }
+    grep -qE 'failed to unpack|checksum|corrupt' "$UI_LOG" || return 1
+    rm -rf "$RVMM_CACHE"/cargo/registry/{cache,src,fetched-*}
+    env_run cargo fetch --locked "${targets[@]}"
 }

@@ -7,15 +7,19 @@
 # An engine (Docker, Podman) does it where one answers; without one, buildah does, which needs root and Debian. What is built is used
 # without asking the network anything. scripts/lib/env-build.sh has the building.
 
-readonly ENV_HOST_CA=/etc/ssl/certs/ca-certificates.crt
 readonly ENV_PROXIES=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
+# This machine's certificate authorities: Debian's place, Fedora's, SUSE's.
+for ENV_HOST_CA in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
+    [[ ! -r $ENV_HOST_CA ]] || break
+done
 
 ENV_ENGINE=
 ENV_NAME=
 
 env_up() {
     local start=$EPOCHREALTIME
-    mkdir -p "$RVMM_CACHE"/{env,cargo,home}
+    mkdir -p "$RVMM_CACHE"/{env,cargo/registry,home}
+    cache_begin
     env_choose_engine
     ENV_NAME=rvmm-env-$(env_key)
     env_is_built && env_has_crates && return
@@ -75,26 +79,31 @@ env_buildah() {
     buildah --root "$RVMM_CACHE/storage" --runroot "$RVMM_CACHE/storage-run" "$@"
 }
 
+# What the environment was made from, in one line; nothing where an engine has it from elsewhere.
+env_made_from() {
+    cat "$RVMM_CACHE/env/$ENV_NAME.from" 2>/dev/null || true
+}
+
 # Run a command in the environment. stdin, stdout and stderr are the caller's; the exit status is the command's.
 # It is without the engine's own filter of system calls: unit tests use io_uring.
 env_run() {
-    local args=() name
+    local args=() engine
     env_volumes
-    for name in "${ENV_PROXIES[@]}" TERM RUSTDOCFLAGS; do
-        [[ -z ${!name-} ]] || args+=(--env "$name=${!name}")
-    done
+    env_proxies --env
+    args=("${ENV_VOLUMES[@]}" "${ENV_PROXY_ARGS[@]}")
+    [[ -z ${TERM-} ]] || args+=(--env "TERM=$TERM")
+    [[ -z ${RUSTDOCFLAGS-} ]] || args+=(--env "RUSTDOCFLAGS=$RUSTDOCFLAGS")
     args+=(--env "HOME=$RVMM_CACHE/home" --env "CARGO_HOME=$RVMM_CACHE/cargo" --env "CARGO_TARGET_DIR=$RVMM_TARGET")
+    engine=(--rm --init --interactive --network host --security-opt seccomp=unconfined --security-opt label=disable)
     case $ENV_ENGINE in
         buildah)
-            env_buildah run --isolation chroot "${ENV_VOLUMES[@]}" "${args[@]}" --workingdir "$PWD" "$ENV_NAME" -- "$@"
+            env_buildah run --isolation chroot "${args[@]}" --workingdir "$PWD" "$ENV_NAME" -- "$@"
             ;;
         docker)
-            docker run --rm --init --interactive --network host --security-opt seccomp=unconfined --user "$(id -u):$(id -g)" \
-                "${ENV_VOLUMES[@]}" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
+            docker run "${engine[@]}" --user "$(id -u):$(id -g)" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
             ;;
         podman) # without root, its root is this user
-            podman run --rm --init --interactive --network host --security-opt seccomp=unconfined \
-                "${ENV_VOLUMES[@]}" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
+            podman run "${engine[@]}" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
             ;;
     esac
 }
@@ -103,4 +112,13 @@ env_volumes() {
     ENV_VOLUMES=(--volume "$RVMM_REPO:$RVMM_REPO" --volume "$RVMM_CACHE:$RVMM_CACHE")
     [[ ! -r $ENV_HOST_CA ]] || ENV_VOLUMES+=(--volume "$ENV_HOST_CA:/etc/ssl/certs/ca-certificates.crt:ro")
     [[ $ENV_ENGINE != buildah || ! -r /etc/resolv.conf ]] || ENV_VOLUMES+=(--volume "/etc/resolv.conf:/etc/resolv.conf:ro")
+}
+
+# Sets ENV_PROXY_ARGS: this machine's proxies behind a flag, --env or --build-arg.
+env_proxies() {
+    local name
+    ENV_PROXY_ARGS=()
+    for name in "${ENV_PROXIES[@]}"; do
+        [[ -z ${!name-} ]] || ENV_PROXY_ARGS+=("$1" "$name=${!name}")
+    done
 }

@@ -1,9 +1,17 @@
 # shellcheck shell=bash
-# Steps that download. What fails for the moment is tried again after a pause; what fails for good ends the script with one line that
-# names the file, the reason and the way out.
+# Steps that download. What fails for the moment is tried again after a pause; what fails for good ends the script with one
+# line: the file, the reason, the way out.
 
 # Seconds before each further try.
 FETCH_PAUSES=(5 20)
+
+# What logs say of a network, a server or a lock that may be back in a moment: curl's numbers in cargo's words, HTTP's.
+readonly FETCH_TRANSIENT=(
+    'could not resolve' 'temporary failure' 'no such host' 'network is unreachable'
+    '(could not|unable to) connect' 'connection (failed|reset|refused|timed out)' 'timed? ?out' 'tls handshake'
+    'undetermined error' 'unexpected eof' 'toomanyrequests' 'mirror sync in progress' 'hash sum mismatch'
+    '^ *\[(5|6|7|18|28|35|52|55|56|92)\] ' 'got (429|50[0234])' ' (429|50[0234])  ' 'could not get lock'
+)
 
 # A step that downloads, without which nothing can go on.
 #   must_fetch TITLE WAY_OUT COMMAND...
@@ -13,27 +21,41 @@ must_fetch() {
     for pause in "${FETCH_PAUSES[@]}" ''; do
         step "$title" "$@" && return
         [[ -n $pause ]] || break
-        fetch_is_transient "$UI_LOG" || break
-        say "$title: $(fetch_failure "$UI_LOG"); trying again in $pause s"
-        sleep "$pause"
+        fetch_is_transient || break
+        say "$title: $(fetch_failure); trying again in $pause s"
+        # In the background, so that a signal ends it at once.
+        sleep "$pause" &
+        wait $!
     done
-    fetch_failed "$title" "$way_out"
+    ui_show_log
+    [[ -n $(fetch_failure) ]] || die "$title: failed; all it said is in $UI_LOG"
+    die "$title: $(fetch_failure). $way_out (All it said is in $UI_LOG)"
 }
 
-# Whether the log of a failed step speaks of a network or a server that may be back in a moment.
+# Whether the log of the last step speaks of something that passes.
 fetch_is_transient() {
-    grep -qiE 'could not resolve|temporary failure|(could not|unable to) connect|connection (failed|reset|refused|timed out)|timed? ?out|undetermined error|network is unreachable|(^|[^0-9])(429|50[0234])  ' "$1"
+    local patterns
+    patterns=$(printf '|%s' "${FETCH_TRANSIENT[@]}")
+    grep -qiE "${patterns:1}" "$UI_LOG"
 }
 
-# The first file that the log says could not be downloaded, and why: apt's, whole-suite's and cargo's words for it.
+# The first file that the last step could not download, and why; nothing where its log names none.
 fetch_failure() {
     local failure
-    failure=$(sed -nE 's/ \[IP: [^]]*\]//; s/  +/: /; s/^[EW]: Failed to fetch //p; s/^[EW]: (The repository .* Release.*)/\1/p; /^(trixie|stable|snapshot): /p' "$1" | head -n 1)
-    [[ -n $failure ]] || failure=$(sed -nE 's/^.*[Ff]ailed to download (from )?`([^`]+)`.*/\2/p' "$1" | head -n 1)$(sed -nE 's/^ *(\[[0-9]+\] .*|.*checksum.*|.*status code.*)/: \1/p' "$1" | tail -n 1)
-    printf '%s' "${failure:-$(ui_last_line)}"
+    failure=$(fetch_failure_of_apt | head -n 1)
+    [[ -n $failure ]] || failure=$(fetch_failure_of_cargo)
+    printf '%s' "${failure%%[.?]}"
 }
 
-fetch_failed() {
-    ui_show_log
-    die "$1: $(fetch_failure "$UI_LOG"). $2 (All it said is in $UI_LOG)"
+# The words of apt and of whole-suite; Docker puts the number of the step and the time before each line.
+fetch_failure_of_apt() {
+    sed -E 's/^#[0-9]+ ([0-9.]+ )?//; s/ \[IP: [^]]*\]//; s/  +/: /' "$UI_LOG" |
+        sed -nE 's/^not whole: //p; s/^[EW]: Failed to fetch //p; s/^E: (The repository .*|Could not get lock.*)/\1/p'
+}
+
+fetch_failure_of_cargo() {
+    local file reason
+    file=$(sed -nE 's/^.*([Ff]ailed to download (from )?|HTTP response from )`([^`]+)`.*/\3/p' "$UI_LOG" | head -n 1)
+    reason=$(sed -nE 's/^ *(\[[0-9]+\] .*)/\1/p; s/.*(got [0-9]+)$/\1/p; s/^ *(.*checksum.*)/\1/p' "$UI_LOG" | tail -n 1)
+    printf '%s' "$file${reason:+: $reason}"
 }

@@ -41,7 +41,7 @@ rig_assemble() {
 }
 
 rig_l1_key() {
-    { printf '%s\n' "$ENV_NAME" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
+    { printf '%s\n' "$ENV_NAME" "$(env_made_from)" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
 }
 
 # The directory gets its name when all of it is there.
@@ -50,7 +50,7 @@ rig_make_l1() {
     new=$(cache_temp)
     mkdir -p "$RVMM_CACHE/l1"
     env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2/base.cpio" && cp /opt/rvmm/Image "$2"' - "$RVMM_REPO" "$new" &&
-        mv "$new" "$RIG_L1"
+        { mv --no-target-directory "$new" "$RIG_L1" 2>/dev/null || [[ -e $RIG_L1 ]]; }
 }
 
 # What every payload has: rvmm, the guests, and who the host is meant to be.

@@ -47,7 +47,7 @@ must() {
 
 # The end of the last step's log, set off from what the scripts say.
 ui_show_log() {
-    grep -v '^subprocess exited with status' "$UI_LOG" | tail -n 25 | sed 's/^/    | /' >&2
+    sed '/^subprocess exited with status/d' "$UI_LOG" | tail -n 25 | sed 's/^/    | /' >&2
 }
 
 ui_log_name() {
