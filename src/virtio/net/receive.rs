@@ -202,12 +202,13 @@ impl Buffers {
         };
         self.room.copy_from_at(NUM_BUFFERS, &buffers.to_le_bytes());
         let (mut left, mut gone) = (count, 0);
-        for (head, length) in self.chains.drain(..usize::from(buffers)) {
+        let chains = self.chains.drain(..usize::from(buffers));
+        queue.push_together(chains.map(|(head, length)| {
             let here = length.min(left);
             left -= here;
             gone += length;
-            queue.push(head, here)?;
-        }
+            (head, here)
+        }))?;
         self.room.advance(gone);
         Ok(())
     }
