@@ -114,6 +114,14 @@ pub(crate) fn echo() -> Box<Echo> {
 /// Hands its one queue to the test.
 pub(crate) struct Taker(mpsc::Sender<Vec<Virtq>>);
 
+impl Taker {
+    /// With where its queues come when it is activated.
+    pub(crate) fn new() -> (Box<Self>, mpsc::Receiver<Vec<Virtq>>) {
+        let (sender, taken) = mpsc::channel();
+        (Box::new(Self(sender)), taken)
+    }
+}
+
 impl VirtioDevice for Taker {
     fn kind(&self) -> u32 {
         42
@@ -138,8 +146,8 @@ impl VirtioDevice for Taker {
 
 /// A live queue in the test's own hands, and its driver that accepted `features`.
 pub(crate) fn taken(features: u64) -> (Driver, Virtq) {
-    let (sender, taken) = mpsc::channel();
-    let mut driver = Driver::of(Box::new(Taker(sender)));
+    let (device, taken) = Taker::new();
+    let mut driver = Driver::of(device);
     driver.negotiate(features);
     driver.set_up(0, rings(0));
     driver.core.set_status(READY);
