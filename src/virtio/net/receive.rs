@@ -1,13 +1,14 @@
 //! From the tap to the guest.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::Shared;
 use crate::memory::Pieces;
-use crate::util::tap::TapQueue;
+use crate::util::guest_warn;
+use crate::util::tap::{HEADER, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
 
 /// Where `num_buffers` is in the header.
@@ -111,7 +112,7 @@ impl<'a> Receiver<'a> {
         let will_do = enough || (late && some);
         if !will_do {
             // The guest is slow: its next buffers come with a notification. If none come, those that
-            // are there may do for the next packet, or it arrives cut, and the guest drops it.
+            // are there may do for the next packet, or it is lost.
             self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
             return Ok(());
         }
@@ -125,8 +126,9 @@ impl<'a> Receiver<'a> {
             if self.buffers.chains.is_empty() {
                 return Ok(Next::Receive);
             }
-            match self.buffers.place(self.room).read_from(self.tap.as_fd()) {
-                Ok(count) => {
+            match self.buffers.read(self.tap, self.room) {
+                Ok(None) => self.lose(),
+                Ok(Some(count)) => {
                     self.buffers.used(self.queue, count, self.room)?;
                     if count < FULL {
                         // Seldom is there more behind a small one: to wait tells as soon.
@@ -148,6 +150,15 @@ impl<'a> Receiver<'a> {
             }
         }
         Ok(Next::Receive)
+    }
+
+    /// A packet was larger than the driver's buffers.
+    fn lose(&self) {
+        guest_warn!(
+            self.shared.failures,
+            "{}: a packet is larger than the guest's buffers, and dropped",
+            self.shared.name
+        );
     }
 }
 
@@ -183,14 +194,17 @@ impl Buffers {
         }
     }
 
-    /// Where the next packet goes: all there is, or the first buffer.
-    fn place(&self, room: Room) -> Cow<'_, Pieces> {
-        if room.mergeable {
-            return Cow::Borrowed(&self.room);
-        }
-        let mut first = self.room.clone();
-        first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
-        Cow::Owned(first)
+    /// Reads the next packet into all there is, or into the first buffer; None where it does not fit.
+    fn read(&mut self, tap: &TapQueue, room: Room) -> io::Result<Option<usize>> {
+        let count = if room.mergeable {
+            self.room.read_message(tap.as_fd())?
+        } else {
+            let mut first = self.room.clone();
+            first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
+            first.read_message(tap.as_fd())?
+        };
+        // A tap gives no packet without its header.
+        Ok(count.filter(|count| *count >= HEADER))
     }
 
     /// A packet of `count` bytes, its header among them, lies in the first buffers.

@@ -24,8 +24,12 @@ fn tap() -> (Arc<TapQueue>, UnixDatagram) {
 
 fn net(pairs: usize) -> (Box<Net>, Vec<UnixDatagram>) {
     let (taps, peers) = (0..pairs).map(|_| tap()).unzip();
+    (net_on(taps, None), peers)
+}
+
+fn net_on(taps: Vec<Arc<TapQueue>>, mtu: Option<u16>) -> Box<Net> {
     let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
-    (Box::new(Net::new("net0", "tap0", taps, mac, false)), peers)
+    Box::new(Net::new("net0", "tap0", taps, mac, mtu, false))
 }
 
 /// Everything accepted but segments, so that a packet is small.
@@ -134,6 +138,75 @@ fn without_merging_a_packet_has_one_buffer() {
     assert_eq!(bytes(&driver, BUFFERS + 10, 2), [1, 0]);
 }
 
+/// What filled a buffer to its last byte came whole, and what would not fit did not come at all.
+#[test]
+fn a_packet_that_does_not_fit_is_dropped() {
+    for features in [NO_SEGMENTS, NOT_MERGEABLE] {
+        let (device, peers) = net(1);
+        let mut driver = driver(device, features);
+        for len in [101, 100, 1000, 90] {
+            peers[0].send(&packet(len)).unwrap();
+        }
+        offer(&mut driver, 0, 112);
+        driver.wait_until("the one that fits", |d| d.used(RECEIVE) == 1);
+        assert_eq!(driver.used_element(RECEIVE, 0), (0, 112));
+        offer(&mut driver, 1, 112);
+        driver.wait_until("the next that fits", |d| d.used(RECEIVE) == 2);
+        assert_eq!(driver.used_element(RECEIVE, 1), (1, 102));
+    }
+}
+
+#[test]
+fn packets_are_as_large_as_the_tap_lets_them_be() {
+    let (tap, peer) = tap();
+    let mut driver = driver(net_on(vec![tap], Some(9000)), NO_SEGMENTS);
+    for index in 0..SIZE {
+        offer(&mut driver, index, 1600);
+    }
+    peer.send(&packet(9014)).unwrap();
+    driver.wait_until("a packet", |d| d.used(RECEIVE) > 0);
+    let lengths: Vec<_> = (0..6).map(|n| driver.used_element(RECEIVE, n).1).collect();
+    assert_eq!(lengths, [1600, 1600, 1600, 1600, 1600, 1026]);
+}
+
+#[test]
+fn the_taps_mtu_is_the_guests() {
+    for (mtu, offered) in [
+        (None, false),
+        (Some(1279), false),
+        (Some(1280), true),
+        (Some(9000), true),
+    ] {
+        let (tap, _peer) = tap();
+        let driver = Driver::of(net_on(vec![tap], mtu));
+        let features = u64::from(driver.core.device_features());
+        assert_eq!(features & (1 << VIRTIO_NET_F_MTU) != 0, offered, "{mtu:?}");
+        let mut space = [0; 2];
+        driver.core.read_config(10, &mut space);
+        let mtu = mtu.filter(|_| offered).unwrap_or(0);
+        assert_eq!(u16::from_le_bytes(space), mtu);
+    }
+}
+
+/// They may have what this driver has not agreed to.
+#[test]
+fn packets_from_before_the_driver_are_not_its_own() {
+    let (device, peers) = net(1);
+    peers[0].send(&packet(50)).unwrap();
+    let mut driver = driver(device, NO_SEGMENTS);
+    for round in 0..2 {
+        peers[0].send(&packet(60)).unwrap();
+        offer(&mut driver, 0, 1600);
+        driver.wait_until("a packet", |d| d.used(RECEIVE) == 1);
+        assert_eq!(driver.used_element(RECEIVE, 0), (0, 72), "round {round}");
+        driver.core.set_status(0);
+        peers[0].send(&packet(50)).unwrap();
+        driver.negotiate(NO_SEGMENTS);
+        driver.set_up(RECEIVE, rings(RECEIVE));
+        driver.core.set_status(READY);
+    }
+}
+
 #[test]
 fn hostile_receive_buffers() {
     // Nothing to write to; and so many that they would never fit.
@@ -202,7 +275,7 @@ fn the_buffers_of_a_packet_are_shown_together() {
     let (mut driver, mut queue) = taken(u64::MAX);
     let room = Room {
         mergeable: true,
-        packet: PACKET_ETHERNET,
+        packet: 1530,
     };
     for index in 0..SIZE {
         offer(&mut driver, index, 200);
@@ -224,7 +297,7 @@ fn hostile_more_buffers_than_entries() {
     let (mut driver, mut queue) = taken(u64::MAX);
     let room = Room {
         mergeable: true,
-        packet: PACKET_ETHERNET,
+        packet: 1530,
     };
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
@@ -236,9 +309,10 @@ fn hostile_more_buffers_than_entries() {
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
     }
+    peers[0].send(&packet(53)).unwrap();
     peers[0].send(&packet(10)).unwrap();
     receiver.serve(true, true).unwrap();
-    assert_eq!(driver.used(RECEIVE), 6, "22 bytes");
+    assert_eq!(driver.used(RECEIVE), 6, "22 bytes; 65 do not fit");
 }
 
 /// A command of the control queue, and its answer.
