@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Fault, Interrupt};
 use super::used::UsedRing;
+use super::worker::Stop;
 use crate::memory::{FlatRam, GuestMemory, Pieces};
 
 /// A driver left no way to go on with a queue: the device needs a reset.
@@ -259,19 +260,21 @@ impl Virtq {
     }
 
     /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
-    /// driver once. After as many as the queue has entries it returns, with another kick to come: its
-    /// caller may have been asked to stop.
+    /// driver once. Ends early when `stop` is asked, and after as many requests as the queue has entries,
+    /// with another kick to come: its caller may have other work.
     ///
     /// # Errors
     /// The driver broke the queue.
     pub fn drain(
         &mut self,
+        stop: &Stop,
         mut serve: impl FnMut(Chain) -> Result<usize, Broken>,
     ) -> Result<(), Broken> {
         let mut left = self.size();
         loop {
             self.mute_kicks()?;
-            while let Some(chain) = self.pop()? {
+            while !stop.is_asked() {
+                let Some(chain) = self.pop()? else { break };
                 let head = chain.head;
                 let written = serve(chain)?;
                 self.push(head, written)?;
@@ -283,7 +286,7 @@ impl Virtq {
                 }
             }
             self.tell()?;
-            if !self.ask_for_kick()? {
+            if stop.is_asked() || !self.ask_for_kick()? {
                 return Ok(());
             }
         }

@@ -85,7 +85,7 @@ impl VirtioDevice for Echo {
         for queue in activation.queues {
             let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
                 while !stop.is_asked() {
-                    queues[0].drain(|chain| {
+                    queues[0].drain(stop, |chain| {
                         let bytes = vec![0xee; chain.writable.len()];
                         Ok(chain.writable.copy_from(&bytes))
                     })?;

@@ -54,7 +54,7 @@ impl Shared {
             }
         }
         if let Some(queue) = &mut transmit {
-            self.transmit(tap, queue)?;
+            self.transmit(tap, queue, stop)?;
         }
         let mut hears_tap = false;
         while !stop.is_asked() {
@@ -65,10 +65,10 @@ impl Shared {
             }
             let ready = events.wait(receiver.as_ref().and_then(Receiver::patience));
             if let Some(queue) = transmit.as_mut().filter(|_| ready.has(TRANSMIT)) {
-                self.transmit(tap, queue)?;
+                self.transmit(tap, queue, stop)?;
             }
             if let Some(receiver) = &mut receiver {
-                receiver.serve(ready.has(RECEIVE), ready.has(TAP))?;
+                receiver.serve(ready.has(RECEIVE), ready.has(TAP), stop)?;
             }
         }
         Ok(())

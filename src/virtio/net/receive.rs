@@ -10,6 +10,7 @@ use crate::memory::Pieces;
 use crate::util::guest_warn;
 use crate::util::tap::{HEADER, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
+use crate::virtio::worker::Stop;
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
@@ -94,7 +95,12 @@ impl<'a> Receiver<'a> {
     }
 
     /// Receives what there is: the driver notified of buffers, or the tap has packets.
-    pub(super) fn serve(&mut self, kicked: bool, has_packets: bool) -> Result<(), Broken> {
+    pub(super) fn serve(
+        &mut self,
+        kicked: bool,
+        has_packets: bool,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
         let late = match self.next {
             Next::Buffers(until) => until.is_some_and(|until| until <= Instant::now()),
             _ => false,
@@ -116,14 +122,14 @@ impl<'a> Receiver<'a> {
             self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
             return Ok(());
         }
-        self.next = self.receive_some()?;
+        self.next = self.receive_some(stop)?;
         self.queue.tell()
     }
 
     /// Receives some packets.
-    fn receive_some(&mut self) -> Result<Next, Broken> {
+    fn receive_some(&mut self, stop: &Stop) -> Result<Next, Broken> {
         for _ in 0..BATCH {
-            if self.buffers.chains.is_empty() {
+            if self.buffers.chains.is_empty() || stop.is_asked() {
                 return Ok(Next::Receive);
             }
             match self.buffers.read(self.tap, self.room) {

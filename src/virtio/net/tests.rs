@@ -222,6 +222,20 @@ fn hostile_receive_buffers() {
     }
 }
 
+/// A tap that takes no more loses packets, as a wire does, and nobody waits for it.
+#[test]
+fn a_full_tap_holds_nobody_up() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, u64::MAX);
+    // A pair of sockets holds far fewer.
+    for _ in 0..2_000 {
+        driver.request(TRANSMIT, &[(BUFFERS, 1000, 0)]);
+    }
+    peers[0].set_nonblocking(true).unwrap();
+    let kept = (0..).take_while(|_| peers[0].recv(&mut [0; 2000]).is_ok());
+    assert!((1..1_999).contains(&kept.count()));
+}
+
 /// A driver may leave out one queue of a pair.
 #[test]
 fn half_a_pair_works() {
@@ -284,7 +298,7 @@ fn the_buffers_of_a_packet_are_shown_together() {
     let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
     for len in [1000, 100] {
         peers[0].send(&packet(len)).unwrap();
-        receiver.serve(true, true).unwrap();
+        receiver.serve(true, true, &Stop::default()).unwrap();
     }
     assert_eq!(queue.shown(), [6, 7], "an index for each packet");
 }
@@ -304,15 +318,52 @@ fn hostile_more_buffers_than_entries() {
     }
     let tap = &shared.pairs[0];
     let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
-    receiver.serve(true, true).unwrap();
+    receiver.serve(true, true, &Stop::default()).unwrap();
     assert!(receiver.wants_tap() && receiver.patience().is_none());
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
     }
     peers[0].send(&packet(53)).unwrap();
     peers[0].send(&packet(10)).unwrap();
-    receiver.serve(true, true).unwrap();
+    receiver.serve(true, true, &Stop::default()).unwrap();
     assert_eq!(driver.used(RECEIVE), 6, "22 bytes; 65 do not fit");
+}
+
+/// Whatever the driver has offered, a reset waits for one packet at most.
+#[test]
+fn hostile_a_full_queue_does_not_delay_the_stop() {
+    let (device, peers) = net(1);
+    let shared = Arc::clone(&device.shared);
+    peers[0].set_nonblocking(true).unwrap();
+    let (stop, tap) = (Stop::default(), &shared.pairs[0]);
+    stop.ask();
+    let (mut driver, mut queue) = taken(u64::MAX);
+    for index in 0..SIZE {
+        offer(&mut driver, index, 2000);
+    }
+    peers[0].send(&packet(100)).unwrap();
+    let room = Room {
+        mergeable: true,
+        packet: 1530,
+    };
+    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    receiver.serve(true, true, &stop).unwrap();
+    assert_eq!(driver.used(0), 0, "received");
+    let (mut driver, mut queue) = taken(u64::MAX);
+    for index in 0..SIZE {
+        let (addr, len, flags, next) = (BUFFERS, 100, 0, 0);
+        let buffer = Desc {
+            addr,
+            len,
+            flags,
+            next,
+        };
+        driver.describe(0, index, buffer);
+        driver.offer(0, index);
+    }
+    shared.transmit(tap, &mut queue, &stop).unwrap();
+    assert_eq!(driver.used(0), 0, "sent");
+    assert!(peers[0].recv(&mut [0; 200]).is_err());
 }
 
 /// A command of the control queue, and its answer.
