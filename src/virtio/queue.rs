@@ -15,7 +15,7 @@ use super::used::UsedRing;
 use super::worker::Stop;
 use crate::memory::{FlatRam, GuestMemory, Pieces};
 
-/// A driver left no way to go on with a queue: the device needs a reset.
+/// There is no way to go on with a queue, mostly by its driver's fault: the device needs a reset.
 #[derive(Debug, Error)]
 #[error("queue {queue}: {how}")]
 pub struct Broken {
@@ -42,6 +42,9 @@ enum How {
     /// A device-readable buffer behind a device-writable one.
     #[error("descriptor chain {0} is out of order")]
     Order(u16),
+    /// The host refused what the device cannot do without.
+    #[error("{0}")]
+    Host(String),
 }
 
 /// Descriptors of one chain, as QEMU has it too: more than drivers use, and what one call of the host's
@@ -306,6 +309,11 @@ impl Virtq {
     /// The chain that starts at `head` is nothing that the device knows.
     pub fn no_request(&self, head: u16) -> Broken {
         broken(self.index)(How::NoRequest(head))
+    }
+
+    /// The host refused what the device cannot do without.
+    pub fn refused(&self, why: impl fmt::Display) -> Broken {
+        broken(self.index)(How::Host(why.to_string()))
     }
 
     /// Each index of the used ring that the driver could see.

@@ -9,14 +9,13 @@ mod pair;
 mod receive;
 mod transmit;
 pub mod vhost;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
-use vmm_sys_util::eventfd::EventFd;
 
 use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
@@ -24,7 +23,6 @@ use super::queue::{Broken, Virtq};
 use super::worker::{Stop, Worker};
 use crate::config::Mac;
 use crate::memory::GuestMemory;
-use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::sync::lock;
 use crate::util::tap::{self, Offloads, TapQueue};
 use crate::util::thread::Kind;
@@ -257,7 +255,7 @@ impl Net {
             ram,
             features,
             queues,
-            ..
+            fault,
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {
@@ -274,8 +272,10 @@ impl Net {
                 None => self.start_pair(vec![queue], room)?,
             }
         }
-        if !self.served.vhost.is_empty() {
-            self.served.watch = Some(watch(&self.shared)?);
+        let errors = self.served.vhost.iter_mut().flat_map(vhost::Pair::errors);
+        let errors: Vec<_> = errors.collect();
+        if !errors.is_empty() {
+            self.served.watch = Some(watch::watch(&self.shared, fault, errors)?);
         }
         Ok(())
     }
@@ -328,22 +328,6 @@ impl Net {
         self.served.workers.push(worker);
         Ok(())
     }
-}
-
-/// Looks now and then whether the tap is there still, where the kernel alone uses it.
-fn watch(shared: &Arc<Shared>) -> io::Result<Worker<()>> {
-    const EVERY: Duration = Duration::from_secs(1);
-    let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
-    let (shared, asked) = (Arc::clone(shared), Arc::clone(&wake));
-    let name = format!("{}.tap", shared.name);
-    Worker::start(Kind::Net, &name, wake, move |stop| {
-        while !stop.is_asked() && !shared.link.is_gone() {
-            if shared.pairs.iter().any(|tap| tap.is_gone()) {
-                shared.lose_link(&io::Error::from_raw_os_error(libc::EBADFD));
-            }
-            wait_readable_for(borrow(&asked), EVERY);
-        }
-    })
 }
 
 #[cfg(test)]

@@ -94,6 +94,13 @@ impl<'a> Receiver<'a> {
         !matches!(self.next, Next::Buffers(_)) && !self.shared.link.is_gone()
     }
 
+    /// The host does not tell of packets in the tap: why the queue cannot go on.
+    pub(super) fn is_deaf(&self, error: &io::Error) -> Broken {
+        let tap = &self.shared.tap;
+        self.queue
+            .refused(format_args!("Failed to wait for tap {tap}: {error}"))
+    }
+
     /// Receives what there is: the driver notified of buffers, or the tap has packets.
     pub(super) fn serve(
         &mut self,

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::virtio::core::Half;
@@ -364,6 +365,35 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
     shared.transmit(tap, &mut queue, &stop).unwrap();
     assert_eq!(driver.used(0), 0, "sent");
     assert!(peers[0].recv(&mut [0; 200]).is_err());
+}
+
+/// A tap that nobody can wait for, as the host may be out of resources for that.
+#[test]
+fn a_tap_that_cannot_be_heard_is_told() {
+    let deaf = TapQueue::of(File::open("/dev/zero").unwrap());
+    let driver = driver(net_on(vec![Arc::new(deaf)], None), NO_SEGMENTS);
+    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+}
+
+/// vhost signals an error of the second of two queues.
+#[test]
+fn a_queue_that_vhost_gives_up_is_told_once() {
+    let (device, _peers) = net(1);
+    let (status, counter) = (Arc::default(), Arc::new(Counter::default()));
+    let fault = Fault::new("net0", &status, Arc::clone(&counter) as _);
+    status.status.store(READY, Ordering::Release);
+    let errors = [4, 5].map(|queue| (queue, EventFd::new(0).unwrap()));
+    let second = errors[1].1.try_clone().unwrap();
+    let watch = watch::watch(&device.shared, fault, errors.into()).unwrap();
+    second.write(1).unwrap();
+    let told = || counter.configs.load(Ordering::Acquire);
+    while told() == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(status.status.load(Ordering::Acquire), READY | BROKEN);
+    second.write(1).unwrap();
+    drop(watch);
+    assert_eq!(told(), 1);
 }
 
 /// A command of the control queue, and its answer.
