@@ -89,8 +89,8 @@ pub struct VmConfig {
     )]
     pub disk: Vec<DiskConfig>,
 
-    /// A network interface on a tap of the host: tap=NAME; mac=52:54:00:12:34:56, vhost (the host's
-    /// kernel moves the packets); give more --net for more
+    /// A network interface on a tap of the host, with its MTU: tap=NAME; mac=52:54:00:12:34:56, vhost
+    /// (the host's kernel moves the packets); give more --net for more
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",

@@ -226,20 +226,32 @@ impl Pieces {
         transferred(done)
     }
 
-    /// `readv`, for what has no offset. May read fewer.
+    /// `readv` of one message, as a tap gives them. None: it is longer than the pieces, or than the first
+    /// 1023 of them, and its end is lost.
     ///
     /// # Errors
     /// The host's.
-    pub fn read_from(&self, fd: BorrowedFd) -> io::Result<usize> {
-        // SAFETY: as in `read_at`.
-        let done = unsafe {
-            libc::readv(
-                fd.as_raw_fd(),
-                self.iovecs.as_ptr(),
-                call_count(&self.iovecs),
-            )
+    pub fn read_message(&mut self, fd: BorrowedFd) -> io::Result<Option<usize>> {
+        let most = PIECES_MAX as usize - 1;
+        let (count, room) = if self.iovecs.len() <= most {
+            (self.iovecs.len(), self.len)
+        } else {
+            let pieces = self.iovecs[..most].iter();
+            (most, pieces.map(|piece| piece.iov_len).sum())
         };
-        transferred(done)
+        // Behind them a byte of rvmm's own tells a message that ends with them from one that goes on.
+        let mut beyond = 0u8;
+        let behind = libc::iovec {
+            iov_base: (&raw mut beyond).cast(),
+            iov_len: 1,
+        };
+        self.iovecs.insert(count, behind);
+        let pieces = &self.iovecs[..=count];
+        // SAFETY: as in `read_at`; the last piece is a byte that lives through the call.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), call_count(pieces)) };
+        let done = transferred(done);
+        self.iovecs.remove(count);
+        Ok(Some(done?).filter(|done| *done <= room))
     }
 
     /// `writev`. May write fewer.
@@ -280,6 +292,7 @@ mod tests {
     use crate::memory;
     use crate::util::ByteSize;
     use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
 
     const BASE: u64 = 0x8000_0000;
 
@@ -353,6 +366,32 @@ mod tests {
 
     fn tempfile() -> rustix::fd::OwnedFd {
         rustix::fs::memfd_create("pieces", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_message_is_whole_or_none() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let mut few = pieces(&[(BASE, 3), (BASE + 10, 4)]);
+        let mut many = pieces(&[]);
+        for index in 0..1024 {
+            let gpa = GuestAddress(BASE + 0x1000 + 2 * index);
+            many.push(gpa, 1).unwrap();
+        }
+        for (pieces, room) in [(&mut few, 7), (&mut many, 1023)] {
+            let length = pieces.len();
+            for sent in [room, room - 1, room + 1, 2 * room, 1] {
+                theirs.send(&vec![9; sent]).unwrap();
+                let count = pieces.read_message(ours.as_fd()).unwrap();
+                assert_eq!(count, Some(sent).filter(|sent| *sent <= room));
+                assert_eq!(pieces.len(), length);
+            }
+            let mut bytes = vec![0; length];
+            pieces.copy_to(&mut bytes);
+            assert_eq!(bytes[..room], vec![9; room]);
+        }
+        ours.set_nonblocking(true).unwrap();
+        assert!(few.read_message(ours.as_fd()).is_err());
+        assert_eq!(few.iovecs().len(), 2);
     }
 
     #[test]

@@ -138,6 +138,12 @@ pub(super) const fn status_bit(bit: u32) -> u8 {
 pub(super) const DRIVER_OK: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER_OK);
 pub(super) const NEEDS_RESET: u8 = status_bit(VIRTIO_CONFIG_S_NEEDS_RESET);
 
+/// A flag of a ring or a descriptor, which has 16 bits.
+pub(super) const fn word(bit: u32) -> u16 {
+    let [low, high, ..] = bit.to_le_bytes();
+    u16::from_le_bytes([low, high])
+}
+
 /// A set of feature bits.
 pub const fn features(bits: &[u32]) -> u64 {
     let (mut set, mut index) = (0, 0);

@@ -69,7 +69,8 @@ impl PciTransport {
         let name = device.name().to_owned();
         let interrupts = bridge.interrupts(vectors)?;
         let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&interrupts), queues));
-        let core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        let mut core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        core.set_bus_master(false);
         let doorbells = Doorbells::new(vm, &core);
         let transport = Arc::new(Self {
             core: Mutex::new(core),
@@ -192,6 +193,15 @@ impl BarDevice for PciTransport {
 
     fn moved(&self, base: Option<u64>) {
         lock(&self.doorbells).follow(base);
+    }
+
+    fn set_bus_master(&self, allowed: bool) {
+        let mut core = lock(&self.core);
+        core.set_bus_master(allowed);
+        if !allowed {
+            // Other devices on the wire would find it high until this one is reset.
+            self.interrupt.take();
+        }
     }
 }
 

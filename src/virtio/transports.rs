@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::device::VirtioDevice;
 use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
 use super::testing::*;
@@ -25,6 +26,9 @@ const ECAM: u64 = 0x3000_0000;
 const BAR: u64 = 0x4001_0000;
 /// The first device's configuration space.
 const CONFIG: u64 = ECAM + (1 << 15);
+/// Of its command register.
+const MEMORY: u16 = 1 << 1;
+const BUS_MASTER: u16 = 1 << 2;
 
 /// A register: its offset and width.
 type Register = (u64, usize);
@@ -128,6 +132,10 @@ impl Guest {
 
     /// With so many messages, and its BAR placed.
     fn pci(vectors: u16) -> Self {
+        Self::pci_of(echo(), vectors)
+    }
+
+    fn pci_of(device: Box<dyn VirtioDevice>, vectors: u16) -> Self {
         let mut guest = Self::new(BAR, &PCI_MAP);
         let wires = [32, 33, 34, 35].map(|n| IrqLine::new(Arc::clone(&guest.wire) as _, n));
         let messages = Messages {
@@ -138,7 +146,7 @@ impl Guest {
         let window = 0x4000_0000..0x5000_0000;
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        PciTransport::attach(echo(), &guest.ram, &vm, &mut bridge, vectors).unwrap();
+        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors).unwrap();
         for (range, device) in Arc::new(bridge).on_bus() {
             guest.bus.insert(range, device).unwrap();
         }
@@ -154,8 +162,11 @@ impl Guest {
     fn place(&self, base: u64) {
         let base = u32::try_from(base).unwrap();
         self.bus.write(CONFIG + 0x10, &base.to_le_bytes());
-        // Memory space.
-        self.bus.write(CONFIG + 4, &[2, 0]);
+        self.set_command(MEMORY | BUS_MASTER);
+    }
+
+    fn set_command(&self, command: u16) {
+        self.bus.write(CONFIG + 4, &command.to_le_bytes());
     }
 
     fn get(&self, (offset, width): Register) -> u64 {
@@ -399,7 +410,7 @@ fn notifications_over_pci_follow_the_bar() {
     assert_eq!(*lock(&guest.vm.doorbells), doorbells(BAR));
     guest.place(BAR + 0x8000);
     assert_eq!(*lock(&guest.vm.doorbells), doorbells(BAR + 0x8000));
-    guest.bus.write(CONFIG + 4, &[0, 0]);
+    guest.set_command(0);
     assert_eq!(*lock(&guest.vm.doorbells), []);
 }
 
@@ -432,4 +443,83 @@ fn each_queue_sends_its_message() {
     guest.set_status(0);
     guest.set(guest.map.queue_select, 1);
     assert_eq!(guest.get(vector), 0xffff, "a reset takes it back");
+}
+
+/// The next kernel after a kexec finds devices that no longer write to its memory.
+#[test]
+fn a_device_that_loses_the_bus_stops() {
+    for vectors in [0, 3] {
+        let guest = Guest::pci(vectors);
+        if vectors > 0 {
+            guest.use_messages(false);
+            (0..3).for_each(|vector| guest.set_message(vector));
+        }
+        guest.works();
+        if vectors == 0 {
+            guest.wait_until("the wire", Guest::is_high);
+        }
+        guest.set_command(MEMORY);
+        assert_eq!(guest.status(), u64::from(READY | BROKEN));
+        assert!(!guest.is_high());
+        assert!(
+            lock(&guest.vm.irqfds).is_empty(),
+            "a message is a write too"
+        );
+        guest.set(guest.map.notify[0], 0);
+        guest.set_command(MEMORY | BUS_MASTER);
+        assert_eq!(guest.status(), u64::from(READY | BROKEN));
+        assert_eq!(lock(&guest.vm.irqfds).len(), usize::from(vectors));
+        guest.set_status(0);
+        guest.works();
+    }
+}
+
+#[test]
+fn a_driver_that_is_ready_waits_for_the_bus() {
+    let (device, taken) = Taker::new();
+    let guest = Guest::pci_of(device, 0);
+    guest.set_command(MEMORY);
+    guest.set_status(3);
+    guest.set(guest.map.driver_select, 1);
+    guest.set(guest.map.driver_features, 1);
+    guest.set_status(NEGOTIATED);
+    guest.set_up(0);
+    guest.set_status(READY);
+    assert_eq!(guest.status(), u64::from(READY));
+    assert!(taken.try_recv().is_err(), "started without the bus");
+    guest.set_command(MEMORY | BUS_MASTER);
+    assert_eq!(taken.try_recv().unwrap().len(), 1);
+    // Once.
+    guest.set_command(MEMORY | BUS_MASTER);
+    assert!(taken.try_recv().is_err());
+}
+
+/// A device that was not running loses nothing with the bus.
+#[test]
+fn a_device_at_rest_does_not_notice_the_bus() {
+    let guest = Guest::pci(0);
+    for status in [0, 1, 3] {
+        guest.set_status(status);
+        guest.set_command(MEMORY);
+        assert_eq!(guest.status(), u64::from(status));
+        guest.set_command(MEMORY | BUS_MASTER);
+    }
+    guest.set_status(0);
+    guest.works();
+}
+
+#[test]
+fn hostile_the_bus_is_taken_at_any_moment() {
+    let guest = Guest::pci(0);
+    for round in 0..200 {
+        guest.make_ready();
+        guest.offer(round % 2);
+        guest.set_command(MEMORY);
+        let used = [0, 1].map(|queue| guest.used(queue));
+        guest.set(guest.map.notify[0], 0);
+        guest.set_command(MEMORY | BUS_MASTER);
+        assert_eq!([0, 1].map(|queue| guest.used(queue)), used);
+        guest.set_status(0);
+    }
+    guest.works();
 }
