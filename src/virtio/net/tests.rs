@@ -223,6 +223,20 @@ fn hostile_receive_buffers() {
     }
 }
 
+/// What is no packet leaves no trace: its buffer goes to the next one.
+#[test]
+fn a_message_without_a_header_is_no_packet() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, NO_SEGMENTS);
+    for index in 0..4 {
+        offer(&mut driver, index, 1600);
+    }
+    peers[0].send(&[1; HEADER - 1]).unwrap();
+    peers[0].send(&packet(10)).unwrap();
+    driver.wait_until("a packet", |d| d.used(RECEIVE) > 0);
+    assert_eq!(driver.used_element(RECEIVE, 0), (0, 22));
+}
+
 /// A tap that takes no more loses packets, as a wire does, and nobody waits for it.
 #[test]
 fn a_full_tap_holds_nobody_up() {
@@ -425,6 +439,9 @@ fn pairs_are_chosen_by_command() {
     ] {
         assert_eq!(command(&mut two, 4, wrong), 1, "{wrong:?}");
     }
+    // The answer is one byte, or none where there is no room for it.
+    assert_eq!(two.request(4, &[(BUFFERS, 4, 0), (BUFFERS, 9, WRITE)]), 1);
+    assert_eq!(two.request(4, &[(BUFFERS, 4, 0)]), 0);
     // A driver of one pair has it right behind.
     let (device, _peers) = net(2);
     let mut one = driver(device, !(1 << VIRTIO_NET_F_MQ));
