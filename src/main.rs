@@ -177,7 +177,9 @@ fn start_logging(cli: &Cli) -> Result<()> {
     let on_terminal = cli.log_file.is_none() && io::stderr().is_terminal();
     let line_end = if on_terminal { "\r\n" } else { "\n" };
     let mut logger = env_logger::Builder::new();
-    logger.filter_level(level).format(move |buffer, record| {
+    // Of other crates nothing: what they find wrong with the guest's data they tell without a limit.
+    logger.filter_module("rvmm", level);
+    logger.format(move |buffer, record| {
         let level = record.level().as_str().to_ascii_lowercase();
         write!(buffer, "rvmm: {level}: {}{line_end}", record.args())
     });

@@ -27,7 +27,7 @@ use log::{debug, info};
 use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
 use crate::hypervisor;
-use crate::util::text;
+use crate::util::{RateLimit, guest_info, text};
 use crate::vcpu::Stop;
 use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::VcpuHandle;
@@ -137,7 +137,7 @@ impl Machine {
             stats.guest_starts();
         }
         let vcpus = self.start_vcpus(tell, stats.is_some())?;
-        info!("the guest runs");
+        guest_info!(RateLimit::named("lives"), "the guest runs");
         let outcome = first_event(events, deadline);
         if let Some(stats) = &mut stats {
             stats.guest_ended();
@@ -149,7 +149,10 @@ impl Machine {
             stats.add(exits);
         }
         let outcome = asked_meanwhile(events).unwrap_or(outcome)?;
-        info!("{outcome}");
+        match outcome {
+            Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
+            _ => info!("{outcome}"),
+        }
         Ok(outcome)
     }
 

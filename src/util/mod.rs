@@ -11,4 +11,4 @@ pub mod thread;
 
 pub use bytesize::ByteSize;
 pub use ratelimit::RateLimit;
-pub(crate) use ratelimit::guest_warn;
+pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};

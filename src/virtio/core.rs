@@ -16,7 +16,6 @@ use std::mem::size_of;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::info;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -33,7 +32,7 @@ use super::device::{
 };
 use super::queue::Virtq;
 use crate::memory::GuestMemory;
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_info};
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -146,7 +145,7 @@ impl Core {
             queue_select: 0,
             queues: queues.collect::<io::Result<_>>()?,
             live: false,
-            starts: RateLimit::default(),
+            starts: RateLimit::named(format!("{} starts", device.name())),
             device,
         })
     }
@@ -310,9 +309,8 @@ impl Core {
             Err(why) => return self.fault.needs_reset(why),
         };
         let name = self.device.name();
-        if self.starts.admit().is_some() {
-            info!("{name}: its driver is ready, {} queues", queues.len());
-        }
+        let count = queues.len();
+        guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
         let started = self.device.activate(Activation {
             ram: Arc::clone(&self.ram),
             features: self.accepted,
