@@ -14,11 +14,12 @@ use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats};
+use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
 use rvmm::util::stderr::{Stderr, tell};
 
 fn main() -> ExitCode {
     let began = Instant::now();
+    signals::prepare();
     match cli::parse(std::env::args_os()) {
         Request::Run(cli) => run(&cli, began),
         Request::Do(Command::Info { json }) => match info(json) {

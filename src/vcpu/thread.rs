@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::Stop;
 use super::exits::{Exits, Next};
@@ -51,6 +51,8 @@ impl VcpuHandle {
         let stopping = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stopping);
         let body = move || {
+            // Whatever mask came over exec; it fails for numbers that are no signals.
+            let _ = unblock_signal(kick_signal());
             if let Some(end) = run(vcpu.as_mut(), &exits, &flag, stats.as_mut()) {
                 on_stop(end);
             }
