@@ -2,11 +2,14 @@
 //! loses rvmm's messages, and nothing else.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::OnceLock;
 
-use rustix::event::PollFlags;
+use rustix::fs::{FileType, OFlags, fstat};
 
-use super::poll::poll_now;
+use super::output::write_now;
 
 /// Writes to standard error what it takes at once; the rest is dropped.
 #[derive(Debug)]
@@ -14,9 +17,10 @@ pub struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // Ready for writing means room for a line at least: PIPE_BUF bytes of a pipe.
-        if !poll_now(io::stderr(), PollFlags::OUT).is_empty() {
-            let _ = io::stderr().write(bytes);
+        static OURS: OnceLock<Option<File>> = OnceLock::new();
+        match OURS.get_or_init(|| reopen().ok()) {
+            Some(ours) => write_now(ours, bytes),
+            None => write_now(io::stderr(), bytes),
         }
         Ok(bytes.len())
     }
@@ -24,6 +28,21 @@ impl Write for Stderr {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// The terminal or pipe that standard error is, non-blocking for rvmm alone: the flag belongs to an
+/// open file description, and other programs share that of standard error.
+fn reopen() -> io::Result<File> {
+    let stderr = io::stderr();
+    let kind = FileType::from_raw_mode(fstat(&stderr)?.st_mode);
+    if !stderr.is_terminal() && kind != FileType::Fifo {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let flags = i32::try_from(flags.bits()).unwrap_or(0);
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(flags);
+    options.open("/proc/self/fd/2")
 }
 
 /// Tells the user one line.
