@@ -15,6 +15,7 @@ use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
+use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
 
 fn main() -> ExitCode {
@@ -33,8 +34,13 @@ fn main() -> ExitCode {
 
 /// Prints what was asked for on standard output. A reader that has gone wants no more of it.
 fn print(text: &str) -> ExitCode {
-    let _ = io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
+    match output::write_whole(io::stdout(), text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let message = format!("Failed to write to standard output: {error}");
+            end(&message, STATUS_HOST)
+        }
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 /// `rvmm info`.
@@ -189,6 +195,7 @@ fn start_logging(cli: &Cli) -> Result<()> {
     if let Some(path) = &cli.log_file {
         let file =
             File::create(path).with_context(|| format!("Failed to create log file {path:?}"))?;
+        let file = Unwaiting::new(file)?;
         logger.target(env_logger::Target::Pipe(Box::new(file)));
     }
     logger.init();

@@ -37,6 +37,52 @@ fn sigint_ends_a_guest_that_spins() {
     vm.finish().assert_console(INTERRUPTED, &["spinning"]);
 }
 
+/// Signals that nobody is known to send to rvmm, and whose default ends a process at once.
+#[test]
+fn other_signals_end_a_guest_that_spins_in_order() {
+    for (name, number) in [("USR1", 10), ("ALRM", 14), ("XCPU", 24)] {
+        let vm = Rvmm::guest("spin").spawn();
+        vm.wait_for("spinning\n");
+        vm.signal(name);
+        vm.finish().assert_console(128 + number, &["spinning"]);
+    }
+}
+
+/// SIGXFSZ, SIGTTIN, SIGTTOU: what they tell of is the error of a read or a write.
+#[test]
+fn signals_that_mean_nothing_change_nothing() {
+    let vm = Rvmm::guest("spin").spawn();
+    vm.wait_for("spinning\n");
+    for number in ["25", "21", "22"] {
+        vm.signal(number);
+    }
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+#[test]
+fn what_was_ignored_stays_ignored() {
+    let vm = Rvmm::guest("spin").after("trap '' HUP").spawn();
+    vm.wait_for("spinning\n");
+    vm.signal("HUP");
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+/// `ulimit -f` counts half a KiB: a file that may not grow is as a full disk.
+#[test]
+fn a_limit_on_files_loses_output_and_not_the_guest() {
+    let path = temporary("limited");
+    let console = format!("file={}", path.display());
+    let vm = Rvmm::guest("flood").after("ulimit -f 64");
+    let end = vm.arg("--console").arg(console).run();
+    let file = fs::read(&path).expect("the console's file");
+    fs::remove_file(&path).expect("remove it");
+    assert_eq!(file.len(), 64 * 512);
+    assert!(end.log.contains("File too large"), "{}", end.log);
+    end.assert_status(POWERED_OFF);
+}
+
 #[test]
 fn a_stopped_machine_goes_on() {
     let vm = Rvmm::guest("spin").spawn();

@@ -1,11 +1,13 @@
 //! Output to descriptors that other programs share, and may have made non-blocking.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::AsFd;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, write};
 
 use super::poll::poll_now;
@@ -56,11 +58,51 @@ pub fn write_now(fd: impl AsFd, mut bytes: &[u8]) {
     }
 }
 
+/// A file of rvmm's own that is written to as by [`write_now`]. Where it is a terminal or a pipe it
+/// never waits for a reader.
+#[derive(Debug)]
+pub struct Unwaiting(File);
+
+impl Unwaiting {
+    /// `file`, whose open file description no other program has: it becomes non-blocking.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn new(file: File) -> io::Result<Self> {
+        fcntl_setfl(&file, fcntl_getfl(&file)? | OFlags::NONBLOCK)?;
+        Ok(Self(file))
+    }
+}
+
+/// Takes everything: what cannot be written is lost, and the next line is tried.
+impl Write for Unwaiting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Write for &Unwaiting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        write_now(&self.0, bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     use std::fs::OpenOptions;
     use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::UnixStream;
     use std::thread;
 
@@ -91,6 +133,22 @@ mod tests {
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let error = write_whole(full, b"x").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+
+    /// Nobody reads: a line that is longer than the room left must not wait for that.
+    #[test]
+    fn a_terminal_that_nobody_reads_is_waited_for_by_nobody() {
+        let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&main).unwrap();
+        unlockpt(&main).unwrap();
+        let name = ptsname(&main, Vec::new()).unwrap();
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_NOCTTY);
+        let other = options.open(name.to_str().unwrap()).unwrap();
+        let mut other = Unwaiting::new(other).unwrap();
+        for _ in 0..1000 {
+            other.write_all(&[b'x'; 999]).unwrap();
+        }
     }
 
     #[test]
