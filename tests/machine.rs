@@ -4,7 +4,11 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
 
 use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE, files};
 
@@ -46,6 +50,25 @@ fn other_signals_end_a_guest_that_spins_in_order() {
         vm.signal(name);
         vm.finish().assert_console(128 + number, &["spinning"]);
     }
+}
+
+/// The statistics go to a pipe that nobody reads: rvmm waits for a reader, and a signal ends that.
+#[test]
+fn a_signal_after_the_machine_has_ended_ends_rvmm() {
+    let path = temporary("fifo");
+    let made = Command::new("mkfifo").arg(&path).status().expect("mkfifo");
+    assert!(made.success());
+    let stats = format!("--stats={}", path.display());
+    let mut vm = Rvmm::guest("shutdown").arg(stats).spawn();
+    vm.wait_for_log("powered off");
+    // The first may still ask a machine for its end.
+    while !vm.has_ended() {
+        vm.terminate();
+        sleep(Duration::from_millis(10));
+    }
+    let end = vm.finish();
+    fs::remove_file(&path).expect("remove it");
+    assert_eq!(end.status.signal(), Some(15), "{}", end.status);
 }
 
 /// SIGXFSZ, SIGTTIN, SIGTTOU: what they tell of is the error of a read or a write.

@@ -14,7 +14,8 @@ use crate::util::stderr::tell;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
-/// How long a machine may take to end: for what its disks have begun, and for a console's last bytes.
+/// How long a machine may take to end: its disks for what they have begun, its console for the last
+/// bytes.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 
 /// Where an end is asked for.
@@ -22,7 +23,7 @@ pub(super) const GRACE: Duration = Duration::from_secs(5);
 pub(super) struct Ending(Arc<Shared>);
 
 struct Shared {
-    tell: Mutex<Sender<Event>>,
+    tell: Sender<Event>,
     state: Mutex<State>,
     changed: Condvar,
     grace: Duration,
@@ -46,7 +47,7 @@ impl Ending {
 
     fn with(tell: Sender<Event>, grace: Duration, give_up: fn(Outcome)) -> Self {
         Self(Arc::new(Shared {
-            tell: Mutex::new(tell),
+            tell,
             state: Mutex::default(),
             changed: Condvar::new(),
             grace,
@@ -57,7 +58,7 @@ impl Ending {
     /// Asks for the end now.
     pub(super) fn ask(&self, outcome: Outcome) {
         // Nobody listens once the machine has ended.
-        let _ = lock(&self.0.tell).send(Event::Asked(outcome));
+        let _ = self.0.tell.send(Event::Asked(outcome));
         self.expect(outcome, Instant::now());
     }
 

@@ -110,7 +110,8 @@ impl Machine {
                 outcome => break outcome,
             }
         };
-        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still have it.
+        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
+        // have it.
         self.power_off();
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         for host in hosts {

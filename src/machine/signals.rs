@@ -2,7 +2,9 @@
 //!
 //! | signal | rvmm |
 //! |---|---|
-//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGALRM, SIGVTALRM, SIGPROF, SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT, SIGXCPU | ends in order, with the terminal restored and status 128+n: by default they end a process at once |
+//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | ends in order: the terminal restored, status 128+n |
+//! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU | the same: by default they end a process at once |
+//! | SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT | the same |
 //! | SIGTSTP | restores the terminal, then stops |
 //! | SIGCONT | goes on, with the terminal where it is in the foreground |
 //! | SIGWINCH | tells the guest of the new window |
@@ -11,20 +13,25 @@
 //! | SIGPIPE | ignored, by Rust's runtime: the write fails with EPIPE |
 //! | SIGRTMIN | gets a vCPU's thread out of the guest (`vcpu::thread`) |
 //! | other real-time signals | never come: nobody has agreed with rvmm on one |
-//! | SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP | faults of rvmm's: end it at once, as by default, so that a core tells where |
+//! | SIGABRT, SIGBUS, SIGFPE, SIGILL | faults of rvmm's: end it at once, with a core, as by default |
+//! | SIGSEGV, SIGSYS, SIGTRAP | the same |
 //! | SIGKILL, SIGSTOP | nobody can change them |
 //! | SIGCHLD, SIGURG | do nothing, as by default |
 //!
 //! One that ends or stops rvmm stays ignored where whoever started rvmm ignored it, as nohup does.
+//! Once the machine has ended, one that ends rvmm does so at once.
 
 use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use signal_hook::consts::{
     SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU,
     SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH, SIGXCPU, SIGXFSZ,
 };
+use signal_hook::flag::register_conditional_default;
 use signal_hook::iterator;
 use signal_hook::low_level::emulate_default_handler;
 use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal, unblock_signal};
@@ -32,6 +39,7 @@ use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal, unblock_signal};
 use super::Outcome;
 use super::ending::Ending;
 use crate::devices::console::terminal;
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
 /// Those that end rvmm in order.
@@ -54,6 +62,9 @@ const ENDS: [i32; 13] = [
 /// Those that never come.
 const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
+/// Whether no machine runs any more; made with the first.
+static OVER: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+
 /// Makes the process's signals as the table says, whatever mask it was started with. Comes before
 /// any other thread, which then has the same mask.
 pub fn prepare() {
@@ -73,6 +84,7 @@ pub fn prepare() {
 pub(super) struct Signals {
     handle: iterator::Handle,
     thread: Option<JoinHandle<()>>,
+    over: Arc<AtomicBool>,
 }
 
 impl Signals {
@@ -85,6 +97,8 @@ impl Signals {
         let ignored = ignored_signals();
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
         let wanted = wanted.filter(|signal| !ignored.contains(signal));
+        let over = over(wanted.clone())?;
+        over.store(false, Ordering::Release);
         let mut signals = iterator::Signals::new(wanted.chain([SIGCONT, SIGWINCH]))?;
         let handle = signals.handle();
         let thread = spawn(Kind::Signals, "wait", move || {
@@ -100,8 +114,24 @@ impl Signals {
         Ok(Self {
             handle,
             thread: Some(thread),
+            over,
         })
     }
+}
+
+/// The flag with which `signals` do at once what they do by default: a handler that nobody listens to
+/// would swallow them.
+fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
+    let mut known = lock(&OVER);
+    if let Some(over) = &*known {
+        return Ok(Arc::clone(over));
+    }
+    let over = Arc::default();
+    for signal in signals {
+        register_conditional_default(signal, Arc::clone(&over))?;
+    }
+    *known = Some(Arc::clone(&over));
+    Ok(over)
 }
 
 /// Those that whoever started rvmm wants it to ignore.
@@ -124,6 +154,7 @@ fn suspend() {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
         self.handle.close();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -135,9 +166,7 @@ impl Drop for Signals {
 pub(super) mod tests {
     use super::*;
     use crate::machine::Event;
-    use crate::util::sync::lock;
     use signal_hook::low_level::raise;
-    use std::sync::Mutex;
     use std::sync::mpsc::channel;
 
     /// Held by whoever hears signals: each of them is the whole process's.

@@ -259,6 +259,10 @@ impl Vm {
         self.deadline += Duration::from_secs(seconds);
     }
 
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("ask for rvmm's end").is_some()
+    }
+
     /// Send SIGTERM.
     pub(crate) fn terminate(&self) {
         self.signal("TERM");

@@ -3,8 +3,8 @@
 //! What it was before is kept for the whole process, so that every way out can restore it: the
 //! guard's drop, a panic, a stop by SIGTSTP.
 //!
-//! In the background the terminal is another program's: rvmm reads nothing there and leaves its mode
-//! alone, and the guest runs on. SIGTTIN and SIGTTOU are blocked (`machine::signals`), so that what
+//! In the background the terminal is another program's: rvmm reads nothing there and leaves its
+//! mode alone, and the guest runs on. SIGTTIN and SIGTTOU are blocked (`machine::signals`), so that what
 //! loses a race for the foreground stops nothing.
 
 use std::io::{self, IsTerminal};

@@ -164,7 +164,7 @@ fn write_output(console: &Console, endpoint: &dyn Endpoint) {
         let Err(error) = endpoint.write(&bytes) else {
             continue;
         };
-        // The guest goes on, and what it writes next is tried: a pipe may have a reader again, and a
+        // The guest goes on, and what it writes next is tried: a pipe may have a reader again, a
         // disk room.
         match error.kind() {
             io::ErrorKind::BrokenPipe => guest_debug!(limit, "the console's reader has gone"),

@@ -159,7 +159,7 @@ fn a_socket_serves_one_client_after_the_other() {
     assert!(!path.exists());
 }
 
-/// The first client reads no more, takes part in nothing, and is still there when the next one comes.
+/// The first client neither reads nor writes, and is still there when the next one comes.
 #[test]
 fn an_error_of_an_old_client_is_not_the_next_ones() {
     const MUCH: usize = 4 << 20;
