@@ -70,8 +70,8 @@ impl HostBridge {
             messages,
             moving: Mutex::default(),
             placed: RwLock::default(),
-            overlaps: RateLimit::default(),
-            unmapped: RateLimit::default(),
+            overlaps: RateLimit::named("PCI BARs that overlap"),
+            unmapped: RateLimit::named("PCI window"),
         }
     }
 

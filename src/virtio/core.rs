@@ -19,7 +19,6 @@ use std::mem::size_of;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::info;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -36,7 +35,7 @@ use super::device::{
 };
 use super::queue::Virtq;
 use crate::memory::GuestMemory;
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_info};
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -151,7 +150,7 @@ impl Core {
             queues: queues.collect::<io::Result<_>>()?,
             live: false,
             bus_master: true,
-            starts: RateLimit::default(),
+            starts: RateLimit::named(format!("{} starts", device.name())),
             device,
         })
     }
@@ -336,9 +335,8 @@ impl Core {
             Err(why) => return self.fault.needs_reset(why),
         };
         let name = self.device.name();
-        if self.starts.admit().is_some() {
-            info!("{name}: its driver is ready, {} queues", queues.len());
-        }
+        let count = queues.len();
+        guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
         let started = self.device.activate(Activation {
             ram: Arc::clone(&self.ram),
             features: self.accepted,

@@ -104,7 +104,7 @@ impl Fault {
             name: name.to_owned(),
             shared: Arc::clone(shared),
             interrupt,
-            warnings: RateLimit::default(),
+            warnings: RateLimit::named(format!("{name} needs a reset")),
         }))
     }
 

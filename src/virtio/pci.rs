@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
-use log::info;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,7 +19,7 @@ use crate::memory::GuestMemory;
 use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_warn};
+use crate::util::{RateLimit, guest_info, guest_warn};
 
 /// The vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
@@ -85,7 +84,11 @@ impl PciTransport {
             count if count > queues => format!("by {count} messages, each queue its own"),
             count => format!("by {count} messages, queues share one"),
         };
-        info!("{name}: PCI device {slot}, {queues} queues, interrupts {how}");
+        let limit = RateLimit::named(format!("{name} on PCI"));
+        guest_info!(
+            limit,
+            "{name}: PCI device {slot}, {queues} queues, interrupts {how}"
+        );
         Ok(())
     }
 
@@ -225,7 +228,7 @@ impl Doorbells {
             vm: Arc::clone(vm),
             kicks: core.queues().iter().map(|q| Arc::clone(&q.kick)).collect(),
             connected: Vec::new(),
-            failures: RateLimit::default(),
+            failures: RateLimit::named(format!("{} doorbells", core.name())),
         }
     }
 

@@ -54,7 +54,7 @@ impl Disk {
                 name: name.to_owned(),
                 image,
                 through: AtomicBool::new(false),
-                failures: RateLimit::default(),
+                failures: RateLimit::named(name),
             }),
             queues: queues.max(1),
             workers: Vec::new(),

@@ -7,13 +7,11 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use log::debug;
-
 use super::Shared;
 use super::request::{ID_BYTES, Operation, Request, Status};
 use crate::memory::{Op, Pieces, Ring};
-use crate::util::guest_warn;
 use crate::util::poll::{borrow, wait_readable_for};
+use crate::util::{RateLimit, guest_debug, guest_warn};
 use crate::virtio::queue::{Broken, Chain, Virtq};
 use crate::virtio::worker::{Stop, wait};
 
@@ -60,7 +58,8 @@ impl Shared {
         let file = self.image.unwaiting()?;
         let ring = Ring::new(queue.size(), file, queue.kick());
         if let Err(error) = &ring {
-            debug!("{}: no io_uring: {error}", self.name);
+            let limit = RateLimit::named("io_uring");
+            guest_debug!(limit, "{}: no io_uring: {error}", self.name);
         }
         ring.ok()
     }

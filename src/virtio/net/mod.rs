@@ -104,7 +104,7 @@ impl Net {
                 tap: tap.to_owned(),
                 pairs,
                 link: Link::default(),
-                failures: RateLimit::default(),
+                failures: RateLimit::named(name),
             }),
             mac,
             mtu,

@@ -54,7 +54,10 @@ impl Shared {
     pub(super) fn lose_link(&self, error: &io::Error) {
         if self.link.lose() {
             let (name, tap) = (&self.name, &self.tap);
-            log::warn!("{name}: tap {tap} has gone ({error}): the guest's link is down");
+            guest_warn!(
+                self.failures,
+                "{name}: tap {tap} has gone ({error}): the guest's link is down"
+            );
         }
     }
 }

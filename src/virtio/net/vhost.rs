@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::memory::GuestMemory;
 use crate::util::tap::TapQueue;
 use crate::util::thread::Kind;
+use crate::util::{RateLimit, guest_debug};
 use crate::virtio::device::features;
 use crate::virtio::queue::Virtq;
 use crate::virtio::worker::{Worker, wait};
@@ -175,7 +176,10 @@ impl Pair {
             match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
                 Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
                 // Of one that was not set up wholly.
-                Err(error) => log::debug!("vhost-net: Failed to stop a queue: {error}"),
+                Err(error) => guest_debug!(
+                    RateLimit::named("vhost-net"),
+                    "vhost-net: Failed to stop a queue: {error}"
+                ),
             }
         }
         drop(self.relays);
