@@ -13,6 +13,8 @@ use crate::config::DiskConfig;
 use crate::virtio::testing::*;
 
 mod direct;
+mod many;
+mod open;
 mod stop;
 
 const MIB: u64 = 1 << 20;
@@ -240,7 +242,7 @@ fn a_header_in_pieces_is_a_header() {
 #[test]
 fn ranges_become_zeros() {
     let image = TempImage::new(MIB);
-    for flags in ["", ",snapshot=on", ",cache=writethrough"] {
+    for flags in ["", ",snapshot=on", ",cache=writethrough", ",direct"] {
         let mut driver = image.driver(flags);
         for (kind, unmap) in [
             (VIRTIO_BLK_T_WRITE_ZEROES, 0),
@@ -341,88 +343,6 @@ fn a_truncated_image_is_an_error_and_does_not_grow() {
 }
 
 #[test]
-fn one_writer_or_many_readers() {
-    let image = TempImage::new(MIB);
-    {
-        let _writer = image.open("").unwrap();
-        for flags in ["", ",readonly", ",snapshot=on"] {
-            let line = image.open(flags).err().unwrap().to_string();
-            assert!(line.contains("another process"), "{line}");
-        }
-    }
-    let _readers = [
-        image.open(",readonly").unwrap(),
-        image.open(",snapshot=on").unwrap(),
-    ];
-    assert!(image.open("").is_err());
-}
-
-/// Locks as QEMU has them (`block/file-posix.c`): 100 + n for what it does, 200 + n for what nobody else
-/// may do; 0 is to read, 1 to write, 3 to resize.
-#[test]
-fn qemus_locks_are_seen_and_shown() {
-    use crate::util::filelock::{is_byte_locked, share_byte};
-    use std::os::fd::AsFd;
-    const WRITER: [i64; 4] = [100, 101, 201, 203];
-    const READER: [i64; 3] = [100, 201, 203];
-    let image = TempImage::new(MIB);
-    let all_but = |locked: &[i64]| {
-        let qemu = image.file();
-        let seen = |at: &i64| is_byte_locked(qemu.as_fd(), *at).unwrap();
-        let found: Vec<i64> = (0..300).filter(seen).collect();
-        assert_eq!(found, locked);
-    };
-    for (flags, shown) in [
-        ("", WRITER.as_slice()),
-        (",readonly", &READER),
-        (",snapshot=on", &READER),
-    ] {
-        let _open = image.open(flags).unwrap();
-        all_but(shown);
-    }
-    all_but(&[]);
-    for (theirs, may_read) in [(WRITER.as_slice(), false), (&READER, true)] {
-        let qemu = image.file();
-        theirs
-            .iter()
-            .for_each(|at| share_byte(qemu.as_fd(), *at).unwrap());
-        let line = image.open("").err().unwrap().to_string();
-        assert!(line.contains("another process uses it"), "{line}");
-        for flags in [",readonly", ",snapshot=on"] {
-            assert_eq!(image.open(flags).is_ok(), may_read, "{flags} {theirs:?}");
-        }
-    }
-    assert!(image.open("").is_ok());
-}
-
-#[test]
-fn a_snapshot_goes_where_it_is_told_to() {
-    let image = TempImage::new(MIB);
-    let line = |place: &str| {
-        let flags = format!(",snapshot=on,snapshot-dir={place}");
-        image.open(&flags).err().map(|error| error.to_string())
-    };
-    let refused = line("/nope").unwrap();
-    assert!(refused.contains("\"/nope\": No such file"), "{refused}");
-    assert!(refused.contains("snapshot-dir=DIR"), "{refused}");
-    assert_eq!(line(std::env::temp_dir().to_str().unwrap()), None);
-}
-
-#[test]
-fn what_cannot_be_a_disk_is_told() {
-    let line = |path: &str| {
-        let config: DiskConfig = path.parse().unwrap();
-        Image::open(&config).err().unwrap().to_string()
-    };
-    let missing = line("/nope/x.img");
-    assert!(missing.starts_with("Failed to open disk \"/nope/x.img\": No such file"));
-    assert!(line("/").contains("neither a file nor a block device"));
-    assert!(line("/dev/null").contains("neither a file nor a block device"));
-    let small = TempImage::new(511);
-    assert!(line(small.0.to_str().unwrap()).contains("truncate -s"));
-}
-
-#[test]
 fn sectors_behind_the_last_whole_one_are_not_the_guests() {
     let image = TempImage::new(MIB + 100);
     let mut driver = image.driver("");
@@ -444,69 +364,6 @@ fn the_configuration_space_ends() {
                 assert_eq!(data, [0; 8], "{offset}");
             }
         }
-    }
-}
-
-/// Five requests that are there when the device starts: they are served together.
-#[test]
-fn requests_at_once_all_come_back() {
-    const EACH: u32 = 4096;
-    let image = TempImage::new(MIB);
-    let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
-    image.file().write_all_at(&content, 0).unwrap();
-    for flags in ["", ",snapshot=on"] {
-        let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
-        let mut driver = Driver::of(Box::new(disk));
-        driver.negotiate(u64::MAX);
-        driver.set_up(0, rings(0));
-        // Reads of blocks 10 to 14; the last one ends behind the disk, which the others do not mind.
-        for number in 0..5u16 {
-            let place = u64::from(number);
-            let sector: u64 = if number == 4 { 2047 } else { 8 * (10 + place) };
-            let header = HEADER + 32 * place;
-            let mut bytes = [0; 16];
-            bytes[8..].copy_from_slice(&sector.to_le_bytes());
-            driver
-                .ram
-                .write_slice(&bytes, GuestAddress(header))
-                .unwrap();
-            let data = DATA + u64::from(EACH) * place;
-            let (first, status) = (3 * number, STATUS + place);
-            let mut next = first;
-            for (addr, len, flags) in [
-                (header, 16, NEXT),
-                (data, EACH, NEXT | WRITE),
-                (status, 1, WRITE),
-            ] {
-                next += 1;
-                driver.describe(
-                    0,
-                    next - 1,
-                    Desc {
-                        addr,
-                        len,
-                        flags,
-                        next,
-                    },
-                );
-            }
-            driver.offer(0, first);
-        }
-        driver.core.set_status(READY);
-        driver.wait_until("five ends", |d| d.used(0) == 5);
-        let byte = |at: u64| driver.ram.read_obj::<u8>(GuestAddress(at)).unwrap();
-        for place in 0..4 {
-            assert_eq!(byte(STATUS + place), 0);
-            let data = DATA + u64::from(EACH) * place;
-            assert_eq!(
-                [byte(data), byte(data + 4095)],
-                [10 + place.to_le_bytes()[0]; 2]
-            );
-        }
-        assert_eq!(byte(STATUS + 4), 1);
-        let mut heads: Vec<u32> = (0..5).map(|n| driver.used_element(0, n).0).collect();
-        heads.sort_unstable();
-        assert_eq!(heads, [0, 3, 6, 9, 12]);
     }
 }
 
