@@ -1,6 +1,7 @@
 //! Small things every other module may use.
 
 pub mod bytesize;
+pub mod filelock;
 pub mod output;
 pub mod poll;
 pub mod ratelimit;

@@ -78,18 +78,23 @@ impl<T: Send + 'static> Worker<T> {
         })
     }
 
-    /// Ends the thread, which finishes what it has begun, and takes what it owned. None where it
+    /// Ends the thread, which ends what it has begun, and takes what it owned. None where it
     /// panicked, which ends the process.
     pub fn stop(mut self) -> Option<T> {
         self.end()
     }
 
-    fn end(&mut self) -> Option<T> {
-        let thread = self.thread.take()?;
+    /// Asks the thread to end, and does not wait for it.
+    pub fn ask(&self) {
         self.stop.ask();
         if let Err(error) = self.wake.write(1) {
             warn!("Failed to wake a device's thread: {error}");
         }
+    }
+
+    fn end(&mut self) -> Option<T> {
+        let thread = self.thread.take()?;
+        self.ask();
         thread.join().ok()
     }
 }
