@@ -265,9 +265,8 @@ impl Core {
         } else if std::mem::take(&mut self.live) {
             drop(self.device.deactivate());
             self.shared.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
-            if self.starts.admit().is_some() {
-                info!("{}: stopped: its bus master enable is off", self.name());
-            }
+            let name = self.device.name();
+            guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
         }
     }
 
