@@ -236,7 +236,9 @@ mod tests {
     #[test]
     fn no_flag_is_refused_for_standing_twice() {
         for arg in Cli::command().get_arguments() {
-            let Some(long) = arg.get_long().filter(|long| !["help", "version"].contains(long))
+            let Some(long) = arg
+                .get_long()
+                .filter(|long| !["help", "version"].contains(long))
             else {
                 continue;
             };
