@@ -75,11 +75,11 @@ fn count(checks: &[Check<'_>], extension: &str) -> Sums {
     )
 }
 
-/// Runs of the guest of which one must have its timer's answers right.
+/// Runs of the guest, of which one must have the timer's answers right.
 const TIMER_RUNS: usize = 3;
 
-/// Run the guest on so many harts. In a nested host a hart that is rescheduled between two accesses to its timer sees the
-/// emulator's timer lose one of them (docs/testing.md): a run whose only failures are TIME's is not the last.
+/// Run the guest on so many harts. The kernel of a host with Sstc forgets a timer that is set while the vCPU's thread loses its
+/// processor (docs/testing.md): a run whose only failures are TIME's is not the last.
 fn run(harts: usize) -> Outcome {
     let guest = || {
         Rvmm::guest("conformance")
