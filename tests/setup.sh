@@ -243,6 +243,36 @@ work_of_a_killed_script_goes() {
     [[ $(cat "$dir/cache/rvmm/seen") == 1 && -z $(ls "$work") ]]
 }
 
+options_help() {
+    local script
+    for script in $(scripts); do
+        called "$script" --help
+        [[ $status == 0 && ! -e $dir/cache/rvmm ]]
+        grep -q "^Usage: scripts/$script" "$dir/out"
+    done
+}
+
+options_that_are_none() {
+    local script
+    for script in $(scripts); do
+        called "$script" --nope
+        [[ $status == 125 && ! -e $dir/cache/rvmm ]]
+        said "^$script: there is no option '--nope'"
+    done
+}
+
+options_without_a_value() {
+    local script
+    for script in bench demo l1 test; do
+        called "$script" --host
+        [[ $status == 125 && ! -e $dir/cache/rvmm ]]
+        said "^$script: --host needs a value; scripts/$script --help tells every option"
+        called "$script" --host mars
+        [[ $status == 125 ]]
+        said "^$script: there is no kind of host 'mars', only aia aia-emul none;"
+    done
+}
+
 # --- what they are made with ---------------------------------------------------------------------------------------------------------
 
 # A suite of two architectures, signed, whole: make_suite NAME [FIELD [ARCHITECTURES]]
@@ -380,6 +410,16 @@ ending() {
     tries=$(($(wc -w <<<"$1") - $(wc -l <"$dir/ways")))
 }
 
+scripts() {
+    find "$repo/scripts" -maxdepth 1 -type f -printf '%f\n'
+}
+
+# A script with these arguments and nothing built; sets $status.
+called() {
+    status=0
+    XDG_CACHE_HOME=$dir/cache "$repo/scripts/$1" "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null || status=$?
+}
+
 # A script of ours with a cache of its own.
 script() {
     XDG_CACHE_HOME=$dir/cache bash -c 'source "$1/scripts/lib/common.sh"; cache_begin; eval "$2"' - "$repo" "$1" >>"$dir/out" 2>>"$dir/err"
@@ -388,7 +428,7 @@ script() {
 # --- running them --------------------------------------------------------------------------------------------------------------------
 
 cases() {
-    sed -nE 's/^((suite|mirror|fetch|crates|work)_[a-z0-9_]+)\(\) \{$/\1/p' "$repo/tests/setup.sh" | grep -vE '^fetch_(with|crates)$'
+    sed -nE 's/^((suite|mirror|fetch|crates|work|options)_[a-z0-9_]+)\(\) \{$/\1/p' "$repo/tests/setup.sh" | grep -vE '^fetch_(with|crates)$'
 }
 
 main() {

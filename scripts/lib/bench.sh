@@ -20,7 +20,7 @@ bench_by_wall_clock() {
 bench_check_groups() {
     local group
     for group in ${1//,/ }; do
-        [[ " ${BENCH_GROUPS[*]} " == *" $group "* ]] || die "there is no group '$group' (there are ${BENCH_GROUPS[*]})"
+        [[ " ${BENCH_GROUPS[*]} " == *" $group "* ]] || wrong_usage "there is no group '$group' (there are ${BENCH_GROUPS[*]})"
     done
 }
 

@@ -53,10 +53,15 @@ rig_make_l1() {
         { mv --no-target-directory "$new" "$RIG_L1" 2>/dev/null || [[ -e $RIG_L1 ]]; }
 }
 
+# An option that takes a kind of host, and what follows it.
+rig_needs_kind() {
+    needs_value "$@"
+    rig_machine "$2" >/dev/null || wrong_usage "there is no kind of host '$2', only ${RIG_KINDS[*]}"
+}
+
 # What every payload has: rvmm, the guests, and who the host is meant to be.
 rig_begin() {
     local kind=$1
-    rig_machine "$kind" >/dev/null || die "no such kind of host: '$kind' (there are ${RIG_KINDS[*]})"
     rig_cleanup
     RIG_RUN=$(cache_temp)
     RIG_KIND=$kind

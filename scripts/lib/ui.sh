@@ -20,6 +20,17 @@ die() {
     exit 123
 }
 
+# End with one line because of how the script was called. 125 is rvmm's own "wrong usage".
+wrong_usage() {
+    say "${0##*/}: $*; scripts/${0##*/} --help tells every option"
+    exit 125
+}
+
+# An option and what follows it.
+needs_value() {
+    [[ -n ${2-} ]] || wrong_usage "$1 needs a value"
+}
+
 # Run a command as a named step; its exit status is the command's.
 step() {
     local title=$1 start=$EPOCHREALTIME status=0
