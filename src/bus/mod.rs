@@ -41,7 +41,6 @@ fn range(r: &Range<u64>) -> String {
 }
 
 /// The guest-physical addresses without RAM: a sorted list of ranges, fixed once it is built.
-#[derive(Default)]
 pub struct Bus {
     regions: Vec<Region>,
     unmapped: RateLimit,
@@ -50,6 +49,15 @@ pub struct Bus {
 struct Region {
     range: Range<u64>,
     device: Arc<dyn MmioDevice>,
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Self {
+            regions: Vec::new(),
+            unmapped: RateLimit::named("bus"),
+        }
+    }
 }
 
 impl Bus {

@@ -29,7 +29,7 @@ pub struct DiskConfig {
     /// without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Past the host's page cache (O_DIRECT).
+    /// Past the host's page cache (O_DIRECT). The guest sees the same disk.
     #[serde(
         default,
         deserialize_with = "keyvalue::switch",
@@ -47,6 +47,14 @@ pub struct DiskConfig {
         skip_serializing_if = "keyvalue::is_off"
     )]
     pub snapshot: bool,
+    /// The directory of that file; without it $TMPDIR, or else /var/tmp. rvmm warns if that is in the
+    /// host's RAM and nobody chose it.
+    #[serde(
+        default,
+        rename = "snapshot-dir",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub snapshot_dir: Option<PathBuf>,
 }
 
 /// When what the guest wrote is durable.
@@ -100,15 +108,21 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
             return Err(ConfigError::DiskIdTwice(id.clone()));
         }
     }
-    match disks.iter().find(|disk| disk.direct && disk.snapshot) {
-        Some(disk) => Err(ConfigError::DiskDirectSnapshot(disk.path.clone())),
-        None => Ok(()),
+    for disk in disks {
+        if disk.direct && disk.snapshot {
+            return Err(ConfigError::DiskDirectSnapshot(disk.path.clone()));
+        }
+        if disk.snapshot_dir.is_some() && !disk.snapshot {
+            return Err(ConfigError::DiskSnapshotDir(disk.path.clone()));
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn disk(text: &str) -> DiskConfig {
         text.parse().unwrap()
@@ -128,6 +142,21 @@ mod tests {
         assert_eq!(serde_json::from_str::<DiskConfig>(&json).unwrap(), all);
         assert_eq!(disk(&all.to_string()), all);
         assert_eq!(disk("path=a,snapshot=on"), disk("a,snapshot"));
+        let placed = disk("a,snapshot,snapshot-dir=/var");
+        assert_eq!(placed.snapshot_dir.as_deref(), Some(Path::new("/var")));
+        let json = serde_json::to_string(&placed).unwrap();
+        assert!(
+            json.contains(r#""snapshot":true,"snapshot-dir":"/var""#),
+            "{json}"
+        );
+        assert_eq!(disk(&placed.to_string()), placed);
+    }
+
+    #[test]
+    fn a_place_for_a_snapshot_needs_one() {
+        let line = |text| validate(&[disk(text)]).unwrap_err().to_string();
+        assert!(line("a,snapshot-dir=/var").contains("snapshot=on"));
+        assert!(validate(&[disk("a,snapshot,snapshot-dir=/var")]).is_ok());
     }
 
     #[test]

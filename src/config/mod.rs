@@ -80,8 +80,9 @@ pub struct VmConfig {
     pub sbi: Option<SbiConfig>,
 
     /// A disk: a raw image or a block device. readonly, direct (past the host's page cache), id=NAME,
-    /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm); give
-    /// more --disk for more
+    /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm),
+    /// snapshot-dir=DIR (where that is kept; $TMPDIR or /var/tmp without it); give more --disk for
+    /// more
     #[arg(long, value_name = "PATH[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
@@ -89,8 +90,8 @@ pub struct VmConfig {
     )]
     pub disk: Vec<DiskConfig>,
 
-    /// A network interface on a tap of the host: tap=NAME; mac=52:54:00:12:34:56, vhost (the host's
-    /// kernel moves the packets); give more --net for more
+    /// A network interface on a tap of the host, with its MTU: tap=NAME; mac=52:54:00:12:34:56, vhost
+    /// (the host's kernel moves the packets); give more --net for more
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
@@ -212,6 +213,9 @@ pub enum ConfigError {
     /// What excludes each other.
     #[error("--disk {0:?}: direct has no meaning with snapshot: leave one out")]
     DiskDirectSnapshot(PathBuf),
+    /// A place for what is not there.
+    #[error("--disk {0:?}: snapshot-dir has no meaning without snapshot=on: give both or none")]
+    DiskSnapshotDir(PathBuf),
     /// Two consoles for one terminal.
     #[error("--virtio-console stdio: the UART's console is there already: give --console none too")]
     TwoStdio,

@@ -12,7 +12,7 @@ use super::keyvalue::{self, KeyValue};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap, which exists already.
+    /// The tap, which exists already. Its MTU is the guest's too.
     pub tap: String,
     /// The guest's address; without it one that stays the same for this tap of this host.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -169,7 +169,7 @@ impl GoldfishRtc {
                 line,
             }),
             base,
-            failures: RateLimit::default(),
+            failures: RateLimit::named("RTC"),
         }
     }
 

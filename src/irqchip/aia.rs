@@ -5,14 +5,13 @@
 
 use std::sync::Arc;
 
-use log::info;
 use vm_memory::GuestAddress;
 
 use super::msi::MsiRouter;
 use super::{Messages, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
 use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
-use crate::util::{RateLimit, guest_warn};
+use crate::util::{RateLimit, guest_info, guest_warn};
 
 /// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
 /// KVM wants no more sources than interrupt identities (63 at least).
@@ -103,9 +102,13 @@ impl InKernelAia {
         let mode = if auto { "AUTO" } else { "EMUL" };
         let lossy = is_lossy(aia)?;
         let sources = if lossy { SOURCES_LOSSY } else { SOURCES };
-        info!("in-kernel AIA: mode {mode}, {ids} interrupt identities, {sources} wired sources");
+        guest_info!(
+            RateLimit::named("PLIC or AIA"),
+            "in-kernel AIA: mode {mode}, {ids} interrupt identities, {sources} wired sources"
+        );
         if lossy {
-            info!(
+            guest_info!(
+                RateLimit::named("AIA is lossy"),
                 "in-kernel AIA: this host's KVM loses the upper half of every 64 identities of an \
                  emulated IMSIC (lr.w in aia_imsic.c): the guest is offered what needs at most 31"
             );
@@ -118,7 +121,7 @@ impl InKernelAia {
             guest_files: auto,
             lossy,
             sources,
-            failures: RateLimit::default(),
+            failures: RateLimit::named("AIA"),
         })
     }
 

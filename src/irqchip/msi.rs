@@ -39,7 +39,7 @@ impl MsiRouter {
         Arc::new(Self {
             vm,
             table: Mutex::default(),
-            failures: RateLimit::default(),
+            failures: RateLimit::named("messages"),
         })
     }
 

@@ -59,7 +59,7 @@ impl Plic {
                 harts,
             }),
             base,
-            failures: RateLimit::default(),
+            failures: RateLimit::named("PLIC"),
         }
     }
 

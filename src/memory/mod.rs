@@ -20,7 +20,7 @@ use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
 pub use flat::FlatRam;
 pub use pieces::{NotRam, Pieces};
-pub use ring::{Op, Ring};
+pub use ring::{Ended, Op, Ring};
 
 /// Guest RAM, as every part of rvmm names it.
 pub type GuestMemory = GuestMemoryMmap<()>;

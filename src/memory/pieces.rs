@@ -77,6 +77,13 @@ impl Pieces {
         self.len == 0
     }
 
+    /// Whether each piece starts at a multiple of `address`, and is a multiple of `length` long.
+    pub fn are_multiples(&self, address: usize, length: usize) -> bool {
+        self.iovecs
+            .iter()
+            .all(|piece| piece.iov_base.addr() % address == 0 && piece.iov_len % length == 0)
+    }
+
     pub(super) fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
     }
@@ -177,15 +184,14 @@ impl Pieces {
         done
     }
 
-    /// `preadv`: bytes of the file at `offset` into the pieces, with flags RWF_*. May read fewer.
+    /// `preadv`: bytes of the file at `offset` into the pieces. May read fewer.
     ///
     /// # Errors
     /// The host's.
-    pub fn read_at(&self, fd: BorrowedFd, offset: u64, flags: i32) -> io::Result<usize> {
+    pub fn read_at(&self, fd: BorrowedFd, offset: u64) -> io::Result<usize> {
         let (offset, count) = (file_offset(offset)?, call_count(&self.iovecs));
         // SAFETY: the pieces are mapped RAM that any bytes may be written to.
-        let done =
-            unsafe { libc::preadv2(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset, flags) };
+        let done = unsafe { libc::preadv(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset) };
         transferred(done)
     }
 
@@ -194,13 +200,7 @@ impl Pieces {
     ///
     /// # Errors
     /// The host's.
-    pub fn write_at(
-        &self,
-        fd: BorrowedFd,
-        offset: u64,
-        flags: i32,
-        most: usize,
-    ) -> io::Result<usize> {
+    pub fn write_at(&self, fd: BorrowedFd, offset: u64, most: usize) -> io::Result<usize> {
         let offset = file_offset(offset)?;
         let mut room = most;
         let whole = self.iovecs.iter().take_while(|piece| {
@@ -222,24 +222,36 @@ impl Pieces {
         };
         let count = call_count(pieces);
         // SAFETY: the pieces are mapped RAM.
-        let done = unsafe { libc::pwritev2(fd.as_raw_fd(), pieces.as_ptr(), count, offset, flags) };
+        let done = unsafe { libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), count, offset) };
         transferred(done)
     }
 
-    /// `readv`, for what has no offset. May read fewer.
+    /// `readv` of one message, as a tap gives them. None: it is longer than the pieces, or than the first
+    /// 1023 of them, and its end is lost.
     ///
     /// # Errors
     /// The host's.
-    pub fn read_from(&self, fd: BorrowedFd) -> io::Result<usize> {
-        // SAFETY: as in `read_at`.
-        let done = unsafe {
-            libc::readv(
-                fd.as_raw_fd(),
-                self.iovecs.as_ptr(),
-                call_count(&self.iovecs),
-            )
+    pub fn read_message(&mut self, fd: BorrowedFd) -> io::Result<Option<usize>> {
+        let most = PIECES_MAX as usize - 1;
+        let (count, room) = if self.iovecs.len() <= most {
+            (self.iovecs.len(), self.len)
+        } else {
+            let pieces = self.iovecs[..most].iter();
+            (most, pieces.map(|piece| piece.iov_len).sum())
         };
-        transferred(done)
+        // Behind them a byte of rvmm's own tells a message that ends with them from one that goes on.
+        let mut beyond = 0u8;
+        let behind = libc::iovec {
+            iov_base: (&raw mut beyond).cast(),
+            iov_len: 1,
+        };
+        self.iovecs.insert(count, behind);
+        let pieces = &self.iovecs[..=count];
+        // SAFETY: as in `read_at`; the last piece is a byte that lives through the call.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), call_count(pieces)) };
+        let done = transferred(done);
+        self.iovecs.remove(count);
+        Ok(Some(done?).filter(|done| *done <= room))
     }
 
     /// `writev`. May write fewer.
@@ -280,6 +292,7 @@ mod tests {
     use crate::memory;
     use crate::util::ByteSize;
     use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
 
     const BASE: u64 = 0x8000_0000;
 
@@ -342,17 +355,43 @@ mod tests {
         let pieces = pieces(&[(BASE + 10, 2), (BASE, 2)]);
         pieces.copy_from(b"wxyz");
         let file = tempfile();
-        assert_eq!(pieces.write_at(file.as_fd(), 3, 0, usize::MAX).unwrap(), 4);
+        assert_eq!(pieces.write_at(file.as_fd(), 3, usize::MAX).unwrap(), 4);
         pieces.copy_from(b"....");
-        assert_eq!(pieces.read_at(file.as_fd(), 4, 0).unwrap(), 3);
+        assert_eq!(pieces.read_at(file.as_fd(), 4).unwrap(), 3);
         let mut bytes = [0; 4];
         pieces.copy_to(&mut bytes);
         assert_eq!(&bytes, b"xyz.");
-        assert!(pieces.read_at(file.as_fd(), u64::MAX, 0).is_err());
+        assert!(pieces.read_at(file.as_fd(), u64::MAX).is_err());
     }
 
     fn tempfile() -> rustix::fd::OwnedFd {
         rustix::fs::memfd_create("pieces", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_message_is_whole_or_none() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let mut few = pieces(&[(BASE, 3), (BASE + 10, 4)]);
+        let mut many = pieces(&[]);
+        for index in 0..1024 {
+            let gpa = GuestAddress(BASE + 0x1000 + 2 * index);
+            many.push(gpa, 1).unwrap();
+        }
+        for (pieces, room) in [(&mut few, 7), (&mut many, 1023)] {
+            let length = pieces.len();
+            for sent in [room, room - 1, room + 1, 2 * room, 1] {
+                theirs.send(&vec![9; sent]).unwrap();
+                let count = pieces.read_message(ours.as_fd()).unwrap();
+                assert_eq!(count, Some(sent).filter(|sent| *sent <= room));
+                assert_eq!(pieces.len(), length);
+            }
+            let mut bytes = vec![0; length];
+            pieces.copy_to(&mut bytes);
+            assert_eq!(bytes[..room], vec![9; room]);
+        }
+        ours.set_nonblocking(true).unwrap();
+        assert!(few.read_message(ours.as_fd()).is_err());
+        assert_eq!(few.iovecs().len(), 2);
     }
 
     #[test]
@@ -367,12 +406,20 @@ mod tests {
     }
 
     #[test]
+    fn multiples_are_of_each_piece() {
+        let all = pieces(&[(BASE + 512, 1024), (BASE + 4096, 512)]);
+        assert!(all.are_multiples(512, 512) && all.are_multiples(1, 1));
+        assert!(!all.are_multiples(1024, 512) && !all.are_multiples(512, 1024));
+        assert!(pieces(&[]).are_multiples(4096, 4096));
+    }
+
+    #[test]
     fn a_write_has_at_most_so_many_bytes() {
         let file = tempfile();
         let all = pieces(&[(BASE, 4), (BASE + 50, 5), (BASE + 100, 100)]);
         all.copy_from(b"abcdefghijkl");
         for (most, written) in [(3, 3), (4, 4), (8, 4), (9, 9), (108, 9), (109, 109)] {
-            assert_eq!(all.write_at(file.as_fd(), 0, 0, most).unwrap(), written);
+            assert_eq!(all.write_at(file.as_fd(), 0, most).unwrap(), written);
         }
     }
 }

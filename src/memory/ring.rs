@@ -4,8 +4,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::Duration;
 
-use io_uring::{IoUring, cqueue, opcode, types};
+use io_uring::types::{CancelBuilder, Timespec};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Pieces;
@@ -16,25 +20,33 @@ use super::pieces::PIECES_MAX;
 pub enum Op {
     /// Read at this offset.
     Read(u64),
-    /// Write at this offset, with flags RWF_*.
-    Write(u64, i32),
+    /// Write at this offset.
+    Write(u64),
 }
+
+/// Until a host that could not wait is asked again whether a request has ended.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// A ring for one file. It belongs to one thread. `T` is what the owner knows a request by.
 pub struct Ring<T> {
     ring: IoUring,
-    file: File,
+    file: Arc<File>,
     /// Requests in flight, each in the slot whose number is its user data.
     slots: Vec<Option<(Pieces, T)>>,
     free: Vec<usize>,
+    /// Of all requests in flight.
+    bytes: usize,
 }
+
+/// A request that has ended: its pieces, what its owner knows it by, and the bytes transferred.
+pub type Ended<T> = (Pieces, T, io::Result<usize>);
 
 impl<T> Ring<T> {
     /// A ring for so many requests at once on `file`. Each that ends signals `ended`.
     ///
     /// # Errors
     /// The host has no io_uring, or does not give it to this process.
-    pub fn new(requests: u16, file: File, ended: &EventFd) -> io::Result<Self> {
+    pub fn new(requests: u16, file: Arc<File>, ended: &EventFd) -> io::Result<Self> {
         let ring = IoUring::new(requests.into())?;
         ring.submitter().register_eventfd(ended.as_raw_fd())?;
         Ok(Self {
@@ -42,12 +54,18 @@ impl<T> Ring<T> {
             file,
             slots: (0..requests).map(|_| None).collect(),
             free: (0..usize::from(requests)).rev().collect(),
+            bytes: 0,
         })
     }
 
     /// Requests that have not come back.
     pub fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// Their bytes in all.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Adds a request, which starts with [`Ring::submit`].
@@ -67,10 +85,7 @@ impl<T> Ring<T> {
         let fd = types::Fd(self.file.as_raw_fd());
         let entry = match op {
             Op::Read(offset) => opcode::Readv::new(fd, start, count).offset(offset).build(),
-            Op::Write(offset, flags) => opcode::Writev::new(fd, start, count)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
+            Op::Write(offset) => opcode::Writev::new(fd, start, count).offset(offset).build(),
         };
         let entry = entry.user_data(slot as u64);
         // SAFETY: the file is open as long as the ring. The pieces are mapped RAM, their list is on
@@ -80,6 +95,7 @@ impl<T> Ring<T> {
             self.free.push(slot);
             return Err((pieces, request));
         }
+        self.bytes += pieces.len();
         self.slots[slot] = Some((pieces, request));
         Ok(())
     }
@@ -104,19 +120,20 @@ impl<T> Ring<T> {
         !self.ring.submission().is_empty()
     }
 
-    /// A request that has ended, with the bytes transferred.
-    pub fn reap(&mut self) -> Option<(Pieces, T, io::Result<usize>)> {
+    /// A request that has ended.
+    pub fn reap(&mut self) -> Option<Ended<T>> {
         let entry = self.ring.completion().next()?;
         let slot = usize::try_from(entry.user_data()).ok()?;
         let (pieces, request) = self.slots.get_mut(slot)?.take()?;
         self.free.push(slot);
+        self.bytes -= pieces.len();
         Some((pieces, request, result(&entry)))
     }
 
-    /// Waits until a request has ended, if there is one.
+    /// Starts what was pushed, and waits until a request has ended, if there is one.
     ///
     /// # Errors
-    /// The host's.
+    /// The host's; none for a signal.
     pub fn wait(&mut self) -> io::Result<()> {
         if self.in_flight() == 0 {
             return Ok(());
@@ -127,6 +144,38 @@ impl<T> Ring<T> {
             Err(error) => Err(error),
         }
     }
+
+    /// Ends everything. What the kernel has not begun is cancelled, and what it has is waited for,
+    /// however often it refuses to wait. What was pushed and never started just goes.
+    pub fn stop(mut self) -> Vec<Ended<T>> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Vec<Ended<T>> {
+        let unsubmitted = self.ring.submission().len();
+        let mut ended = Vec::new();
+        if self.in_flight() > unsubmitted {
+            // Since Linux 6.0. It tells nothing that the ends do not tell.
+            let (all, now) = (CancelBuilder::any(), Timespec::new());
+            let _ = self.ring.submitter().register_sync_cancel(Some(now), all);
+        }
+        while self.in_flight() > unsubmitted {
+            match self.reap() {
+                Some(end) => ended.push(end),
+                None if self.wait_for_end().is_err() => sleep(RETRY),
+                None => {}
+            }
+        }
+        ended
+    }
+
+    /// Waits until a request has ended, and starts none.
+    fn wait_for_end(&self) -> io::Result<()> {
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: the kernel takes no entry and no argument, and only waits.
+        unsafe { self.ring.submitter().enter::<()>(0, 1, flags, None) }?;
+        Ok(())
+    }
 }
 
 fn result(entry: &cqueue::Entry) -> io::Result<usize> {
@@ -136,16 +185,7 @@ fn result(entry: &cqueue::Entry) -> io::Result<usize> {
 /// The kernel may write to buffers until their requests end.
 impl<T> Drop for Ring<T> {
     fn drop(&mut self) {
-        while self.in_flight() > 0 {
-            if self.wait().is_err() {
-                // Nothing tells when they end: their memory stays for ever.
-                std::mem::take(&mut self.slots)
-                    .into_iter()
-                    .for_each(std::mem::forget);
-                return;
-            }
-            while self.reap().is_some() {}
-        }
+        self.end();
     }
 }
 
@@ -156,7 +196,10 @@ mod tests {
     use crate::config::MemConfig;
     use crate::memory;
     use crate::util::ByteSize;
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
     use vm_memory::GuestAddress;
 
     const BASE: GuestAddress = GuestAddress(0x8000_0000);
@@ -174,7 +217,7 @@ mod tests {
         let file = File::from(fd);
         file.write_all_at(content, 0).unwrap();
         let ended = EventFd::new(0).unwrap();
-        let ring = Ring::new(2, file.try_clone().unwrap(), &ended).unwrap();
+        let ring = Ring::new(2, Arc::new(file.try_clone().unwrap()), &ended).unwrap();
         (ring, file, ended)
     }
 
@@ -182,9 +225,7 @@ mod tests {
     fn requests_come_back_with_their_bytes() {
         let (mut ring, file, ended) = ring(b"0123456789");
         ring.push(Op::Read(3), pieces(b"...."), 'r').ok().unwrap();
-        ring.push(Op::Write(20, 0), pieces(b"abc"), 'w')
-            .ok()
-            .unwrap();
+        ring.push(Op::Write(20), pieces(b"abc"), 'w').ok().unwrap();
         let (_, full) = ring.push(Op::Read(0), pieces(b"."), 'f').err().unwrap();
         assert_eq!(full, 'f');
         ring.submit().unwrap();
@@ -215,5 +256,54 @@ mod tests {
         let (mut ring, ..) = ring(&[7; 100]);
         ring.push(Op::Read(0), pieces(&[0; 100]), 'r').ok().unwrap();
         drop(ring);
+    }
+
+    /// A ring on a socket, whose reads take as long as a test likes.
+    fn slow_ring() -> (Ring<char>, UnixStream) {
+        let (reader, writer) = UnixStream::pair().unwrap();
+        let ended = EventFd::new(0).unwrap();
+        let reader = Arc::new(File::from(OwnedFd::from(reader)));
+        (Ring::new(2, reader, &ended).unwrap(), writer)
+    }
+
+    #[test]
+    fn a_ring_that_stops_cancels_what_has_not_begun() {
+        let (mut ring, _writer) = slow_ring();
+        ring.push(Op::Read(0), pieces(b"."), 'r').ok().unwrap();
+        ring.submit().unwrap();
+        ring.push(Op::Read(0), pieces(b"."), 'u').ok().unwrap();
+        let ended = ring.stop();
+        let [(_, 'r', Err(error))] = ended.as_slice() else {
+            panic!("what was not submitted never began")
+        };
+        assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
+    }
+
+    /// The ring's descriptor is something else for a while: the kernel refuses to cancel and to wait.
+    #[test]
+    fn a_ring_that_cannot_wait_does_not_give_up() {
+        let (mut ring, mut writer) = slow_ring();
+        let buffer = pieces(b".");
+        ring.push(Op::Read(0), buffer.clone(), 'r').ok().unwrap();
+        ring.submit().unwrap();
+        let fd = ring.ring.as_raw_fd();
+        // SAFETY: descriptors of the test's own, which it puts back.
+        let kept = unsafe { libc::dup(fd) };
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::dup2(writer.as_raw_fd(), fd) }, fd);
+        assert!(ring.wait().is_err() && ring.wait_for_end().is_err());
+        let late = std::thread::spawn(move || writer.write_all(b"x").unwrap());
+        let ended = ring.end();
+        late.join().unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::dup2(kept, fd) }, fd);
+        // SAFETY: as above.
+        unsafe { libc::close(kept) };
+        let [(_, 'r', Ok(1))] = ended.as_slice() else {
+            panic!("it is still in flight")
+        };
+        let mut byte = [0];
+        buffer.copy_to(&mut byte);
+        assert_eq!(&byte, b"x");
     }
 }

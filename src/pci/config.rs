@@ -128,6 +128,11 @@ impl ConfigSpace {
         self.bar_size.unwrap_or(0).into()
     }
 
+    /// Whether the function may write to memory and read it, messages among its writes.
+    pub fn is_bus_master(&self) -> bool {
+        self.word(COMMAND) & COMMAND_BUS_MASTER != 0
+    }
+
     /// Whether the guest keeps the interrupt pin low.
     pub fn is_intx_disabled(&self) -> bool {
         self.word(COMMAND) & COMMAND_INTX_DISABLE != 0

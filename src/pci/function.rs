@@ -30,6 +30,9 @@ pub trait BarDevice: Send + Sync {
     /// From now on the BAR is at this guest-physical address, or nowhere. Called for one move at a
     /// time.
     fn moved(&self, base: Option<u64>);
+    /// From now on the device may access memory, or may not: then no access is left when this returns,
+    /// and none begins. It may not at first. Called for one change at a time.
+    fn set_bus_master(&self, allowed: bool);
 }
 
 /// A window into BAR 0 in the configuration space: where its control (BAR, padding, offset, length)
@@ -45,6 +48,8 @@ pub struct Window {
 /// One function.
 pub struct Function {
     config: Mutex<ConfigSpace>,
+    /// What the device and its messages know of COMMAND's bus master enable.
+    bus_master: Mutex<bool>,
     /// Where MSI-X's message control is.
     msix_control: Option<u16>,
     window: Option<Window>,
@@ -71,6 +76,7 @@ impl Function {
         });
         Self {
             config: Mutex::new(config),
+            bus_master: Mutex::new(false),
             msix_control,
             window,
             interrupts,
@@ -97,8 +103,8 @@ impl Function {
         target.is_some()
     }
 
-    /// A store to the configuration space itself, one at a time. BAR 0 may have moved then: see
-    /// [`Function::bar`].
+    /// A store to the configuration space itself, one at a time. BAR 0 may have moved then, and the
+    /// device may have lost the bus: see [`Function::bar`], [`Function::follow_bus_master`].
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         let (disabled, control) = {
             let mut config = lock(&self.config);
@@ -110,6 +116,25 @@ impl Function {
             msix.set_control(control);
         }
         self.interrupts.set_pin_disabled(disabled);
+    }
+
+    /// After a store to the configuration space: lets the device on the bus, or waits until it is off.
+    pub(super) fn follow_bus_master(&self) {
+        let mut known = lock(&self.bus_master);
+        let allowed = lock(&self.config).is_bus_master();
+        if std::mem::replace(&mut *known, allowed) == allowed {
+            return;
+        }
+        // Messages are writes too (PCI Local Bus 3.0, section 6.8). What the device ends with goes out.
+        if !allowed {
+            self.device.set_bus_master(false);
+        }
+        if let Some(msix) = &self.interrupts.msix {
+            msix.set_bus_master(allowed);
+        }
+        if allowed {
+            self.device.set_bus_master(true);
+        }
     }
 
     /// Where BAR 0 is, if it is decoded.

@@ -70,8 +70,8 @@ impl HostBridge {
             messages,
             moving: Mutex::default(),
             placed: RwLock::default(),
-            overlaps: RateLimit::default(),
-            unmapped: RateLimit::default(),
+            overlaps: RateLimit::named("PCI BARs that overlap"),
+            unmapped: RateLimit::named("PCI window"),
         }
     }
 
@@ -226,9 +226,13 @@ impl MmioDevice for Ecam {
                 if function.write_window(offset, data) {
                     return;
                 }
-                let mut known = lock(&self.0.moving);
-                function.write_config(offset, data);
-                self.0.follow(&mut known);
+                {
+                    let mut known = lock(&self.0.moving);
+                    function.write_config(offset, data);
+                    self.0.follow(&mut known);
+                }
+                // This may wait for the device.
+                function.follow_bus_master();
             }
             (Slot::Empty, _) => {}
         }

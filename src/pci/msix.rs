@@ -35,6 +35,7 @@ pub(super) struct Msix {
 struct Table {
     router: Arc<MsiRouter>,
     control: u16,
+    bus_master: bool,
     entries: Vec<Entry>,
 }
 
@@ -65,6 +66,7 @@ impl Msix {
             table: Mutex::new(Table {
                 router: Arc::clone(router),
                 control: 0,
+                bus_master: false,
                 entries,
             }),
         })
@@ -101,6 +103,13 @@ impl Msix {
             self.enabled.store(control & ENABLE != 0, Ordering::Release);
             table.apply();
         }
+    }
+
+    /// Whether messages may be sent at all; not at first. Those that may not stay pending.
+    pub(super) fn set_bus_master(&self, allowed: bool) {
+        let mut table = lock(&self.table);
+        table.bus_master = allowed;
+        table.apply();
     }
 
     /// Reads the table: 4 or 8 bytes, aligned; else zero.
@@ -151,7 +160,7 @@ impl Table {
     /// Connects the vectors that may be sent, and keeps back the others, with one change of the
     /// machine's routes at most.
     fn apply(&mut self) {
-        let all = self.control == ENABLE;
+        let all = self.control == ENABLE && self.bus_master;
         let may_send = |entry: &Entry| all && entry.control & MASKED == 0;
         for entry in &mut self.entries {
             if !may_send(entry) {
@@ -205,7 +214,9 @@ mod tests {
     fn msix(count: u16) -> (Arc<FakeVm>, Msix) {
         let vm = Arc::new(FakeVm::default());
         let router = MsiRouter::new(Arc::clone(&vm) as _);
-        (vm, Msix::new(&router, count).unwrap())
+        let msix = Msix::new(&router, count).unwrap();
+        msix.set_bus_master(true);
+        (vm, msix)
     }
 
     fn write_entry(msix: &Msix, vector: u64, data: u32, control: u32) {
@@ -253,6 +264,21 @@ mod tests {
         msix.write_table(16 + 12, &0u32.to_le_bytes());
         assert_eq!(lock(&vm.tables).len(), tables, "the same message");
         assert_eq!(*lock(&vm.irqfds), [1]);
+    }
+
+    #[test]
+    fn without_the_bus_messages_are_pending() {
+        let (vm, msix) = msix(2);
+        msix.set_control(ENABLE);
+        write_entry(&msix, 0, 9, 0);
+        msix.set_bus_master(false);
+        assert!(lock(&vm.irqfds).is_empty());
+        msix.signal(0);
+        write_entry(&msix, 0, 9, 0);
+        assert!(lock(&vm.irqfds).is_empty());
+        assert_eq!(pending(&msix), 1);
+        msix.set_bus_master(true);
+        assert_eq!(*lock(&vm.irqfds), [0]);
     }
 
     #[test]

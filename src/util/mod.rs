@@ -1,6 +1,8 @@
 //! Small things every other module may use.
 
 pub mod bytesize;
+pub mod filelock;
+pub mod output;
 pub mod poll;
 pub mod ratelimit;
 pub mod stderr;
@@ -11,4 +13,4 @@ pub mod thread;
 
 pub use bytesize::ByteSize;
 pub use ratelimit::RateLimit;
-pub(crate) use ratelimit::guest_warn;
+pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};

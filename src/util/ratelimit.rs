@@ -1,27 +1,30 @@
 //! A limit for what a guest can make rvmm log.
 
-use std::sync::Mutex;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::sync::lock;
 
 /// Lines allowed in one period.
-const BURST: u32 = 10;
+pub(crate) const BURST: u32 = 10;
 /// Length of a period.
-const PERIOD: Duration = Duration::from_secs(5);
+pub(crate) const PERIOD: Duration = Duration::from_secs(5);
 
-/// Lets through ten events in five seconds and counts the rest.
+/// Every limit of the process, by name. It outlives what logs: a guest that resets the machine, or a
+/// driver its device, gets no fresh limit.
+static WINDOWS: Mutex<BTreeMap<String, Arc<Mutex<Window>>>> = Mutex::new(BTreeMap::new());
+
+/// Lets through ten events in five seconds and counts the rest. All limits of one name are one.
 ///
 /// ```
-/// let limit = rvmm::util::RateLimit::default();
+/// let limit = rvmm::util::RateLimit::named("bus");
 /// if let Some(dropped) = limit.admit() {
 ///     eprintln!("the guest read an unmapped address ({dropped} such lines left out)");
 /// }
 /// ```
-#[derive(Debug, Default)]
-pub struct RateLimit {
-    window: Mutex<Window>,
-}
+#[derive(Clone, Debug)]
+pub struct RateLimit(Arc<Mutex<Window>>);
 
 #[derive(Debug, Default)]
 struct Window {
@@ -31,10 +34,17 @@ struct Window {
 }
 
 impl RateLimit {
+    /// The limit of that name: one for each kind of line, of each device where there are several.
+    /// It is kept for ever, so a name must not be the guest's to choose.
+    pub fn named(name: impl Into<String>) -> Self {
+        let mut windows = lock(&WINDOWS);
+        Self(Arc::clone(windows.entry(name.into()).or_default()))
+    }
+
     /// `Some(n)` when the event may be logged, `n` being how many were dropped since the last one
     /// that was; `None` when it must be dropped.
     pub fn admit(&self) -> Option<u64> {
-        lock(&self.window).admit_at(Instant::now())
+        lock(&self.0).admit_at(Instant::now())
     }
 }
 
@@ -54,18 +64,43 @@ impl Window {
     }
 }
 
-/// Logs a line that a guest can cause, as a warning, within the limit given first.
-macro_rules! guest_warn {
-    ($limit:expr, $($arg:tt)+) => {
+/// Logs a line that a guest can cause, at a [`log::Level`], within a [`RateLimit`].
+macro_rules! guest_log {
+    ($level:expr, $limit:expr, $($arg:tt)+) => {
         match $limit.admit() {
-            Some(0) => log::warn!($($arg)+),
-            Some(dropped) => log::warn!("{} ({dropped} like it left out)", format_args!($($arg)+)),
+            Some(0) => log::log!($level, $($arg)+),
+            Some(dropped) => log::log!(
+                $level,
+                "{} ({dropped} like it left out)",
+                format_args!($($arg)+)
+            ),
             None => {}
         }
     };
 }
 
-pub(crate) use guest_warn;
+/// [`guest_log`] as a warning.
+macro_rules! guest_warn {
+    ($limit:expr, $($arg:tt)+) => {
+        $crate::util::guest_log!(log::Level::Warn, $limit, $($arg)+)
+    };
+}
+
+/// [`guest_log`] for what `-v` tells of each life of the guest.
+macro_rules! guest_info {
+    ($limit:expr, $($arg:tt)+) => {
+        $crate::util::guest_log!(log::Level::Info, $limit, $($arg)+)
+    };
+}
+
+/// [`guest_log`] for what `-vv` tells.
+macro_rules! guest_debug {
+    ($limit:expr, $($arg:tt)+) => {
+        $crate::util::guest_log!(log::Level::Debug, $limit, $($arg)+)
+    };
+}
+
+pub(crate) use {guest_debug, guest_info, guest_log, guest_warn};
 
 #[cfg(test)]
 mod tests {
@@ -83,5 +118,17 @@ mod tests {
         }
         assert_eq!(window.admit_at(start + PERIOD), Some(7));
         assert_eq!(window.admit_at(start + PERIOD), Some(0));
+    }
+
+    #[test]
+    fn a_limit_is_its_names() {
+        let one = RateLimit::named("test one");
+        for _ in 0..BURST {
+            lock(&one.0).admit_at(Instant::now());
+        }
+        drop(one);
+        let admitted = |name: &str| lock(&RateLimit::named(name).0).admitted;
+        assert_eq!(admitted("test one"), BURST);
+        assert_eq!(admitted("test other"), 0);
     }
 }

@@ -2,10 +2,11 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::str::FromStr;
 
 use libc::{c_char, c_int, c_uint};
 use rustix::event::PollFlags;
@@ -16,6 +17,8 @@ use vmm_sys_util::ioctl_iow_nr;
 use super::poll::poll_now;
 
 const TUN: &str = "/dev/net/tun";
+/// A folder for each interface of this network namespace.
+const INTERFACES: &str = "/sys/class/net";
 
 /// `include/uapi/linux/if_tun.h`.
 #[allow(missing_docs)]
@@ -72,6 +75,7 @@ fn hint(error: &io::Error) -> &'static str {
 /// wait.
 pub struct TapQueue {
     file: File,
+    name: String,
     multi: bool,
 }
 
@@ -98,7 +102,7 @@ impl TapQueue {
     /// # Errors
     /// One line that names the way out.
     pub fn open(name: &str, count: usize) -> Result<Vec<Self>, TapError> {
-        if !Path::new("/sys/class/net").join(name).exists() {
+        if !Path::new(INTERFACES).join(name).exists() {
             return Err(TapError::Missing(name.to_owned()));
         }
         if count > 1 {
@@ -121,7 +125,11 @@ impl TapQueue {
             name: name.to_owned(),
             error,
         })?;
-        let queue = Self { file, multi };
+        let queue = Self {
+            file,
+            name: name.to_owned(),
+            multi,
+        };
         queue.configure(name).map_err(|error| TapError::Refused {
             name: name.to_owned(),
             error,
@@ -188,7 +196,38 @@ impl TapQueue {
     /// For tests: packets come from and go to `file`.
     #[cfg(test)]
     pub(crate) fn of(file: File) -> Self {
-        Self { file, multi: false }
+        Self {
+            file,
+            name: String::new(),
+            multi: false,
+        }
+    }
+
+    /// The largest packet that the interface carries, without its Ethernet header; None where the host
+    /// does not say.
+    pub fn mtu(&self) -> Option<u16> {
+        self.attribute("mtu")
+    }
+
+    /// Throws away the packets that wait to be read. They are at most as many as the interface keeps: a
+    /// flood of others that come meanwhile does not hold this up. Returns how many it read.
+    pub fn drain(&self) -> usize {
+        /// As Linux makes taps.
+        const KEPT: usize = 1_000;
+        let kept = self.attribute("tx_queue_len").unwrap_or(KEPT);
+        let mut header = [0; HEADER];
+        let read = |_: &usize| match (&self.file).read(&mut header) {
+            // What is wrong with one packet is not with the next.
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        };
+        (0..kept).take_while(read).count()
+    }
+
+    /// What the host says of the interface (`Documentation/ABI/testing/sysfs-class-net`).
+    fn attribute<T: FromStr>(&self, attribute: &str) -> Option<T> {
+        let path = Path::new(INTERFACES).join(&self.name).join(attribute);
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
     }
 
     /// Whether the interface is gone: then every access fails, and nothing else tells of it.
@@ -242,6 +281,23 @@ mod tests {
             line.contains("ip tuntap add dev rvmm-nope mode tap"),
             "{line}"
         );
+    }
+
+    /// /dev/zero is a tap that is never empty.
+    #[test]
+    fn a_flood_does_not_hold_up_who_drains() {
+        let flood = TapQueue::of(File::open("/dev/zero").unwrap());
+        assert_eq!(flood.drain(), 1_000);
+    }
+
+    #[test]
+    fn an_interface_tells_its_mtu() {
+        let mut queue = TapQueue::of(File::open("/dev/zero").unwrap());
+        assert_eq!(queue.mtu(), None);
+        // Every host has this one; its 65536 are more than a packet can have.
+        queue.name = "lo".into();
+        assert_eq!(queue.attribute::<u32>("mtu"), Some(65_536));
+        assert_eq!(queue.mtu(), None);
     }
 
     #[test]

@@ -46,7 +46,7 @@ impl Exits {
             bus,
             sbi,
             power,
-            csrs: RateLimit::default(),
+            csrs: RateLimit::named("CSRs"),
         }
     }
 

@@ -4,9 +4,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
-use log::warn;
-
 use crate::hypervisor::{Counter, Vcpu, VmExit};
+use crate::util::{RateLimit, guest_warn};
 
 /// Kinds told apart. A guest chooses addresses and calls, and may not grow rvmm with them.
 const KINDS_MAX: usize = 256;
@@ -132,7 +131,11 @@ impl ExitStats {
     pub fn read_counters(&mut self, vcpu: &dyn Vcpu) {
         match vcpu.counters() {
             Ok(counters) => self.counters = counters,
-            Err(error) => warn!("{:#}", anyhow::Error::new(error)),
+            Err(error) => guest_warn!(
+                RateLimit::named("KVM's counters"),
+                "{:#}",
+                anyhow::Error::new(error)
+            ),
         }
     }
 

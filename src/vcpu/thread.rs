@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use log::debug;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::Stop;
 use super::exits::{Exits, Next};
@@ -52,6 +51,8 @@ impl VcpuHandle {
         let stopping = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stopping);
         let body = move || {
+            // Whatever mask came over exec; it fails for numbers that are no signals.
+            let _ = unblock_signal(kick_signal());
             if let Some(end) = run(vcpu.as_mut(), &exits, &flag, stats.as_mut()) {
                 on_stop(end);
             }
@@ -81,8 +82,9 @@ impl VcpuHandle {
         self.stopping.store(true, Ordering::Release);
         // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
         self.kicker.set_immediate_exit(true);
-        if let Some(Err(error)) = self.thread.as_ref().map(|t| t.kill(kick_signal())) {
-            debug!("the vCPU's thread has ended already: {error}");
+        if let Some(thread) = &self.thread {
+            // Fails where the thread has ended already.
+            let _ = thread.kill(kick_signal());
         }
     }
 

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Chain, Virtq};
 use super::worker::{Stop, Worker};
-use crate::devices::console::{Console, Listener};
+use crate::devices::console::{Console, Listener, OUTPUT_CAPACITY};
 use crate::util::poll::Events;
 use crate::util::thread::Kind;
 
@@ -18,6 +18,8 @@ const QUEUE_SIZE: u16 = 64;
 const F_SIZE: u32 = 0;
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
+/// Bytes of output after which the thread looks whether to stop; and a guest's last words at its end.
+const ROUND: usize = OUTPUT_CAPACITY;
 
 /// Columns and rows of whoever looks at the console, where that is known.
 pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
@@ -135,7 +137,7 @@ impl Port {
                 kicks.wait(None);
             }
         }
-        // What the guest wrote before its end is its last words.
+        // What the guest wrote before its end is its last words, as far as there is room at once.
         self.send(output)?;
         Ok(())
     }
@@ -162,9 +164,10 @@ impl Port {
         Ok(true)
     }
 
-    /// Moves output of the guest to the console, as far as that has room. True when more came
-    /// meanwhile.
+    /// Moves output of the guest to the console, as far as that has room, and no more than [`ROUND`] bytes:
+    /// however fast they are taken, the thread looks whether to stop. True when there may be more.
     fn send(&mut self, queue: &mut Virtq) -> Result<bool, Broken> {
+        let mut left = ROUND;
         for _ in 0..queue.size() {
             let mut chain = match self.sending.take() {
                 Some(chain) => chain,
@@ -176,11 +179,12 @@ impl Port {
                     }
                 },
             };
-            if !self.write(&mut chain) {
-                // The console tells when there is room.
+            self.write(&mut chain, &mut left);
+            if !chain.readable.is_empty() {
                 self.sending = Some(chain);
                 queue.tell()?;
-                return Ok(false);
+                // The console tells when there is room.
+                return Ok(left == 0);
             }
             queue.push(chain.head, 0)?;
         }
@@ -188,18 +192,19 @@ impl Port {
         Ok(true)
     }
 
-    /// Writes what is left of `chain`; false when the console is full.
-    fn write(&self, chain: &mut Chain) -> bool {
+    /// Writes what is left of `chain`, as far as the console has room, and no more than `left` bytes.
+    fn write(&self, chain: &mut Chain, left: &mut usize) {
         let mut bytes = [0; CHUNK];
-        while !chain.readable.is_empty() {
-            let count = chain.readable.copy_to(&mut bytes);
+        while !chain.readable.is_empty() && *left > 0 {
+            let most = CHUNK.min(*left);
+            let count = chain.readable.copy_to(&mut bytes[..most]);
             let taken = self.console.write(&bytes[..count]);
             chain.readable.advance(taken);
+            *left -= taken;
             if taken < count {
-                return false;
+                return;
             }
         }
-        true
     }
 
     fn tell_size(&mut self) {
@@ -214,7 +219,6 @@ impl Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::console::OUTPUT_CAPACITY;
     use crate::util::sync::lock;
     use crate::virtio::testing::*;
     use std::sync::Mutex;

@@ -10,13 +10,15 @@
 //!
 //! DEVICE_NEEDS_RESET can come at any time; then only a reset helps. What a driver writes at the
 //! wrong time has no effect.
+//!
+//! On a bus that its driver has to let the device on, see [`Core::set_bus_master`], a device is live
+//! only while it may be.
 
 use std::io;
 use std::mem::size_of;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::info;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -33,7 +35,7 @@ use super::device::{
 };
 use super::queue::Virtq;
 use crate::memory::GuestMemory;
-use crate::util::RateLimit;
+use crate::util::{RateLimit, guest_info};
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -119,6 +121,7 @@ pub struct Core {
     pub queue_select: u16,
     queues: Vec<QueueSetup>,
     live: bool,
+    bus_master: bool,
     starts: RateLimit,
 }
 
@@ -146,7 +149,8 @@ impl Core {
             queue_select: 0,
             queues: queues.collect::<io::Result<_>>()?,
             live: false,
-            starts: RateLimit::default(),
+            bus_master: true,
+            starts: RateLimit::named(format!("{} starts", device.name())),
             device,
         })
     }
@@ -246,6 +250,26 @@ impl Core {
         }
     }
 
+    /// Whether the device may access memory; it may until this says otherwise.
+    ///
+    /// One that runs and may no longer stops as by a reset: when this returns, it has ended what it had
+    /// begun, and its driver finds DEVICE_NEEDS_RESET. No interrupt tells of that: who takes the bus away
+    /// wants silence. One whose driver is ready, and that has waited for the bus, starts.
+    pub fn set_bus_master(&mut self, allowed: bool) {
+        self.bus_master = allowed;
+        if allowed {
+            const READY: u8 = FEATURES_OK | DRIVER_OK;
+            if self.status() & (READY | NEEDS_RESET) == READY {
+                self.start();
+            }
+        } else if std::mem::take(&mut self.live) {
+            drop(self.device.deactivate());
+            self.shared.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
+            let name = self.device.name();
+            guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
+        }
+    }
+
     /// The driver chooses the size of the selected queue. One that cannot be has no effect.
     pub fn set_queue_size(&mut self, size: u16) {
         if let Some(queue) = self.queue_mut() {
@@ -302,7 +326,7 @@ impl Core {
     }
 
     fn start(&mut self) {
-        if self.live {
+        if self.live || !self.bus_master {
             return;
         }
         let queues = match self.live_queues() {
@@ -310,9 +334,8 @@ impl Core {
             Err(why) => return self.fault.needs_reset(why),
         };
         let name = self.device.name();
-        if self.starts.admit().is_some() {
-            info!("{name}: its driver is ready, {} queues", queues.len());
-        }
+        let count = queues.len();
+        guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
         let started = self.device.activate(Activation {
             ram: Arc::clone(&self.ram),
             features: self.accepted,

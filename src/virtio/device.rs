@@ -104,7 +104,7 @@ impl Fault {
             name: name.to_owned(),
             shared: Arc::clone(shared),
             interrupt,
-            warnings: RateLimit::default(),
+            warnings: RateLimit::named(format!("{name} needs a reset")),
         }))
     }
 
@@ -137,6 +137,12 @@ pub(super) const fn status_bit(bit: u32) -> u8 {
 
 pub(super) const DRIVER_OK: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER_OK);
 pub(super) const NEEDS_RESET: u8 = status_bit(VIRTIO_CONFIG_S_NEEDS_RESET);
+
+/// A flag of a ring or a descriptor, which has 16 bits.
+pub(super) const fn word(bit: u32) -> u16 {
+    let [low, high, ..] = bit.to_le_bytes();
+    u16::from_le_bytes([low, high])
+}
 
 /// A set of feature bits.
 pub const fn features(bits: &[u32]) -> u64 {

@@ -17,4 +17,5 @@ pub mod rng;
 mod testing;
 #[cfg(test)]
 mod transports;
+mod used;
 pub mod worker;

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
-use log::info;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,7 +19,7 @@ use crate::memory::GuestMemory;
 use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_warn};
+use crate::util::{RateLimit, guest_info, guest_warn};
 
 /// The vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
@@ -69,7 +68,8 @@ impl PciTransport {
         let name = device.name().to_owned();
         let interrupts = bridge.interrupts(vectors)?;
         let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&interrupts), queues));
-        let core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        let mut core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        core.set_bus_master(false);
         let doorbells = Doorbells::new(vm, &core);
         let transport = Arc::new(Self {
             core: Mutex::new(core),
@@ -84,7 +84,11 @@ impl PciTransport {
             count if count > queues => format!("by {count} messages, each queue its own"),
             count => format!("by {count} messages, queues share one"),
         };
-        info!("{name}: PCI device {slot}, {queues} queues, interrupts {how}");
+        let limit = RateLimit::named(format!("{name} on PCI"));
+        guest_info!(
+            limit,
+            "{name}: PCI device {slot}, {queues} queues, interrupts {how}"
+        );
         Ok(())
     }
 
@@ -193,6 +197,15 @@ impl BarDevice for PciTransport {
     fn moved(&self, base: Option<u64>) {
         lock(&self.doorbells).follow(base);
     }
+
+    fn set_bus_master(&self, allowed: bool) {
+        let mut core = lock(&self.core);
+        core.set_bus_master(allowed);
+        if !allowed {
+            // Other devices on the wire would find it high until this one is reset.
+            self.interrupt.take();
+        }
+    }
 }
 
 /// The part of the BAR that an offset is in, and the offset there.
@@ -215,7 +228,7 @@ impl Doorbells {
             vm: Arc::clone(vm),
             kicks: core.queues().iter().map(|q| Arc::clone(&q.kick)).collect(),
             connected: Vec::new(),
-            failures: RateLimit::default(),
+            failures: RateLimit::named(format!("{} doorbells", core.name())),
         }
     }
 

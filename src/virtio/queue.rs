@@ -1,20 +1,21 @@
 //! A live virtqueue, as a device sees it: chains out, used buffers in, one interrupt for a batch.
 //!
-//! Split virtqueues of Virtual I/O Device (VIRTIO) 1.2, section 2.7; the ring itself is the crate
-//! virtio-queue's.
+//! Split virtqueues of Virtual I/O Device (VIRTIO) 1.2, section 2.7; the descriptors and the driver's ring
+//! are read by the crate virtio-queue.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Fault, Interrupt};
+use super::used::UsedRing;
+use super::worker::Stop;
 use crate::memory::{FlatRam, GuestMemory, Pieces};
 
-/// A driver left no way to go on with a queue: the device needs a reset.
+/// There is no way to go on with a queue, mostly by its driver's fault: the device needs a reset.
 #[derive(Debug, Error)]
 #[error("queue {queue}: {how}")]
 pub struct Broken {
@@ -41,6 +42,9 @@ enum How {
     /// A device-readable buffer behind a device-writable one.
     #[error("descriptor chain {0} is out of order")]
     Order(u16),
+    /// The host refused what the device cannot do without.
+    #[error("{0}")]
+    Host(String),
 }
 
 /// Descriptors of one chain, as QEMU has it too: more than drivers use, and what one call of the host's
@@ -68,6 +72,7 @@ impl fmt::Debug for Pieces {
 pub struct Virtq {
     index: u16,
     queue: Queue,
+    used: UsedRing,
     ram: Arc<FlatRam>,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
@@ -86,6 +91,7 @@ impl Virtq {
     ) -> Self {
         Self {
             index,
+            used: UsedRing::of(&queue),
             queue,
             ram: FlatRam::of(ram),
             kick: Arc::clone(kick),
@@ -119,8 +125,8 @@ impl Virtq {
     /// available ring), and returned all that it took.
     pub fn took_until(&mut self, next: u16) {
         self.queue.set_next_avail(next);
-        let used = self.queue.used_idx(self.ram.as_ref(), Ordering::Acquire);
-        self.queue.set_next_used(used.map_or(next, |used| used.0));
+        // Its ring was in RAM when the queue went live, and still is.
+        let _ = self.used.follow(&self.ram);
     }
 
     /// How to interrupt the driver, for who does not own the queue.
@@ -194,10 +200,32 @@ impl Virtq {
     /// # Errors
     /// The driver broke the queue.
     pub fn push(&mut self, head: u16, written: usize) -> Result<(), Broken> {
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        let pushed = self.queue.add_used(self.ram.as_ref(), head, written);
+        self.push_together([(head, written)])
+    }
+
+    /// The same for several requests that the driver has to find together, as the buffers of one packet
+    /// (section 5.1.6.4). They are at most as many as the queue has entries.
+    ///
+    /// # Errors
+    /// The driver broke the queue.
+    pub fn push_together(
+        &mut self,
+        requests: impl IntoIterator<Item = (u16, usize)>,
+    ) -> Result<(), Broken> {
+        let mut count = 0;
+        for (head, written) in requests {
+            let written = u32::try_from(written).unwrap_or(u32::MAX);
+            let pushed = self.used.write(&self.ram, count, head, written);
+            pushed.map_err(self.ring_broken())?;
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        let shown = self.used.show(&self.ram, count);
+        shown.map_err(self.ring_broken())?;
         self.untold = true;
-        pushed.map_err(self.ring_broken())
+        Ok(())
     }
 
     /// Interrupts the driver for all that was pushed since the last time, if it wants that.
@@ -208,7 +236,7 @@ impl Virtq {
         if !std::mem::take(&mut self.untold) {
             return Ok(());
         }
-        let wanted = self.queue.needs_notification(self.ram.as_ref());
+        let wanted = self.used.wants_interrupt(&self.ram);
         if wanted.map_err(self.ring_broken())? {
             self.interrupt.queue(self.index);
         }
@@ -235,19 +263,21 @@ impl Virtq {
     }
 
     /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
-    /// driver once. After as many as the queue has entries it returns, with another kick to come: its
-    /// caller may have been asked to stop.
+    /// driver once. Ends early when `stop` is asked, and after as many requests as the queue has entries,
+    /// with another kick to come: its caller may have other work.
     ///
     /// # Errors
     /// The driver broke the queue.
     pub fn drain(
         &mut self,
+        stop: &Stop,
         mut serve: impl FnMut(Chain) -> Result<usize, Broken>,
     ) -> Result<(), Broken> {
         let mut left = self.size();
         loop {
             self.mute_kicks()?;
-            while let Some(chain) = self.pop()? {
+            while !stop.is_asked() {
+                let Some(chain) = self.pop()? else { break };
                 let head = chain.head;
                 let written = serve(chain)?;
                 self.push(head, written)?;
@@ -259,7 +289,7 @@ impl Virtq {
                 }
             }
             self.tell()?;
-            if !self.ask_for_kick()? {
+            if stop.is_asked() || !self.ask_for_kick()? {
                 return Ok(());
             }
         }
@@ -279,6 +309,17 @@ impl Virtq {
     /// The chain that starts at `head` is nothing that the device knows.
     pub fn no_request(&self, head: u16) -> Broken {
         broken(self.index)(How::NoRequest(head))
+    }
+
+    /// The host refused what the device cannot do without.
+    pub fn refused(&self, why: impl fmt::Display) -> Broken {
+        broken(self.index)(How::Host(why.to_string()))
+    }
+
+    /// Each index of the used ring that the driver could see.
+    #[cfg(test)]
+    pub(super) fn shown(&self) -> &[u16] {
+        &self.used.shown
     }
 
     fn ring_broken(&self) -> impl FnOnce(virtio_queue::Error) -> Broken + use<> {

@@ -5,6 +5,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
@@ -103,8 +104,9 @@ fn pause(queue: &Virtq, stop: &Stop, time: Duration) {
 fn fill(room: &Pieces) -> usize {
     let mut bytes = [0; ANSWER_MAX];
     let wanted = room.len().min(ANSWER_MAX);
-    // The host's pool is ready long before a VM is: this does not wait.
-    let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+    // The host's pool is ready long before a VM is: this does not wait. A signal may end it.
+    let got = retry_on_intr(|| getrandom(&mut bytes[..wanted], GetRandomFlags::empty()));
+    let got = got.unwrap_or(0);
     room.copy_from(&bytes[..got])
 }
 

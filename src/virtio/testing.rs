@@ -2,8 +2,8 @@
 //! does it, and the freedom to do all of it wrong.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Core, Half, Ring};
-use super::device::{Activation, Interrupt, VirtioDevice, read_bytes};
+use super::device::{Activation, Interrupt, VirtioDevice, read_bytes, word};
 use super::queue::Virtq;
 use super::worker::{Worker, wait};
 use crate::config::MemConfig;
@@ -23,18 +23,12 @@ use crate::util::thread::Kind;
 pub(crate) const RAM: u64 = 0x8000_0000;
 /// Entries of every test queue.
 pub(crate) const SIZE: u16 = 16;
-/// A descriptor's flags are 16 bits.
-const fn flag(bit: u32) -> u16 {
-    let [low, high, ..] = bit.to_le_bytes();
-    u16::from_le_bytes([low, high])
-}
-
 /// Device-writable.
-pub(crate) const WRITE: u16 = flag(VRING_DESC_F_WRITE);
+pub(crate) const WRITE: u16 = word(VRING_DESC_F_WRITE);
 /// Another descriptor follows.
-pub(crate) const NEXT: u16 = flag(VRING_DESC_F_NEXT);
+pub(crate) const NEXT: u16 = word(VRING_DESC_F_NEXT);
 /// A table of descriptors.
-pub(crate) const INDIRECT: u16 = flag(VRING_DESC_F_INDIRECT);
+pub(crate) const INDIRECT: u16 = word(VRING_DESC_F_INDIRECT);
 /// ACKNOWLEDGE, DRIVER, FEATURES_OK.
 pub(crate) const NEGOTIATED: u8 = 1 | 2 | 8;
 /// The same, and DRIVER_OK.
@@ -91,7 +85,7 @@ impl VirtioDevice for Echo {
         for queue in activation.queues {
             let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
                 while !stop.is_asked() {
-                    queues[0].drain(|chain| {
+                    queues[0].drain(stop, |chain| {
                         let bytes = vec![0xee; chain.writable.len()];
                         Ok(chain.writable.copy_from(&bytes))
                     })?;
@@ -115,6 +109,49 @@ pub(crate) fn echo() -> Box<Echo> {
         config: *b"abcdefgh",
         ..Echo::default()
     })
+}
+
+/// Hands its one queue to the test.
+pub(crate) struct Taker(mpsc::Sender<Vec<Virtq>>);
+
+impl Taker {
+    /// With where its queues come when it is activated.
+    pub(crate) fn new() -> (Box<Self>, mpsc::Receiver<Vec<Virtq>>) {
+        let (sender, taken) = mpsc::channel();
+        (Box::new(Self(sender)), taken)
+    }
+}
+
+impl VirtioDevice for Taker {
+    fn kind(&self) -> u32 {
+        42
+    }
+    fn name(&self) -> &str {
+        "taker"
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![SIZE]
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        self.0.send(activation.queues).map_err(io::Error::other)
+    }
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        Vec::new()
+    }
+}
+
+/// A live queue in the test's own hands, and its driver that accepted `features`.
+pub(crate) fn taken(features: u64) -> (Driver, Virtq) {
+    let (device, taken) = Taker::new();
+    let mut driver = Driver::of(device);
+    driver.negotiate(features);
+    driver.set_up(0, rings(0));
+    driver.core.set_status(READY);
+    (driver, taken.recv().unwrap().remove(0))
 }
 
 /// A descriptor as it lies in RAM.

@@ -1,10 +1,13 @@
 //! Both transports by their registers, as a guest's loads and stores reach them.
 
+mod bus_master;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::device::VirtioDevice;
 use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
 use super::testing::*;
@@ -25,6 +28,9 @@ const ECAM: u64 = 0x3000_0000;
 const BAR: u64 = 0x4001_0000;
 /// The first device's configuration space.
 const CONFIG: u64 = ECAM + (1 << 15);
+/// Of its command register.
+const MEMORY: u16 = 1 << 1;
+const BUS_MASTER: u16 = 1 << 2;
 
 /// A register: its offset and width.
 type Register = (u64, usize);
@@ -128,6 +134,10 @@ impl Guest {
 
     /// With so many messages, and its BAR placed.
     fn pci(vectors: u16) -> Self {
+        Self::pci_of(echo(), vectors)
+    }
+
+    fn pci_of(device: Box<dyn VirtioDevice>, vectors: u16) -> Self {
         let mut guest = Self::new(BAR, &PCI_MAP);
         let wires = [32, 33, 34, 35].map(|n| IrqLine::new(Arc::clone(&guest.wire) as _, n));
         let messages = Messages {
@@ -138,7 +148,7 @@ impl Guest {
         let window = 0x4000_0000..0x5000_0000;
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        PciTransport::attach(echo(), &guest.ram, &vm, &mut bridge, vectors).unwrap();
+        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors).unwrap();
         for (range, device) in Arc::new(bridge).on_bus() {
             guest.bus.insert(range, device).unwrap();
         }
@@ -154,8 +164,11 @@ impl Guest {
     fn place(&self, base: u64) {
         let base = u32::try_from(base).unwrap();
         self.bus.write(CONFIG + 0x10, &base.to_le_bytes());
-        // Memory space.
-        self.bus.write(CONFIG + 4, &[2, 0]);
+        self.set_command(MEMORY | BUS_MASTER);
+    }
+
+    fn set_command(&self, command: u16) {
+        self.bus.write(CONFIG + 4, &command.to_le_bytes());
     }
 
     fn get(&self, (offset, width): Register) -> u64 {
@@ -399,7 +412,7 @@ fn notifications_over_pci_follow_the_bar() {
     assert_eq!(*lock(&guest.vm.doorbells), doorbells(BAR));
     guest.place(BAR + 0x8000);
     assert_eq!(*lock(&guest.vm.doorbells), doorbells(BAR + 0x8000));
-    guest.bus.write(CONFIG + 4, &[0, 0]);
+    guest.set_command(0);
     assert_eq!(*lock(&guest.vm.doorbells), []);
 }
 

@@ -13,19 +13,24 @@ use crate::util::thread::{Kind, spawn};
 
 /// A thread that works for a device until it is stopped, and then gives back what it owned.
 pub struct Worker<T: Send + 'static = Vec<Virtq>> {
-    stop: Arc<AtomicBool>,
+    stop: Stop,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<T>>,
 }
 
 /// Says whether a worker is to end; its own thread has it.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
     /// Whether the worker is to end now.
     pub fn is_asked(&self) -> bool {
         self.0.load(Ordering::Acquire)
+    }
+
+    /// Asks for the end.
+    pub(super) fn ask(&self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -63,8 +68,8 @@ impl<T: Send + 'static> Worker<T> {
     where
         F: FnOnce(&Stop) -> T + Send + 'static,
     {
-        let stop = Arc::new(AtomicBool::new(false));
-        let asked = Stop(Arc::clone(&stop));
+        let stop = Stop::default();
+        let asked = stop.clone();
         let thread = spawn(kind, name, move || body(&asked))?;
         Ok(Self {
             stop,
@@ -73,18 +78,23 @@ impl<T: Send + 'static> Worker<T> {
         })
     }
 
-    /// Ends the thread, which finishes what it has begun, and takes what it owned. None where it
+    /// Ends the thread, which ends what it has begun, and takes what it owned. None where it
     /// panicked, which ends the process.
     pub fn stop(mut self) -> Option<T> {
         self.end()
     }
 
-    fn end(&mut self) -> Option<T> {
-        let thread = self.thread.take()?;
-        self.stop.store(true, Ordering::Release);
+    /// Asks the thread to end, and does not wait for it.
+    pub fn ask(&self) {
+        self.stop.ask();
         if let Err(error) = self.wake.write(1) {
             warn!("Failed to wake a device's thread: {error}");
         }
+    }
+
+    fn end(&mut self) -> Option<T> {
+        let thread = self.thread.take()?;
+        self.ask();
         thread.join().ok()
     }
 }

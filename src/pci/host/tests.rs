@@ -13,6 +13,7 @@ const CONTROL: u64 = 0x44;
 const DATA: u64 = 0x50;
 
 const MEMORY: u32 = 1 << 1;
+const BUS_MASTER: u32 = 1 << 2;
 const INTX_DISABLE: u32 = 1 << 10;
 const MSIX_ENABLE: u32 = 1 << 31;
 
@@ -21,6 +22,7 @@ const MSIX_ENABLE: u32 = 1 << 31;
 struct Registers {
     written: Mutex<Vec<(u64, Vec<u8>)>>,
     moves: Mutex<Vec<Option<u64>>>,
+    mastered: Mutex<Vec<bool>>,
     bridge: Mutex<Option<Arc<HostBridge>>>,
 }
 
@@ -36,6 +38,12 @@ impl BarDevice for Registers {
     }
     fn moved(&self, base: Option<u64>) {
         lock(&self.moves).push(base);
+    }
+    fn set_bus_master(&self, allowed: bool) {
+        let bridge = lock(&self.bridge);
+        let free = bridge.as_ref().is_none_or(|b| b.moving.try_lock().is_ok());
+        assert!(free, "a device stops without the bus's lock");
+        lock(&self.mastered).push(allowed);
     }
 }
 
@@ -260,7 +268,7 @@ fn messages_are_set_up_through_the_bar() {
     assert_eq!(machine.config(2, at + 4), 0x4000);
     assert_eq!(machine.config(2, at + 8), 0x5000);
     machine.place(2, WINDOW);
-    machine.set_config(2, 4, MEMORY);
+    machine.set_config(2, 4, MEMORY | BUS_MASTER);
     machine.set_config(2, at, MSIX_ENABLE);
     let interrupts = &machine.interrupts[1];
     assert!(interrupts.uses_messages());
@@ -278,6 +286,22 @@ fn messages_are_set_up_through_the_bar() {
     machine.set_config(2, at, 0);
     assert!(!interrupts.uses_messages());
     assert!(lock(&machine.vm.irqfds).is_empty());
+}
+
+#[test]
+fn a_device_hears_of_each_change_of_bus_mastering() {
+    let machine = machine(&[2, 0]);
+    let heard = || std::mem::take(&mut *lock(&machine.devices[0].mastered));
+    for command in [MEMORY, BUS_MASTER, BUS_MASTER | MEMORY, 0, MEMORY] {
+        machine.set_config(1, 4, command);
+    }
+    assert_eq!(heard(), [true, false]);
+    // Whatever the width, and where the store begins.
+    machine.bus.write(config_at(1, 4), &[4]);
+    machine.bus.write(config_at(1, 0), &[0; 8]);
+    machine.bus.write(config_at(1, 5), &[4]);
+    assert_eq!(heard(), [true, false]);
+    assert!(lock(&machine.devices[1].mastered).is_empty());
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use vm_memory::GuestAddress;
+use vmm_sys_util::signal::{block_signal, get_blocked_signals};
 
 use super::*;
 use crate::bus::Bus;
@@ -24,6 +25,8 @@ struct Script {
     exits: VecDeque<VmExit>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
     kicked: Arc<AtomicBool>,
+    /// Signals that its thread blocks.
+    blocked: Arc<Mutex<Vec<i32>>>,
 }
 
 struct Flag(Arc<AtomicBool>);
@@ -36,6 +39,7 @@ impl Kicker for Flag {
 
 impl Vcpu for Script {
     fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+        *lock(&self.blocked) = get_blocked_signals().unwrap();
         lock(&self.entries).push(entry);
         if let Some(exit) = self.exits.pop_front() {
             return Ok(exit);
@@ -68,6 +72,7 @@ struct Started {
     handle: VcpuHandle,
     stops: mpsc::Receiver<Result<Stop>>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
+    blocked: Arc<Mutex<Vec<i32>>>,
 }
 
 fn start(exits: &[VmExit]) -> Started {
@@ -81,7 +86,7 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
         exits: exits.iter().copied().collect(),
         ..Script::default()
     };
-    let entries = Arc::clone(&script.entries);
+    let (entries, blocked) = (Arc::clone(&script.entries), Arc::clone(&script.blocked));
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
     let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi, Arc::default()));
@@ -90,6 +95,7 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
         handle,
         stops,
         entries,
+        blocked,
     }
 }
 
@@ -144,6 +150,16 @@ fn dropping_the_handle_stops_a_guest_that_spins() {
     let vcpu = start(&[]);
     drop(vcpu.handle);
     assert!(vcpu.stops.recv().is_err(), "nothing is told");
+}
+
+/// A kick is a signal: a mask that came over exec must not keep it out.
+#[test]
+fn a_vcpu_is_kicked_whatever_mask_it_inherits() {
+    block_signal(kick_signal()).unwrap();
+    let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
+    let vcpu = start(&[shutdown]);
+    vcpu.stops.recv().unwrap().unwrap();
+    assert!(!lock(&vcpu.blocked).contains(&kick_signal()));
 }
 
 #[test]

@@ -2,22 +2,26 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::Arc;
 
-use log::debug;
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstatfs, ioctl_blksszget};
-use rustix::io::Errno;
+use log::{debug, info, warn};
+use rustix::fs::{FallocateFlags, fallocate, ioctl_blksszget};
 use thiserror::Error;
 
-use super::overlay::Overlay;
+use super::direct::{Direct, Units};
+use super::durable::{Durable, Mark};
+use super::file::{
+    fallocated, is_in_memory, read_all, tells_of_earlier_writes, write_all, write_step, write_zeros,
+};
+use super::lock::lock;
+use super::overlay::{Overlay, default_directory};
 use super::request::{Range, SECTOR, SECTOR_BYTES};
 use crate::config::{Cache, DiskConfig};
 use crate::memory::Pieces;
 use crate::util::ByteSize;
-use crate::util::sync::lock;
 
 /// Why a disk cannot be had.
 #[derive(Debug, Error)]
@@ -42,6 +46,17 @@ pub enum OpenError {
          each with readonly or snapshot=on"
     )]
     Locked(PathBuf),
+    /// Nowhere to keep what the guest writes.
+    #[error(
+        "Failed to make a file for a disk's snapshot in {directory:?}: {error}: \
+         snapshot-dir=DIR chooses another place"
+    )]
+    Snapshot {
+        /// Where.
+        directory: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -58,7 +73,8 @@ fn hint(error: &io::Error) -> &'static str {
 /// An open image. Many threads may use it at once.
 pub struct Image {
     path: PathBuf,
-    file: File,
+    /// Not closed before the end, whoever else has it: a close can take an error that a flush is to tell.
+    file: Arc<File>,
     /// Bytes that the guest sees, whole sectors.
     len: u64,
     /// A file that could be truncated.
@@ -67,11 +83,10 @@ pub struct Image {
     read_only: bool,
     cache: Cache,
     overlay: Option<Overlay>,
+    direct: Option<Direct>,
     /// Bytes that one write to the file, or to the overlay, is to have at most.
     step: usize,
-    /// What was written is lost: a flush failed, and no later one can promise it. Held while one is at
-    /// work: the host tells of a loss once, and so only one of two that ask at the same time.
-    lost: Mutex<bool>,
+    durable: Durable,
 }
 
 impl Image {
@@ -91,7 +106,7 @@ impl Image {
         }
         let writes = !config.readonly && !config.snapshot;
         let mut file = open_file(path, config, &metadata, writes).map_err(failed)?;
-        lock_file(&file, writes).map_err(|error| match error.kind() {
+        lock(&file, path, writes).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => OpenError::Locked(path.to_owned()),
             _ => failed(error),
         })?;
@@ -100,21 +115,29 @@ impl Image {
         if len == 0 {
             return Err(OpenError::Empty(path.to_owned()));
         }
-        let overlay = config.snapshot.then(|| Overlay::new(len)).transpose();
-        let overlay = overlay.map_err(failed)?;
         let is_regular = metadata.is_file();
+        let block_size = block_size(&file, is_regular);
+        let direct = || {
+            let units = Units::of(&file, is_regular);
+            debug!("disk {path:?}: {units:?}");
+            Direct::new(&file, units, len, block_size, writes)
+        };
+        let direct = config.direct.then(direct).transpose().map_err(failed)?;
+        let overlay = config.snapshot.then(|| open_overlay(config, len));
+        let overlay = overlay.transpose()?;
         debug!("disk {path:?}: {}", ByteSize(len));
         Ok(Self {
             path: path.to_owned(),
-            block_size: block_size(&file, is_regular, config.direct),
             len,
             is_regular,
+            block_size,
             read_only: config.readonly,
             cache: config.cache,
             step: write_step(overlay.as_ref().map_or(&file, Overlay::file)),
             overlay,
-            lost: Mutex::new(false),
-            file,
+            direct,
+            durable: Durable::default(),
+            file: Arc::new(file),
         })
     }
 
@@ -150,11 +173,21 @@ impl Image {
 
     /// The file, for requests that need not wait for each other: none where there is an overlay, or
     /// where none of them would wait.
-    pub fn unwaiting(&self) -> Option<File> {
-        if self.overlay.is_some() || is_in_memory(&self.file) {
-            return None;
-        }
-        self.file.try_clone().ok()
+    pub(super) fn unwaiting(&self) -> Option<Arc<File>> {
+        let waits = self.overlay.is_none() && !is_in_memory(&self.file);
+        waits.then(|| Arc::clone(&self.file))
+    }
+
+    /// Whether that file takes a read of `pieces` at `offset`, a range of the disk, as it is.
+    pub(super) fn fits_read(&self, pieces: &Pieces, offset: u64) -> bool {
+        let direct = self.direct.as_ref();
+        direct.is_none_or(|direct| direct.fits(pieces, offset))
+    }
+
+    /// The same for a write.
+    pub(super) fn fits_write(&self, pieces: &Pieces, offset: u64) -> bool {
+        let direct = self.direct.as_ref();
+        direct.is_none_or(|direct| direct.fits_write(pieces, offset))
     }
 
     /// Fills `pieces` with what is at `offset`.
@@ -163,40 +196,76 @@ impl Image {
     /// Out of range, or the host's; the pieces may have changed in part.
     pub fn read(&self, pieces: &mut Pieces, offset: u64) -> io::Result<()> {
         self.check(offset, pieces.len() as u64)?;
-        match &self.overlay {
-            None => read_all(self.file.as_fd(), pieces, offset),
-            Some(overlay) => overlay.read(&self.file, pieces, offset),
+        match (&self.overlay, &self.direct) {
+            (Some(overlay), _) => overlay.read(&self.file, pieces, offset),
+            (None, Some(direct)) => direct.read(&self.file, pieces, offset),
+            (None, None) => read_all(self.file.as_fd(), pieces, offset),
         }
     }
 
-    /// Writes `pieces` at `offset`, with flags RWF_*.
+    /// Writes `pieces` at `offset`.
     ///
     /// # Errors
     /// Out of range, read-only, or the host's; some of it may have been written.
-    pub fn write(&self, pieces: &mut Pieces, offset: u64, flags: i32) -> io::Result<()> {
+    pub fn write(&self, pieces: &mut Pieces, offset: u64) -> io::Result<()> {
         let len = pieces.len() as u64;
         self.check_write(offset, len)?;
-        match &self.overlay {
-            None => write_all(&self.file, pieces, offset, flags, self.step),
-            Some(overlay) => overlay.write(&self.file, offset, len, |file| {
-                write_all(file, pieces, offset, 0, self.step)
-            }),
+        if let Some(overlay) = &self.overlay {
+            return overlay.write(&self.file, offset, len, |file| {
+                write_all(file, pieces, offset, self.step)
+            });
+        }
+        let written = match &self.direct {
+            Some(direct) => direct.write(&self.file, pieces, offset),
+            None => write_all(&self.file, pieces, offset, self.step),
+        };
+        written.inspect_err(|error| self.write_failed(error))
+    }
+
+    /// A write failed with `error`, which may be that of earlier ones.
+    pub(super) fn write_failed(&self, error: &io::Error) {
+        if tells_of_earlier_writes(&self.file, error) {
+            self.durable.fail();
         }
     }
 
-    /// Makes durable what was written.
+    /// Makes durable what was written, all of it ever.
     ///
     /// # Errors
     /// The host's, now or ever before: what was lost then stays lost.
     pub fn flush(&self) -> io::Result<()> {
-        if self.overlay.is_some() || self.cache == Cache::Unsafe || self.read_only {
+        if !self.is_durable() || self.read_only {
             return Ok(());
         }
-        let mut lost = lock(&self.lost);
-        if *lost {
-            return Err(io::Error::other("an earlier flush failed"));
+        if self.durable.is_lost_since(Mark::FIRST) {
+            return Err(lost());
         }
-        self.file.sync_data().inspect_err(|_| *lost = true)
+        self.sync()?;
+        self.is_kept_since(Mark::FIRST)
+    }
+
+    /// Where a write begins that [`Image::is_kept_since`] is asked of.
+    pub(super) fn mark(&self) -> Mark {
+        self.durable.mark()
+    }
+
+    /// Syncs once what has been written, whoever else wants that now.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.durable.sync(|| self.file.sync_data())
+    }
+
+    /// Whether what was written since `mark`, and then synced, is durable.
+    ///
+    /// # Errors
+    /// A sync failed meanwhile, and that it was not for this nobody can tell.
+    pub(super) fn is_kept_since(&self, mark: Mark) -> io::Result<()> {
+        if self.durable.is_lost_since(mark) {
+            return Err(lost());
+        }
+        Ok(())
     }
 
     /// Forgets what is in `range`, if the host can; the bytes may stay.
@@ -209,11 +278,8 @@ impl Image {
             return Ok(());
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, hole, range.offset, range.length) {
-            // A hint only: what cannot be done need not be.
-            Err(errno) if !is_unsupported(errno) => Err(errno.into()),
-            _ => Ok(()),
-        }
+        // A hint only: what cannot be done need not be.
+        self.allocate(hole, range).map(drop)
     }
 
     /// Fills `range` with zeros.
@@ -236,12 +302,23 @@ impl Image {
         } else {
             FallocateFlags::ZERO_RANGE
         };
-        match fallocate(&self.file, how, offset, length) {
-            Ok(()) => {}
-            Err(errno) if is_unsupported(errno) => write_zeros(&self.file, offset, length)?,
-            Err(errno) => return Err(errno.into()),
+        if self.allocate(how, range)? {
+            return Ok(());
         }
-        Ok(())
+        let written = match &self.direct {
+            Some(direct) => direct.write_zeros(&self.file, offset, length),
+            None => write_zeros(&self.file, offset, length),
+        };
+        written.inspect_err(|error| self.write_failed(error))
+    }
+
+    /// fallocate(2) on `range`; false where the host cannot do that.
+    fn allocate(&self, how: FallocateFlags, range: Range) -> io::Result<bool> {
+        let call = || fallocated(|| fallocate(&self.file, how, range.offset, range.length));
+        match &self.direct {
+            Some(direct) => direct.between_changes(call),
+            None => call(),
+        }
     }
 
     /// Whether flushes mean something.
@@ -274,7 +351,7 @@ impl Image {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let may_shrink = self.is_regular && self.overlay.is_none();
-        if may_shrink && (&self.file).seek(SeekFrom::End(0))? < self.len {
+        if may_shrink && self.file.as_ref().seek(SeekFrom::End(0))? < self.len {
             return Err(io::Error::other("the image was truncated"));
         }
         Ok(())
@@ -300,120 +377,38 @@ fn open_file(
     options.open(path)
 }
 
-fn lock_file(file: &File, writes: bool) -> io::Result<()> {
-    let how = if writes {
-        FlockOperation::NonBlockingLockExclusive
+/// What writes go to instead of the image. Says where that is, and warns if it is RAM that nobody chose.
+fn open_overlay(config: &DiskConfig, len: u64) -> Result<Overlay, OpenError> {
+    let path = &config.path;
+    let chosen = config.snapshot_dir.clone();
+    let is_chosen = chosen.is_some();
+    let directory = chosen.unwrap_or_else(default_directory);
+    let overlay = Overlay::new(len, &directory).map_err(|error| OpenError::Snapshot {
+        directory: directory.clone(),
+        error,
+    })?;
+    if !is_chosen && is_in_memory(overlay.file()) {
+        warn!(
+            "disk {path:?}: what the guest writes fills the host's RAM, for {directory:?} is there: \
+             snapshot-dir=DIR chooses another place"
+        );
     } else {
-        FlockOperation::NonBlockingLockShared
-    };
-    Ok(flock(file, how)?)
+        info!("disk {path:?}: what the guest writes is in {directory:?} until the end");
+    }
+    Ok(overlay)
 }
 
-/// What the host wants requests to be multiples of: a block device's own blocks, a page for O_DIRECT
-/// on a file; else sectors.
-fn block_size(file: &File, is_regular: bool, direct: bool) -> u32 {
+fn lost() -> io::Error {
+    io::Error::other("the host failed to keep what was written before")
+}
+
+/// What requests are to be multiples of: a block device's own blocks, as its partition table was written
+/// for them, be they 512 or 4096 bytes; sectors of a file. How rvmm reaches either changes nothing.
+fn block_size(file: &File, is_regular: bool) -> u32 {
     const PAGE: u32 = 4096;
-    match (is_regular, direct) {
-        (false, _) => ioctl_blksszget(file).unwrap_or(PAGE),
-        (true, true) => PAGE,
-        (true, false) => SECTOR_BYTES,
+    if is_regular {
+        SECTOR_BYTES
+    } else {
+        ioctl_blksszget(file).unwrap_or(PAGE)
     }
-}
-
-/// What hosts say of holes and zeros that they cannot make.
-fn is_unsupported(errno: Errno) -> bool {
-    matches!(
-        errno,
-        Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::PERM
-    )
-}
-
-/// Whether the file is in the host's memory alone. Such file systems cannot say that a request would
-/// wait (RWF_NOWAIT): io_uring hands each to another thread, which takes longer than to serve it.
-pub(super) fn is_in_memory(file: &File) -> bool {
-    /// `include/uapi/linux/magic.h`.
-    const RAMFS_MAGIC: u64 = 0x8584_58f6;
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    // Of a device it would be where its node is, which is a tmpfs too.
-    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
-        return false;
-    }
-    let kind = fstatfs(file)
-        .ok()
-        .map(|system| u64::try_from(system.f_type));
-    matches!(kind, Some(Ok(RAMFS_MAGIC | TMPFS_MAGIC)))
-}
-
-/// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is
-/// left: a large write takes the square of its length.
-fn write_step(file: &File) -> usize {
-    const STEP: usize = 32 << 10;
-    if is_in_memory(file) { STEP } else { usize::MAX }
-}
-
-/// Fills `pieces` from `fd`; a file that ends before is an error.
-pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
-    while !pieces.is_empty() {
-        match pieces.read_at(fd, offset, 0) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                pieces.advance(count);
-                offset += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-/// Writes all of `pieces`, `step` bytes at a time.
-fn write_all(
-    file: &File,
-    pieces: &mut Pieces,
-    mut offset: u64,
-    flags: i32,
-    step: usize,
-) -> io::Result<()> {
-    while !pieces.is_empty() {
-        match pieces.write_at(file.as_fd(), offset, flags, step) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                pieces.advance(count);
-                offset += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-/// Writes zeros, for hosts that have no quicker way. The buffer has the alignment O_DIRECT wants.
-fn write_zeros(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    #[repr(align(4096))]
-    struct Zeros([u8; 1 << 16]);
-    static ZEROS: Zeros = Zeros([0; 1 << 16]);
-    let mut done = 0;
-    while done < length {
-        let count = usize::try_from(length - done).unwrap_or(usize::MAX);
-        let zeros = &ZEROS.0[..count.min(ZEROS.0.len())];
-        file.write_all_at(zeros, offset + done)?;
-        done += zeros.len() as u64;
-    }
-    Ok(())
-}
-
-/// Reads as much as there is, up to the length of `bytes`.
-pub(super) fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
-    let mut done = 0;
-    while done < bytes.len() {
-        match file.read_at(&mut bytes[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }

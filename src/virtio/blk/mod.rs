@@ -1,9 +1,15 @@
 //! A disk: virtio-blk (VIRTIO 1.2, section 5.2).
 //!
-//! `request` parses, `image` does, `serve` is the thread of each queue where the two meet; here is what
-//! the driver's registers tell.
+//! `request` parses, `image` does, `serve` is the thread of each queue where the two meet (`execute` for one
+//! request at a time); here is what the driver's registers tell. Below `image`: `file` is what any file is asked to do, `direct` a file past
+//! the page cache, `overlay` a snapshot, `durable` what is known to be lost, `lock` who else uses it.
 
+mod direct;
+mod durable;
+mod execute;
+mod file;
 pub mod image;
+mod lock;
 mod overlay;
 mod request;
 mod serve;
@@ -27,8 +33,8 @@ use crate::util::thread::Kind;
 const QUEUE_SIZE: u16 = 256;
 /// Pieces of one request's data: header and status take two descriptors more.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// 2^3 sectors: what file systems write at once.
-const PHYSICAL_BLOCK_EXP: u8 = 3;
+/// Bytes that file systems write at once.
+const PHYSICAL_BLOCK: u32 = 4096;
 
 /// A disk of the guest.
 pub struct Disk {
@@ -54,7 +60,7 @@ impl Disk {
                 name: name.to_owned(),
                 image,
                 through: AtomicBool::new(false),
-                failures: RateLimit::default(),
+                failures: RateLimit::named(name),
             }),
             queues: queues.max(1),
             workers: Vec::new(),
@@ -69,7 +75,8 @@ impl Disk {
         put(0, &(image.len() / SECTOR).to_le_bytes());
         put(12, &SEGMENTS.to_le_bytes());
         put(20, &image.block_size().to_le_bytes());
-        put(24, &[PHYSICAL_BLOCK_EXP]);
+        let blocks = (PHYSICAL_BLOCK / image.block_size()).max(1);
+        put(24, &[blocks.ilog2().to_le_bytes()[0]]);
         put(34, &self.queues.to_le_bytes());
         put(36, &RANGE_MAX.to_le_bytes());
         put(40, &RANGES_MAX.to_le_bytes());
@@ -135,6 +142,8 @@ impl VirtioDevice for Disk {
     }
 
     fn deactivate(&mut self) -> Vec<Virtq> {
+        // All at once: none begins anything while another is waited for.
+        self.workers.iter().for_each(Worker::ask);
         let queues = self.workers.drain(..).filter_map(Worker::stop);
         queues.flatten().collect()
     }

@@ -2,17 +2,18 @@
 //! that is only read.
 
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use log::debug;
-use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, openat};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
 
-use super::image::{read_all, read_up_to};
+use super::file::{read_all, read_up_to};
 use crate::memory::Pieces;
 use crate::util::sync::lock;
 
@@ -32,14 +33,14 @@ pub(super) struct Overlay {
 }
 
 impl Overlay {
-    /// Nothing written yet, for an image of `len` bytes.
+    /// Nothing written yet, for an image of `len` bytes; what will be goes to a file in `directory`.
     ///
     /// # Errors
-    /// The host has no place for it.
-    pub(super) fn new(len: u64) -> io::Result<Self> {
+    /// The host has no place for it there.
+    pub(super) fn new(len: u64, directory: &Path) -> io::Result<Self> {
         let clusters = len.div_ceil(CLUSTER);
         let words = usize::try_from(clusters.div_ceil(64)).map_err(io::Error::other)?;
-        let file = temporary()?;
+        let file = temporary(directory)?;
         file.set_len(len)?;
         Ok(Self {
             file,
@@ -151,17 +152,55 @@ fn place(cluster: u64) -> (usize, u64) {
     (word, 1 << (cluster % 64))
 }
 
-/// A file that goes with its last descriptor: in the directory for temporary files, or in memory.
-fn temporary() -> io::Result<File> {
+/// Where overlays go if nobody chooses: $TMPDIR; or /var/tmp, which is on a disk where /tmp is not; or
+/// /tmp, on a host that has no other.
+pub(super) fn default_directory() -> PathBuf {
+    let chosen = env::var_os("TMPDIR").filter(|path| !path.is_empty());
+    let on_disk = Path::new("/var/tmp");
+    match chosen {
+        Some(path) => path.into(),
+        None if on_disk.is_dir() => on_disk.into(),
+        None => env::temp_dir(),
+    }
+}
+
+/// A file in `directory` that goes with its last descriptor.
+fn temporary(directory: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    match openat(CWD, env::temp_dir(), flags, Mode::RUSR | Mode::WUSR) {
+    match openat(CWD, directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
-        Err(errno) => {
-            debug!(
-                "a disk's overlay is in memory: {:?}: {errno}",
-                env::temp_dir()
-            );
-            Ok(memfd_create("rvmm-disk", MemfdFlags::CLOEXEC)?.into())
+        // Not every file system has files without a name.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => unlinked(directory),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The same, of a file that has a name for a moment.
+fn unlinked(directory: &Path) -> io::Result<File> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!(".rvmm-snapshot-{}-{number}", std::process::id());
+    let path = directory.join(name);
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    let file = options.open(&path)?;
+    fs::remove_file(&path)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_leaves_no_name() {
+        let directory = env::temp_dir().join(format!("rvmm-overlay-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        for file in [temporary(&directory), unlinked(&directory)] {
+            file.unwrap().write_all_at(b"x", 9).unwrap();
+            assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
         }
+        fs::remove_dir(&directory).unwrap();
+        assert!(temporary(&directory).is_err(), "and not elsewhere");
     }
 }

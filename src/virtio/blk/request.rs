@@ -33,7 +33,7 @@ pub(super) struct Request {
     /// Room for the status byte.
     status: Pieces,
     /// Bytes the device may write before the status.
-    room: usize,
+    pub room: usize,
 }
 
 /// What a driver asks of a disk. Offsets and lengths are in bytes.
@@ -119,14 +119,15 @@ impl Request {
         self.data.split_off(0)
     }
 
-    /// Writes the status. Returns the bytes written in all, when as many of data were.
-    pub(super) fn finish(&self, status: Status) -> usize {
+    /// Writes the status. `data` bytes were written from the start of the room before it. Returns for
+    /// how many bytes from the start of the whole room that is so: the status counts only where nothing
+    /// is left out before it (VIRTIO 1.2, section 2.7.8.2).
+    pub(super) fn finish(&self, status: Status, data: usize) -> usize {
         self.status.copy_from(&[status as u8]);
-        let has_data = matches!(self.operation, Operation::Read(_) | Operation::Id);
-        if has_data && status == Status::Ok {
+        if data >= self.room {
             self.room + 1
         } else {
-            1
+            data
         }
     }
 }

@@ -4,53 +4,46 @@
 //! waits for a moment. Several at a time go to the ring, where the host has one for this image.
 
 use std::io;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use log::debug;
-
 use super::Shared;
-use super::request::{ID_BYTES, Operation, Request, Status};
+use super::durable::Mark;
+use super::execute::{Outcome, STEP};
+use super::request::{Operation, Request};
 use crate::memory::{Op, Pieces, Ring};
-use crate::util::guest_warn;
 use crate::util::poll::{borrow, wait_readable_for};
+use crate::util::{RateLimit, guest_debug, guest_warn};
 use crate::virtio::queue::{Broken, Chain, Virtq};
 use crate::virtio::worker::{Stop, wait};
 
 /// Until requests that the host could not start are tried again.
 const RETRY: Duration = Duration::from_millis(10);
+/// Bytes on their way in a ring, but for a single request: a reset waits for them.
+const IN_FLIGHT: usize = 4 * STEP;
 
 /// A request that came from this chain.
 struct Pending {
     head: u16,
     request: Request,
-}
-
-impl Pending {
-    fn parse(chain: Chain, queue: &Virtq) -> Result<Self, Broken> {
-        let head = chain.head;
-        let request = Request::parse(chain).ok_or_else(|| queue.no_request(head))?;
-        Ok(Self { head, request })
-    }
+    /// When it began.
+    mark: Mark,
 }
 
 impl Shared {
-    /// Serves `queue` until the worker is to stop; what was begun is finished then.
+    /// Serves `queue` until the worker is to stop. What was begun has ended then, or was cancelled; what was
+    /// not is as it was, and the driver is told of nothing that it could take for done.
     pub(super) fn serve(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         let mut ring = self.ring(queue);
         while !stop.is_asked() {
-            self.serve_all(queue, ring.as_mut())?;
+            self.serve_all(queue, ring.as_mut(), stop)?;
             // What the host could not start is tried again soon.
             let must_retry = ring.as_mut().is_some_and(Ring::has_unsubmitted);
             if !must_retry || wait_readable_for(borrow(queue.kick()), RETRY) {
                 wait(queue.kick());
             }
         }
-        while let Some(ring) = ring.as_mut().filter(|ring| ring.in_flight() > 0) {
-            if ring.wait().is_err() {
-                break;
-            }
-            self.reap(queue, ring)?;
+        if let Some(ring) = ring {
+            self.stop(queue, ring)?;
         }
         queue.tell()
     }
@@ -60,7 +53,8 @@ impl Shared {
         let file = self.image.unwaiting()?;
         let ring = Ring::new(queue.size(), file, queue.kick());
         if let Err(error) = &ring {
-            debug!("{}: no io_uring: {error}", self.name);
+            let limit = RateLimit::named("io_uring");
+            guest_debug!(limit, "{}: no io_uring: {error}", self.name);
         }
         ring.ok()
     }
@@ -70,44 +64,71 @@ impl Shared {
         &self,
         queue: &mut Virtq,
         mut ring: Option<&mut Ring<Pending>>,
+        stop: &Stop,
     ) -> Result<(), Broken> {
-        let mut left = queue.size();
-        loop {
+        while !stop.is_asked() {
             queue.mute_kicks()?;
-            let mut next = queue.pop()?;
-            while let Some(chain) = next {
-                let pending = Pending::parse(chain, queue)?;
-                left = left.saturating_sub(1);
-                // After as many as the queue has entries it is time to look whether to stop.
-                next = if left > 0 { queue.pop()? } else { None };
-                let alone = next.is_none();
-                match ring
-                    .as_deref_mut()
-                    .filter(|ring| !alone || ring.in_flight() > 0)
-                {
-                    None => self.serve_now(queue, pending)?,
-                    Some(ring) => self.begin(queue, ring, pending)?,
-                }
-            }
+            let more = self.serve_some(queue, ring.as_deref_mut(), stop)?;
             if let Some(ring) = ring.as_deref_mut() {
                 self.submit(ring);
-                self.reap(queue, ring)?;
+                self.reap(queue, ring, stop)?;
             }
             queue.tell()?;
-            if left == 0 {
-                queue.kick_again();
-                return Ok(());
-            }
-            if !queue.ask_for_kick()? {
+            if !more && !queue.ask_for_kick()? {
                 return Ok(());
             }
         }
+        Ok(())
     }
 
-    fn serve_now(&self, queue: &mut Virtq, pending: Pending) -> Result<(), Broken> {
-        let Pending { head, mut request } = pending;
-        let status = self.execute(&mut request);
-        queue.push(head, request.finish(status))
+    /// Serves or begins as many requests as the queue has entries, or as there are. True when there may be
+    /// more.
+    fn serve_some(
+        &self,
+        queue: &mut Virtq,
+        mut ring: Option<&mut Ring<Pending>>,
+        stop: &Stop,
+    ) -> Result<bool, Broken> {
+        let mut next = queue.pop()?;
+        for left in (0..queue.size()).rev() {
+            let Some(chain) = next.filter(|_| !stop.is_asked()) else {
+                return Ok(false);
+            };
+            let pending = self.parse(chain, queue)?;
+            next = if left > 0 { queue.pop()? } else { None };
+            let alone = next.is_none();
+            match ring
+                .as_deref_mut()
+                .filter(|ring| !alone || ring.in_flight() > 0)
+            {
+                None => self.serve_now(queue, pending, stop)?,
+                Some(ring) => self.begin(queue, ring, pending, stop)?,
+            }
+        }
+        Ok(true)
+    }
+
+    fn parse(&self, chain: Chain, queue: &Virtq) -> Result<Pending, Broken> {
+        let head = chain.head;
+        let request = Request::parse(chain).ok_or_else(|| queue.no_request(head))?;
+        let mark = self.image.mark();
+        Ok(Pending {
+            head,
+            request,
+            mark,
+        })
+    }
+
+    fn serve_now(
+        &self,
+        queue: &mut Virtq,
+        mut pending: Pending,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
+        match self.execute(&mut pending.request, stop) {
+            Some(outcome) => pending.end(queue, outcome),
+            None => Ok(()),
+        }
     }
 
     /// Hands `pending` to the ring, if it is something the ring does.
@@ -116,43 +137,50 @@ impl Shared {
         queue: &mut Virtq,
         ring: &mut Ring<Pending>,
         mut pending: Pending,
+        stop: &Stop,
     ) -> Result<(), Broken> {
-        let request = &pending.request;
-        let length = request.data.len() as u64;
-        let op = match request.operation {
-            Operation::Read(at) if self.image.check(at, length).is_ok() => Op::Read(at),
-            Operation::Write(at) if self.image.check_write(at, length).is_ok() => {
-                Op::Write(at, self.write_flags())
-            }
-            _ => {
-                // It may take its time: what came before does not wait for it.
-                self.submit(ring);
-                self.reap(queue, ring)?;
-                queue.tell()?;
-                return self.serve_now(queue, pending);
-            }
+        let Some(op) = self.op(&pending.request) else {
+            // It may take its time: what came before does not wait for it.
+            self.submit(ring);
+            self.reap(queue, ring, stop)?;
+            queue.tell()?;
+            return self.serve_now(queue, pending, stop);
         };
         let data = pending.request.take_data();
+        while ring.in_flight() > 0 && ring.bytes() + data.len() > IN_FLIGHT {
+            if stop.is_asked() {
+                return Ok(());
+            }
+            if ring.wait().is_err() {
+                break;
+            }
+            self.reap(queue, ring, stop)?;
+        }
         match ring.push(op, data, pending) {
             Ok(()) => Ok(()),
             Err((data, mut pending)) => {
                 pending.request.data = data;
-                self.serve_now(queue, pending)
+                self.serve_now(queue, pending, stop)
             }
         }
     }
 
-    fn is_through(&self) -> bool {
-        self.through.load(Ordering::Acquire)
-    }
-
-    /// Flags of each write: RWF_*.
-    fn write_flags(&self) -> i32 {
-        if self.is_through() {
-            libc::RWF_DSYNC
-        } else {
-            0
-        }
+    /// What the ring is to do for `request`, if that is a thing for it.
+    fn op(&self, request: &Request) -> Option<Op> {
+        let (image, data) = (&self.image, &request.data);
+        let length = data.len() as u64;
+        let (op, is_well) = match request.operation {
+            Operation::Read(at) => {
+                let is_well = image.check(at, length).is_ok() && image.fits_read(data, at);
+                (Op::Read(at), is_well)
+            }
+            Operation::Write(at) => {
+                let is_well = image.check_write(at, length).is_ok() && image.fits_write(data, at);
+                (Op::Write(at), is_well)
+            }
+            _ => return None,
+        };
+        (is_well && data.len() <= STEP).then_some(op)
     }
 
     fn submit(&self, ring: &mut Ring<Pending>) {
@@ -166,69 +194,96 @@ impl Shared {
         }
     }
 
-    fn reap(&self, queue: &mut Virtq, ring: &mut Ring<Pending>) -> Result<(), Broken> {
-        while let Some((data, Pending { head, mut request }, result)) = ring.reap() {
-            request.data = data;
-            let status = match result {
-                Ok(count) if count == request.data.len() => Status::Ok,
-                // In part, or not at all: once more, the slow way, which knows what to say.
-                _ => self.execute(&mut request),
-            };
-            queue.push(head, request.finish(status))?;
-        }
-        Ok(())
-    }
-
-    fn execute(&self, request: &mut Request) -> Status {
-        let image = &self.image;
-        let length = request.data.len();
-        let done = match &request.operation {
-            Operation::Read(offset) => image.read(&mut request.data, *offset),
-            Operation::Write(offset) => image.write(&mut request.data, *offset, self.write_flags()),
-            Operation::Flush => image.flush(),
-            Operation::Id => self.tell_id(&request.data),
-            Operation::Discard(ranges) => ranges.iter().try_for_each(|r| image.discard(*r)),
-            Operation::WriteZeroes(ranges) => {
-                let zeroed = ranges.iter().try_for_each(|r| image.write_zeroes(*r));
-                zeroed.and_then(|()| {
-                    if self.is_through() {
-                        image.flush()
-                    } else {
-                        Ok(())
-                    }
-                })
+    /// Ends what has ended in the ring.
+    fn reap(&self, queue: &mut Virtq, ring: &mut Ring<Pending>, stop: &Stop) -> Result<(), Broken> {
+        let mut unsynced = Vec::new();
+        while let Some((data, mut pending, result)) = ring.reap() {
+            match self.ended(&mut pending, data, result, stop) {
+                End::As(outcome) => pending.end(queue, outcome)?,
+                End::Unsynced => unsynced.push(pending),
+                End::Stopped => {}
             }
-            Operation::Unsupported => return Status::Unsupported,
-        };
-        match done {
-            Ok(()) => Status::Ok,
-            Err(error) => self.failed(&request.operation, length, &error),
+        }
+        if unsynced.is_empty() {
+            return Ok(());
+        }
+        // Nothing else waits for the host's disk.
+        queue.tell()?;
+        let synced = self.image.sync();
+        for pending in unsynced {
+            let Pending { request, mark, .. } = &pending;
+            let kept = self.image.is_kept_since(*mark);
+            let outcome = match synced.as_ref().err().or(kept.as_ref().err()) {
+                None => Outcome::ok(0),
+                Some(error) => self.failed(&request.operation, request.data.len(), error),
+            };
+            pending.end(queue, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// What the driver is to be told of a request that came back from the ring with `result`.
+    fn ended(
+        &self,
+        pending: &mut Pending,
+        data: Pieces,
+        result: io::Result<usize>,
+        stop: &Stop,
+    ) -> End {
+        let request = &mut pending.request;
+        let length = data.len();
+        request.data = data;
+        let is_write = matches!(request.operation, Operation::Write(_));
+        match result {
+            Ok(count) if count == length && is_write && self.is_through() => End::Unsynced,
+            Ok(count) if count == length => End::As(Outcome::ok(request.room)),
+            Err(error) if !is_to_try(&error) => {
+                // Not once more: an error can be told once, and be that of other requests.
+                if is_write {
+                    self.image.write_failed(&error);
+                }
+                End::As(self.failed(&request.operation, length, &error))
+            }
+            _ => self.execute(request, stop).map_or(End::Stopped, End::As),
         }
     }
 
-    fn failed(&self, operation: &Operation, length: usize, error: &io::Error) -> Status {
-        let act = match operation {
-            Operation::Read(offset) => format!("read {length} bytes at {offset:#x}"),
-            Operation::Write(offset) => format!("write {length} bytes at {offset:#x}"),
-            Operation::Flush => "flush".into(),
-            Operation::Discard(_) => "discard".into(),
-            Operation::WriteZeroes(_) => "write zeroes".into(),
-            Operation::Id | Operation::Unsupported => String::new(),
-        };
-        let (name, path) = (&self.name, self.image.path());
-        guest_warn!(
-            self.failures,
-            "{name} ({path:?}): Failed to {act}: {error}; the guest was told"
-        );
-        Status::IoError
-    }
-
-    fn tell_id(&self, room: &Pieces) -> io::Result<()> {
-        let mut id = [0; ID_BYTES];
-        let name = self.name.as_bytes();
-        let count = name.len().min(ID_BYTES);
-        id[..count].copy_from_slice(&name[..count]);
-        room.copy_from(&id);
+    /// Ends what is on its way. The driver is told of what was done; what was cancelled, or needs more than
+    /// it has had, it will not hear of.
+    fn stop(&self, queue: &mut Virtq, ring: Ring<Pending>) -> Result<(), Broken> {
+        for (data, pending, result) in ring.stop() {
+            let is_write = matches!(pending.request.operation, Operation::Write(_));
+            let is_whole = result.is_ok_and(|count| count == data.len());
+            if is_whole && !(is_write && self.is_through()) {
+                let room = pending.request.room;
+                pending.end(queue, Outcome::ok(room))?;
+            }
+        }
         Ok(())
     }
+}
+
+impl Pending {
+    fn end(self, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
+        let Outcome { status, data } = outcome;
+        queue.push(self.head, self.request.finish(status, data))
+    }
+}
+
+/// How a request came back from the ring.
+enum End {
+    /// Done, or not.
+    As(Outcome),
+    /// Written, and to be synced before its driver is told.
+    Unsynced,
+    /// The worker is to stop.
+    Stopped,
+}
+
+/// Whether what the ring could not do for this reason is tried without it.
+fn is_to_try(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAGAIN | libc::EINTR | libc::EINVAL | libc::EOPNOTSUPP)
+    )
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::virtio::testing::*;
+use crate::virtio::worker::Stop;
 
 /// An ordinary request of 12 bytes on `queue`.
 fn works(driver: &mut Driver, queue: usize) {
@@ -315,6 +316,28 @@ fn hostile_a_reset_at_any_moment() {
         assert_eq!(driver.used(0), 0, "nothing comes after a reset");
     }
     works(&mut driver, 0);
+}
+
+#[test]
+fn a_stop_is_heard_before_each_request() {
+    let (mut driver, mut queue) = taken(u64::MAX);
+    for head in 0..SIZE {
+        driver.describe(0, head, buffer(WRITE, 0));
+        driver.offer(0, head);
+    }
+    let stop = Stop::default();
+    let mut served = 0;
+    let drained = queue.drain(&stop, |_| {
+        served += 1;
+        if served == 3 {
+            stop.ask();
+        }
+        Ok(4)
+    });
+    drained.unwrap();
+    assert_eq!((served, driver.used(0)), (3, 3));
+    let told = driver.interrupts.queues.load(Ordering::Acquire);
+    assert_eq!(told, 1, "of what was done");
 }
 
 #[test]

@@ -14,7 +14,7 @@ impl Shared {
     /// Answers commands until the worker is to stop.
     pub(super) fn control(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         while !stop.is_asked() {
-            queue.drain(|chain| Ok(self.command(&chain)))?;
+            queue.drain(stop, |chain| Ok(self.command(&chain)))?;
             wait(queue.kick());
         }
         Ok(())

@@ -9,14 +9,13 @@ mod pair;
 mod receive;
 mod transmit;
 pub mod vhost;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
-use vmm_sys_util::eventfd::EventFd;
 
 use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
@@ -24,7 +23,6 @@ use super::queue::{Broken, Virtq};
 use super::worker::{Stop, Worker};
 use crate::config::Mac;
 use crate::memory::GuestMemory;
-use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::sync::lock;
 use crate::util::tap::{self, Offloads, TapQueue};
 use crate::util::thread::Kind;
@@ -39,6 +37,7 @@ const CONTROL_SIZE: u16 = 64;
 pub struct Net {
     shared: Arc<Shared>,
     mac: Mac,
+    mtu: Option<u16>,
     vhost: bool,
     served: Served,
 }
@@ -89,17 +88,26 @@ impl Link {
 }
 
 impl Net {
-    /// An interface with this address on `pairs`, the queues of the tap of that name.
-    pub fn new(name: &str, tap: &str, pairs: Vec<Arc<TapQueue>>, mac: Mac, vhost: bool) -> Self {
+    /// An interface with this address on `pairs`, the queues of the tap of that name, which has this MTU
+    /// where it is known.
+    pub fn new(
+        name: &str,
+        tap: &str,
+        pairs: Vec<Arc<TapQueue>>,
+        mac: Mac,
+        mtu: Option<u16>,
+        vhost: bool,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
                 tap: tap.to_owned(),
                 pairs,
                 link: Link::default(),
-                failures: RateLimit::default(),
+                failures: RateLimit::named(name),
             }),
             mac,
+            mtu,
             vhost,
             served: Served::default(),
         }
@@ -109,20 +117,57 @@ impl Net {
         u16::try_from(self.shared.pairs.len()).unwrap_or(1)
     }
 
-    /// struct virtio_net_config: the address, the link, the most pairs.
-    fn config(&self) -> [u8; 10] {
-        let mut space = [0; 10];
+    /// struct virtio_net_config: the address, the link, the most pairs, the MTU.
+    fn config(&self) -> [u8; 12] {
+        let mut space = [0; 12];
         space[..6].copy_from_slice(&self.mac.0);
         space[6] = u8::from(!self.shared.link.is_gone());
-        space[8..].copy_from_slice(&self.pairs().to_le_bytes());
+        space[8..10].copy_from_slice(&self.pairs().to_le_bytes());
+        space[10..].copy_from_slice(&self.told_mtu().unwrap_or(0).to_le_bytes());
         space
+    }
+
+    /// The MTU that the driver is told of.
+    fn told_mtu(&self) -> Option<u16> {
+        self.mtu.filter(|mtu| *mtu >= MTU_LEAST)
+    }
+
+    /// Lets the tap hand over what the driver agreed to, and nothing that came before.
+    fn prepare_tap(&self, offloads: Offloads) {
+        for tap in &self.shared.pairs {
+            if let Err(error) = tap.set_offloads(offloads) {
+                self.shared.failed(&error);
+            }
+        }
+        self.shared.use_pairs(1);
+        for tap in &self.shared.pairs {
+            tap.drain();
+        }
+    }
+
+    /// What the driver gives room for.
+    fn room(&self, activation: &Activation, offloads: Offloads) -> Room {
+        let mtu = self.mtu.unwrap_or(0).max(MTU_ETHERNET);
+        Room {
+            mergeable: activation.has(VIRTIO_NET_F_MRG_RXBUF),
+            packet: if offloads.tso4 || offloads.tso6 {
+                PACKET_SEGMENTS
+            } else {
+                tap::HEADER + LINK_HEADER + usize::from(mtu)
+            },
+        }
     }
 }
 
-/// Bytes of the largest packet, and of the header before it: 64 KiB of segments to come and their own
-/// headers, or what Ethernet carries.
+/// Bytes of the largest packet of segments to come, and of the header before it: 64 KiB and their own
+/// headers.
 const PACKET_SEGMENTS: usize = 65_562 + tap::HEADER;
-const PACKET_ETHERNET: usize = 1_518 + tap::HEADER;
+/// Before what the MTU counts: Ethernet's header, and two VLANs' tags.
+const LINK_HEADER: usize = 14 + 2 * 4;
+/// What Ethernet carries.
+const MTU_ETHERNET: u16 = 1_500;
+/// The least MTU that a device should tell of (VIRTIO 1.2, section 5.1.4.1).
+const MTU_LEAST: u16 = 1_280;
 
 impl VirtioDevice for Net {
     fn kind(&self) -> u32 {
@@ -134,7 +179,7 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let single = features(&[
+        let mut all = features(&[
             VIRTIO_NET_F_MAC,
             VIRTIO_NET_F_STATUS,
             VIRTIO_NET_F_MRG_RXBUF,
@@ -148,10 +193,12 @@ impl VirtioDevice for Net {
             VIRTIO_NET_F_GUEST_ECN,
         ]);
         if self.pairs() > 1 {
-            single | features(&[VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ])
-        } else {
-            single
+            all |= features(&[VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ]);
         }
+        if self.told_mtu().is_some() {
+            all |= features(&[VIRTIO_NET_F_MTU]);
+        }
+        all
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -174,21 +221,8 @@ impl VirtioDevice for Net {
             tso6: activation.has(VIRTIO_NET_F_GUEST_TSO6),
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
-        for tap in &self.shared.pairs {
-            if let Err(error) = tap.set_offloads(offloads) {
-                self.shared.failed(&error);
-            }
-        }
-        self.shared.use_pairs(1);
-        let segments = offloads.tso4 || offloads.tso6;
-        let room = Room {
-            mergeable: activation.has(VIRTIO_NET_F_MRG_RXBUF),
-            packet: if segments {
-                PACKET_SEGMENTS
-            } else {
-                PACKET_ETHERNET
-            },
-        };
+        self.prepare_tap(offloads);
+        let room = self.room(&activation, offloads);
         self.start(activation, room)
             .inspect_err(|_| drop(self.deactivate()))
     }
@@ -221,7 +255,7 @@ impl Net {
             ram,
             features,
             queues,
-            ..
+            fault,
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {
@@ -238,8 +272,10 @@ impl Net {
                 None => self.start_pair(vec![queue], room)?,
             }
         }
-        if !self.served.vhost.is_empty() {
-            self.served.watch = Some(watch(&self.shared)?);
+        let errors = self.served.vhost.iter_mut().flat_map(vhost::Pair::errors);
+        let errors: Vec<_> = errors.collect();
+        if !errors.is_empty() {
+            self.served.watch = Some(watch::watch(&self.shared, fault, errors)?);
         }
         Ok(())
     }
@@ -292,22 +328,6 @@ impl Net {
         self.served.workers.push(worker);
         Ok(())
     }
-}
-
-/// Looks now and then whether the tap is there still, where the kernel alone uses it.
-fn watch(shared: &Arc<Shared>) -> io::Result<Worker<()>> {
-    const EVERY: Duration = Duration::from_secs(1);
-    let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
-    let (shared, asked) = (Arc::clone(shared), Arc::clone(&wake));
-    let name = format!("{}.tap", shared.name);
-    Worker::start(Kind::Net, &name, wake, move |stop| {
-        while !stop.is_asked() && !shared.link.is_gone() {
-            if shared.pairs.iter().any(|tap| tap.is_gone()) {
-                shared.lose_link(&io::Error::from_raw_os_error(libc::EBADFD));
-            }
-            wait_readable_for(borrow(&asked), EVERY);
-        }
-    })
 }
 
 #[cfg(test)]

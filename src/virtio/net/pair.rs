@@ -6,7 +6,6 @@ use std::io;
 
 use super::Shared;
 use super::receive::{Receiver, Room};
-use crate::util::guest_warn;
 use crate::util::poll::Events;
 use crate::util::tap::TapQueue;
 use crate::virtio::queue::{Broken, Virtq};
@@ -54,40 +53,34 @@ impl Shared {
             }
         }
         if let Some(queue) = &mut transmit {
-            self.transmit(tap, queue)?;
+            self.transmit(tap, queue, stop)?;
         }
         let mut hears_tap = false;
         while !stop.is_asked() {
-            let wants_tap = receiver.as_ref().is_some_and(Receiver::wants_tap);
-            if wants_tap != hears_tap {
-                self.hear(tap, events, wants_tap);
-                hears_tap = wants_tap;
+            if let Some(receiver) = &receiver {
+                let wants_tap = receiver.wants_tap();
+                if wants_tap != hears_tap {
+                    hear(tap, events, wants_tap).map_err(|error| receiver.is_deaf(&error))?;
+                    hears_tap = wants_tap;
+                }
             }
             let ready = events.wait(receiver.as_ref().and_then(Receiver::patience));
             if let Some(queue) = transmit.as_mut().filter(|_| ready.has(TRANSMIT)) {
-                self.transmit(tap, queue)?;
+                self.transmit(tap, queue, stop)?;
             }
             if let Some(receiver) = &mut receiver {
-                receiver.serve(ready.has(RECEIVE), ready.has(TAP))?;
+                receiver.serve(ready.has(RECEIVE), ready.has(TAP), stop)?;
             }
         }
         Ok(())
     }
+}
 
-    /// Whether packets in `tap` end a wait.
-    fn hear(&self, tap: &TapQueue, events: &Events, wanted: bool) {
-        let done = if wanted {
-            events.add_readable(TAP, tap)
-        } else {
-            events.remove(tap)
-        };
-        if let Err(error) = done {
-            guest_warn!(
-                self.failures,
-                "{}: Failed to wait for tap {}: {error}: no packet will come from it until a reset",
-                self.name,
-                self.tap
-            );
-        }
+/// Whether packets in `tap` end a wait.
+fn hear(tap: &TapQueue, events: &Events, wanted: bool) -> io::Result<()> {
+    if wanted {
+        events.add_readable(TAP, tap)
+    } else {
+        events.remove(tap)
     }
 }

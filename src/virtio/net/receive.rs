@@ -1,14 +1,16 @@
 //! From the tap to the guest.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::Shared;
 use crate::memory::Pieces;
-use crate::util::tap::TapQueue;
+use crate::util::guest_warn;
+use crate::util::tap::{HEADER, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
+use crate::virtio::worker::Stop;
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
@@ -92,8 +94,20 @@ impl<'a> Receiver<'a> {
         !matches!(self.next, Next::Buffers(_)) && !self.shared.link.is_gone()
     }
 
+    /// The host does not tell of packets in the tap: why the queue cannot go on.
+    pub(super) fn is_deaf(&self, error: &io::Error) -> Broken {
+        let tap = &self.shared.tap;
+        self.queue
+            .refused(format_args!("Failed to wait for tap {tap}: {error}"))
+    }
+
     /// Receives what there is: the driver notified of buffers, or the tap has packets.
-    pub(super) fn serve(&mut self, kicked: bool, has_packets: bool) -> Result<(), Broken> {
+    pub(super) fn serve(
+        &mut self,
+        kicked: bool,
+        has_packets: bool,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
         let late = match self.next {
             Next::Buffers(until) => until.is_some_and(|until| until <= Instant::now()),
             _ => false,
@@ -111,22 +125,23 @@ impl<'a> Receiver<'a> {
         let will_do = enough || (late && some);
         if !will_do {
             // The guest is slow: its next buffers come with a notification. If none come, those that
-            // are there may do for the next packet, or it arrives cut, and the guest drops it.
+            // are there may do for the next packet, or it is lost.
             self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
             return Ok(());
         }
-        self.next = self.receive_some()?;
+        self.next = self.receive_some(stop)?;
         self.queue.tell()
     }
 
     /// Receives some packets.
-    fn receive_some(&mut self) -> Result<Next, Broken> {
+    fn receive_some(&mut self, stop: &Stop) -> Result<Next, Broken> {
         for _ in 0..BATCH {
-            if self.buffers.chains.is_empty() {
+            if self.buffers.chains.is_empty() || stop.is_asked() {
                 return Ok(Next::Receive);
             }
-            match self.buffers.place(self.room).read_from(self.tap.as_fd()) {
-                Ok(count) => {
+            match self.buffers.read(self.tap, self.room) {
+                Ok(None) => self.lose(),
+                Ok(Some(count)) => {
                     self.buffers.used(self.queue, count, self.room)?;
                     if count < FULL {
                         // Seldom is there more behind a small one: to wait tells as soon.
@@ -148,6 +163,15 @@ impl<'a> Receiver<'a> {
             }
         }
         Ok(Next::Receive)
+    }
+
+    /// A packet was larger than the driver's buffers.
+    fn lose(&self) {
+        guest_warn!(
+            self.shared.failures,
+            "{}: a packet is larger than the guest's buffers, and dropped",
+            self.shared.name
+        );
     }
 }
 
@@ -183,14 +207,17 @@ impl Buffers {
         }
     }
 
-    /// Where the next packet goes: all there is, or the first buffer.
-    fn place(&self, room: Room) -> Cow<'_, Pieces> {
-        if room.mergeable {
-            return Cow::Borrowed(&self.room);
-        }
-        let mut first = self.room.clone();
-        first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
-        Cow::Owned(first)
+    /// Reads the next packet into all there is, or into the first buffer; None where it does not fit.
+    fn read(&mut self, tap: &TapQueue, room: Room) -> io::Result<Option<usize>> {
+        let count = if room.mergeable {
+            self.room.read_message(tap.as_fd())?
+        } else {
+            let mut first = self.room.clone();
+            first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
+            first.read_message(tap.as_fd())?
+        };
+        // A tap gives no packet without its header.
+        Ok(count.filter(|count| *count >= HEADER))
     }
 
     /// A packet of `count` bytes, its header among them, lies in the first buffers.
@@ -202,12 +229,13 @@ impl Buffers {
         };
         self.room.copy_from_at(NUM_BUFFERS, &buffers.to_le_bytes());
         let (mut left, mut gone) = (count, 0);
-        for (head, length) in self.chains.drain(..usize::from(buffers)) {
+        let chains = self.chains.drain(..usize::from(buffers));
+        queue.push_together(chains.map(|(head, length)| {
             let here = length.min(left);
             left -= here;
             gone += length;
-            queue.push(head, here)?;
-        }
+            (head, here)
+        }))?;
         self.room.advance(gone);
         Ok(())
     }

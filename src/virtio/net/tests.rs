@@ -6,6 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::virtio::core::Half;
@@ -24,8 +25,12 @@ fn tap() -> (Arc<TapQueue>, UnixDatagram) {
 
 fn net(pairs: usize) -> (Box<Net>, Vec<UnixDatagram>) {
     let (taps, peers) = (0..pairs).map(|_| tap()).unzip();
+    (net_on(taps, None), peers)
+}
+
+fn net_on(taps: Vec<Arc<TapQueue>>, mtu: Option<u16>) -> Box<Net> {
     let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
-    (Box::new(Net::new("net0", "tap0", taps, mac, false)), peers)
+    Box::new(Net::new("net0", "tap0", taps, mac, mtu, false))
 }
 
 /// Everything accepted but segments, so that a packet is small.
@@ -134,6 +139,75 @@ fn without_merging_a_packet_has_one_buffer() {
     assert_eq!(bytes(&driver, BUFFERS + 10, 2), [1, 0]);
 }
 
+/// What filled a buffer to its last byte came whole, and what would not fit did not come at all.
+#[test]
+fn a_packet_that_does_not_fit_is_dropped() {
+    for features in [NO_SEGMENTS, NOT_MERGEABLE] {
+        let (device, peers) = net(1);
+        let mut driver = driver(device, features);
+        for len in [101, 100, 1000, 90] {
+            peers[0].send(&packet(len)).unwrap();
+        }
+        offer(&mut driver, 0, 112);
+        driver.wait_until("the one that fits", |d| d.used(RECEIVE) == 1);
+        assert_eq!(driver.used_element(RECEIVE, 0), (0, 112));
+        offer(&mut driver, 1, 112);
+        driver.wait_until("the next that fits", |d| d.used(RECEIVE) == 2);
+        assert_eq!(driver.used_element(RECEIVE, 1), (1, 102));
+    }
+}
+
+#[test]
+fn packets_are_as_large_as_the_tap_lets_them_be() {
+    let (tap, peer) = tap();
+    let mut driver = driver(net_on(vec![tap], Some(9000)), NO_SEGMENTS);
+    for index in 0..SIZE {
+        offer(&mut driver, index, 1600);
+    }
+    peer.send(&packet(9014)).unwrap();
+    driver.wait_until("a packet", |d| d.used(RECEIVE) > 0);
+    let lengths: Vec<_> = (0..6).map(|n| driver.used_element(RECEIVE, n).1).collect();
+    assert_eq!(lengths, [1600, 1600, 1600, 1600, 1600, 1026]);
+}
+
+#[test]
+fn the_taps_mtu_is_the_guests() {
+    for (mtu, offered) in [
+        (None, false),
+        (Some(1279), false),
+        (Some(1280), true),
+        (Some(9000), true),
+    ] {
+        let (tap, _peer) = tap();
+        let driver = Driver::of(net_on(vec![tap], mtu));
+        let features = u64::from(driver.core.device_features());
+        assert_eq!(features & (1 << VIRTIO_NET_F_MTU) != 0, offered, "{mtu:?}");
+        let mut space = [0; 2];
+        driver.core.read_config(10, &mut space);
+        let mtu = mtu.filter(|_| offered).unwrap_or(0);
+        assert_eq!(u16::from_le_bytes(space), mtu);
+    }
+}
+
+/// They may have what this driver has not agreed to.
+#[test]
+fn packets_from_before_the_driver_are_not_its_own() {
+    let (device, peers) = net(1);
+    peers[0].send(&packet(50)).unwrap();
+    let mut driver = driver(device, NO_SEGMENTS);
+    for round in 0..2 {
+        peers[0].send(&packet(60)).unwrap();
+        offer(&mut driver, 0, 1600);
+        driver.wait_until("a packet", |d| d.used(RECEIVE) == 1);
+        assert_eq!(driver.used_element(RECEIVE, 0), (0, 72), "round {round}");
+        driver.core.set_status(0);
+        peers[0].send(&packet(50)).unwrap();
+        driver.negotiate(NO_SEGMENTS);
+        driver.set_up(RECEIVE, rings(RECEIVE));
+        driver.core.set_status(READY);
+    }
+}
+
 #[test]
 fn hostile_receive_buffers() {
     // Nothing to write to; and so many that they would never fit.
@@ -147,6 +221,34 @@ fn hostile_receive_buffers() {
         driver.core.set_status(0);
         assert_eq!(driver.core.status(), 0);
     }
+}
+
+/// What is no packet leaves no trace: its buffer goes to the next one.
+#[test]
+fn a_message_without_a_header_is_no_packet() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, NO_SEGMENTS);
+    for index in 0..4 {
+        offer(&mut driver, index, 1600);
+    }
+    peers[0].send(&[1; HEADER - 1]).unwrap();
+    peers[0].send(&packet(10)).unwrap();
+    driver.wait_until("a packet", |d| d.used(RECEIVE) > 0);
+    assert_eq!(driver.used_element(RECEIVE, 0), (0, 22));
+}
+
+/// A tap that takes no more loses packets, as a wire does, and nobody waits for it.
+#[test]
+fn a_full_tap_holds_nobody_up() {
+    let (device, peers) = net(1);
+    let mut driver = driver(device, u64::MAX);
+    // A pair of sockets holds far fewer.
+    for _ in 0..2_000 {
+        driver.request(TRANSMIT, &[(BUFFERS, 1000, 0)]);
+    }
+    peers[0].set_nonblocking(true).unwrap();
+    let kept = (0..).take_while(|_| peers[0].recv(&mut [0; 2000]).is_ok());
+    assert!((1..1_999).contains(&kept.count()));
 }
 
 /// A driver may leave out one queue of a pair.
@@ -194,29 +296,26 @@ fn a_packet_that_was_there_before_goes_out() {
     assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
 }
 
-/// Hands its queues to the test.
-struct Taker(std::sync::mpsc::Sender<Vec<Virtq>>);
-
-impl VirtioDevice for Taker {
-    fn kind(&self) -> u32 {
-        VIRTIO_ID_NET
+/// The driver may look at any time: it never finds a part of a packet.
+#[test]
+fn the_buffers_of_a_packet_are_shown_together() {
+    let (device, peers) = net(1);
+    let shared = Arc::clone(&device.shared);
+    let (mut driver, mut queue) = taken(u64::MAX);
+    let room = Room {
+        mergeable: true,
+        packet: 1530,
+    };
+    for index in 0..SIZE {
+        offer(&mut driver, index, 200);
     }
-    fn name(&self) -> &str {
-        "taker"
+    let tap = &shared.pairs[0];
+    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    for len in [1000, 100] {
+        peers[0].send(&packet(len)).unwrap();
+        receiver.serve(true, true, &Stop::default()).unwrap();
     }
-    fn features(&self) -> u64 {
-        0
-    }
-    fn queue_sizes(&self) -> Vec<u16> {
-        vec![SIZE]
-    }
-    fn read_config(&self, _: u64, _: &mut [u8]) {}
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.0.send(activation.queues).map_err(io::Error::other)
-    }
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        Vec::new()
-    }
+    assert_eq!(queue.shown(), [6, 7], "an index for each packet");
 }
 
 /// All buffers together are too small, and the driver offers more of them than its queue has entries.
@@ -224,26 +323,91 @@ impl VirtioDevice for Taker {
 fn hostile_more_buffers_than_entries() {
     let (device, peers) = net(1);
     let shared = Arc::clone(&device.shared);
-    let (sender, taken) = std::sync::mpsc::channel();
-    let mut driver = Driver::ready(Box::new(Taker(sender)));
-    let mut queues = taken.recv().unwrap();
+    let (mut driver, mut queue) = taken(u64::MAX);
     let room = Room {
         mergeable: true,
-        packet: PACKET_ETHERNET,
+        packet: 1530,
     };
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
     }
     let tap = &shared.pairs[0];
-    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queues[0]);
-    receiver.serve(true, true).unwrap();
+    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    receiver.serve(true, true, &Stop::default()).unwrap();
     assert!(receiver.wants_tap() && receiver.patience().is_none());
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
     }
+    peers[0].send(&packet(53)).unwrap();
     peers[0].send(&packet(10)).unwrap();
-    receiver.serve(true, true).unwrap();
-    assert_eq!(driver.used(RECEIVE), 6, "22 bytes");
+    receiver.serve(true, true, &Stop::default()).unwrap();
+    assert_eq!(driver.used(RECEIVE), 6, "22 bytes; 65 do not fit");
+}
+
+/// Whatever the driver has offered, a reset waits for one packet at most.
+#[test]
+fn hostile_a_full_queue_does_not_delay_the_stop() {
+    let (device, peers) = net(1);
+    let shared = Arc::clone(&device.shared);
+    peers[0].set_nonblocking(true).unwrap();
+    let (stop, tap) = (Stop::default(), &shared.pairs[0]);
+    stop.ask();
+    let (mut driver, mut queue) = taken(u64::MAX);
+    for index in 0..SIZE {
+        offer(&mut driver, index, 2000);
+    }
+    peers[0].send(&packet(100)).unwrap();
+    let room = Room {
+        mergeable: true,
+        packet: 1530,
+    };
+    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    receiver.serve(true, true, &stop).unwrap();
+    assert_eq!(driver.used(0), 0, "received");
+    let (mut driver, mut queue) = taken(u64::MAX);
+    for index in 0..SIZE {
+        let (addr, len, flags, next) = (BUFFERS, 100, 0, 0);
+        let buffer = Desc {
+            addr,
+            len,
+            flags,
+            next,
+        };
+        driver.describe(0, index, buffer);
+        driver.offer(0, index);
+    }
+    shared.transmit(tap, &mut queue, &stop).unwrap();
+    assert_eq!(driver.used(0), 0, "sent");
+    assert!(peers[0].recv(&mut [0; 200]).is_err());
+}
+
+/// A tap that nobody can wait for, as the host may be out of resources for that.
+#[test]
+fn a_tap_that_cannot_be_heard_is_told() {
+    let deaf = TapQueue::of(File::open("/dev/zero").unwrap());
+    let driver = driver(net_on(vec![Arc::new(deaf)], None), NO_SEGMENTS);
+    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+}
+
+/// vhost signals an error of the second of two queues.
+#[test]
+fn a_queue_that_vhost_gives_up_is_told_once() {
+    let (device, _peers) = net(1);
+    let (status, counter) = (Arc::default(), Arc::new(Counter::default()));
+    let fault = Fault::new("net0", &status, Arc::clone(&counter) as _);
+    status.status.store(READY, Ordering::Release);
+    let errors = [4, 5].map(|queue| (queue, EventFd::new(0).unwrap()));
+    let second = errors[1].1.try_clone().unwrap();
+    let watch = watch::watch(&device.shared, fault, errors.into()).unwrap();
+    second.write(1).unwrap();
+    let told = || counter.configs.load(Ordering::Acquire);
+    while told() == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(status.status.load(Ordering::Acquire), READY | BROKEN);
+    second.write(1).unwrap();
+    drop(watch);
+    assert_eq!(told(), 1);
 }
 
 /// A command of the control queue, and its answer.
@@ -275,6 +439,9 @@ fn pairs_are_chosen_by_command() {
     ] {
         assert_eq!(command(&mut two, 4, wrong), 1, "{wrong:?}");
     }
+    // The answer is one byte, or none where there is no room for it.
+    assert_eq!(two.request(4, &[(BUFFERS, 4, 0), (BUFFERS, 9, WRITE)]), 1);
+    assert_eq!(two.request(4, &[(BUFFERS, 4, 0)]), 0);
     // A driver of one pair has it right behind.
     let (device, _peers) = net(2);
     let mut one = driver(device, !(1 << VIRTIO_NET_F_MQ));

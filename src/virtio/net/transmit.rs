@@ -8,14 +8,20 @@ use crate::memory::Pieces;
 use crate::util::guest_warn;
 use crate::util::tap::{HEADER, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
+use crate::virtio::worker::Stop;
 
 /// The largest packet a tap takes: 64 KiB of segments to come, and headers.
 const PACKET_MAX: usize = 65_562 + HEADER;
 
 impl Shared {
     /// Sends what `queue` has to `tap`.
-    pub(super) fn transmit(&self, tap: &TapQueue, queue: &mut Virtq) -> Result<(), Broken> {
-        queue.drain(|chain| {
+    pub(super) fn transmit(
+        &self,
+        tap: &TapQueue,
+        queue: &mut Virtq,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
+        queue.drain(stop, |chain| {
             self.send(tap, &chain.readable);
             Ok(0)
         })
@@ -48,7 +54,10 @@ impl Shared {
     pub(super) fn lose_link(&self, error: &io::Error) {
         if self.link.lose() {
             let (name, tap) = (&self.name, &self.tap);
-            log::warn!("{name}: tap {tap} has gone ({error}): the guest's link is down");
+            guest_warn!(
+                self.failures,
+                "{name}: tap {tap} has gone ({error}): the guest's link is down"
+            );
         }
     }
 }

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::memory::GuestMemory;
 use crate::util::tap::TapQueue;
 use crate::util::thread::Kind;
+use crate::util::{RateLimit, guest_debug};
 use crate::virtio::device::features;
 use crate::virtio::queue::Virtq;
 use crate::virtio::worker::{Worker, wait};
@@ -55,6 +56,8 @@ pub(super) struct Pair {
     queues: [Virtq; 2],
     /// Threads that make the interrupts which the kernel cannot make by itself.
     relays: Vec<Worker<()>>,
+    /// By queue: see [`Pair::errors`].
+    errors: Vec<(u16, EventFd)>,
 }
 
 impl Pair {
@@ -77,6 +80,7 @@ impl Pair {
             kernel,
             queues,
             relays: Vec::new(),
+            errors: Vec::new(),
         };
         match pair.run(name, tap) {
             Ok(()) => Ok(pair),
@@ -106,7 +110,9 @@ impl Pair {
     fn run(&mut self, name: &str, tap: &TapQueue) -> io::Result<()> {
         for ring in 0..self.queues.len() {
             let call = self.call(name, ring)?;
-            self.set_up(ring, &call)?;
+            let error = EventFd::new(libc::EFD_CLOEXEC)?;
+            self.set_up(ring, &call, &error)?;
+            self.errors.push((self.queues[ring].index(), error));
         }
         for ring in 0..self.queues.len() {
             let set = self.kernel.set_backend(ring, Some(tap.file()));
@@ -115,7 +121,13 @@ impl Pair {
         Ok(())
     }
 
-    fn set_up(&self, ring: usize, call: &EventFd) -> io::Result<()> {
+    /// What the kernel signals when it cannot go on with a queue, by the queue's number, for who looks
+    /// after that.
+    pub(super) fn errors(&mut self) -> Vec<(u16, EventFd)> {
+        std::mem::take(&mut self.errors)
+    }
+
+    fn set_up(&self, ring: usize, call: &EventFd, error: &EventFd) -> io::Result<()> {
         let queue = self.queues[ring].ring();
         let rings = VringConfigData {
             queue_max_size: queue.max_size(),
@@ -132,6 +144,7 @@ impl Pair {
             .and_then(|()| kernel.set_vring_addr(ring, &rings))
             .and_then(|()| kernel.set_vring_base(ring, queue.next_avail()))
             .and_then(|()| kernel.set_vring_call(ring, call))
+            .and_then(|()| kernel.set_vring_err(ring, error))
             .and_then(|()| kernel.set_vring_kick(ring, self.queues[ring].kick()))
             .map_err(failed("set up a queue"))
     }
@@ -163,7 +176,10 @@ impl Pair {
             match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
                 Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
                 // Of one that was not set up wholly.
-                Err(error) => log::debug!("vhost-net: Failed to stop a queue: {error}"),
+                Err(error) => guest_debug!(
+                    RateLimit::named("vhost-net"),
+                    "vhost-net: Failed to stop a queue: {error}"
+                ),
             }
         }
         drop(self.relays);

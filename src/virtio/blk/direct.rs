@@ -1,0 +1,275 @@
+//! A file past the host's page cache (O_DIRECT), which takes whole units of memory and of the file only.
+//!
+//! The disk stays as it is without that: what does not fit goes through a buffer that does, and what
+//! covers a unit of the file in part is read, changed and written as a whole.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use rustix::fs::{AtFlags, StatxFlags, ioctl_blksszget, statx};
+
+use super::file::{read_all, read_some, uninterrupted, write_all, write_some};
+use crate::memory::Pieces;
+
+/// Bytes that go through a buffer at once, where a unit is not more.
+const BUFFER: u64 = 64 << 10;
+/// Units of more than this are not believed.
+const UNIT_MAX: u32 = 1 << 20;
+/// What every host takes.
+const PAGE: u32 = 4096;
+
+/// What the host wants addresses and lengths to be multiples of, in bytes: powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Units {
+    /// Addresses in memory.
+    pub memory: usize,
+    /// Offsets and lengths in the file, and the length of each piece of memory.
+    pub file: u64,
+}
+
+impl Units {
+    /// What the host tells of `file` by STATX_DIOALIGN (Linux 6.1). Where it tells nothing, a block
+    /// device takes its own blocks, and a file is believed to take pages only.
+    pub(super) fn of(file: &File, is_regular: bool) -> Self {
+        let told = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+        let told = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+        let told = told.map(|told| (told.stx_dio_mem_align, told.stx_dio_offset_align));
+        let is_unit = |unit: u32| unit.is_power_of_two() && unit <= UNIT_MAX;
+        let told = told.filter(|(memory, file)| is_unit(*memory) && is_unit(*file));
+        let (memory, file) = told.unwrap_or_else(|| {
+            let block = ioctl_blksszget(file).ok().filter(|block| is_unit(*block));
+            let unit = block.filter(|_| !is_regular).unwrap_or(PAGE);
+            (unit, unit)
+        });
+        Self {
+            memory: usize::try_from(memory).unwrap_or(1),
+            file: file.into(),
+        }
+    }
+}
+
+/// How to reach a file that was opened with O_DIRECT.
+pub(super) struct Direct {
+    units: Units,
+    /// Requests may cover a unit in part.
+    is_coarse: bool,
+    /// Held shared by writes of whole units, and alone from the read to the write of one that is
+    /// covered in part; not at all where there is no such thing.
+    blocks: RwLock<()>,
+    /// Where the last whole unit of the file ends.
+    edge: u64,
+    /// The same file through the page cache, for what is behind that: a whole unit would make it longer.
+    tail: Option<File>,
+}
+
+impl Direct {
+    /// For `file`, of which the guest sees `len` bytes in blocks of `block_size`.
+    ///
+    /// # Errors
+    /// The file has a part behind its last unit, and cannot be opened again for that.
+    pub(super) fn new(
+        file: &File,
+        units: Units,
+        len: u64,
+        block_size: u32,
+        writes: bool,
+    ) -> io::Result<Self> {
+        let edge = len - len % units.file;
+        let reopen = || {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            File::options().read(true).write(writes).open(path)
+        };
+        Ok(Self {
+            units,
+            is_coarse: units.file > u64::from(block_size),
+            blocks: RwLock::new(()),
+            edge,
+            tail: (edge < len).then(reopen).transpose()?,
+        })
+    }
+
+    /// Whether the host takes `pieces` at `offset` as they are.
+    pub(super) fn fits(&self, pieces: &Pieces, offset: u64) -> bool {
+        let length = usize::try_from(self.units.file).unwrap_or(usize::MAX);
+        offset % self.units.file == 0
+            && offset + pieces.len() as u64 <= self.edge
+            && pieces.are_multiples(self.units.memory, length)
+    }
+
+    /// Whether the host takes them as a write that nobody waits for: not where that could meet one that
+    /// is read, changed and written.
+    pub(super) fn fits_write(&self, pieces: &Pieces, offset: u64) -> bool {
+        !self.is_coarse && self.fits(pieces, offset)
+    }
+
+    /// Fills `pieces` with what is at `offset`.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn read(&self, file: &File, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
+        let mut rest = self.split(pieces, offset);
+        while !pieces.is_empty() {
+            offset += if self.fits(pieces, offset) {
+                read_some(file.as_fd(), pieces, offset)?
+            } else {
+                self.read_through(file, pieces, offset)?
+            };
+        }
+        let tail = self.tail.as_ref().unwrap_or(file);
+        read_all(tail.as_fd(), &mut rest, offset)
+    }
+
+    /// Writes `pieces` at `offset`.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn write(
+        &self,
+        file: &File,
+        pieces: &mut Pieces,
+        mut offset: u64,
+    ) -> io::Result<()> {
+        let mut rest = self.split(pieces, offset);
+        while !pieces.is_empty() {
+            offset += if self.fits(pieces, offset) {
+                let _whole = self.lock_whole();
+                write_some(file, pieces, offset, usize::MAX)?
+            } else {
+                let length = pieces.len() as u64;
+                let count = self.write_through(file, offset, length, |bytes| {
+                    pieces.copy_to(bytes);
+                })?;
+                pieces.advance(usize::try_from(count).unwrap_or(usize::MAX));
+                count
+            };
+        }
+        let tail = self.tail.as_ref().unwrap_or(file);
+        write_all(tail, &mut rest, offset, usize::MAX)
+    }
+
+    /// Writes zeros, for hosts that have no quicker way.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn write_zeros(&self, file: &File, mut offset: u64, length: u64) -> io::Result<()> {
+        let end = offset + length;
+        while offset < end.min(self.edge) {
+            let length = end.min(self.edge) - offset;
+            offset += self.write_through(file, offset, length, |bytes| bytes.fill(0))?;
+        }
+        let tail = self.tail.as_ref().unwrap_or(file);
+        super::file::write_zeros(tail, offset, end - offset)
+    }
+
+    /// Runs `call`, which changes the file in the kernel, while no unit is being changed here.
+    pub(super) fn between_changes<T>(&self, call: impl FnOnce() -> T) -> T {
+        let _whole = self.lock_whole();
+        call()
+    }
+
+    /// Cuts off what is behind the last whole unit.
+    fn split(&self, pieces: &mut Pieces, offset: u64) -> Pieces {
+        let before = self.edge.saturating_sub(offset);
+        pieces.split_off(usize::try_from(before).unwrap_or(usize::MAX))
+    }
+
+    /// The units that hold `length` bytes at `offset`, or the first of them: where they start, and a
+    /// buffer for them.
+    fn buffer(&self, offset: u64, length: u64) -> (u64, Buffer) {
+        let unit = self.units.file;
+        let start = offset - offset % unit;
+        let end = (offset + length).next_multiple_of(unit);
+        let count = (end - start).min(BUFFER.max(unit));
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        (start, Buffer::new(count, self.units.memory))
+    }
+
+    /// Reads the start of `pieces` through a buffer, and tells how many bytes it took off.
+    fn read_through(&self, file: &File, pieces: &mut Pieces, offset: u64) -> io::Result<u64> {
+        let (start, mut buffer) = self.buffer(offset, pieces.len() as u64);
+        let got = uninterrupted(|| file.read_at(buffer.bytes(), start))?;
+        let skip = usize::try_from(offset - start).unwrap_or(usize::MAX);
+        let found = buffer.bytes().get(skip..got).unwrap_or_default();
+        match pieces.copy_from(found) {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                pieces.advance(count);
+                Ok(count as u64)
+            }
+        }
+    }
+
+    /// Writes the first of `length` bytes at `offset` through a buffer that `fill` fills, and tells how
+    /// many.
+    fn write_through(
+        &self,
+        file: &File,
+        offset: u64,
+        length: u64,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> io::Result<u64> {
+        let (start, mut buffer) = self.buffer(offset, length);
+        let bytes = buffer.bytes();
+        let end = (start + bytes.len() as u64).min(offset + length);
+        let place = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+        let (from, to, unit) = (place(offset), place(end), place(start + self.units.file));
+        let (has_head, has_tail) = (from > 0, to < bytes.len());
+        let _alone = (has_head || has_tail).then(|| self.lock_alone());
+        let _whole = (!has_head && !has_tail).then(|| self.lock_whole());
+        if has_head {
+            read_unit(file, start, &mut bytes[..unit])?;
+        }
+        if has_tail && !(has_head && bytes.len() == unit) {
+            let last = bytes.len() - unit;
+            read_unit(file, start + last as u64, &mut bytes[last..])?;
+        }
+        fill(&mut bytes[from..to]);
+        file.write_all_at(bytes, start)?;
+        Ok(end - offset)
+    }
+
+    fn lock_whole(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let lock = || self.blocks.read().unwrap_or_else(PoisonError::into_inner);
+        self.is_coarse.then(lock)
+    }
+
+    fn lock_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.blocks.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads a unit that is to be changed in part.
+fn read_unit(file: &File, at: u64, unit: &mut [u8]) -> io::Result<()> {
+    match uninterrupted(|| file.read_at(unit, at))? {
+        count if count == unit.len() => Ok(()),
+        // The image was truncated: no zeros in place of what is gone.
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Bytes that start at a multiple of the host's unit of memory.
+struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl Buffer {
+    fn new(length: usize, unit: usize) -> Self {
+        let bytes = vec![0; length + unit];
+        // Never more than `unit`, which is a power of two.
+        let start = bytes.as_ptr().align_offset(unit).min(unit);
+        Self {
+            bytes,
+            start,
+            length,
+        }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..][..self.length]
+    }
+}

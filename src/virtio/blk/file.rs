@@ -1,0 +1,189 @@
+//! What rvmm does with the files of disks: whole transfers, holes and zeros.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::fstatfs;
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::memory::Pieces;
+
+/// `include/uapi/linux/magic.h`.
+mod magic {
+    pub(super) const RAMFS: u64 = 0x8584_58f6;
+    pub(super) const TMPFS: u64 = 0x0102_1994;
+    pub(super) const NFS: u64 = 0x6969;
+}
+
+/// What kind of file system a regular file is on.
+fn magic(file: &File) -> Option<u64> {
+    let system = fstatfs(file).ok()?;
+    u64::try_from(system.f_type).ok()
+}
+
+/// Whether the file is in the host's memory alone. Such file systems cannot say that a request would
+/// wait (RWF_NOWAIT): io_uring hands each to another thread, which takes longer than to serve it.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    // Of a device it would be where its node is, which is a tmpfs too.
+    let is_device = !file.metadata().is_ok_and(|metadata| metadata.is_file());
+    !is_device && matches!(magic(file), Some(magic::RAMFS | magic::TMPFS))
+}
+
+/// Whether a write to `file` that failed with `error` may have told of earlier writes: NFS tells so that
+/// its server had no room (`fs/nfs/file.c`, nfs_file_write).
+pub(super) fn tells_of_earlier_writes(file: &File, error: &io::Error) -> bool {
+    magic(file) == Some(magic::NFS) && error.kind() != io::ErrorKind::Interrupted
+}
+
+/// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is
+/// left: a large write takes the square of its length.
+pub(super) fn write_step(file: &File) -> usize {
+    const STEP: usize = 32 << 10;
+    if is_in_memory(file) { STEP } else { usize::MAX }
+}
+
+/// Runs a call to fallocate(2), again where a signal ended it. False where the host cannot do that.
+///
+/// # Errors
+/// Others of the host's.
+pub(super) fn fallocated(call: impl FnMut() -> Result<(), Errno>) -> io::Result<bool> {
+    match retry_on_intr(call) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV | Errno::PERM) => {
+            Ok(false)
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Fills `pieces` from `fd`; a file that ends before is an error.
+///
+/// # Errors
+/// The host's.
+pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
+    while !pieces.is_empty() {
+        offset += read_some(fd, pieces, offset)?;
+    }
+    Ok(())
+}
+
+/// Takes what one call reads off `pieces`, and tells how many bytes that are; more than none.
+///
+/// # Errors
+/// The file ends here, or the host's.
+pub(super) fn read_some(fd: BorrowedFd, pieces: &mut Pieces, offset: u64) -> io::Result<u64> {
+    match uninterrupted(|| pieces.read_at(fd, offset))? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        count => {
+            pieces.advance(count);
+            Ok(count as u64)
+        }
+    }
+}
+
+/// Writes all of `pieces`, `step` bytes at a time.
+///
+/// # Errors
+/// The host's.
+pub(super) fn write_all(
+    file: &File,
+    pieces: &mut Pieces,
+    mut offset: u64,
+    step: usize,
+) -> io::Result<()> {
+    while !pieces.is_empty() {
+        offset += write_some(file, pieces, offset, step)?;
+    }
+    Ok(())
+}
+
+/// Takes what one call writes off `pieces`, and tells how many bytes that are; more than none.
+///
+/// # Errors
+/// The host's.
+pub(super) fn write_some(
+    file: &File,
+    pieces: &mut Pieces,
+    offset: u64,
+    step: usize,
+) -> io::Result<u64> {
+    match uninterrupted(|| pieces.write_at(file.as_fd(), offset, step))? {
+        0 => Err(io::ErrorKind::WriteZero.into()),
+        count => {
+            pieces.advance(count);
+            Ok(count as u64)
+        }
+    }
+}
+
+/// Writes zeros, for hosts that have no quicker way.
+///
+/// # Errors
+/// The host's.
+pub(super) fn write_zeros(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let mut done = 0;
+    while done < length {
+        let count = usize::try_from(length - done).unwrap_or(usize::MAX);
+        let zeros = &ZEROS[..count.min(ZEROS.len())];
+        file.write_all_at(zeros, offset + done)?;
+        done += zeros.len() as u64;
+    }
+    Ok(())
+}
+
+/// Reads as much as there is, up to the length of `bytes`.
+///
+/// # Errors
+/// The host's.
+pub(super) fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match uninterrupted(|| file.read_at(&mut bytes[done..], offset + done as u64))? {
+            0 => break,
+            count => done += count,
+        }
+    }
+    Ok(done)
+}
+
+/// Runs `call` again where a signal ended it.
+///
+/// # Errors
+/// Others of its.
+pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_where_its_node_is() {
+        let node = File::open("/dev/null").unwrap();
+        assert!(!is_in_memory(&node));
+        let file = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(is_in_memory(&file.into()));
+    }
+
+    #[test]
+    fn a_signal_does_not_end_fallocate() {
+        let run = |answers: &[Result<(), Errno>]| {
+            let mut answers = answers.iter();
+            let result = fallocated(|| *answers.next().unwrap());
+            assert!(answers.next().is_none(), "all were asked for");
+            result.map_err(|error| error.raw_os_error())
+        };
+        assert_eq!(run(&[Err(Errno::INTR), Err(Errno::INTR), Ok(())]), Ok(true));
+        assert_eq!(run(&[Err(Errno::INTR), Err(Errno::OPNOTSUPP)]), Ok(false));
+        assert_eq!(run(&[Err(Errno::NOSPC)]), Err(Some(libc::ENOSPC)));
+    }
+}

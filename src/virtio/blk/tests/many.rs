@@ -1,0 +1,115 @@
+//! Several requests at a time, which io_uring serves where the host has one for the image.
+
+use super::*;
+
+/// Bytes of each.
+const EACH: u32 = 4096;
+/// How many.
+const MANY: u16 = 5;
+
+/// Where the data of a request is.
+fn data(number: u16) -> u64 {
+    DATA + u64::from(EACH) * u64::from(number)
+}
+
+/// A disk that finds requests of this kind, each for a block at one of `sectors`, when it starts. Returns
+/// when all have ended, with their statuses.
+fn at_once(
+    disk: Disk,
+    kind: u32,
+    features: u64,
+    sectors: [u64; MANY as usize],
+) -> (Driver, Vec<u8>) {
+    let mut driver = Driver::of(Box::new(disk));
+    driver.negotiate(features);
+    driver.set_up(0, rings(0));
+    let room = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
+    for (number, sector) in (0u16..).zip(sectors) {
+        let header = HEADER + 32 * u64::from(number);
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&sector.to_le_bytes());
+        let ram = &driver.ram;
+        ram.write_slice(&bytes, GuestAddress(header)).unwrap();
+        let content = [0x70 + number.to_le_bytes()[0]; EACH as usize];
+        ram.write_slice(&content, GuestAddress(data(number)))
+            .unwrap();
+        let mut next = 3 * number;
+        for (addr, len, flags) in [
+            (header, 16, NEXT),
+            (data(number), EACH, NEXT | room),
+            (STATUS + u64::from(number), 1, WRITE),
+        ] {
+            next += 1;
+            let desc = Desc {
+                addr,
+                len,
+                flags,
+                next,
+            };
+            driver.describe(0, next - 1, desc);
+        }
+        driver.offer(0, 3 * number);
+    }
+    driver.core.set_status(READY);
+    driver.wait_until("all ends", |d| d.used(0) == MANY);
+    let mut heads: Vec<u32> = (0..MANY).map(|n| driver.used_element(0, n).0).collect();
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 3, 6, 9, 12]);
+    let mut statuses = vec![0; MANY.into()];
+    driver
+        .ram
+        .read_slice(&mut statuses, GuestAddress(STATUS))
+        .unwrap();
+    (driver, statuses)
+}
+
+fn disk(image: &TempImage, flags: &str) -> Disk {
+    Disk::new("disk0", image.open(flags).unwrap(), 1)
+}
+
+#[test]
+fn requests_at_once_all_come_back() {
+    let image = TempImage::new(MIB);
+    let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
+    image.file().write_all_at(&content, 0).unwrap();
+    for flags in ["", ",snapshot=on", ",direct"] {
+        // Blocks 10 to 13, and one that ends behind the disk, which the others do not mind.
+        let sectors = [80, 88, 96, 104, 2047];
+        let (driver, statuses) = at_once(disk(&image, flags), VIRTIO_BLK_T_IN, u64::MAX, sectors);
+        assert_eq!(statuses, [0, 0, 0, 0, 1], "{flags}");
+        for number in 0..MANY - 1 {
+            let mut bytes = [0; EACH as usize];
+            let ram = &driver.ram;
+            ram.read_slice(&mut bytes, GuestAddress(data(number)))
+                .unwrap();
+            assert_eq!(
+                bytes,
+                [10 + number.to_le_bytes()[0]; EACH as usize],
+                "{flags}"
+            );
+        }
+    }
+}
+
+#[test]
+fn writes_at_once_are_all_there() {
+    let no_flush = !(1 << VIRTIO_BLK_F_FLUSH);
+    for (flags, features) in [
+        ("", u64::MAX),
+        ("", no_flush),
+        (",cache=writethrough", u64::MAX),
+        (",direct,cache=writethrough", u64::MAX),
+        (",snapshot=on", u64::MAX),
+    ] {
+        let image = TempImage::new(MIB);
+        let sectors = [0, 8, 16, 2040, 2047];
+        let disk = disk(&image, flags);
+        let (mut driver, statuses) = at_once(disk, VIRTIO_BLK_T_OUT, features, sectors);
+        assert_eq!(statuses, [0, 0, 0, 0, 1], "{flags}");
+        for (byte, sector) in (0x70..).zip(&sectors[..4]) {
+            let now = read(&mut driver, *sector, EACH).unwrap();
+            assert_eq!(now, [byte; EACH as usize], "{flags}");
+        }
+    }
+}

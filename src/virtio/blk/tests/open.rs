@@ -1,0 +1,86 @@
+//! How images are opened: who else has them, and what is none.
+
+use std::os::fd::AsFd;
+
+use super::*;
+use crate::util::filelock::{is_byte_locked, share_byte};
+
+#[test]
+fn one_writer_or_many_readers() {
+    let image = TempImage::new(MIB);
+    {
+        let _writer = image.open("").unwrap();
+        for flags in ["", ",readonly", ",snapshot=on"] {
+            let line = image.open(flags).err().unwrap().to_string();
+            assert!(line.contains("another process"), "{line}");
+        }
+    }
+    let _readers = [
+        image.open(",readonly").unwrap(),
+        image.open(",snapshot=on").unwrap(),
+    ];
+    assert!(image.open("").is_err());
+}
+
+/// Locks as QEMU has them (`block/file-posix.c`): 100 + n for what it does, 200 + n for what nobody else
+/// may do; 0 is to read, 1 to write, 3 to resize.
+#[test]
+fn qemus_locks_are_seen_and_shown() {
+    const WRITER: [i64; 4] = [100, 101, 201, 203];
+    const READER: [i64; 3] = [100, 201, 203];
+    let image = TempImage::new(MIB);
+    let all_but = |locked: &[i64]| {
+        let qemu = image.file();
+        let seen = |at: &i64| is_byte_locked(qemu.as_fd(), *at).unwrap();
+        let found: Vec<i64> = (0..300).filter(seen).collect();
+        assert_eq!(found, locked);
+    };
+    for (flags, shown) in [
+        ("", WRITER.as_slice()),
+        (",readonly", &READER),
+        (",snapshot=on", &READER),
+    ] {
+        let _open = image.open(flags).unwrap();
+        all_but(shown);
+    }
+    all_but(&[]);
+    for (theirs, may_read) in [(WRITER.as_slice(), false), (&READER, true)] {
+        let qemu = image.file();
+        theirs
+            .iter()
+            .for_each(|at| share_byte(qemu.as_fd(), *at).unwrap());
+        let line = image.open("").err().unwrap().to_string();
+        assert!(line.contains("another process uses it"), "{line}");
+        for flags in [",readonly", ",snapshot=on"] {
+            assert_eq!(image.open(flags).is_ok(), may_read, "{flags} {theirs:?}");
+        }
+    }
+    assert!(image.open("").is_ok());
+}
+
+#[test]
+fn a_snapshot_goes_where_it_is_told_to() {
+    let image = TempImage::new(MIB);
+    let line = |place: &str| {
+        let flags = format!(",snapshot=on,snapshot-dir={place}");
+        image.open(&flags).err().map(|error| error.to_string())
+    };
+    let refused = line("/nope").unwrap();
+    assert!(refused.contains("\"/nope\": No such file"), "{refused}");
+    assert!(refused.contains("snapshot-dir=DIR"), "{refused}");
+    assert_eq!(line(std::env::temp_dir().to_str().unwrap()), None);
+}
+
+#[test]
+fn what_cannot_be_a_disk_is_told() {
+    let line = |path: &str| {
+        let config: DiskConfig = path.parse().unwrap();
+        Image::open(&config).err().unwrap().to_string()
+    };
+    let missing = line("/nope/x.img");
+    assert!(missing.starts_with("Failed to open disk \"/nope/x.img\": No such file"));
+    assert!(line("/").contains("neither a file nor a block device"));
+    assert!(line("/dev/null").contains("neither a file nor a block device"));
+    let small = TempImage::new(511);
+    assert!(line(small.0.to_str().unwrap()).contains("truncate -s"));
+}

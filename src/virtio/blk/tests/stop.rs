@@ -1,0 +1,133 @@
+//! Who decides how long a reset takes: never the guest.
+
+use super::*;
+
+/// Bytes of RAM that each descriptor names, again and again.
+const PIECE: u32 = (2 << 20) - 4096;
+/// Descriptors of one request: 2 GiB in all.
+const PIECES: u16 = 1022;
+/// Where tables of descriptors are.
+const TABLE: u64 = BUFFERS + 0x20_0000;
+
+/// Makes descriptor `head` a request of so many pieces of the same RAM.
+fn describe_huge(driver: &Driver, head: u16, kind: u32) {
+    let flags = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    let ram = &driver.ram;
+    ram.write_slice(&header, GuestAddress(HEADER)).unwrap();
+    let mut buffers = vec![(HEADER, 16, 0)];
+    buffers.extend([(DATA, PIECE, flags)].repeat(PIECES.into()));
+    buffers.push((STATUS, 1, WRITE));
+    let last = buffers.len() - 1;
+    for (index, (addr, len, flags)) in buffers.into_iter().enumerate() {
+        let flags = flags | if index == last { 0 } else { NEXT };
+        let index = u16::try_from(index).unwrap();
+        let next = index + 1;
+        let desc = Desc {
+            addr,
+            len,
+            flags,
+            next,
+        };
+        driver.describe_at(TABLE, index, desc);
+    }
+    let (addr, len, flags, next) = (TABLE, 16 * u32::from(PIECES + 2), INDIRECT, 0);
+    driver.describe(
+        0,
+        head,
+        Desc {
+            addr,
+            len,
+            flags,
+            next,
+        },
+    );
+}
+
+/// An image of 4 GiB, with a seven wherever a piece starts.
+fn image() -> TempImage {
+    let image = TempImage::new(4 << 30);
+    for piece in 0..u64::from(PIECES) {
+        image
+            .file()
+            .write_all_at(&[7], piece * u64::from(PIECE))
+            .unwrap();
+    }
+    image
+}
+
+fn byte(driver: &Driver, at: u64) -> u8 {
+    driver.ram.read_obj(GuestAddress(at)).unwrap()
+}
+
+#[test]
+fn hostile_a_huge_read_does_not_hold_a_reset() {
+    for flags in ["", ",snapshot=on", ",direct"] {
+        let image = image();
+        let mut driver = image.driver(flags);
+        describe_huge(&driver, 0, VIRTIO_BLK_T_IN);
+        driver.offer(0, 0);
+        driver.wait_until("its start", |d| byte(d, DATA) == 7);
+        driver.core.set_status(0);
+        assert_eq!(driver.used(0), 0, "{flags}: what was not ended is not told");
+    }
+}
+
+#[test]
+fn hostile_many_huge_reads_do_not_hold_a_reset() {
+    let image = image();
+    let disk = Disk::new("disk0", image.open("").unwrap(), 1);
+    let mut driver = Driver::of(Box::new(disk));
+    driver.negotiate(u64::MAX);
+    driver.set_up(0, rings(0));
+    describe_huge(&driver, 0, VIRTIO_BLK_T_IN);
+    for _ in 0..SIZE {
+        driver.offer(0, 0);
+    }
+    driver.core.set_status(READY);
+    driver.wait_until("a start", |d| byte(d, DATA) == 7);
+    driver.core.set_status(0);
+    assert!(driver.used(0) < SIZE, "all of them");
+}
+
+/// 256 MiB of zeros in each of 16 requests, which a snapshot has to write.
+#[test]
+fn hostile_many_zeros_do_not_hold_a_reset() {
+    let image = image();
+    let mut driver = image.driver(",snapshot=on");
+    let mut list = Vec::new();
+    for _ in 0..16u8 {
+        list.extend_from_slice(&0u64.to_le_bytes());
+        list.extend_from_slice(&(1u32 << 15).to_le_bytes());
+        list.extend_from_slice(&0u32.to_le_bytes());
+    }
+    driver.ram.write_slice(&list, GuestAddress(DATA)).unwrap();
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&VIRTIO_BLK_T_WRITE_ZEROES.to_le_bytes());
+    let ram = &driver.ram;
+    ram.write_slice(&header, GuestAddress(HEADER)).unwrap();
+    for (index, (addr, len, flags)) in [(HEADER, 16, NEXT), (DATA, 256, NEXT), (STATUS, 1, WRITE)]
+        .into_iter()
+        .enumerate()
+    {
+        let index = u16::try_from(index).unwrap();
+        let next = index + 1;
+        driver.describe(
+            0,
+            index,
+            Desc {
+                addr,
+                len,
+                flags,
+                next,
+            },
+        );
+    }
+    for _ in 0..SIZE {
+        driver.offer(0, 0);
+    }
+    driver.wait_until("the first", |d| d.used(0) > 0);
+    driver.core.set_status(0);
+    assert!(driver.used(0) < SIZE, "all of them");
+}
