@@ -14,11 +14,13 @@ use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats};
+use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
+use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
 
 fn main() -> ExitCode {
     let began = Instant::now();
+    signals::prepare();
     match cli::parse(std::env::args_os()) {
         Request::Run(cli) => run(&cli, began),
         Request::Do(Command::Info { json }) => match info(json) {
@@ -32,8 +34,13 @@ fn main() -> ExitCode {
 
 /// Prints what was asked for on standard output. A reader that has gone wants no more of it.
 fn print(text: &str) -> ExitCode {
-    let _ = io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
+    match output::write_whole(io::stdout(), text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let message = format!("Failed to write to standard output: {error}");
+            end(&message, STATUS_HOST)
+        }
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 /// `rvmm info`.
@@ -177,7 +184,9 @@ fn start_logging(cli: &Cli) -> Result<()> {
     let on_terminal = cli.log_file.is_none() && io::stderr().is_terminal();
     let line_end = if on_terminal { "\r\n" } else { "\n" };
     let mut logger = env_logger::Builder::new();
-    logger.filter_level(level).format(move |buffer, record| {
+    // Of other crates nothing: what they find wrong with the guest's data they tell without a limit.
+    logger.filter_module("rvmm", level);
+    logger.format(move |buffer, record| {
         let level = record.level().as_str().to_ascii_lowercase();
         write!(buffer, "rvmm: {level}: {}{line_end}", record.args())
     });
@@ -186,6 +195,7 @@ fn start_logging(cli: &Cli) -> Result<()> {
     if let Some(path) = &cli.log_file {
         let file =
             File::create(path).with_context(|| format!("Failed to create log file {path:?}"))?;
+        let file = Unwaiting::new(file)?;
         logger.target(env_logger::Target::Pipe(Box::new(file)));
     }
     logger.init();

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use log::debug;
 use vm_memory::GuestAddress;
 
 use super::hardware::{Hardware, Kept};
@@ -16,6 +15,7 @@ use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vm};
 use crate::memory::{self, GuestMemory};
+use crate::util::{RateLimit, guest_debug};
 
 /// A machine that is ready to run its first instruction.
 pub struct Machine {
@@ -156,7 +156,7 @@ impl BootFiles {
         let room = fdt_room(config.cpus);
         let placement = Placement::plan(RAM_BASE, size, &kernel, initrd, room)
             .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
-        debug!("placement: {placement:x?}");
+        guest_debug!(RateLimit::named("placement"), "placement: {placement:x?}");
         Ok(LoadPlan { kernel, placement })
     }
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use log::info;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -24,6 +23,7 @@ use crate::devices::uart16550::Uart;
 use crate::hypervisor::{Vcpu, Vm, regs};
 use crate::irqchip::hart_intc_phandle;
 use crate::memory::GuestMemory;
+use crate::util::{RateLimit, guest_info};
 use crate::vcpu::exits::Exits;
 use crate::vcpu::sbi::Sbi;
 
@@ -104,7 +104,12 @@ fn build_tree(
     placement: &Placement,
     devices: &[&dyn Device],
 ) -> Result<Vec<u8>> {
-    info!("harts: {}, {}", facts.isa_string(), facts.mmu_type());
+    guest_info!(
+        RateLimit::named("harts"),
+        "harts: {}, {}",
+        facts.isa_string(),
+        facts.mmu_type()
+    );
     let tree = fdt::build(&fdt::Machine {
         cmdline: &config.cmdline,
         stdout_path: layout::UART_PATH,

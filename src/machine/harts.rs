@@ -1,7 +1,6 @@
 //! The machine's vCPUs, as the configuration wants them, and what the guest is told of them.
 
 use anyhow::{Context, Result, bail};
-use log::warn;
 use rustix::system::uname;
 
 use super::irqchip::Choice;
@@ -10,6 +9,7 @@ use crate::boot::isa::HartFacts;
 use crate::config::{Hex, IsaSwitch, VmConfig};
 use crate::hypervisor::host::legacy_sbi_is_safe;
 use crate::hypervisor::{Vcpu, Vm, extensions, regs};
+use crate::util::{RateLimit, guest_warn};
 
 /// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
 /// before the first run: later KVM refuses.
@@ -52,7 +52,8 @@ fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
         match vcpu.reg(register)? {
             Some(_) => vcpu.set_reg(register, on)?,
             None if register == regs::SBI_DBCN => {
-                warn!("this host's KVM has no SBI debug console");
+                let limit = RateLimit::named("no DBCN");
+                guest_warn!(limit, "this host's KVM has no SBI debug console");
             }
             None => {}
         }

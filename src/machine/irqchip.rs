@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use log::info;
 use vm_memory::GuestAddress;
 
 use super::layout;
@@ -13,6 +12,7 @@ use crate::hypervisor::{Aia, Vcpu, Vm};
 use crate::irqchip::IrqChip;
 use crate::irqchip::aia::{self, InKernelAia};
 use crate::irqchip::plic::{self, Plic};
+use crate::util::{RateLimit, guest_info};
 
 /// A controller, chosen before the vCPUs are created.
 pub(super) enum Choice {
@@ -58,7 +58,7 @@ impl Choice {
             Choice::Plic => {
                 let lines = vcpus.iter().map(|vcpu| vcpu.external_irq());
                 let lines = lines.collect::<Result<_, _>>()?;
-                info!("PLIC in userspace");
+                guest_info!(RateLimit::named("PLIC or AIA"), "PLIC in userspace");
                 let plic = Plic::new(layout::PLIC.start, lines);
                 Ok(IrqChip::on_bus(plic, plic::SOURCES))
             }

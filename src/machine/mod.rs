@@ -8,12 +8,13 @@
 //! ```
 
 pub mod builder;
+mod ending;
 mod hardware;
 mod harts;
 mod irqchip;
 pub mod layout;
 mod outcome;
-mod signals;
+pub mod signals;
 pub mod stats;
 mod virtio;
 
@@ -27,11 +28,12 @@ use log::{debug, info};
 use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
 use crate::hypervisor;
-use crate::util::text;
+use crate::util::{RateLimit, guest_info, text};
 use crate::vcpu::Stop;
 use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::VcpuHandle;
 pub use builder::Machine;
+use ending::Ending;
 pub use outcome::Outcome;
 use signals::Signals;
 pub use stats::Stats;
@@ -48,10 +50,8 @@ const SETTLED: Duration = Duration::from_millis(500);
 enum Event {
     /// A vCPU's thread ended.
     Vcpu(hypervisor::Result<Stop>),
-    /// A signal that asks for the end.
-    Signal(i32),
-    /// Ctrl-A X.
-    Left,
+    /// Somebody asked for the end.
+    Asked(Outcome),
 }
 
 /// How to run a machine.
@@ -68,23 +68,41 @@ pub struct Run<'a> {
 }
 
 impl Machine {
-    /// Runs the machine to its end, through as many resets as the guest asks for.
+    /// Runs the machine to its end, through as many resets as the guest asks for. Where somebody
+    /// asks for the end and it does not come within five seconds, the process ends. Signals are as
+    /// [`signals::prepare`] leaves them.
     ///
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
-    pub fn run(mut self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
+    pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
+        let (tell, events) = channel();
+        let ending = Ending::new(tell.clone());
+        let result = self.run_until(how, &ending, &tell, &events);
+        ending.came();
+        result
+    }
+
+    fn run_until(
+        mut self,
+        how: &Run,
+        ending: &Ending,
+        tell: &Sender<Event>,
+        events: &Receiver<Event>,
+    ) -> Result<(Outcome, Option<Stats>)> {
         let deadline = how
             .timeout
             .and_then(|timeout| Instant::now().checked_add(timeout));
-        let (tell, events) = channel();
+        if let Some(deadline) = deadline {
+            ending.expect(Outcome::TimedOut, deadline);
+        }
         let resized = self.backends.console.clone();
         let on_resize = move || resized.iter().for_each(|console| console.resized());
-        let signals = Signals::start(tell.clone(), on_resize);
+        let signals = Signals::start(ending.clone(), on_resize);
         let signals = signals.context("Failed to wait for signals")?;
-        let hosts = self.connect_consoles(how.console, &tell)?;
+        let hosts = self.connect_consoles(how.console, ending)?;
         let mut stats = how.stats_from.map(Stats::since);
         let outcome = loop {
-            match self.live(&tell, &events, deadline, stats.as_mut()) {
+            match self.live(tell, events, deadline, stats.as_mut()) {
                 Ok(Outcome::Guest(Stop::Reset)) if how.reboot => match self.reset() {
                     Ok(()) => {}
                     Err(error) => break Err(error),
@@ -92,12 +110,13 @@ impl Machine {
                 outcome => break outcome,
             }
         };
-        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still have it.
+        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
+        // have it.
         self.power_off();
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         for host in hosts {
             host.finish(|idle| {
-                hurried |= matches!(events.try_recv(), Ok(Event::Signal(_) | Event::Left));
+                hurried |= asked_meanwhile(events).is_some();
                 hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
                 !hurried || idle < DRAIN_PATIENCE
             });
@@ -110,15 +129,15 @@ impl Machine {
     }
 
     /// Connects the console, and the second one where there is one, to the host.
-    fn connect_consoles(&self, console: &ConsoleConfig, tell: &Sender<Event>) -> Result<Vec<Host>> {
+    fn connect_consoles(&self, console: &ConsoleConfig, ending: &Ending) -> Result<Vec<Host>> {
         let mut consoles = vec![(Arc::clone(&self.console), console)];
         let second = (&self.backends.console, &self.config.virtio_console);
         if let (Some(console), Some(config)) = second {
             consoles.push((Arc::clone(console), config));
         }
         let connect = |(console, config)| {
-            let leave = tell.clone();
-            let on_leave = Box::new(move || send(&leave, Event::Left));
+            let ending = ending.clone();
+            let on_leave = Box::new(move || ending.ask(Outcome::Left));
             Host::start(console, config, on_leave)
         };
         consoles.into_iter().map(connect).collect()
@@ -137,7 +156,7 @@ impl Machine {
             stats.guest_starts();
         }
         let vcpus = self.start_vcpus(tell, stats.is_some())?;
-        info!("the guest runs");
+        guest_info!(RateLimit::named("lives"), "the guest runs");
         let outcome = first_event(events, deadline);
         if let Some(stats) = &mut stats {
             stats.guest_ended();
@@ -148,8 +167,11 @@ impl Machine {
         if let Some(stats) = &mut stats {
             stats.add(exits);
         }
-        let outcome = asked_meanwhile(events).unwrap_or(outcome)?;
-        info!("{outcome}");
+        let outcome = asked_meanwhile(events).map_or(outcome, Ok)?;
+        match outcome {
+            Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
+            _ => info!("{outcome}"),
+        }
         Ok(outcome)
     }
 
@@ -169,9 +191,12 @@ impl Machine {
 
 /// What a person asked for while the vCPUs were stopped. What other vCPUs told is dropped: they
 /// stopped because the first one did.
-fn asked_meanwhile(events: &Receiver<Event>) -> Option<Result<Outcome>> {
-    let asked = |event: &Event| matches!(event, Event::Signal(_) | Event::Left);
-    events.try_iter().find(asked).map(Outcome::of)
+fn asked_meanwhile(events: &Receiver<Event>) -> Option<Outcome> {
+    let asked = |event| match event {
+        Event::Asked(outcome) => Some(outcome),
+        Event::Vcpu(_) => None,
+    };
+    events.try_iter().find_map(asked)
 }
 
 /// Tells an event. Nobody listens after the first one, and that is fine.

@@ -27,8 +27,7 @@ impl Outcome {
     pub(super) fn of(event: Event) -> Result<Self> {
         match event {
             Event::Vcpu(end) => Ok(Self::Guest(end?)),
-            Event::Signal(number) => Ok(Self::Signal(number)),
-            Event::Left => Ok(Self::Left),
+            Event::Asked(outcome) => Ok(outcome),
         }
     }
 

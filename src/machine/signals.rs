@@ -1,35 +1,105 @@
-//! Signals: those that ask for the end of the VM, and those that stop rvmm for a while.
+//! Signals: what each of them does to rvmm.
+//!
+//! | signal | rvmm |
+//! |---|---|
+//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | ends in order: the terminal restored, status 128+n |
+//! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU | the same: by default they end a process at once |
+//! | SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT | the same |
+//! | SIGTSTP | restores the terminal, then stops |
+//! | SIGCONT | goes on, with the terminal where it is in the foreground |
+//! | SIGWINCH | tells the guest of the new window |
+//! | SIGXFSZ | never comes: the write fails with EFBIG, an error like a full disk |
+//! | SIGTTIN, SIGTTOU | never come: a guest runs on in the background, see [`terminal`] |
+//! | SIGPIPE | ignored, by Rust's runtime: the write fails with EPIPE |
+//! | SIGRTMIN | gets a vCPU's thread out of the guest (`vcpu::thread`) |
+//! | other real-time signals | never come: nobody has agreed with rvmm on one |
+//! | SIGABRT, SIGBUS, SIGFPE, SIGILL | faults of rvmm's: end it at once, with a core, as by default |
+//! | SIGSEGV, SIGSYS, SIGTRAP | the same |
+//! | SIGKILL, SIGSTOP | nobody can change them |
+//! | SIGCHLD, SIGURG | do nothing, as by default |
+//!
+//! One that ends or stops rvmm stays ignored where whoever started rvmm ignored it, as nohup does.
+//! Once the machine has ended, one that ends rvmm does so at once.
 
 use std::fs;
 use std::io;
-use std::sync::mpsc::Sender;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
+use signal_hook::consts::{
+    SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU,
+    SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH, SIGXCPU, SIGXFSZ,
+};
+use signal_hook::flag::{register_conditional_default, register_conditional_shutdown};
 use signal_hook::iterator;
 use signal_hook::low_level::emulate_default_handler;
+use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal, unblock_signal};
 
-use super::{Event, send};
+use super::Outcome;
+use super::ending::Ending;
 use crate::devices::console::terminal;
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
-/// A thread that turns signals into events, until it is dropped.
+/// Those that end rvmm in order.
+const ENDS: [i32; 13] = [
+    SIGHUP,
+    SIGINT,
+    SIGQUIT,
+    SIGTERM,
+    SIGALRM,
+    SIGVTALRM,
+    SIGPROF,
+    SIGUSR1,
+    SIGUSR2,
+    SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+    SIGXCPU,
+];
+
+/// Those that never come.
+const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
+
+/// Whether no machine runs any more; made with the first.
+static OVER: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+
+/// Makes the process's signals as the table says, whatever mask it was started with. Comes before
+/// any other thread, which then has the same mask.
+pub fn prepare() {
+    let real_time = SIGRTMIN() + 1..=SIGRTMAX();
+    for signal in BLOCKED.into_iter().chain(real_time) {
+        // Fails for one that is blocked.
+        let _ = block_signal(signal);
+    }
+    let heard = [SIGTSTP, SIGCONT, SIGWINCH];
+    for signal in ENDS.into_iter().chain(heard) {
+        // Fails for numbers that are no signals.
+        let _ = unblock_signal(signal);
+    }
+}
+
+/// A thread that waits for signals, until it is dropped.
 pub(super) struct Signals {
     handle: iterator::Handle,
     thread: Option<JoinHandle<()>>,
+    over: Arc<AtomicBool>,
 }
 
 impl Signals {
-    /// Starts to tell every SIGTERM, SIGINT, SIGHUP and SIGQUIT; SIGTSTP and SIGCONT give the
-    /// terminal back and take it again; of SIGWINCH `on_resize` is told.
-    pub(super) fn start(
-        tell: Sender<Event>,
-        on_resize: impl Fn() + Send + 'static,
-    ) -> io::Result<Self> {
+    /// Starts to tell `ending` of signals that end rvmm; SIGTSTP and SIGCONT give the terminal back
+    /// and take it again; of SIGWINCH `on_resize` is told.
+    ///
+    /// # Errors
+    /// The host has no resources for a thread.
+    pub(super) fn start(ending: Ending, on_resize: impl Fn() + Send + 'static) -> io::Result<Self> {
         let ignored = ignored_signals();
-        let wanted = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, SIGWINCH];
-        let wanted = wanted.iter().filter(|signal| !ignored.contains(signal));
-        let mut signals = iterator::Signals::new(wanted)?;
+        let wanted = ENDS.into_iter().chain([SIGTSTP]);
+        let wanted = wanted.filter(|signal| !ignored.contains(signal));
+        let over = over(wanted.clone())?;
+        over.store(false, Ordering::Release);
+        let mut signals = iterator::Signals::new(wanted.chain([SIGCONT, SIGWINCH]))?;
         let handle = signals.handle();
         let thread = spawn(Kind::Signals, "wait", move || {
             for signal in signals.forever() {
@@ -37,24 +107,46 @@ impl Signals {
                     SIGTSTP => suspend(),
                     SIGCONT => terminal::resume(),
                     SIGWINCH => on_resize(),
-                    _ => send(&tell, Event::Signal(signal)),
+                    _ => ending.ask(Outcome::Signal(signal)),
                 }
             }
         })?;
         Ok(Self {
             handle,
             thread: Some(thread),
+            over,
         })
     }
 }
 
-/// Those that whoever started rvmm wants it to ignore, as nohup does: they stay ignored.
+/// The flag with which `signals` end the process at once, and SIGTSTP stops it: a handler that nobody
+/// listens to would swallow them. signal-hook knows no default of SIGPWR and SIGSTKFLT, so that the
+/// status is what a shell makes of a signal, 128+n.
+fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
+    let mut known = lock(&OVER);
+    if let Some(over) = &*known {
+        return Ok(Arc::clone(over));
+    }
+    let over = Arc::default();
+    for signal in signals {
+        let over = Arc::clone(&over);
+        if signal == SIGTSTP {
+            register_conditional_default(signal, over)?;
+        } else {
+            register_conditional_shutdown(signal, 128 + signal, over)?;
+        }
+    }
+    *known = Some(Arc::clone(&over));
+    Ok(over)
+}
+
+/// Those that whoever started rvmm wants it to ignore.
 fn ignored_signals() -> Vec<i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     let mask = mask.unwrap_or(0);
-    (1..64)
+    (1..=64)
         .filter(|signal| (mask >> (signal - 1)) & 1 == 1)
         .collect()
 }
@@ -68,9 +160,63 @@ fn suspend() {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
         self.handle.close();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::machine::Event;
+    use signal_hook::low_level::raise;
+    use std::sync::mpsc::channel;
+
+    /// Held by whoever hears signals: each of them is the whole process's.
+    pub(in crate::machine) static ALONE: Mutex<()> = Mutex::new(());
+
+    /// Each of them would end this process by default.
+    #[test]
+    fn what_ends_a_process_ends_the_machine_in_order() {
+        let _alone = lock(&ALONE);
+        let (tell, events) = channel();
+        let ending = Ending::new(tell);
+        let signals = Signals::start(ending.clone(), || ()).unwrap();
+        for signal in ENDS {
+            raise(signal).unwrap();
+            let Ok(Event::Asked(outcome)) = events.recv() else {
+                panic!("signal {signal}: nothing was told");
+            };
+            assert_eq!(outcome, Outcome::Signal(signal));
+        }
+        drop(signals);
+        ending.came();
+    }
+
+    /// Each of them would end or stop this process by default.
+    #[test]
+    fn what_is_no_request_changes_nothing() {
+        prepare();
+        let real_time = SIGRTMIN() + 1..=SIGRTMAX();
+        for signal in BLOCKED.into_iter().chain(real_time) {
+            raise(signal).unwrap();
+        }
+    }
+
+    /// A mask that blocks everything, as a careless parent leaves it over exec.
+    #[test]
+    fn an_inherited_mask_keeps_no_signal_out() {
+        for signal in ENDS {
+            let _ = block_signal(signal);
+        }
+        prepare();
+        let blocked = vmm_sys_util::signal::get_blocked_signals().unwrap();
+        assert!(blocked.contains(&SIGXFSZ));
+        for signal in ENDS {
+            assert!(!blocked.contains(&signal), "signal {signal}");
         }
     }
 }

@@ -1,8 +1,11 @@
 //! The recipe, on a hypervisor that only keeps what it was told.
 
+mod lives;
+
 use std::collections::HashMap;
 use std::io::Write;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -11,7 +14,7 @@ use super::*;
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::hypervisor::{
     Aia, AiaConfig, Counter, Doorbell, ExternalIrq, Hypervisor, Kicker, MsiMessage, RegId,
-    Result as HvResult, Vcpu, Vm, VmEntry, VmExit, regs,
+    Result as HvResult, SystemEvent, Vcpu, Vm, VmEntry, VmExit, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -28,6 +31,10 @@ struct Record {
     is_lossy: bool,
     kind: IrqchipKind,
     eie0: Mutex<u64>,
+    /// The exits of each life of the guest's, which then asks for a reset,
+    life: Vec<VmExit>,
+    /// so often; the next life powers off.
+    resets: AtomicU32,
 }
 
 impl Record {
@@ -65,7 +72,10 @@ impl Vm for Fake {
     }
     fn create_vcpu(&self, id: u32) -> HvResult<Box<dyn Vcpu>> {
         self.0.step(format!("vCPU {id}"))?;
-        Ok(Box::new(self.clone()))
+        Ok(Box::new(FakeVcpu {
+            record: Arc::clone(&self.0),
+            done: 0,
+        }))
     }
     fn create_aia(&self) -> HvResult<Option<Box<dyn Aia>>> {
         self.0.step("AIA")?;
@@ -134,9 +144,30 @@ impl ExternalIrq for Wire {
     }
 }
 
-impl Vcpu for Fake {
+struct FakeVcpu {
+    record: Arc<Record>,
+    /// Exits of its life that are over.
+    done: usize,
+}
+
+struct Unkicked;
+
+impl Kicker for Unkicked {
+    fn set_immediate_exit(&self, _: bool) {}
+}
+
+impl Vcpu for FakeVcpu {
     fn run(&mut self, _: VmEntry) -> HvResult<VmExit> {
-        unreachable!("built, not run")
+        if let Some(exit) = self.record.life.get(self.done) {
+            self.done += 1;
+            return Ok(*exit);
+        }
+        let left = &self.record.resets;
+        let resets = left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+        Ok(VmExit::System(match resets {
+            Ok(_) => SystemEvent::Reset { reason: 0 },
+            Err(_) => SystemEvent::Shutdown { reason: 0 },
+        }))
     }
     fn reg(&self, id: RegId) -> HvResult<Option<u64>> {
         let isa_i = RegId::isa_ext(5);
@@ -150,7 +181,7 @@ impl Vcpu for Fake {
         Ok(known.get(&id).copied())
     }
     fn set_reg(&self, id: RegId, value: u64) -> HvResult<()> {
-        lock(&self.0.registers).insert(id, value);
+        lock(&self.record.registers).insert(id, value);
         Ok(())
     }
     fn external_irq(&self) -> HvResult<Arc<dyn ExternalIrq>> {
@@ -160,7 +191,7 @@ impl Vcpu for Fake {
         Ok(Vec::new())
     }
     fn kicker(&self) -> HvResult<Box<dyn Kicker>> {
-        unreachable!("built, not run")
+        Ok(Box::new(Unkicked))
     }
 }
 
@@ -185,13 +216,18 @@ fn image() -> Vec<u8> {
 }
 
 fn build(name: &str, record: Record) -> (Arc<Record>, Result<Machine>) {
+    build_as(name, record, VmConfig::default())
+}
+
+/// The same with what else `config` asks for.
+fn build_as(name: &str, record: Record, config: VmConfig) -> (Arc<Record>, Result<Machine>) {
     let (kernel, initrd) = (format!("{name}-kernel"), format!("{name}-initrd"));
     let config = VmConfig {
         kernel: Some(file(&kernel, &image())),
         initrd: Some(file(&initrd, b"initrd bytes")),
         mem: MemConfig::new(ByteSize::mib(16)),
         irqchip: record.kind,
-        ..VmConfig::default()
+        ..config
     };
     let fake = Fake(Arc::new(record));
     let machine = Machine::build(&config, Arc::new(fake.clone()));

@@ -116,7 +116,8 @@ impl Interface {
     fn device(&self) -> Net {
         let NetConfig { tap, mac, vhost } = &self.config;
         let mac = mac.unwrap_or_else(|| default_mac(tap));
-        Net::new(&self.name, tap, self.queues.clone(), mac, *vhost)
+        let mtu = self.queues.first().and_then(|queue| queue.mtu());
+        Net::new(&self.name, tap, self.queues.clone(), mac, mtu, *vhost)
     }
 }
 

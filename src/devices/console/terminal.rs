@@ -2,6 +2,10 @@
 //!
 //! What it was before is kept for the whole process, so that every way out can restore it: the
 //! guard's drop, a panic, a stop by SIGTSTP.
+//!
+//! In the background the terminal is another program's: rvmm reads nothing there and leaves its
+//! mode alone, and the guest runs on. SIGTTIN and SIGTTOU are blocked (`machine::signals`), so that what
+//! loses a race for the foreground stops nothing.
 
 use std::io::{self, IsTerminal};
 use std::sync::Mutex;
@@ -12,23 +16,38 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcgetwinsi
 
 use crate::util::sync::lock;
 
-/// The terminal's mode before rvmm took it.
-static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+static TERMINAL: Mutex<Terminal> = Mutex::new(Terminal {
+    wanted: false,
+    away: false,
+    before: None,
+});
+
+struct Terminal {
+    /// The guest is to have it whenever rvmm is in the foreground.
+    wanted: bool,
+    /// It was restored, because rvmm is about to stop or end.
+    away: bool,
+    /// Its mode before rvmm took it, while rvmm has it.
+    before: Option<Termios>,
+}
 
 /// Standard input in raw mode; dropping it restores what was before.
 pub(super) struct RawTerminal(());
 
 impl RawTerminal {
-    /// Puts standard input into raw mode: every key goes to the guest, which echoes by itself.
-    /// `None` where it is no terminal.
+    /// Puts standard input into raw mode: every key goes to the guest, which echoes by itself. In
+    /// the background that waits for the foreground. `None` where it is no terminal.
     pub(super) fn take() -> io::Result<Option<Self>> {
         if !io::stdin().is_terminal() {
             return Ok(None);
         }
-        let before = tcgetattr(stdin())?;
-        *lock(&BEFORE) = Some(before.clone());
+        let mut terminal = lock(&TERMINAL);
+        (terminal.wanted, terminal.away) = (true, false);
         let guard = Self(());
-        set_raw(&before)?;
+        let taken = terminal.take();
+        // The guard's drop takes the lock.
+        drop(terminal);
+        taken?;
         Ok(Some(guard))
     }
 }
@@ -36,7 +55,34 @@ impl RawTerminal {
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         // Under one lock: a SIGCONT in between must not take the terminal again.
-        if let Some(before) = lock(&BEFORE).take() {
+        let mut terminal = lock(&TERMINAL);
+        terminal.wanted = false;
+        terminal.give_back();
+    }
+}
+
+impl Terminal {
+    fn take(&mut self) -> io::Result<()> {
+        if !self.wanted || self.away || in_background() {
+            return Ok(());
+        }
+        let before = match self.before.take() {
+            // Stopped by SIGSTOP, which left no time to restore it.
+            Some(before) => before,
+            None => tcgetattr(stdin())?,
+        };
+        let mut raw = before.clone();
+        self.before = Some(before);
+        raw.make_raw();
+        Ok(tcsetattr(stdin(), OptionalActions::Now, &raw)?)
+    }
+
+    fn give_back(&mut self) {
+        if in_background() {
+            return;
+        }
+        if let Some(before) = self.before.take() {
+            // A terminal that is gone needs no mode.
             let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
         }
     }
@@ -44,29 +90,34 @@ impl Drop for RawTerminal {
 
 /// Gives the terminal back its mode, for a while or for good. Does nothing where it was not taken.
 pub fn restore() {
-    if let Some(before) = &*lock(&BEFORE) {
-        // A terminal that is gone needs no mode.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, before);
+    let mut terminal = lock(&TERMINAL);
+    terminal.away = true;
+    terminal.give_back();
+}
+
+/// Takes the terminal again after [`restore`], or after a stop that left no time for it.
+pub fn resume() {
+    let mut terminal = lock(&TERMINAL);
+    terminal.away = false;
+    // A terminal that is gone needs no mode.
+    let _ = terminal.take();
+}
+
+/// Takes the terminal if rvmm has come to the foreground without it.
+pub(super) fn follow() {
+    let mut terminal = lock(&TERMINAL);
+    if terminal.before.is_none() {
+        let _ = terminal.take();
     }
 }
 
-/// Takes the terminal again after [`restore`], when rvmm goes on after a stop. Not in the
-/// background, where that would stop it once more.
-pub fn resume() {
-    let in_foreground = tcgetpgrp(stdin()).is_ok_and(|group| group == getpgrp());
-    if let Some(before) = lock(&BEFORE).as_ref().filter(|_| in_foreground) {
-        let _ = set_raw(before);
-    }
+/// Whether standard input is a terminal that another process group has now.
+pub(super) fn in_background() -> bool {
+    tcgetpgrp(stdin()).is_ok_and(|group| group != getpgrp())
 }
 
 /// Columns and rows of the terminal that standard output is, if it is one.
 pub fn size() -> Option<[u16; 2]> {
     let size = tcgetwinsize(stdout()).ok()?;
     Some([size.ws_col, size.ws_row])
-}
-
-fn set_raw(before: &Termios) -> io::Result<()> {
-    let mut raw = before.clone();
-    raw.make_raw();
-    Ok(tcsetattr(stdin(), OptionalActions::Now, &raw)?)
 }

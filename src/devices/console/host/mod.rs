@@ -5,8 +5,10 @@ mod sinks;
 mod socket;
 mod stdio;
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,17 +24,24 @@ use super::terminal::RawTerminal;
 use crate::config::ConsoleConfig;
 use crate::util::stderr::tell;
 use crate::util::thread::{Kind, spawn};
+use crate::util::{RateLimit, guest_debug, guest_warn};
+
+/// How long an input thread may take to end, which has nothing to finish.
+const READ_PATIENCE: Duration = Duration::from_millis(200);
+/// Until an input that failed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Called once, on the console's thread, when the user types Ctrl-A X.
 pub type OnLeave = Box<dyn FnOnce() + Send>;
 
 /// Where a console's bytes go to and come from.
 trait Endpoint: Send + Sync {
-    /// Writes all of `bytes`, however long the reader takes. An error is final.
+    /// Writes all of `bytes`, however long the reader takes. On an error what is left of them is
+    /// dropped; the next may pass.
     fn write(&self, bytes: &[u8]) -> io::Result<()>;
 
     /// Waits for input, and for `stop`. [`Errno::CANCELED`] when that came; 0 when no more input
-    /// will ever come.
+    /// will ever come; [`Errno::AGAIN`] to be asked again; others to be asked again later.
     fn read(&self, buffer: &mut [u8], stop: &OwnedFd) -> Result<usize, Errno>;
 
     /// Removes what other programs could find of it.
@@ -45,8 +54,15 @@ pub struct Host {
     endpoint: Arc<dyn Endpoint>,
     /// Readable when the input thread should end.
     stop: Arc<OwnedFd>,
-    input: Option<JoinHandle<()>>,
+    input: Option<InputThread>,
     terminal: Option<RawTerminal>,
+}
+
+/// The thread that reads input.
+struct InputThread {
+    thread: JoinHandle<()>,
+    /// Disconnected when it is about to end.
+    ended: Receiver<Infallible>,
 }
 
 impl Host {
@@ -61,6 +77,15 @@ impl Host {
             ConsoleConfig::Stdio => RawTerminal::take().context("Failed to set up the terminal")?,
             _ => None,
         };
+        Self::connect(console, endpoint, terminal, on_leave)
+    }
+
+    fn connect(
+        console: Arc<Console>,
+        endpoint: Arc<dyn Endpoint>,
+        terminal: Option<RawTerminal>,
+        on_leave: OnLeave,
+    ) -> Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let (writer, output) = (Arc::clone(&endpoint), Arc::clone(&console));
         let failed = || "Failed to start the console";
@@ -76,12 +101,17 @@ impl Host {
             escape: terminal.is_some().then(Escape::default),
             on_leave: Some(on_leave),
         };
-        let input = spawn(Kind::Console, "in", move || input.run()).with_context(failed)?;
+        let (running, ended) = channel::<Infallible>();
+        let body = move || {
+            input.run();
+            drop(running);
+        };
+        let thread = spawn(Kind::Console, "in", body).with_context(failed)?;
         Ok(Self {
             console,
             endpoint,
             stop,
-            input: Some(input),
+            input: Some(InputThread { thread, ended }),
             terminal,
         })
     }
@@ -100,8 +130,11 @@ impl Host {
         self.console.close();
         // An eventfd takes a write of 1 unless its count is at its end.
         let _ = write(&*self.stop, &1u64.to_ne_bytes());
-        if let Some(thread) = self.input.take() {
-            let _ = thread.join();
+        if let Some(InputThread { thread, ended }) = self.input.take() {
+            // Where others read the same terminal or pipe, one of them may have taken what woke it.
+            if ended.recv_timeout(READ_PATIENCE) == Err(RecvTimeoutError::Disconnected) {
+                let _ = thread.join();
+            }
         }
         self.terminal = None;
         self.endpoint.close();
@@ -116,7 +149,7 @@ impl Drop for Host {
 
 fn open(config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
     Ok(match config {
-        ConsoleConfig::Stdio => Arc::new(stdio::Stdio),
+        ConsoleConfig::Stdio => Arc::new(stdio::Stdio::new()),
         ConsoleConfig::None => Arc::new(sinks::Nowhere),
         ConsoleConfig::Pty => Arc::new(pty::Pty::open()?),
         ConsoleConfig::File(path) => Arc::new(sinks::LogFile::create(path)?),
@@ -125,22 +158,20 @@ fn open(config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
 }
 
 fn write_output(console: &Console, endpoint: &dyn Endpoint) {
+    let limit = RateLimit::named("console output");
     let mut bytes = Vec::new();
-    let mut reader_lives = true;
     while console.take_output(&mut bytes) {
-        // Once the reader is gone the guest's output has nowhere to go, and the guest goes on.
-        if !reader_lives {
+        let Err(error) = endpoint.write(&bytes) else {
             continue;
-        }
-        match endpoint.write(&bytes) {
-            Ok(()) => {}
-            Err(error) => {
-                reader_lives = false;
-                match error.kind() {
-                    io::ErrorKind::BrokenPipe => debug!("the console's reader has gone"),
-                    _ => warn!("Failed to write the guest's console: {error}; it is dropped now"),
-                }
-            }
+        };
+        // The guest goes on, and what it writes next is tried: a pipe may have a reader again, a
+        // disk room.
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => guest_debug!(limit, "the console's reader has gone"),
+            _ => guest_warn!(
+                limit,
+                "Failed to write the guest's console: {error}; that piece of it is lost"
+            ),
         }
     }
 }
@@ -157,13 +188,21 @@ struct Input {
 impl Input {
     fn run(mut self) {
         let mut buffer = [0; 1024];
+        let mut failing = None;
         loop {
             match self.endpoint.read(&mut buffer, &self.stop) {
                 Ok(0) => return debug!("the console's input has ended"),
-                Ok(count) if self.take(&buffer[..count]) => {}
+                Ok(count) if self.take(&buffer[..count]) => failing = None,
                 Ok(_) | Err(Errno::CANCELED) => return,
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                Err(error) => return warn!("Failed to read the console's input: {error}"),
+                Err(error) => {
+                    if failing.replace(error) != Some(error) {
+                        warn!("Failed to read the console's input: {error}; it is tried again");
+                    }
+                    if pause(RETRY, &self.stop) == Err(Errno::CANCELED) {
+                        return;
+                    }
+                }
             }
         }
     }
@@ -198,11 +237,21 @@ impl Input {
 
 /// Waits until `fd` is readable. `Errno::CANCELED` when `stop` is.
 fn wait_readable(fd: impl AsFd, stop: &OwnedFd) -> Result<PollFlags, Errno> {
+    wait_readable_for(fd, stop, None)
+}
+
+/// The same for `time` at most; then nothing holds for `fd`.
+fn wait_readable_for(
+    fd: impl AsFd,
+    stop: &OwnedFd,
+    time: Option<Duration>,
+) -> Result<PollFlags, Errno> {
     let mut fds = [
         PollFd::new(&fd, PollFlags::IN),
         PollFd::new(stop, PollFlags::IN),
     ];
-    poll(&mut fds, None)?;
+    let time = time.and_then(|time| Timespec::try_from(time).ok());
+    poll(&mut fds, time.as_ref())?;
     if fds[1].revents().is_empty() {
         Ok(fds[0].revents())
     } else {
@@ -212,11 +261,8 @@ fn wait_readable(fd: impl AsFd, stop: &OwnedFd) -> Result<PollFlags, Errno> {
 
 /// Waits for `time`. `Errno::CANCELED` when `stop` is readable before.
 fn pause(time: Duration, stop: &OwnedFd) -> Result<(), Errno> {
-    let timeout = Timespec {
-        tv_sec: 0,
-        tv_nsec: time.subsec_nanos().into(),
-    };
-    match poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&timeout))? {
+    let time = Timespec::try_from(time).ok();
+    match poll(&mut [PollFd::new(stop, PollFlags::IN)], time.as_ref())? {
         0 => Ok(()),
         _ => Err(Errno::CANCELED),
     }

@@ -1,7 +1,7 @@
 //! The console as a new pseudo-terminal, for a terminal program to open.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::{Endpoint, pause, wait_readable};
+use crate::util::output::write_whole;
 use crate::util::poll::poll_now;
 use crate::util::stderr::tell;
 
@@ -60,7 +61,7 @@ impl Endpoint for Pty {
         if !self.has_reader() {
             return Ok(());
         }
-        match (&self.0).write_all(bytes) {
+        match write_whole(&self.0, bytes) {
             // The reader closed it meanwhile; another may come.
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(()),
             result => result,

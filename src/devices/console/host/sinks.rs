@@ -1,7 +1,7 @@
 //! Consoles without input: a file, and nowhere.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -9,6 +9,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::Endpoint;
+use crate::util::output::write_whole;
 
 /// Drops output.
 pub(super) struct Nowhere;
@@ -37,7 +38,7 @@ impl LogFile {
 
 impl Endpoint for LogFile {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        (&self.0).write_all(bytes)
+        write_whole(&self.0, bytes)
     }
 
     fn read(&self, _: &mut [u8], _: &OwnedFd) -> Result<usize, Errno> {

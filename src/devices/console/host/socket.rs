@@ -1,7 +1,8 @@
 //! The console on a Unix socket, for one client at a time.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -12,6 +13,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::{Errno, read};
 
 use super::{Endpoint, wait_readable};
+use crate::util::output::write_whole;
 use crate::util::sync::lock;
 
 /// A listening socket, removed at the end. While nobody is connected, output is dropped; a second
@@ -28,6 +30,8 @@ impl Socket {
         let listener = UnixListener::bind(path).with_context(|| {
             format!("Failed to listen on console socket {path:?}, where no file may be yet")
         })?;
+        // A client may be gone again before it is accepted.
+        listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             client: Mutex::new(None),
@@ -46,17 +50,31 @@ impl Socket {
         *lock(&self.client) = Some(Arc::new(stream));
         Ok(())
     }
+
+    /// `client` has gone. Another may have come meanwhile, and stays.
+    fn lose(&self, client: &Arc<UnixStream>) {
+        let mut current = lock(&self.client);
+        if current.as_ref().is_some_and(|now| Arc::ptr_eq(now, client)) {
+            info!("the console's client has gone");
+            *current = None;
+        }
+        // Whoever writes to it or reads from it waits no longer.
+        let _ = client.shutdown(Shutdown::Both);
+    }
 }
 
 impl Endpoint for Socket {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        if let Some(client) = self.client() {
-            if (&*client).write_all(bytes).is_err() {
-                info!("the console's client has gone");
-                *lock(&self.client) = None;
+        let Some(client) = self.client() else {
+            return Ok(());
+        };
+        match write_whole(&*client, bytes) {
+            Err(error) if is_gone(&error) => {
+                self.lose(&client);
+                Ok(())
             }
+            result => result,
         }
-        Ok(())
     }
 
     fn read(&self, buffer: &mut [u8], stop: &OwnedFd) -> Result<usize, Errno> {
@@ -67,16 +85,22 @@ impl Endpoint for Socket {
         };
         wait_readable(&*client, stop)?;
         match read(&*client, buffer) {
-            Ok(0) | Err(Errno::CONNRESET) => {
-                info!("the console's client has disconnected");
-                *lock(&self.client) = None;
+            Ok(count @ 1..) => Ok(count),
+            Err(Errno::INTR | Errno::AGAIN) => Err(Errno::AGAIN),
+            Ok(_) | Err(_) => {
+                self.lose(&client);
                 Err(Errno::AGAIN)
             }
-            result => result,
         }
     }
 
     fn close(&self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Whether a write's error says that the reader has gone.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }

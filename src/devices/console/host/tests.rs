@@ -1,14 +1,95 @@
 //! Consoles that a test can reach without a terminal of its own.
 
+use std::collections::VecDeque;
 use std::fs::OpenOptions;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
+use super::socket::Socket;
 use super::*;
+use crate::util::sync::lock;
 
 fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("rvmm-console-{}-{name}", std::process::id()))
+}
+
+/// An endpoint of a test's own making.
+#[derive(Default)]
+struct Scripted {
+    /// What each write gives; then they pass.
+    writes: Mutex<VecDeque<io::Error>>,
+    /// What was written.
+    written: Mutex<Vec<u8>>,
+    /// What each read gives; then nothing comes any more, and `stop` is not heard either.
+    reads: Mutex<VecDeque<Result<u8, Errno>>>,
+}
+
+impl Endpoint for Scripted {
+    fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(error) = lock(&self.writes).pop_front() {
+            return Err(error);
+        }
+        lock(&self.written).extend(bytes);
+        Ok(())
+    }
+
+    fn read(&self, buffer: &mut [u8], _: &OwnedFd) -> Result<usize, Errno> {
+        let next = lock(&self.reads).pop_front();
+        match next {
+            Some(byte) => {
+                buffer[0] = byte?;
+                Ok(1)
+            }
+            None => loop {
+                std::thread::park();
+            },
+        }
+    }
+}
+
+fn connect(endpoint: Scripted) -> (Arc<Console>, Arc<Scripted>, Host) {
+    let (console, endpoint) = (Arc::new(Console::default()), Arc::new(endpoint));
+    let as_endpoint: Arc<dyn Endpoint> = Arc::clone(&endpoint) as _;
+    let host = Host::connect(Arc::clone(&console), as_endpoint, None, Box::new(|| ()));
+    (console, endpoint, host.unwrap())
+}
+
+/// A disk that is full for a while, or a pipe that is without a reader for a while, loses what was
+/// written meanwhile and nothing more.
+#[test]
+fn a_failed_write_loses_that_piece_alone() {
+    let errors = [Errno::NOSPC, Errno::IO, Errno::FBIG, Errno::PIPE];
+    let (console, endpoint, host) = connect(Scripted {
+        writes: Mutex::new(errors.into_iter().map(io::Error::from).collect()),
+        ..Scripted::default()
+    });
+    for number in 0..6 {
+        console.write(&[b'0' + number]);
+        assert!(console.drain(|_| true));
+    }
+    host.finish(|_| true);
+    assert_eq!(*lock(&endpoint.written), b"45");
+}
+
+/// As accept does when all of a process's descriptors are taken.
+#[test]
+fn input_that_failed_is_tried_again() {
+    let (console, _, host) = connect(Scripted {
+        reads: Mutex::new([Err(Errno::MFILE), Err(Errno::IO), Ok(b'x')].into()),
+        ..Scripted::default()
+    });
+    assert_eq!(guest_reads(&console, 1), b"x");
+    host.finish(|_| true);
+}
+
+/// Another program that reads the same terminal took what woke the thread.
+#[test]
+fn an_input_that_never_comes_back_holds_up_no_end() {
+    let (_, _, host) = connect(Scripted::default());
+    host.finish(|_| true);
 }
 
 fn start(config: &ConsoleConfig) -> (Arc<Console>, Host) {
@@ -41,7 +122,7 @@ fn a_file_keeps_everything() {
 }
 
 #[test]
-fn a_full_disk_ends_output_and_not_the_guest() {
+fn a_full_disk_loses_output_and_not_the_guest() {
     let (console, host) = start(&ConsoleConfig::File("/dev/full".into()));
     for _ in 0..100 {
         console.write(&[b'x'; 4096]);
@@ -76,6 +157,34 @@ fn a_socket_serves_one_client_after_the_other() {
     }
     host.finish(|_| true);
     assert!(!path.exists());
+}
+
+/// The first client neither reads nor writes, and is still there when the next one comes.
+#[test]
+fn an_error_of_an_old_client_is_not_the_next_ones() {
+    const MUCH: usize = 4 << 20;
+    let path = path("old-client");
+    let socket = Arc::new(Socket::bind(&path).unwrap());
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let read = || socket.read(&mut [0; 16], &stop);
+    let mut old = UnixStream::connect(&path).unwrap();
+    assert_eq!(read(), Err(Errno::AGAIN), "accepted");
+    let writer = Arc::clone(&socket);
+    let writer = std::thread::spawn(move || writer.write(&vec![b'x'; MUCH]));
+    old.read_exact(&mut [0]).unwrap();
+    old.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read(), Err(Errno::AGAIN), "gone");
+    let mut next = UnixStream::connect(&path).unwrap();
+    assert_eq!(read(), Err(Errno::AGAIN), "accepted");
+    drop(old);
+    writer.join().unwrap().unwrap();
+    socket.write(b"hello").unwrap();
+    next.set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let mut answer = [0; 5];
+    next.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, *b"hello");
+    socket.close();
 }
 
 #[test]
