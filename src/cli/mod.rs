@@ -45,6 +45,8 @@ rvmm info tells what this host offers, rvmm --help every flag.
 #[derive(Debug, Parser)]
 #[command(name = "rvmm", version, after_help = AFTER_HELP, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+// Of a flag that is given twice the last wins; a list gathers all.
+#[command(args_override_self = true)]
 pub struct Cli {
     /// What to do instead of running a machine.
     #[command(subcommand)]
@@ -210,6 +212,58 @@ mod tests {
         assert_eq!(cli.vm.cmdline, "console=ttyS0");
         assert_eq!(cli.verbose, 2);
         assert_eq!(cli.timeout, Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn of_a_flag_given_twice_the_last_wins() {
+        let line = "rvmm --kernel a --mem 1G --cpus 2 --no-reboot --transport pci --disk a.img \
+                    --kernel b --mem 512M --cpus 1 --no-reboot --transport mmio --disk b.img \
+                    --timeout 1s --timeout 2s --stats --stats=x --log-file a --log-file b";
+        let line: Vec<&str> = line.split_whitespace().collect();
+        let Request::Run(cli) = parsed(&line.join(" ")) else {
+            panic!("refused");
+        };
+        assert_eq!(cli.vm.kernel, Some(PathBuf::from("b")));
+        assert_eq!(cli.vm.mem.size, ByteSize::mib(512));
+        assert_eq!(cli.vm.cpus, 1);
+        assert_eq!(cli.timeout, Some(Duration::from_secs(2)));
+        assert_eq!(cli.stats, Some(Some(PathBuf::from("x"))));
+        assert_eq!(cli.log_file, Some(PathBuf::from("b")));
+        assert_eq!(cli.vm.disk.len(), 2);
+    }
+
+    /// A flag of the user's behind those of a script: every one that is no list.
+    #[test]
+    fn no_flag_is_refused_for_standing_twice() {
+        for arg in Cli::command().get_arguments() {
+            let Some(long) = arg
+                .get_long()
+                .filter(|long| !["help", "version"].contains(long))
+            else {
+                continue;
+            };
+            let value = match long {
+                "mem" => "64M",
+                "cpus" => "1",
+                "cpu" => "v=off",
+                "sbi" => "pmu=off",
+                "net" => "tap=t",
+                "disk" => "x.img",
+                "console" | "virtio-console" => "none",
+                "transport" => "pci",
+                "irqchip" => "auto",
+                "kernel-format" => "auto",
+                "timeout" => "1s",
+                _ => "x",
+            };
+            let one = match arg.get_action() {
+                clap::ArgAction::SetTrue | clap::ArgAction::Count => format!("--{long}"),
+                _ => format!("--{long}={value}"),
+            };
+            let twice = ["rvmm", "--kernel", "k", &one, &one].map(OsString::from);
+            let matches = Cli::command().try_get_matches_from(twice);
+            assert!(matches.is_ok(), "{one}: {}", matches.unwrap_err());
+        }
     }
 
     #[test]
