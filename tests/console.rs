@@ -86,6 +86,22 @@ fn a_flood_that_stalls_is_complete() {
     end.assert_status(POWERED_OFF);
 }
 
+/// The same through an output that another program made non-blocking.
+#[test]
+fn a_flood_on_a_non_blocking_output_is_complete() {
+    let vm = Rvmm::guest("flood").stdout_nonblocking().console_unread();
+    let mut vm = vm.spawn();
+    vm.wait_for_unread(STALLED);
+    vm.read_console();
+    let end = vm.finish();
+    assert!(
+        end.console == flood(),
+        "something of the flood is lost or changed: {} bytes came",
+        end.console.len()
+    );
+    end.assert_status(POWERED_OFF);
+}
+
 /// A reader that goes away (`rvmm ... | head`) ends neither rvmm nor the guest.
 #[test]
 fn a_reader_that_leaves() {

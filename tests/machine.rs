@@ -4,7 +4,11 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
 
 use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE, files};
 
@@ -35,6 +39,71 @@ fn sigint_ends_a_guest_that_spins() {
     vm.wait_for("spinning\n");
     vm.signal("INT");
     vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+/// Signals that nobody is known to send to rvmm, and whose default ends a process at once.
+#[test]
+fn other_signals_end_a_guest_that_spins_in_order() {
+    for (name, number) in [("USR1", 10), ("ALRM", 14), ("XCPU", 24)] {
+        let vm = Rvmm::guest("spin").spawn();
+        vm.wait_for("spinning\n");
+        vm.signal(name);
+        vm.finish().assert_console(128 + number, &["spinning"]);
+    }
+}
+
+/// The statistics go to a pipe that nobody reads: rvmm waits for a reader, and a signal ends that.
+#[test]
+fn a_signal_after_the_machine_has_ended_ends_rvmm() {
+    let path = temporary("fifo");
+    let made = Command::new("mkfifo").arg(&path).status().expect("mkfifo");
+    assert!(made.success());
+    let stats = format!("--stats={}", path.display());
+    let mut vm = Rvmm::guest("shutdown").arg(stats).spawn();
+    vm.wait_for_log("powered off");
+    // The first may still ask a machine for its end.
+    while !vm.has_ended() {
+        vm.terminate();
+        sleep(Duration::from_millis(10));
+    }
+    let end = vm.finish();
+    fs::remove_file(&path).expect("remove it");
+    assert_eq!(end.status.signal(), Some(15), "{}", end.status);
+}
+
+/// SIGXFSZ, SIGTTIN, SIGTTOU: what they tell of is the error of a read or a write.
+#[test]
+fn signals_that_mean_nothing_change_nothing() {
+    let vm = Rvmm::guest("spin").spawn();
+    vm.wait_for("spinning\n");
+    for number in ["25", "21", "22"] {
+        vm.signal(number);
+    }
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+#[test]
+fn what_was_ignored_stays_ignored() {
+    let vm = Rvmm::guest("spin").after("trap '' HUP").spawn();
+    vm.wait_for("spinning\n");
+    vm.signal("HUP");
+    vm.signal("INT");
+    vm.finish().assert_console(INTERRUPTED, &["spinning"]);
+}
+
+/// `ulimit -f` counts half a KiB: a file that may not grow is as a full disk.
+#[test]
+fn a_limit_on_files_loses_output_and_not_the_guest() {
+    let path = temporary("limited");
+    let console = format!("file={}", path.display());
+    let vm = Rvmm::guest("flood").after("ulimit -f 64");
+    let end = vm.arg("--console").arg(console).run();
+    let file = fs::read(&path).expect("the console's file");
+    fs::remove_file(&path).expect("remove it");
+    assert_eq!(file.len(), 64 * 512);
+    assert!(end.log.contains("File too large"), "{}", end.log);
+    end.assert_status(POWERED_OFF);
 }
 
 #[test]

@@ -18,7 +18,12 @@ fn snapshots_share_an_image() {
     let image = scratch.file("base", random(4 * MIB));
     let before = md5(&image);
     let [flag, value] = disk(&image, ",snapshot=on");
-    let mut guests = [Shell::start([&flag, &value]), Shell::start([&flag, &value])];
+    let place = format!("{value},snapshot-dir={}", scratch.path().display());
+    let mut guests = [Shell::start([&flag, &value]), Shell::start([&flag, &place])];
+    // All that this host has is RAM; who chooses it knows that.
+    guests[0]
+        .vm
+        .wait_for_log("snapshot-dir=DIR chooses another place");
     let mut sums = Vec::new();
     for guest in &mut guests {
         assert_eq!(guest.ok("md5sum </dev/vda | cut -c1-32"), before);
@@ -26,7 +31,9 @@ fn snapshots_share_an_image() {
         sums.push(guest.ok("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda | cut -c1-32"));
     }
     assert!(sums[0] != sums[1] && sums[0] != before && sums[1] != before);
-    guests.into_iter().for_each(|guest| drop(guest.power_off()));
+    let [one, other] = guests.map(Shell::power_off);
+    assert!(one.log.contains("fills the host's RAM"), "{}", one.log);
+    assert!(!other.log.contains("fills the host's RAM"), "{}", other.log);
     assert_eq!(md5(&image), before);
 }
 
@@ -47,6 +54,86 @@ fn caches_are_told_to_the_guest() {
         ));
     }
     guest.power_off();
+}
+
+/// The host loses what it was given, and tells so once: none of those who wait at the same time is told
+/// that its write is durable.
+#[test]
+fn what_is_acknowledged_is_not_lost() {
+    const BLOCK: u64 = 4096;
+    let scratch = TempDir::new();
+    let place = scratch.path().join("small");
+    let (mount, backing) = (place.display(), place.join("backing"));
+    let size = "mount -t tmpfs -o size=8M none";
+    host_runs(&format!(
+        "mkdir {mount} && {size} {mount} && truncate -s 64M {mount}/backing"
+    ));
+    let loops = format!("losetup -f && losetup $(losetup -f) {mount}/backing");
+    let device = host_runs(&loops);
+    let [flag, value] = disk(Path::new(&device), ",cache=writethrough");
+    let mut guest = Shell::start([flag, value]);
+    let write = "dd if=/tmp/x of=/dev/vda bs=4k count=1 oflag=direct conv=notrunc 2>/dev/null";
+    guest.ok(&format!(
+        "mkdir -p /tmp && yes | head -c {BLOCK} >/tmp/x && {write} seek=9999"
+    ));
+    // The host's file system is full from now on.
+    host_runs(&format!(
+        "dd if=/dev/zero of={mount}/rest bs=4k 2>/dev/null; true"
+    ));
+    let blocks = "for block in $(seq $first 4 199)";
+    let four = "for first in 0 1 2 3";
+    let acknowledged = guest.ok(&format!(
+        "{four}; do ({blocks}; do {write} seek=$block && echo block $block; done) & done; wait"
+    ));
+    guest.vm.wait_for_log("Failed to write");
+    let file = File::open(&backing).expect("the backing file");
+    let lost = |block: u64| {
+        let mut bytes = [0; BLOCK as usize];
+        file.read_exact_at(&mut bytes, block * BLOCK)
+            .expect("a block");
+        !bytes.starts_with(b"y\ny\n")
+    };
+    assert!(!lost(9999), "there was room for this one");
+    let blocks = acknowledged
+        .lines()
+        .filter_map(|line| line.strip_prefix("block "));
+    let blocks: Vec<u64> = blocks
+        .map(|block| block.parse().expect("a number"))
+        .collect();
+    let lost = blocks.iter().filter(|block| lost(**block)).count();
+    assert_eq!(lost, 0, "of {} that were acknowledged", blocks.len());
+    guest.power_off();
+    host_runs(&format!("losetup -d {device}; umount {mount}"));
+}
+
+/// A partition table is found past the host's page cache too.
+#[test]
+fn direct_is_the_same_disk() {
+    const START: u8 = 8;
+    const SECTORS: u16 = 4096;
+    let scratch = TempDir::new();
+    let mut content = random(4 * MIB);
+    content[..512].fill(0);
+    // The first entry of an MBR: a Linux partition, its first sector, its length.
+    content[446 + 4] = 0x83;
+    content[446 + 8] = START;
+    content[446 + 12..][..2].copy_from_slice(&SECTORS.to_le_bytes());
+    content[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let image = scratch.file("x", content);
+    let [flag, value] = disk(&image, ",direct");
+    let mut guest = Shell::start([flag, value]);
+    let told = guest.ok("cat /sys/block/vda/vda1/start /sys/block/vda/vda1/size");
+    assert_eq!(told, format!("{START}\n{SECTORS}"));
+    assert_eq!(
+        guest.ok("cat /sys/block/vda/queue/logical_block_size"),
+        "512"
+    );
+    guest.ok(
+        "dd if=/dev/urandom of=/dev/vda1 bs=512 count=99 seek=3 conv=notrunc,fsync 2>/dev/null",
+    );
+    let sum = guest.ok("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda | cut -c1-32");
+    guest.power_off();
+    assert_eq!(md5(&image), sum);
 }
 
 /// The image gets shorter while the guest runs: what is gone is an I/O error, what is there goes on.
@@ -137,6 +224,7 @@ fn what_cannot_be_a_disk() {
     );
     refused("/nope,cache=none", USAGE, &["writeback", "--disk"]);
     refused("/nope,direct,snapshot=on", USAGE, &["direct", "snapshot"]);
+    refused("/nope,snapshot-dir=/tmp", USAGE, &["snapshot=on"]);
     let image = scratch.file("x", vec![0; 4096]);
     let name = image.display().to_string();
     let both = kernel().args(["--disk", &name, "--disk", &name]).run();

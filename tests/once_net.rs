@@ -66,6 +66,28 @@ fn a_tap_that_is_down() {
     guest.power_off();
 }
 
+/// A device without bus master enable moves nothing, and works again with its next driver: what kexec relies on.
+#[test]
+fn a_device_that_loses_the_bus() {
+    for more in ["", ",vhost"] {
+        let tap = Tap::new(false);
+        let net = format!("tap={}{more}", tap.name);
+        let mut guest = Shell::start(["--net", net.as_str()]);
+        tap.configure(&mut guest);
+        let ping = format!("ping -c 1 -W 1 {} >/dev/null", tap.address(1));
+        guest.ok("device=$(basename $(readlink -f /sys/class/net/eth0/device/..))");
+        guest.ok("cd /sys/bus/pci/devices/$device && test -w config");
+        // Memory space only.
+        guest.ok("printf '\\002' | dd of=config bs=1 seek=4 conv=notrunc 2>/dev/null");
+        guest.vm.wait_for_log("its bus master enable is off");
+        assert_ne!(guest.run(&ping).0, 0);
+        guest.ok("cd / && echo $device > /sys/bus/pci/drivers/virtio-pci/unbind");
+        guest.ok("echo $device > /sys/bus/pci/drivers/virtio-pci/bind");
+        tap.configure(&mut guest);
+        guest.power_off();
+    }
+}
+
 /// A guest that starts again has its interface again.
 #[test]
 fn a_reset_keeps_interfaces() {

@@ -5,6 +5,7 @@
  *   w  warm reboot       p  power off by sifive_test   y  end with code 300      l  dirty one with a PLIC, cold reboot
  *   k  find a machine as after reset, and tell each thing that was dirtied: `NAME: ok`, or what is there instead
  *      (K on one with a PLIC)
+ *   n  nothing
  */
 #include "common.inc"
 
@@ -103,6 +104,8 @@ next:
     call    print_str
     print   "\n"
     lbu     t0, line
+    li      t1, 'n'
+    beq     t0, t1, next
     li      t1, 'c'
     beq     t0, t1, cold
     li      t1, 'w'

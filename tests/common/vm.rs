@@ -2,8 +2,11 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,18 +21,12 @@ const POLL: Duration = Duration::from_millis(10);
 /// A command line of rvmm, and what its standard streams are.
 pub(crate) struct Rvmm {
     args: Vec<OsString>,
-    stdin: StdinKind,
+    /// Its input is a pipe that stays open until the case closes it; else `/dev/null`.
+    stdin_pipe: bool,
+    stdout_blocks: bool,
     read_console: bool,
-}
-
-#[derive(Clone, Copy)]
-enum StdinKind {
-    /// A pipe that stays open until the case closes it.
-    Pipe,
-    /// `/dev/null`: at its end from the start.
-    Null,
-    /// No file descriptor 0 at all.
-    Closed,
+    /// Shell commands that its process runs before it is rvmm.
+    before: Option<&'static str>,
 }
 
 /// Of every guest that a case does not want restarted: one that fails by a reset would never end.
@@ -43,8 +40,10 @@ impl Rvmm {
         super::host::kind();
         Rvmm {
             args: Vec::new(),
-            stdin: StdinKind::Pipe,
+            stdin_pipe: true,
+            stdout_blocks: true,
             read_console: true,
+            before: None,
         }
     }
 
@@ -100,13 +99,24 @@ impl Rvmm {
 
     /// Give it an input that ends at once.
     pub(crate) fn stdin_null(mut self) -> Self {
-        self.stdin = StdinKind::Null;
+        self.stdin_pipe = false;
         self
     }
 
     /// Give it no input: file descriptor 0 is closed.
-    pub(crate) fn stdin_closed(mut self) -> Self {
-        self.stdin = StdinKind::Closed;
+    pub(crate) fn stdin_closed(self) -> Self {
+        self.stdin_null().after("exec <&-")
+    }
+
+    /// Let its process run these shell commands before it is rvmm.
+    pub(crate) fn after(mut self, commands: &'static str) -> Self {
+        self.before = Some(commands);
+        self
+    }
+
+    /// Give it an output that is non-blocking, as another program may have left it.
+    pub(crate) fn stdout_nonblocking(mut self) -> Self {
+        self.stdout_blocks = false;
         self
     }
 
@@ -123,34 +133,46 @@ impl Rvmm {
 
     pub(crate) fn spawn(self) -> Vm {
         let bin = files::rvmm();
-        let mut command = match self.stdin {
-            StdinKind::Closed => {
+        let mut command = match self.before {
+            Some(commands) => {
                 let mut shell = Command::new("sh");
-                shell.args(["-c", "exec \"$0\" \"$@\" <&-"]).arg(&bin);
+                let script = format!("{commands}; exec \"$0\" \"$@\"");
+                shell.args(["-c", &script]).arg(&bin);
                 shell
             }
-            StdinKind::Pipe | StdinKind::Null => Command::new(&bin),
+            None => Command::new(&bin),
         };
-        command
-            .args(&self.args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command.stdin(match self.stdin {
-            StdinKind::Pipe => Stdio::piped(),
-            StdinKind::Null | StdinKind::Closed => Stdio::null(),
+        command.args(&self.args).stderr(Stdio::piped());
+        command.stdin(if self.stdin_pipe {
+            Stdio::piped()
+        } else {
+            Stdio::null()
         });
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        if self.stdout_blocks {
+            command.stdout(Stdio::piped());
+        } else {
+            theirs.set_nonblocking(true).expect("O_NONBLOCK");
+            command.stdout(OwnedFd::from(theirs));
+        }
         let mut child = command
             .spawn()
             .unwrap_or_else(|e| panic!("cannot run {}: {e}", bin.display()));
-        let stdout = child.stdout.take().expect("stdout is a pipe");
+        // Else it keeps the other end of its output open here.
+        let text = format!("{command:?}");
+        drop(command);
+        let stdout = match child.stdout.take() {
+            Some(pipe) => OwnedFd::from(pipe),
+            None => OwnedFd::from(ours),
+        };
         let stderr = child.stderr.take().expect("stderr is a pipe");
         let mut vm = Vm {
             stdin: child.stdin.take(),
             child,
-            stdout: Some(stdout),
+            stdout: Some(stdout.into()),
             console: Arc::default(),
             log: Capture::of(stderr),
-            command: format!("{command:?}"),
+            command: text,
             deadline: Instant::now() + DEADLINE,
         };
         if self.read_console {
@@ -165,7 +187,7 @@ pub(crate) struct Vm {
     child: Child,
     stdin: Option<ChildStdin>,
     /// The console, as long as nobody reads it.
-    stdout: Option<ChildStdout>,
+    stdout: Option<File>,
     console: Arc<Capture>,
     log: Arc<Capture>,
     command: String,
@@ -237,6 +259,10 @@ impl Vm {
         self.deadline += Duration::from_secs(seconds);
     }
 
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("ask for rvmm's end").is_some()
+    }
+
     /// Send SIGTERM.
     pub(crate) fn terminate(&self) {
         self.signal("TERM");
@@ -244,17 +270,9 @@ impl Vm {
 
     /// Wait until rvmm has told `text` among its own messages.
     pub(crate) fn wait_for_log(&self, text: &str) {
-        self.wait_for_log_times(text, 1);
-    }
-
-    /// The same until it stands there so often.
-    pub(crate) fn wait_for_log_times(&self, text: &str, times: usize) {
         let mut state = self.log.lock();
-        while count(&state.bytes, text) < times {
-            assert!(
-                !state.ended,
-                "rvmm ended and never told {text:?} {times} times"
-            );
+        while count(&state.bytes, text) == 0 {
+            assert!(!state.ended, "rvmm ended and never told {text:?}");
             state = self.log.wait(state, self.deadline, text);
         }
     }

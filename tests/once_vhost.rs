@@ -1,0 +1,101 @@
+//! Queues that the host's kernel serves, driven without a guest. The kind of host makes no difference to it.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use common::net::Tap;
+use rvmm::config::{Mac, MemConfig};
+use rvmm::memory;
+use rvmm::util::ByteSize;
+use rvmm::util::tap::TapQueue;
+use rvmm::virtio::core::{Core, Half, Ring};
+use rvmm::virtio::device::Interrupt;
+use rvmm::virtio::net::Net;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+const RAM: u64 = 0x8000_0000;
+/// Entries of each queue.
+const SIZE: u16 = 16;
+/// ACKNOWLEDGE, DRIVER, FEATURES_OK; DRIVER_OK; DEVICE_NEEDS_RESET.
+const NEGOTIATED: u8 = 1 | 2 | 8;
+const READY: u8 = NEGOTIATED | 4;
+const BROKEN: u8 = 64;
+/// Only a failing case waits as long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Passes on that the configuration, or DEVICE_NEEDS_RESET, changed.
+struct Told(mpsc::SyncSender<()>);
+
+impl Interrupt for Told {
+    fn queue(&self, _: u16) {}
+    fn config(&self) {
+        let _ = self.0.try_send(());
+    }
+    fn queue_fd(&self, _: u16) -> Option<EventFd> {
+        None
+    }
+}
+
+/// The parts of a queue, in RAM.
+fn rings(queue: u16) -> [u64; 3] {
+    let base = RAM + 0x1000 * u64::from(queue);
+    [base, base + 0x400, base + 0x800]
+}
+
+/// A driver that accepts VERSION_1 and nothing else, and sets up both queues.
+fn make_ready(core: &mut Core) {
+    core.set_status(3);
+    core.driver_select = 1;
+    core.set_driver_features(1);
+    core.set_status(NEGOTIATED);
+    for queue in [0, 1] {
+        core.queue_select = queue;
+        core.set_queue_size(SIZE);
+        let parts = [Ring::Descriptors, Ring::Driver, Ring::Device];
+        for (ring, address) in parts.into_iter().zip(rings(queue)) {
+            for half in [Half::Low, Half::High] {
+                core.set_ring(ring, half, half.of(address));
+            }
+        }
+        core.enable_queue();
+    }
+    core.set_status(READY);
+    assert_eq!(core.status(), READY);
+}
+
+/// Whether this process has vhost-net open: queues that it refuses are served without it.
+fn uses_vhost() -> bool {
+    let fds = std::fs::read_dir("/proc/self/fd").expect("/proc/self/fd");
+    let mut links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    links.any(|link| link.ends_with("vhost-net"))
+}
+
+/// An index that jumps breaks a queue, and the driver finds that its device needs a reset.
+#[test]
+fn hostile_a_queue_that_vhost_gives_up() {
+    let tap = Tap::new(false);
+    let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(4))).expect("RAM");
+    let queues = TapQueue::open(&tap.name, 1).expect("the tap");
+    let queues = queues.into_iter().map(Arc::new).collect();
+    let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
+    let net = Net::new("net0", &tap.name, queues, mac, None, true);
+    let (sender, told) = mpsc::sync_channel(1);
+    let interrupt = Arc::new(Told(sender));
+    let mut core = Core::new(Box::new(net), Arc::clone(&ram), interrupt).expect("a device");
+    let index = GuestAddress(rings(1)[1] + 2);
+    for _ in 0..2 {
+        make_ready(&mut core);
+        assert!(uses_vhost());
+        ram.write_obj(SIZE + 1, index).expect("RAM");
+        core.kick(1);
+        told.recv_timeout(PATIENCE).expect("DEVICE_NEEDS_RESET");
+        assert_eq!(core.status(), READY | BROKEN);
+        core.set_status(0);
+        assert!(!uses_vhost());
+        ram.write_obj(0u16, index).expect("RAM");
+    }
+}
