@@ -103,6 +103,7 @@ fn what_is_acknowledged_is_not_lost() {
     let lost = blocks.iter().filter(|block| lost(**block)).count();
     assert_eq!(lost, 0, "of {} that were acknowledged", blocks.len());
     guest.power_off();
+    drop(file);
     host_runs(&format!("losetup -d {device}; umount {mount}"));
 }
 

@@ -75,14 +75,18 @@ fn a_device_that_loses_the_bus() {
         let mut guest = Shell::start(["--net", net.as_str()]);
         tap.configure(&mut guest);
         let ping = format!("ping -c 1 -W 1 {} >/dev/null", tap.address(1));
-        guest.ok("device=$(basename $(readlink -f /sys/class/net/eth0/device/..))");
-        guest.ok("cd /sys/bus/pci/devices/$device && test -w config");
+        let device = guest.ok("basename $(readlink -f /sys/class/net/eth0/device/..)");
         // Memory space only.
-        guest.ok("printf '\\002' | dd of=config bs=1 seek=4 conv=notrunc 2>/dev/null");
+        guest.ok(&format!(
+            "printf '\\002' | dd of=/sys/bus/pci/devices/{device}/config bs=1 seek=4 conv=notrunc 2>/dev/null"
+        ));
         guest.vm.wait_for_log("its bus master enable is off");
         assert_ne!(guest.run(&ping).0, 0);
-        guest.ok("cd / && echo $device > /sys/bus/pci/drivers/virtio-pci/unbind");
-        guest.ok("echo $device > /sys/bus/pci/drivers/virtio-pci/bind");
+        for act in ["unbind", "bind"] {
+            guest.ok(&format!(
+                "echo {device} > /sys/bus/pci/drivers/virtio-pci/{act}"
+            ));
+        }
         tap.configure(&mut guest);
         guest.power_off();
     }
