@@ -200,10 +200,13 @@ pub(super) mod tests {
     #[test]
     fn what_is_no_request_changes_nothing() {
         prepare();
-        let real_time = SIGRTMIN() + 1..=SIGRTMAX();
-        for signal in BLOCKED.into_iter().chain(real_time) {
+        for signal in BLOCKED {
             raise(signal).unwrap();
         }
+        // qemu-riscv64 keeps the last of them for itself.
+        let real_time = SIGRTMIN() + 1..=SIGRTMAX();
+        let raised = real_time.filter(|signal| raise(*signal).is_ok()).count();
+        assert!(raised >= 20, "{raised} real-time signals");
     }
 
     /// A mask that blocks everything, as a careless parent leaves it over exec.
