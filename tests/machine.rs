@@ -4,13 +4,12 @@
 mod common;
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE, files};
+use common::{HOST_FAILED, POWERED_OFF, Rvmm, TERMINATED, USAGE, files};
 
 /// Exit status: the time is over.
 const TIMED_OUT: i32 = 124;
@@ -68,7 +67,7 @@ fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     }
     let end = vm.finish();
     fs::remove_file(&path).expect("remove it");
-    assert_eq!(end.status.signal(), Some(15), "{}", end.status);
+    end.assert_status(TERMINATED);
 }
 
 /// SIGXFSZ, SIGTTIN, SIGTTOU: what they tell of is the error of a read or a write.

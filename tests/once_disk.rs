@@ -60,7 +60,7 @@ fn caches_are_told_to_the_guest() {
 /// that its write is durable.
 #[test]
 fn what_is_acknowledged_is_not_lost() {
-    const BLOCK: u64 = 4096;
+    const BLOCK: usize = 4096;
     let scratch = TempDir::new();
     let place = scratch.path().join("small");
     let (mount, backing) = (place.display(), place.join("backing"));
@@ -88,8 +88,8 @@ fn what_is_acknowledged_is_not_lost() {
     guest.vm.wait_for_log("Failed to write");
     let file = File::open(&backing).expect("the backing file");
     let lost = |block: u64| {
-        let mut bytes = [0; BLOCK as usize];
-        file.read_exact_at(&mut bytes, block * BLOCK)
+        let mut bytes = [0; BLOCK];
+        file.read_exact_at(&mut bytes, block * BLOCK as u64)
             .expect("a block");
         !bytes.starts_with(b"y\ny\n")
     };

@@ -35,6 +35,8 @@ struct Shared {
 struct State {
     /// The first end that was asked for, and when it must have come.
     asked: Option<(Instant, Outcome)>,
+    /// How the machine ended, while its disks and consoles are still written.
+    settled: Option<Outcome>,
     came: bool,
     watched: bool,
 }
@@ -45,7 +47,7 @@ impl Ending {
         Self::with(tell, GRACE, give_up)
     }
 
-    fn with(tell: Sender<Event>, grace: Duration, give_up: fn(Outcome)) -> Self {
+    pub(super) fn with(tell: Sender<Event>, grace: Duration, give_up: fn(Outcome)) -> Self {
         Self(Arc::new(Shared {
             tell,
             state: Mutex::default(),
@@ -68,7 +70,7 @@ impl Ending {
             return;
         };
         let mut state = lock(&self.0.state);
-        if state.asked.is_some_and(|(known, _)| known <= latest) {
+        if state.watched && state.asked.is_some_and(|(known, _)| known <= latest) {
             return;
         }
         state.asked = Some((latest, outcome));
@@ -82,7 +84,12 @@ impl Ending {
         }
     }
 
-    /// The machine has ended.
+    /// The machine has ended so, and puts away what it has.
+    pub(super) fn settle(&self, outcome: Outcome) {
+        lock(&self.0.state).settled = Some(outcome);
+    }
+
+    /// The machine has ended, and all is put away.
     pub(super) fn came(&self) {
         lock(&self.0.state).came = true;
         self.0.changed.notify_all();
@@ -95,6 +102,7 @@ impl Shared {
         while let (Some((latest, outcome)), false) = (state.asked, state.came) {
             let left = latest.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                let outcome = state.settled.unwrap_or(outcome);
                 drop(state);
                 return (self.give_up)(outcome);
             }
@@ -118,6 +126,7 @@ fn give_up(outcome: Outcome) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vcpu::Stop;
     use std::sync::OnceLock;
     use std::sync::mpsc::{Receiver, channel};
 
@@ -141,6 +150,13 @@ mod tests {
         late.ask(Outcome::Signal(15));
         assert_eq!(given_up.recv().unwrap(), Outcome::Left);
         assert!(matches!(events.try_recv(), Ok(Event::Asked(Outcome::Left))));
+
+        // The guest's own end came before, and only its last output is held up.
+        let (settled, _events) = ending(Duration::from_millis(1));
+        settled.settle(Outcome::Guest(Stop::Exit(42)));
+        settled.ask(Outcome::Signal(15));
+        let end = Outcome::Guest(Stop::Exit(42));
+        assert_eq!(given_up.recv().unwrap(), end);
 
         let (timely, _events) = ending(LONG);
         timely.ask(Outcome::Left);

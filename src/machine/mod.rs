@@ -110,6 +110,9 @@ impl Machine {
                 outcome => break outcome,
             }
         };
+        if let Ok(outcome) = outcome {
+            ending.settle(outcome);
+        }
         // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
         // have it.
         self.power_off();

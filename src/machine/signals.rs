@@ -23,7 +23,7 @@
 
 use std::fs;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -31,7 +31,9 @@ use signal_hook::consts::{
     SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU,
     SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH, SIGXCPU, SIGXFSZ,
 };
-use signal_hook::flag::{register_conditional_default, register_conditional_shutdown};
+use signal_hook::flag::{
+    register_conditional_default, register_conditional_shutdown, register_usize,
+};
 use signal_hook::iterator;
 use signal_hook::low_level::emulate_default_handler;
 use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal, unblock_signal};
@@ -62,7 +64,11 @@ const ENDS: [i32; 13] = [
 /// Those that never come.
 const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
-/// Whether no machine runs any more; made with the first.
+/// Which of SIGTSTP and SIGCONT came last.
+const STOPPING: usize = 1;
+const GOING: usize = 0;
+
+/// Whether no machine runs, before the first and after the last.
 static OVER: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
 
 /// Makes the process's signals as the table says, whatever mask it was started with. Comes before
@@ -98,13 +104,17 @@ impl Signals {
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
         let wanted = wanted.filter(|signal| !ignored.contains(signal));
         let over = over(wanted.clone())?;
-        over.store(false, Ordering::Release);
+        let stopping = Arc::new(AtomicUsize::new(GOING));
+        register_usize(SIGCONT, Arc::clone(&stopping), GOING)?;
+        register_usize(SIGTSTP, Arc::clone(&stopping), STOPPING)?;
         let mut signals = iterator::Signals::new(wanted.chain([SIGCONT, SIGWINCH]))?;
         let handle = signals.handle();
+        // Somebody listens now.
+        over.store(false, Ordering::Release);
         let thread = spawn(Kind::Signals, "wait", move || {
             for signal in signals.forever() {
                 match signal {
-                    SIGTSTP => suspend(),
+                    SIGTSTP => suspend(&stopping),
                     SIGCONT => terminal::resume(),
                     SIGWINCH => on_resize(),
                     _ => ending.ask(Outcome::Signal(signal)),
@@ -127,7 +137,7 @@ fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
     if let Some(over) = &*known {
         return Ok(Arc::clone(over));
     }
-    let over = Arc::default();
+    let over = Arc::new(AtomicBool::new(true));
     for signal in signals {
         let over = Arc::clone(&over);
         if signal == SIGTSTP {
@@ -151,11 +161,16 @@ fn ignored_signals() -> Vec<i32> {
         .collect()
 }
 
-/// Stops the whole process, vCPUs too, with the terminal as its user knows it.
-fn suspend() {
+/// Stops the whole process, vCPUs too, with the terminal as its user knows it. Not if SIGCONT has come
+/// since, as Linux does: nobody would send another.
+fn suspend(stopping: &AtomicUsize) {
     terminal::restore();
-    // Fails for signals without a default action only.
-    let _ = emulate_default_handler(SIGTSTP);
+    if stopping.load(Ordering::Acquire) == STOPPING {
+        // Fails for signals without a default action only.
+        let _ = emulate_default_handler(SIGTSTP);
+    } else {
+        terminal::resume();
+    }
 }
 
 impl Drop for Signals {
@@ -174,16 +189,19 @@ pub(super) mod tests {
     use crate::machine::Event;
     use signal_hook::low_level::raise;
     use std::sync::mpsc::channel;
+    use std::time::Duration;
 
     /// Held by whoever hears signals: each of them is the whole process's.
     pub(in crate::machine) static ALONE: Mutex<()> = Mutex::new(());
+
+    const LONG: Duration = Duration::from_secs(1000);
 
     /// Each of them would end this process by default.
     #[test]
     fn what_ends_a_process_ends_the_machine_in_order() {
         let _alone = lock(&ALONE);
         let (tell, events) = channel();
-        let ending = Ending::new(tell);
+        let ending = Ending::with(tell, LONG, |_| ());
         let signals = Signals::start(ending.clone(), || ()).unwrap();
         for signal in ENDS {
             raise(signal).unwrap();

@@ -104,7 +104,7 @@ impl Function {
     }
 
     /// A store to the configuration space itself, one at a time. BAR 0 may have moved then, and the
-    /// device may have lost the bus: see [`Function::bar`], [`Function::follow_bus_master`].
+    /// device may have lost the bus: see [`Function::bar`] and `follow_bus_master`.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         let (disabled, control) = {
             let mut config = lock(&self.config);

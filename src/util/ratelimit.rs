@@ -67,7 +67,8 @@ impl Window {
 /// Logs a line that a guest can cause, at a [`log::Level`], within a [`RateLimit`].
 macro_rules! guest_log {
     ($level:expr, $limit:expr, $($arg:tt)+) => {
-        match $limit.admit() {
+        // What nobody sees takes nothing from the limit of what is seen.
+        match log::log_enabled!($level).then(|| $limit.admit()).flatten() {
             Some(0) => log::log!($level, $($arg)+),
             Some(dropped) => log::log!(
                 $level,

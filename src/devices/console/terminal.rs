@@ -19,6 +19,7 @@ use crate::util::sync::lock;
 static TERMINAL: Mutex<Terminal> = Mutex::new(Terminal {
     wanted: false,
     away: false,
+    lost: false,
     before: None,
 });
 
@@ -27,6 +28,8 @@ struct Terminal {
     wanted: bool,
     /// It was restored, because rvmm is about to stop or end.
     away: bool,
+    /// It was another program's meanwhile, which may have changed its mode.
+    lost: bool,
     /// Its mode before rvmm took it, while rvmm has it.
     before: Option<Termios>,
 }
@@ -63,7 +66,11 @@ impl Drop for RawTerminal {
 
 impl Terminal {
     fn take(&mut self) -> io::Result<()> {
-        if !self.wanted || self.away || in_background() {
+        if !self.wanted || self.away {
+            return Ok(());
+        }
+        self.lost = in_background();
+        if self.lost {
             return Ok(());
         }
         let before = match self.before.take() {
@@ -103,12 +110,17 @@ pub fn resume() {
     let _ = terminal.take();
 }
 
-/// Takes the terminal if rvmm has come to the foreground without it.
-pub(super) fn follow() {
+/// Takes the terminal if rvmm has come to the foreground without it. False in the background.
+pub(super) fn follow() -> bool {
     let mut terminal = lock(&TERMINAL);
-    if terminal.before.is_none() {
+    if in_background() {
+        terminal.lost = true;
+        return false;
+    }
+    if terminal.before.is_none() || terminal.lost {
         let _ = terminal.take();
     }
+    true
 }
 
 /// Whether standard input is a terminal that another process group has now.

@@ -3,9 +3,9 @@
 //! The disk stays as it is without that: what does not fit goes through a buffer that does, and what
 //! covers a unit of the file in part is read, changed and written as a whole.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -66,22 +66,19 @@ pub(super) struct Direct {
 }
 
 impl Direct {
-    /// For `file`, of which the guest sees `len` bytes in blocks of `block_size`.
+    /// For a file of which the guest sees `len` bytes in blocks of `block_size`; `reopen` opens it again.
     ///
     /// # Errors
     /// The file has a part behind its last unit, and cannot be opened again for that.
     pub(super) fn new(
-        file: &File,
         units: Units,
         len: u64,
         block_size: u32,
         writes: bool,
+        reopen: impl FnOnce(&OpenOptions) -> io::Result<File>,
     ) -> io::Result<Self> {
         let edge = len - len % units.file;
-        let reopen = || {
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            File::options().read(true).write(writes).open(path)
-        };
+        let reopen = || reopen(OpenOptions::new().read(true).write(writes));
         Ok(Self {
             units,
             is_coarse: units.file > u64::from(block_size),

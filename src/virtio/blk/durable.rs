@@ -2,7 +2,8 @@
 //!
 //! Linux tells of data that it could not write back once for each open file, to whoever asks first, and
 //! it is gone then (`Documentation/filesystems/vfs.rst`, "Handling errors during writeback"). So one
-//! thread syncs at a time, for all that wait, and what a failure covers is counted for all of them.
+//! thread syncs at a time, for all that wait, by an open file that nobody writes through, and what a
+//! failure covers is counted for all of them.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -45,11 +46,6 @@ impl Durable {
         self.mark() != mark
     }
 
-    /// What was on its way is lost, as the host has told otherwise than by a sync.
-    pub(super) fn fail(&self) {
-        self.failures.fetch_add(1, Ordering::AcqRel);
-    }
-
     /// Returns when a sync has ended that began after this was called: by `sync` on this thread or by
     /// another caller's. Whether it made everything durable tells [`Durable::is_lost_since`].
     ///
@@ -67,7 +63,10 @@ impl Durable {
             syncs.begun += 1;
             drop(syncs);
             // Counted before anyone can see that the sync has ended.
-            let result = sync().inspect_err(|_| self.fail());
+            let result = sync();
+            if result.is_err() {
+                self.failures.fetch_add(1, Ordering::AcqRel);
+            }
             syncs = lock(&self.syncs);
             syncs.ended = syncs.begun;
             self.ended.notify_all();

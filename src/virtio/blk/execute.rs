@@ -53,6 +53,9 @@ impl Shared {
     /// Does `request`. None where the worker was asked to stop meanwhile: the driver is told nothing then,
     /// as when the power goes.
     pub(super) fn execute(&self, request: &mut Request, stop: &Stop) -> Option<Outcome> {
+        if stop.is_asked() {
+            return None;
+        }
         let (image, length) = (&self.image, request.data.len());
         let Request {
             operation, data, ..
@@ -63,10 +66,12 @@ impl Shared {
                 read.map(|()| length)
             }
             Operation::Write(at) => {
-                self.kept(|| self.in_steps(data, *at, stop, |data, at| image.write(data, at)))
+                let write = |data: &mut Pieces, at| self.kept(|| image.write(data, at));
+                self.in_steps(data, *at, stop, write).map(|()| 0)
             }
             Operation::WriteZeroes(ranges) => {
-                self.kept(|| each(ranges, stop, |range| image.write_zeroes(range)))
+                let write = |range| self.kept(|| image.write_zeroes(range));
+                each(ranges, stop, write).map(|()| 0)
             }
             Operation::Discard(ranges) => {
                 each(ranges, stop, |range| image.discard(range)).map(|()| 0)
@@ -88,14 +93,14 @@ impl Shared {
     }
 
     /// Runs `write`, and makes it durable if each write is to be.
-    fn kept(&self, write: impl FnOnce() -> Result<(), Unfinished>) -> Result<usize, Unfinished> {
+    fn kept(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mark = self.image.mark();
         write()?;
         if self.is_through() {
             self.image.sync()?;
             self.image.is_kept_since(mark)?;
         }
-        Ok(0)
+        Ok(())
     }
 
     /// Runs `step` on `data`, whose place on the disk is `offset`, so many bytes at a time.

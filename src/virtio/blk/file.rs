@@ -1,9 +1,10 @@
 //! What rvmm does with the files of disks: whole transfers, holes and zeros.
 
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 use rustix::fs::fstatfs;
 use rustix::io::{Errno, retry_on_intr};
@@ -15,6 +16,7 @@ mod magic {
     pub(super) const RAMFS: u64 = 0x8584_58f6;
     pub(super) const TMPFS: u64 = 0x0102_1994;
     pub(super) const NFS: u64 = 0x6969;
+    pub(super) const CIFS: u64 = 0xff53_4d42;
 }
 
 /// What kind of file system a regular file is on.
@@ -31,10 +33,27 @@ pub(super) fn is_in_memory(file: &File) -> bool {
     !is_device && matches!(magic(file), Some(magic::RAMFS | magic::TMPFS))
 }
 
-/// Whether a write to `file` that failed with `error` may have told of earlier writes: NFS tells so that
-/// its server had no room (`fs/nfs/file.c`, nfs_file_write).
-pub(super) fn tells_of_earlier_writes(file: &File, error: &io::Error) -> bool {
-    magic(file) == Some(magic::NFS) && error.kind() != io::ErrorKind::Interrupted
+/// Whether flock(2) on `file` is a lock on all of its bytes: others' locks on single bytes would meet it
+/// (`fs/nfs/file.c`, nfs_flock; `fs/smb/client/file.c`, cifs_flock).
+pub(super) fn flock_is_by_bytes(file: &File) -> bool {
+    matches!(magic(file), Some(magic::NFS | magic::CIFS))
+}
+
+/// Opens the file at `path`, which is `file`, once more: an open file of its own, with errors of its own.
+///
+/// # Errors
+/// It cannot be opened, or another file has that name now.
+pub(super) fn reopen(file: &File, path: &Path, how: &OpenOptions) -> io::Result<File> {
+    // By its descriptor it is the same whatever happened to its name; but a chroot may have no /proc.
+    if let Ok(again) = how.open(format!("/proc/self/fd/{}", file.as_raw_fd())) {
+        return Ok(again);
+    }
+    let again = how.open(path)?;
+    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    if identity(again.metadata()?) != identity(file.metadata()?) {
+        return Err(io::Error::other("another file has its name now"));
+    }
+    Ok(again)
 }
 
 /// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is

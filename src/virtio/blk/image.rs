@@ -13,9 +13,7 @@ use thiserror::Error;
 
 use super::direct::{Direct, Units};
 use super::durable::{Durable, Mark};
-use super::file::{
-    fallocated, is_in_memory, read_all, tells_of_earlier_writes, write_all, write_step, write_zeros,
-};
+use super::file::{fallocated, is_in_memory, read_all, reopen, write_all, write_step, write_zeros};
 use super::lock::lock;
 use super::overlay::{Overlay, default_directory};
 use super::request::{Range, SECTOR, SECTOR_BYTES};
@@ -75,6 +73,9 @@ pub struct Image {
     path: PathBuf,
     /// Not closed before the end, whoever else has it: a close can take an error that a flush is to tell.
     file: Arc<File>,
+    /// The same file, through which nobody writes: some file systems tell of earlier writes' errors by a
+    /// write too (NFS), and a sync of the same open file would find none.
+    synced: File,
     /// Bytes that the guest sees, whole sectors.
     len: u64,
     /// A file that could be truncated.
@@ -120,13 +121,16 @@ impl Image {
         let direct = || {
             let units = Units::of(&file, is_regular);
             debug!("disk {path:?}: {units:?}");
-            Direct::new(&file, units, len, block_size, writes)
+            let tail = |how: &OpenOptions| reopen(&file, path, how);
+            Direct::new(units, len, block_size, writes, tail)
         };
         let direct = config.direct.then(direct).transpose().map_err(failed)?;
         let overlay = config.snapshot.then(|| open_overlay(config, len));
         let overlay = overlay.transpose()?;
+        let synced = reopen(&file, path, OpenOptions::new().read(true)).map_err(failed)?;
         debug!("disk {path:?}: {}", ByteSize(len));
         Ok(Self {
+            synced,
             path: path.to_owned(),
             len,
             is_regular,
@@ -215,17 +219,9 @@ impl Image {
                 write_all(file, pieces, offset, self.step)
             });
         }
-        let written = match &self.direct {
+        match &self.direct {
             Some(direct) => direct.write(&self.file, pieces, offset),
             None => write_all(&self.file, pieces, offset, self.step),
-        };
-        written.inspect_err(|error| self.write_failed(error))
-    }
-
-    /// A write failed with `error`, which may be that of earlier ones.
-    pub(super) fn write_failed(&self, error: &io::Error) {
-        if tells_of_earlier_writes(&self.file, error) {
-            self.durable.fail();
         }
     }
 
@@ -254,7 +250,7 @@ impl Image {
     /// # Errors
     /// The host's.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.durable.sync(|| self.file.sync_data())
+        self.durable.sync(|| self.synced.sync_data())
     }
 
     /// Whether what was written since `mark`, and then synced, is durable.
@@ -305,11 +301,10 @@ impl Image {
         if self.allocate(how, range)? {
             return Ok(());
         }
-        let written = match &self.direct {
+        match &self.direct {
             Some(direct) => direct.write_zeros(&self.file, offset, length),
             None => write_zeros(&self.file, offset, length),
-        };
-        written.inspect_err(|error| self.write_failed(error))
+        }
     }
 
     /// fallocate(2) on `range`; false where the host cannot do that.

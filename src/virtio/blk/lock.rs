@@ -12,6 +12,7 @@ use log::warn;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::retry_on_intr;
 
+use super::file::flock_is_by_bytes;
 use crate::util::filelock::{is_byte_locked, share_byte};
 
 /// The byte of a permission that is held.
@@ -37,7 +38,9 @@ pub(super) fn lock(file: &File, path: &Path, writes: bool) -> io::Result<()> {
     } else {
         FlockOperation::NonBlockingLockShared
     };
-    retry_on_intr(|| flock(file, how))?;
+    if !flock_is_by_bytes(file) {
+        retry_on_intr(|| flock(file, how))?;
+    }
     match lock_bytes(file, writes) {
         Err(error) if is_unknown(&error) => {
             warn!(

@@ -39,7 +39,6 @@ const PHYSICAL_BLOCK: u32 = 4096;
 /// A disk of the guest.
 pub struct Disk {
     shared: Arc<Shared>,
-    queues: u16,
     workers: Vec<Worker>,
 }
 
@@ -47,6 +46,7 @@ pub struct Disk {
 struct Shared {
     name: String,
     image: Arc<Image>,
+    queues: u16,
     /// Each write is durable when it ends.
     through: AtomicBool,
     failures: RateLimit,
@@ -59,10 +59,10 @@ impl Disk {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
                 image,
+                queues: queues.max(1),
                 through: AtomicBool::new(false),
                 failures: RateLimit::named(name),
             }),
-            queues: queues.max(1),
             workers: Vec::new(),
         }
     }
@@ -77,7 +77,7 @@ impl Disk {
         put(20, &image.block_size().to_le_bytes());
         let blocks = (PHYSICAL_BLOCK / image.block_size()).max(1);
         put(24, &[blocks.ilog2().to_le_bytes()[0]]);
-        put(34, &self.queues.to_le_bytes());
+        put(34, &self.shared.queues.to_le_bytes());
         put(36, &RANGE_MAX.to_le_bytes());
         put(40, &RANGES_MAX.to_le_bytes());
         put(44, &(image.block_size() / SECTOR_BYTES).to_le_bytes());
@@ -119,7 +119,7 @@ impl VirtioDevice for Disk {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; self.queues.into()]
+        vec![QUEUE_SIZE; self.shared.queues.into()]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -178,14 +178,18 @@ fn temporary(directory: &Path) -> io::Result<File> {
 /// The same, of a file that has a name for a moment.
 fn unlinked(directory: &Path) -> io::Result<File> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let name = format!(".rvmm-snapshot-{}-{number}", std::process::id());
-    let path = directory.join(name);
     let mut options = File::options();
     options.read(true).write(true).create_new(true).mode(0o600);
-    let file = options.open(&path)?;
-    fs::remove_file(&path)?;
-    Ok(file)
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!(".rvmm-snapshot-{}-{number}", std::process::id());
+        let path = directory.join(name);
+        match options.open(&path) {
+            // Of an rvmm of the same number, in another container or killed.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            file => return file.and_then(|file| fs::remove_file(&path).map(|()| file)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use crate::virtio::worker::{Stop, wait};
 
 /// Until requests that the host could not start are tried again.
 const RETRY: Duration = Duration::from_millis(10);
-/// Bytes on their way in a ring, but for a single request: a reset waits for them.
+/// Bytes on their way in the rings of a disk, but for a single request of each: a reset waits for them.
 const IN_FLIGHT: usize = 4 * STEP;
 
 /// A request that came from this chain.
@@ -69,7 +69,7 @@ impl Shared {
         while !stop.is_asked() {
             queue.mute_kicks()?;
             let more = self.serve_some(queue, ring.as_deref_mut(), stop)?;
-            if let Some(ring) = ring.as_deref_mut() {
+            if let Some(ring) = ring.as_deref_mut().filter(|_| !stop.is_asked()) {
                 self.submit(ring);
                 self.reap(queue, ring, stop)?;
             }
@@ -147,7 +147,8 @@ impl Shared {
             return self.serve_now(queue, pending, stop);
         };
         let data = pending.request.take_data();
-        while ring.in_flight() > 0 && ring.bytes() + data.len() > IN_FLIGHT {
+        let share = IN_FLIGHT / usize::from(self.queues);
+        while ring.in_flight() > 0 && ring.bytes() + data.len() > share {
             if stop.is_asked() {
                 return Ok(());
             }
@@ -204,7 +205,8 @@ impl Shared {
                 End::Stopped => {}
             }
         }
-        if unsynced.is_empty() {
+        // Of what is not durable when the worker stops the driver is told nothing.
+        if unsynced.is_empty() || stop.is_asked() {
             return Ok(());
         }
         // Nothing else waits for the host's disk.
@@ -236,12 +238,9 @@ impl Shared {
         let is_write = matches!(request.operation, Operation::Write(_));
         match result {
             Ok(count) if count == length && is_write && self.is_through() => End::Unsynced,
-            Ok(count) if count == length => End::As(Outcome::ok(request.room)),
+            Ok(count) if count == length => End::As(done(request)),
+            // Not once more: an error can be told once, and be that of other requests.
             Err(error) if !is_to_try(&error) => {
-                // Not once more: an error can be told once, and be that of other requests.
-                if is_write {
-                    self.image.write_failed(&error);
-                }
                 End::As(self.failed(&request.operation, length, &error))
             }
             _ => self.execute(request, stop).map_or(End::Stopped, End::As),
@@ -255,8 +254,8 @@ impl Shared {
             let is_write = matches!(pending.request.operation, Operation::Write(_));
             let is_whole = result.is_ok_and(|count| count == data.len());
             if is_whole && !(is_write && self.is_through()) {
-                let room = pending.request.room;
-                pending.end(queue, Outcome::ok(room))?;
+                let outcome = done(&pending.request);
+                pending.end(queue, outcome)?;
             }
         }
         Ok(())
@@ -278,6 +277,14 @@ enum End {
     Unsynced,
     /// The worker is to stop.
     Stopped,
+}
+
+/// The end of a request that the ring did wholly.
+fn done(request: &Request) -> Outcome {
+    match request.operation {
+        Operation::Read(_) => Outcome::ok(request.room),
+        _ => Outcome::ok(0),
+    }
 }
 
 /// Whether what the ring could not do for this reason is tried without it.

@@ -50,6 +50,8 @@ struct Shared {
     /// The tap has gone, and with it the link.
     link: Link,
     failures: RateLimit,
+    /// For packets that the guest has no room for.
+    losses: RateLimit,
 }
 
 /// What serves the queues.
@@ -105,6 +107,7 @@ impl Net {
                 pairs,
                 link: Link::default(),
                 failures: RateLimit::named(name),
+                losses: RateLimit::named(format!("{name} losses")),
             }),
             mac,
             mtu,
@@ -132,7 +135,8 @@ impl Net {
         self.mtu.filter(|mtu| *mtu >= MTU_LEAST)
     }
 
-    /// Lets the tap hand over what the driver agreed to, and nothing that came before.
+    /// Lets the tap hand over what the driver agreed to, and nothing that came before. A packet that is
+    /// on its way meanwhile may still be as the driver before wanted it: the receiver drops it.
     fn prepare_tap(&self, offloads: Offloads) {
         for tap in &self.shared.pairs {
             if let Err(error) = tap.set_offloads(offloads) {
@@ -149,6 +153,7 @@ impl Net {
     fn room(&self, activation: &Activation, offloads: Offloads) -> Room {
         let mtu = self.mtu.unwrap_or(0).max(MTU_ETHERNET);
         Room {
+            offloads,
             mergeable: activation.has(VIRTIO_NET_F_MRG_RXBUF),
             packet: if offloads.tso4 || offloads.tso6 {
                 PACKET_SEGMENTS

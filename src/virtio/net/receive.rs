@@ -5,10 +5,15 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
+};
+
 use super::Shared;
 use crate::memory::Pieces;
 use crate::util::guest_warn;
-use crate::util::tap::{HEADER, TapQueue};
+use crate::util::tap::{HEADER, Offloads, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::worker::Stop;
 
@@ -24,6 +29,8 @@ const BATCH: usize = 64;
 /// What the driver gave room for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
+    /// What the driver takes over from the host.
+    pub(super) offloads: Offloads,
     /// A packet may lie in several buffers (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) mergeable: bool,
     /// The largest packet that the tap may give, with its header.
@@ -141,6 +148,7 @@ impl<'a> Receiver<'a> {
             }
             match self.buffers.read(self.tap, self.room) {
                 Ok(None) => self.lose(),
+                Ok(Some(_)) if !self.buffers.is_for(self.room.offloads) => {}
                 Ok(Some(count)) => {
                     self.buffers.used(self.queue, count, self.room)?;
                     if count < FULL {
@@ -168,7 +176,7 @@ impl<'a> Receiver<'a> {
     /// A packet was larger than the driver's buffers.
     fn lose(&self) {
         guest_warn!(
-            self.shared.failures,
+            self.shared.losses,
             "{}: a packet is larger than the guest's buffers, and dropped",
             self.shared.name
         );
@@ -218,6 +226,24 @@ impl Buffers {
         };
         // A tap gives no packet without its header.
         Ok(count.filter(|count| *count >= HEADER))
+    }
+
+    /// Whether the packet in the first buffers asks for nothing that the driver did not agree to
+    /// (VIRTIO 1.2, section 5.1.6.4.1).
+    fn is_for(&self, offloads: Offloads) -> bool {
+        let mut header = [0; 2];
+        self.room.copy_to(&mut header);
+        let [flags, segments] = header.map(u32::from);
+        let kind = segments & !VIRTIO_NET_HDR_GSO_ECN;
+        let is_kind = match kind {
+            VIRTIO_NET_HDR_GSO_NONE => true,
+            VIRTIO_NET_HDR_GSO_TCPV4 => offloads.tso4,
+            VIRTIO_NET_HDR_GSO_TCPV6 => offloads.tso6,
+            _ => false,
+        };
+        is_kind
+            && (kind == segments || offloads.ecn)
+            && (flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || offloads.checksum)
     }
 
     /// A packet of `count` bytes, its header among them, lies in the first buffers.

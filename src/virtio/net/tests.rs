@@ -296,21 +296,67 @@ fn a_packet_that_was_there_before_goes_out() {
     assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
 }
 
+/// What most drivers have room for; they take nothing over from the host.
+const ROOM: Room = Room {
+    offloads: Offloads {
+        checksum: false,
+        tso4: false,
+        tso6: false,
+        ecn: false,
+    },
+    mergeable: true,
+    packet: 1530,
+};
+
+/// A packet that was made for the driver before comes late.
+#[test]
+fn packets_are_as_the_driver_agreed() {
+    let (checksum, tso4, tso6, ecn) = (true, true, true, true);
+    let none = Offloads::default();
+    let some = Offloads {
+        checksum,
+        tso4,
+        ..none
+    };
+    let all = Offloads { tso6, ecn, ..some };
+    for (header, offloads, passes) in [
+        ([0, 0], none, true),
+        ([1, 0], none, false),
+        ([1, 0], some, true),
+        ([1, 1], none, false),
+        ([1, 1], some, true),
+        ([1, 4], some, false),
+        ([1, 0x81], some, false),
+        ([1, 0x84], all, true),
+        ([1, 3], all, false),
+        ([1, 5], all, false),
+    ] {
+        let (device, peers) = net(1);
+        let shared = Arc::clone(&device.shared);
+        let (mut driver, mut queue) = taken(u64::MAX);
+        offer(&mut driver, 0, 2000);
+        let mut bytes = packet(100);
+        bytes[..2].copy_from_slice(&header);
+        peers[0].send(&bytes).unwrap();
+        let room = Room { offloads, ..ROOM };
+        let tap = &shared.pairs[0];
+        let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+        receiver.serve(true, true, &Stop::default()).unwrap();
+        assert_eq!(driver.used(RECEIVE) == 1, passes, "{header:?} {offloads:?}");
+    }
+}
+
 /// The driver may look at any time: it never finds a part of a packet.
 #[test]
 fn the_buffers_of_a_packet_are_shown_together() {
     let (device, peers) = net(1);
     let shared = Arc::clone(&device.shared);
     let (mut driver, mut queue) = taken(u64::MAX);
-    let room = Room {
-        mergeable: true,
-        packet: 1530,
-    };
     for index in 0..SIZE {
         offer(&mut driver, index, 200);
     }
     let tap = &shared.pairs[0];
-    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    let mut receiver = receive::Receiver::new(&shared, tap, ROOM, &mut queue);
     for len in [1000, 100] {
         peers[0].send(&packet(len)).unwrap();
         receiver.serve(true, true, &Stop::default()).unwrap();
@@ -324,15 +370,11 @@ fn hostile_more_buffers_than_entries() {
     let (device, peers) = net(1);
     let shared = Arc::clone(&device.shared);
     let (mut driver, mut queue) = taken(u64::MAX);
-    let room = Room {
-        mergeable: true,
-        packet: 1530,
-    };
     for index in 0..SIZE {
         offer(&mut driver, index, 4);
     }
     let tap = &shared.pairs[0];
-    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    let mut receiver = receive::Receiver::new(&shared, tap, ROOM, &mut queue);
     receiver.serve(true, true, &Stop::default()).unwrap();
     assert!(receiver.wants_tap() && receiver.patience().is_none());
     for index in 0..SIZE {
@@ -357,11 +399,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
         offer(&mut driver, index, 2000);
     }
     peers[0].send(&packet(100)).unwrap();
-    let room = Room {
-        mergeable: true,
-        packet: 1530,
-    };
-    let mut receiver = receive::Receiver::new(&shared, tap, room, &mut queue);
+    let mut receiver = receive::Receiver::new(&shared, tap, ROOM, &mut queue);
     receiver.serve(true, true, &stop).unwrap();
     assert_eq!(driver.used(0), 0, "received");
     let (mut driver, mut queue) = taken(u64::MAX);

@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 
 use super::Shared;
 use crate::memory::Pieces;
-use crate::util::guest_warn;
 use crate::util::tap::{HEADER, TapQueue};
+use crate::util::{RateLimit, guest_warn};
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::worker::Stop;
 
@@ -55,7 +55,7 @@ impl Shared {
         if self.link.lose() {
             let (name, tap) = (&self.name, &self.tap);
             guest_warn!(
-                self.failures,
+                RateLimit::named(format!("{name} link")),
                 "{name}: tap {tap} has gone ({error}): the guest's link is down"
             );
         }

@@ -158,7 +158,7 @@ fn open(config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
 }
 
 fn write_output(console: &Console, endpoint: &dyn Endpoint) {
-    let limit = RateLimit::named("console output");
+    let failures = RateLimit::named("console output");
     let mut bytes = Vec::new();
     while console.take_output(&mut bytes) {
         let Err(error) = endpoint.write(&bytes) else {
@@ -167,9 +167,12 @@ fn write_output(console: &Console, endpoint: &dyn Endpoint) {
         // The guest goes on, and what it writes next is tried: a pipe may have a reader again, a
         // disk room.
         match error.kind() {
-            io::ErrorKind::BrokenPipe => guest_debug!(limit, "the console's reader has gone"),
+            io::ErrorKind::BrokenPipe => {
+                let limit = RateLimit::named("console reader");
+                guest_debug!(limit, "the console's reader has gone");
+            }
             _ => guest_warn!(
-                limit,
+                failures,
                 "Failed to write the guest's console: {error}; that piece of it is lost"
             ),
         }

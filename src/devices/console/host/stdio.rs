@@ -36,11 +36,10 @@ impl Endpoint for Stdio {
             wait_readable(stdin(), stop)?;
             return read(stdin(), buffer);
         }
-        if terminal::in_background() {
+        if !terminal::follow() {
             pause(LOOK, stop)?;
             return Err(Errno::AGAIN);
         }
-        terminal::follow();
         let ready = wait_readable_for(stdin(), stop, Some(LOOK))?;
         // What was typed meanwhile may be another's.
         if ready.is_empty() || terminal::in_background() {

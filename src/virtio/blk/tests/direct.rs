@@ -90,7 +90,8 @@ fn coarse(image: &TempImage) -> (File, Direct, Arc<FlatRam>) {
     let file = image.file();
     let (memory, unit) = (4096, 4096);
     let units = Units { memory, file: unit };
-    let direct = Direct::new(&file, units, MIB, 512, true).unwrap();
+    let none = |_: &_| unreachable!("the last unit is whole");
+    let direct = Direct::new(units, MIB, 512, true, none).unwrap();
     let config = MemConfig::new(ByteSize::mib(1));
     let ram = memory::create(GuestAddress(RAM), config).unwrap();
     (file, direct, FlatRam::of(&ram))
