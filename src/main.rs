@@ -1,8 +1,7 @@
 //! The `rvmm` command: parse, set up logging, run, and tell the end in an exit status.
 
-use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +13,8 @@ use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
+use rvmm::machine::{Machine, Outcome, Run, signals};
+use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
 
@@ -100,13 +100,15 @@ fn end_on_panic() {
 
 /// Builds and runs the machine; `None` when only its device tree was wanted.
 fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
-    if let Some(Some(path)) = &cli.stats {
-        check_writable(path).with_context(|| format!("Failed to write statistics {path:?}"))?;
-    }
+    // Before a guest runs for nothing.
+    let statistics = match &cli.stats {
+        Some(Some(path)) => Some(statistics_file(path)?),
+        _ => None,
+    };
     let hypervisor = open_hypervisor()?;
     let machine = Machine::build(&cli.vm, hypervisor)?;
     if let Some(path) = &cli.dump_dtb {
-        write_whole(path, machine.device_tree())
+        dump_tree(path, machine.device_tree())
             .with_context(|| format!("Failed to write device tree {path:?}"))?;
         return Ok(None);
     }
@@ -116,21 +118,28 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
     })?;
-    if let (Some(stats), Some(to)) = (stats, &cli.stats) {
-        tell_stats(&stats, to.as_deref())?;
+    match (stats, statistics) {
+        (Some(stats), Some(file)) => file
+            .write(format!("{:#}\n", stats.json()).as_bytes())
+            .context("Failed to write the statistics")?,
+        // Line by line: more would not go to standard error at once.
+        (Some(stats), None) => stats.to_string().lines().for_each(tell),
+        (None, _) => {}
     }
     Ok(Some(outcome))
 }
 
-/// `--stats`: text for people, JSON for scripts.
-fn tell_stats(stats: &Stats, to: Option<&Path>) -> Result<()> {
-    let Some(path) = to else {
-        // Line by line: more would not go to standard error at once.
-        stats.to_string().lines().for_each(tell);
-        return Ok(());
-    };
-    let json = format!("{:#}\n", stats.json());
-    write_whole(path, json.as_bytes())
+/// Writes a device tree, over none but an earlier one.
+fn dump_tree(path: &Path, tree: &[u8]) -> io::Result<()> {
+    // The magic number of a flattened device tree (specification 0.4, section 5.2).
+    let is_tree = |head: &[u8]| head.starts_with(&[0xd0, 0x0d, 0xfe, 0xed]);
+    Whole::prepare(path, is_tree)?.write(tree)
+}
+
+/// The file for statistics, which replaces none but an earlier one.
+fn statistics_file(path: &Path) -> Result<Whole> {
+    let is_statistics = |head: &[u8]| String::from_utf8_lossy(head).contains("\"end_ns\"");
+    Whole::prepare(path, is_statistics)
         .with_context(|| format!("Failed to write statistics {path:?}"))
 }
 
@@ -142,36 +151,6 @@ fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
 #[cfg(not(target_arch = "riscv64"))]
 fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
     Err(rvmm::hypervisor::host::Unfit::NotRiscv(std::env::consts::ARCH).into())
-}
-
-/// Whether [`write_whole`] could write there, before a guest has run for nothing.
-fn check_writable(path: &Path) -> io::Result<()> {
-    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-        return Ok(());
-    }
-    let temporary = temporary_name(path);
-    File::create(&temporary)?;
-    fs::remove_file(&temporary)
-}
-
-fn temporary_name(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    path.with_file_name(name)
-}
-
-/// Writes a file whole or not at all: under another name first. What is there and no file (a
-/// terminal, a pipe) is written to, not replaced.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-        return fs::write(path, bytes);
-    }
-    let temporary = temporary_name(path);
-    let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    written
 }
 
 fn start_logging(cli: &Cli) -> Result<()> {
@@ -193,8 +172,7 @@ fn start_logging(cli: &Cli) -> Result<()> {
     // Lines that vCPU threads may cause: none of them may wait for a reader.
     logger.target(env_logger::Target::Pipe(Box::new(Stderr)));
     if let Some(path) = &cli.log_file {
-        let file =
-            File::create(path).with_context(|| format!("Failed to create log file {path:?}"))?;
+        let file = append(path).with_context(|| format!("Failed to open log file {path:?}"))?;
         let file = Unwaiting::new(file)?;
         logger.target(env_logger::Target::Pipe(Box::new(file)));
     }

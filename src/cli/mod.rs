@@ -1,6 +1,7 @@
 //! The command line.
 
 mod file;
+mod names;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -73,11 +74,12 @@ pub struct Cli {
     pub no_reboot: bool,
 
     /// Tell at the end what the guest's exits were and how long they took: as text on standard
-    /// error, or as JSON in FILE
+    /// error, or as JSON in FILE, which may hold nothing but earlier ones
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub stats: Option<Option<PathBuf>>,
 
-    /// Write the guest's device tree to FILE, and do not run it
+    /// Write the guest's device tree to FILE, and do not run it; FILE may hold nothing but an earlier
+    /// one
     #[arg(long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,
 
@@ -85,7 +87,7 @@ pub struct Cli {
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Write rvmm's messages to FILE instead of standard error
+    /// Write rvmm's messages to the end of FILE instead of standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
@@ -152,6 +154,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     }
     if let Err(error) = cli.vm.validate() {
         return Request::Refuse(error.to_string(), STATUS_USAGE);
+    }
+    if let Err(message) = names::check(&cli) {
+        return Request::Refuse(message, STATUS_USAGE);
     }
     Request::Run(Box::new(cli))
 }

@@ -18,7 +18,7 @@ pub enum ConsoleConfig {
     None,
     /// A new pseudo-terminal, whose name is told.
     Pty,
-    /// Output to a file, which is emptied first; no input.
+    /// Output to the end of a file; no input.
     File(PathBuf),
     /// A Unix socket that takes one client at a time; without one, output is dropped.
     Socket(PathBuf),

@@ -29,6 +29,18 @@ pub fn is_byte_locked(fd: BorrowedFd, at: i64) -> io::Result<bool> {
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
+/// Whether another open file has a lock on any byte.
+///
+/// # Errors
+/// The file system has no locks.
+pub fn is_locked(fd: BorrowedFd) -> io::Result<bool> {
+    let mut lock = byte(0, libc::F_WRLCK);
+    // As far as a file can reach.
+    lock.l_len = 0;
+    fcntl(fd, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
 /// One byte, whose lock is to be of this kind.
 fn byte(at: i64, kind: i32) -> libc::flock {
     // SAFETY: every field is a number, and all zeros are its numbers.
@@ -70,6 +82,7 @@ mod tests {
         assert!(!is_byte_locked(one.as_fd(), 100).unwrap(), "its own");
         assert!(is_byte_locked(other.as_fd(), 100).unwrap());
         assert!(!is_byte_locked(other.as_fd(), 101).unwrap());
+        assert!(is_locked(other.as_fd()).unwrap() && !is_locked(one.as_fd()).unwrap());
         share_byte(other.as_fd(), 100).unwrap();
         drop(one);
         assert!(!is_byte_locked(other.as_fd(), 100).unwrap());

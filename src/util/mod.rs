@@ -2,6 +2,7 @@
 
 pub mod bytesize;
 pub mod filelock;
+pub mod outfile;
 pub mod output;
 pub mod poll;
 pub mod ratelimit;

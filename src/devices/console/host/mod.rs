@@ -152,7 +152,7 @@ fn open(config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
         ConsoleConfig::Stdio => Arc::new(stdio::Stdio::new()),
         ConsoleConfig::None => Arc::new(sinks::Nowhere),
         ConsoleConfig::Pty => Arc::new(pty::Pty::open()?),
-        ConsoleConfig::File(path) => Arc::new(sinks::LogFile::create(path)?),
+        ConsoleConfig::File(path) => Arc::new(sinks::LogFile::open(path)?),
         ConsoleConfig::Socket(path) => Arc::new(socket::Socket::bind(path)?),
     })
 }

@@ -9,6 +9,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::Endpoint;
+use crate::util::outfile::append;
 use crate::util::output::write_whole;
 
 /// Drops output.
@@ -28,10 +29,10 @@ impl Endpoint for Nowhere {
 pub(super) struct LogFile(File);
 
 impl LogFile {
-    /// Creates the file, or empties the one that is there.
-    pub(super) fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path);
-        let file = file.with_context(|| format!("Failed to create console file {path:?}"))?;
+    /// Creates the file, or opens the one that is there to write at its end.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = append(path);
+        let file = file.with_context(|| format!("Failed to open console file {path:?}"))?;
         Ok(Self(file))
     }
 }
