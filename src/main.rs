@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Request::Run(cli) => run(&cli, began),
         Request::Do(Command::Info { json }) => match info(json) {
             Ok(text) => print(&text),
-            Err(error) => end(&format!("{error:#}"), STATUS_HOST),
+            Err(error) => failed(&error),
         },
         Request::Print(text) => print(&text),
         Request::Refuse(message, status) => end(&message, status),
@@ -64,14 +64,28 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
     end_on_panic();
     raise_descriptor_limit();
     if let Err(error) = start_logging(cli) {
-        return end(&format!("{error:#}"), STATUS_HOST);
+        return failed(&error);
     }
     match run_machine(cli, began) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(outcome)) if outcome.is_expected() => ExitCode::from(outcome.exit_status()),
         Ok(Some(outcome)) => end(&outcome.to_string(), outcome.exit_status()),
-        Err(error) => end(&format!("{error:#}"), STATUS_HOST),
+        Err(error) => failed(&error),
     }
+}
+
+/// The end that the host, or one of its files, brought about.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    let errors = error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>());
+    let numbers = errors.filter_map(io::Error::raw_os_error);
+    let way_out = match numbers.last() {
+        Some(libc::EMFILE) => ": ulimit -n lets a process open more files",
+        Some(libc::ENFILE) => ": sysctl fs.file-max lets the host open more files",
+        _ => "",
+    };
+    end(&format!("{error:#}{way_out}"), STATUS_HOST)
 }
 
 /// The only line of an end that is not a success.

@@ -90,13 +90,30 @@ impl Placement {
     }
 }
 
-/// A round size for a guest whose boot files take `needed` bytes, with room for its work: Debian's
-/// kernel ends 32 MiB into RAM and takes 70 MiB of it before it frees what only booting needs.
+/// A round size for a guest whose boot files take `needed` bytes.
 fn enough(needed: u64) -> ByteSize {
-    let wanted = needed
-        .saturating_mul(2)
-        .saturating_add(ByteSize::mib(16).bytes());
+    let wanted = with_work(needed);
     ByteSize(wanted.checked_next_power_of_two().unwrap_or(1 << 63))
+}
+
+/// Bytes for a guest whose boot files take `needed`, with room for its work: Debian's kernel ends 32 MiB
+/// into RAM and takes 70 MiB of it before it frees what only booting needs; an initrd is unpacked.
+fn with_work(needed: u64) -> u64 {
+    needed
+        .saturating_mul(2)
+        .saturating_add(ByteSize::mib(16).bytes())
+}
+
+/// Boot files of less than this say nothing of what their guest needs.
+const SMALL: u64 = 8 << 20;
+
+/// What a guest with these boot files is likely to need, if `ram` is less: such a guest may end before it
+/// has a console to say so.
+pub fn scarce(ram: ByteSize, placement: &Placement, base: u64) -> Option<ByteSize> {
+    let initrd = placement.initrd.as_ref().map_or(0, |at| at.end - at.start);
+    let needed = placement.kernel.end - base + initrd;
+    let is_scarce = needed >= SMALL && ram.bytes() < with_work(needed);
+    is_scarce.then(|| enough(needed))
 }
 
 #[cfg(test)]
@@ -151,6 +168,29 @@ mod tests {
                 "the initrd is not rounded"
             );
         }
+    }
+
+    /// Debian's kernel starts in 96 MiB, and not in 64.
+    #[test]
+    fn little_ram_is_told() {
+        let told = |ram, initrd| {
+            let ram = ByteSize::mib(ram);
+            scarce(ram, &plan(ram, initrd).unwrap(), BASE)
+        };
+        assert_eq!(told(96, Some(4 << 20)), None);
+        assert_eq!(told(64, None), Some(ByteSize::mib(128)));
+        assert_eq!(told(234, Some(200 << 20)), Some(ByteSize::mib(512)));
+        let small = Kernel {
+            segments: vec![Segment {
+                source: 0..4096,
+                at: TEXT_OFFSET,
+                size: 1 << 20,
+            }],
+            ..debian()
+        };
+        let ram = ByteSize::mib(4);
+        let placed = Placement::plan(BASE, ram, &small, None, fdt_room(1)).unwrap();
+        assert_eq!(scarce(ram, &placed, BASE), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
@@ -18,7 +19,7 @@ pub(super) enum FileError {
     #[error("Failed to read configuration {0:?}: {1}")]
     Read(PathBuf, io::Error),
     #[error("Failed to read configuration {0:?}: {1}")]
-    Json(PathBuf, serde_json::Error),
+    Json(PathBuf, String),
 }
 
 impl FileError {
@@ -42,17 +43,28 @@ pub(super) fn merge(
     overlay(&text, flags, given).map_err(|e| FileError::Json(path.to_owned(), e))
 }
 
-fn overlay(
-    text: &str,
-    flags: &VmConfig,
-    given: impl Fn(&str) -> bool,
-) -> serde_json::Result<VmConfig> {
-    // First by itself: then an error names its line. An array would be a list of values to serde.
-    let _: Map<String, Value> = serde_json::from_str(text)?;
-    let file: VmConfig = serde_json::from_str(text)?;
-    let mut merged = object(&file)?;
-    merged.extend(object(flags)?.into_iter().filter(|(key, _)| given(key)));
-    serde_json::from_value(Value::Object(merged))
+/// Reads the whole of `text`; an error names the key and the line.
+fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let read = serde_path_to_error::deserialize(&mut deserializer);
+    let read = read.map_err(|error| match error.path().iter().next() {
+        Some(_) => format!("{}: {}", error.path(), error.inner()),
+        None => error.inner().to_string(),
+    })?;
+    deserializer.end().map_err(|error| error.to_string())?;
+    Ok(read)
+}
+
+fn overlay(text: &str, flags: &VmConfig, given: impl Fn(&str) -> bool) -> Result<VmConfig, String> {
+    // An array would be a list of values to serde.
+    let _: Map<String, Value> = read(text)?;
+    let file: VmConfig = read(text)?;
+    let merge = || {
+        let mut merged = object(&file)?;
+        merged.extend(object(flags)?.into_iter().filter(|(key, _)| given(key)));
+        serde_json::from_value(Value::Object(merged))
+    };
+    merge().map_err(|error: serde_json::Error| error.to_string())
 }
 
 fn object(config: &VmConfig) -> serde_json::Result<Map<String, Value>> {
@@ -136,9 +148,13 @@ mod tests {
             (r#"{ "mem": "much" }"#, &["not a size"]),
             (r#"{ "console": "tty" }"#, &["socket=PATH"]),
             (r#"{ "mem": "1G" "#, &["line 1"]),
+            (r#"{ "mem": "1G" } x"#, &["line 1"]),
+            (r#"{ "cpus": "two" }"#, &["cpus: ", "line 1"]),
+            (r#"{ "disk": ["a", 3] }"#, &["disk[1]: "]),
+            (r#"{ "rng": 1 }"#, &["rng: "]),
             ("[]", &["invalid"]),
         ] {
-            let line = overlay(file, &flags(), |_| false).unwrap_err().to_string();
+            let line = overlay(file, &flags(), |_| false).unwrap_err();
             assert!(parts.iter().all(|part| line.contains(part)), "{line}");
             assert!(!line.contains('\n'), "{line}");
         }

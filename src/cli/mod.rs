@@ -7,10 +7,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::VmConfig;
+use crate::hypervisor::extensions::{isa_register, sbi_register};
+use crate::machine::layout::MAX_HARTS;
 
 /// Exit status of wrong usage.
 pub const STATUS_USAGE: u8 = 125;
@@ -152,13 +154,37 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             }
         };
     }
-    if let Err(error) = cli.vm.validate() {
-        return Request::Refuse(error.to_string(), STATUS_USAGE);
+    let valid = cli.vm.validate().map_err(|error| error.to_string());
+    match valid
+        .and_then(|()| can_be(&cli.vm))
+        .and_then(|()| names::check(&cli))
+    {
+        Ok(()) => Request::Run(Box::new(cli)),
+        Err(message) => Request::Refuse(message, STATUS_USAGE),
     }
-    if let Err(message) = names::check(&cli) {
-        return Request::Refuse(message, STATUS_USAGE);
+}
+
+/// Whether rvmm, on the best of hosts, has what `vm` asks for.
+fn can_be(vm: &VmConfig) -> Result<(), String> {
+    if vm.cpus > MAX_HARTS {
+        let cpus = vm.cpus;
+        return Err(format!(
+            "--cpus {cpus}: rvmm's machine has room for {MAX_HARTS} harts"
+        ));
     }
-    Request::Run(Box::new(cli))
+    let isa = vm.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
+    if let Some(name) = isa.into_iter().find(|name| isa_register(name).is_none()) {
+        return Err(format!(
+            "--cpu {name}: rvmm knows no such ISA extension; rvmm info lists them"
+        ));
+    }
+    let sbi = vm.sbi.iter().flat_map(|sbi| sbi.extensions.keys());
+    if let Some(name) = sbi.into_iter().find(|name| sbi_register(name).is_none()) {
+        return Err(format!(
+            "--sbi {name}: rvmm knows no such SBI extension; rvmm info lists them"
+        ));
+    }
+    Ok(())
 }
 
 /// A time above zero, as people write it.
@@ -176,7 +202,24 @@ fn one_line(error: &clap::Error) -> String {
     let message = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = message.split_whitespace().collect();
     let message = words.join(" ");
-    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    let mut message = message
+        .strip_prefix("error: ")
+        .unwrap_or(&message)
+        .to_owned();
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
+        _ => None,
+    };
+    if let Some(word) = context(ContextKind::InvalidSubcommand) {
+        message = format!(
+            "what is '{word}'? A value follows its flag, as in --kernel FILE or --stats=FILE"
+        );
+    }
+    let similar = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand];
+    if let Some(similar) = similar.into_iter().find_map(context) {
+        message.push_str(&format!("; did you mean {similar}?"));
+    }
     format!("{message}; rvmm --help tells every flag")
 }
 
@@ -220,10 +263,22 @@ mod tests {
     }
 
     #[test]
+    fn flags_have_short_names() {
+        let line = "rvmm -k Image -i initrd -p quiet -m 1G -c 2 -d a.img -n tap=t";
+        let long = "rvmm --kernel Image --initrd initrd --cmdline quiet --mem 1G --cpus 2 \
+                    --disk a.img --net tap=t";
+        let machine = |line| match parsed(line) {
+            Request::Run(cli) => cli.vm,
+            other => panic!("{line}: {other:?}"),
+        };
+        assert_eq!(machine(line), machine(long));
+    }
+
+    #[test]
     fn of_a_flag_given_twice_the_last_wins() {
         let line = "rvmm --kernel a --mem 1G --cpus 2 --no-reboot --transport pci --disk a.img \
                     --kernel b --mem 512M --cpus 1 --no-reboot --transport mmio --disk b.img \
-                    --timeout 1s --timeout 2s --stats --stats=x --log-file a --log-file b";
+                    --timeout 1s --timeout 2s --stats --stats=x --log-file l --log-file m";
         let line: Vec<&str> = line.split_whitespace().collect();
         let Request::Run(cli) = parsed(&line.join(" ")) else {
             panic!("refused");
@@ -233,7 +288,7 @@ mod tests {
         assert_eq!(cli.vm.cpus, 1);
         assert_eq!(cli.timeout, Some(Duration::from_secs(2)));
         assert_eq!(cli.stats, Some(Some(PathBuf::from("x"))));
-        assert_eq!(cli.log_file, Some(PathBuf::from("b")));
+        assert_eq!(cli.log_file, Some(PathBuf::from("m")));
         assert_eq!(cli.vm.disk.len(), 2);
     }
 
@@ -288,6 +343,18 @@ mod tests {
             ("rvmm --kernel x --cpus 0", "--cpus 1"),
             ("rvmm --kernel x --nope", "--nope"),
             ("rvmm x", "'x'"),
+            ("rvmm --kernel x --stats out.json", "'out.json'? A value"),
+            ("rvmm --kernl x", "did you mean --kernel?"),
+            ("rvmm inf", "did you mean info?"),
+            ("rvmm --kernel x --cpus two", "a number of harts"),
+            ("rvmm --kernel x --cpus -1", "a number of harts"),
+            ("rvmm --kernel x --cpus 513", "512"),
+            ("rvmm --kernel x --cpu foo=off", "--cpu foo"),
+            ("rvmm --kernel x --sbi foo=off", "--sbi foo"),
+            ("rvmm --kernel x --net user", "`tap`"),
+            ("rvmm --kernel x --disk a.img,ro", "`readonly`"),
+            ("rvmm --kernel x --disk a.img,", "comma"),
+            ("rvmm --kernel x --mem 256", "write 256M"),
         ] {
             let message = refused(line);
             assert!(message.contains(part), "{line}: {message}");

@@ -36,6 +36,9 @@ pub struct DiskConfig {
         skip_serializing_if = "keyvalue::is_off"
     )]
     pub direct: bool,
+    /// What the image is. Without it rvmm looks, and refuses what seems to be no raw image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
     /// When a write is durable.
     #[serde(default, skip_serializing_if = "Cache::is_default")]
     pub cache: Cache,
@@ -55,6 +58,14 @@ pub struct DiskConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub snapshot_dir: Option<PathBuf>,
+}
+
+/// What an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// The bytes of the disk, whatever they seem to be: a guest may write any.
+    Raw,
 }
 
 /// When what the guest wrote is durable.
@@ -164,8 +175,10 @@ mod tests {
         for (text, part) in [
             ("a,readonly=maybe", "on or off"),
             ("a,cache=none", "`writeback`"),
+            ("a,format=qcow2", "`raw`"),
             ("a,size=3", "`size`"),
-            ("a,b", "b=VALUE"),
+            ("a,ro", "unknown key `ro`"),
+            ("a,id", "id=VALUE"),
         ] {
             let error = text.parse::<DiskConfig>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

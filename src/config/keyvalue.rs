@@ -31,14 +31,38 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
             None if T::SWITCHES.contains(&word) => (word, "on"),
             None => match T::MAIN_KEY.filter(|_| index == 0) {
                 Some(key) => (key, word),
-                None => return Err(format!("{word:?} has no value: write {word}=VALUE")),
+                None => return Err(lonely::<T>(word)),
             },
         };
         if object.insert(key.into(), value.into()).is_some() {
             return Err(format!("{key} is given twice"));
         }
     }
-    serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())
+    from_object(object)
+}
+
+/// What is wrong with a word without `=`.
+fn lonely<T: KeyValue>(word: &str) -> String {
+    if word.is_empty() {
+        return "nothing stands between two commas, or behind the last".into();
+    }
+    // Whether it is a key at all.
+    let object = Map::from_iter([(word.to_owned(), Value::from("x"))]);
+    match from_object::<T>(object) {
+        Err(error) if error.starts_with(UNKNOWN) => error,
+        _ => format!("{word:?} has no value: write {word}=VALUE"),
+    }
+}
+
+/// How the error of a key begins that is none.
+const UNKNOWN: &str = "unknown key";
+
+fn from_object<T: KeyValue>(object: Map<String, Value>) -> Result<T, String> {
+    let read = serde_json::from_value(Value::Object(object));
+    read.map_err(|error| {
+        let error = error.to_string();
+        error.replacen("unknown field", UNKNOWN, 1)
+    })
 }
 
 /// The flag's text for `value`, whose fields are strings and switches in JSON.
@@ -162,7 +186,9 @@ mod tests {
     #[test]
     fn errors_name_the_key() {
         for (text, part) in [
-            ("a,b", "b=VALUE"),
+            ("a,b", "unknown key `b`, expected `path` or `id`"),
+            ("a,id", "id=VALUE"),
+            ("a,", "comma"),
             ("a,path=b", "path is given twice"),
             ("a,size=1", "`size`"),
             ("id=b", "`path`"),

@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
 pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
-pub use disk::{Cache, DiskConfig};
+pub use disk::{Cache, DiskConfig, DiskFormat};
 pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
 
@@ -30,7 +30,7 @@ const CMDLINE_MAX: usize = 1023;
 pub struct VmConfig {
     /// Kernel to boot: a RISC-V Linux Image, also in gzip, zstd or EFI zboot, a vmlinux, or an
     /// S-mode ELF
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
 
@@ -39,17 +39,18 @@ pub struct VmConfig {
     pub kernel_format: KernelFormat,
 
     /// Initial RAM disk for the kernel, as an initramfs archive
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
     /// Kernel command line; the default gives Linux its console
-    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
+    #[arg(short = 'p', long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
     pub cmdline: String,
 
     /// Guest RAM, in bytes or with K, M, G or T (powers of 1024); SIZE,hugepages=2M (or 1G) takes
     /// it from the host's reserved huge pages
     #[arg(
+        short,
         long,
         value_name = "SIZE",
         allow_negative_numbers = true,
@@ -59,7 +60,14 @@ pub struct VmConfig {
     pub mem: MemConfig,
 
     /// Virtual CPUs, as many harts; more than the host has only share its time
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = parse_cpus,
+        default_value_t = 1
+    )]
     pub cpus: u32,
 
     /// How the harts differ from the host's: NAME=off takes an ISA extension away where KVM can,
@@ -81,9 +89,9 @@ pub struct VmConfig {
 
     /// A disk: a raw image or a block device. readonly, direct (past the host's page cache), id=NAME,
     /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm),
-    /// snapshot-dir=DIR (where that is kept; $TMPDIR or /var/tmp without it); give more --disk for
-    /// more
-    #[arg(long, value_name = "PATH[,KEY=VALUE,...]")]
+    /// snapshot-dir=DIR (where that is kept; $TMPDIR or /var/tmp without it), format=raw (for an
+    /// image that looks like another format); give more --disk for more
+    #[arg(short, long, value_name = "PATH[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
         skip_serializing_if = "Vec::is_empty"
@@ -92,7 +100,7 @@ pub struct VmConfig {
 
     /// A network interface on a tap of the host, with its MTU: tap=NAME; mac=52:54:00:12:34:56, vhost
     /// (the host's kernel moves the packets); give more --net for more
-    #[arg(long, value_name = "tap=NAME[,KEY=VALUE,...]")]
+    #[arg(short, long, value_name = "tap=NAME[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
         skip_serializing_if = "Vec::is_empty"
@@ -121,6 +129,11 @@ pub struct VmConfig {
     /// Where the guest's console goes: stdio, none, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub console: ConsoleConfig,
+}
+
+fn parse_cpus(text: &str) -> Result<u32, String> {
+    let number = text.parse();
+    number.map_err(|_| "write a number of harts, as in --cpus 4".into())
 }
 
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -198,6 +211,9 @@ pub enum ConfigError {
     /// No RAM.
     #[error("--mem 0: a guest needs RAM, as in --mem 128M")]
     NoMemory,
+    /// Bytes where MiB were meant.
+    #[error("--mem {0}: that is {0} bytes: write {0}M for MiB")]
+    MemoryUnit(u64),
     /// No vCPU.
     #[error("--cpus 0: a guest needs a hart, as in --cpus 1")]
     NoCpus,
@@ -220,7 +236,7 @@ pub enum ConfigError {
     #[error("--virtio-console stdio: the UART's console is there already: give --console none too")]
     TwoStdio,
     /// What no interface is called.
-    #[error("--net tap={0}: no name of an interface")]
+    #[error("--net tap={0}: an interface's name has 1 to 15 bytes, and no '/', ':' or blank")]
     TapName(String),
     /// One tap for two interfaces.
     #[error("--net tap={0}: two interfaces cannot share a tap")]
@@ -239,6 +255,10 @@ impl VmConfig {
         self.kernel()?;
         if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
+        }
+        // No machine has so little, and people leave out the M.
+        if self.mem.size < ByteSize::kib(64) {
+            return Err(ConfigError::MemoryUnit(self.mem.size.bytes()));
         }
         if self.cpus == 0 {
             return Err(ConfigError::NoCpus);
@@ -287,6 +307,10 @@ mod tests {
             Err(ConfigError::NoMemory)
         );
         assert_eq!(with(|c| c.cpus = 0), Err(ConfigError::NoCpus));
+        assert_eq!(
+            with(|c| c.mem.size = ByteSize(256)),
+            Err(ConfigError::MemoryUnit(256))
+        );
         assert_eq!(
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)

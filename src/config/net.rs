@@ -93,11 +93,15 @@ impl fmt::Display for NetConfig {
     }
 }
 
+/// Bytes of an interface's name (IFNAMSIZ, without the NUL).
+const NAME_MAX: usize = 15;
+
 /// Checks what can be checked without a host.
 pub(super) fn validate(interfaces: &[NetConfig]) -> Result<(), ConfigError> {
     for (index, interface) in interfaces.iter().enumerate() {
         let tap = &interface.tap;
-        if tap.is_empty() || tap.contains('/') {
+        let has_room = (1..=NAME_MAX).contains(&tap.len());
+        if !has_room || tap.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
             return Err(ConfigError::TapName(tap.clone()));
         }
         if interfaces[..index].iter().any(|other| other.tap == *tap) {
@@ -125,9 +129,22 @@ mod tests {
     }
 
     #[test]
+    fn names_are_an_interfaces() {
+        let is_well = |tap: &str| {
+            let net: NetConfig = format!("tap={tap}").parse().unwrap();
+            validate(&[net]).is_ok()
+        };
+        assert!(is_well("fifteen-letters"));
+        for none in ["", "sixteen-letters!", "a/b", "a b", "a:b"] {
+            assert!(!is_well(none), "{none:?}");
+        }
+    }
+
+    #[test]
     fn errors_name_the_value() {
         for (text, part) in [
             ("mac=52:54:00:12:34:56", "`tap`"),
+            ("user", "unknown key `user`, expected one of `tap`"),
             ("tap=a,mac=52:54:00:12:34", "52:54:00:12:34:56"),
             ("tap=a,mac=52:54:00:12:34:5", "no MAC"),
             ("tap=a,mac=+2:54:00:12:34:56", "no MAC"),

@@ -110,9 +110,17 @@ fn list(
     extensions: &[ExtensionInfo],
     wanted: impl Fn(&ExtensionInfo) -> bool,
 ) -> fmt::Result {
+    let names: Vec<&str> = extensions
+        .iter()
+        .filter(|e| wanted(e))
+        .map(|e| e.name)
+        .collect();
+    if names.is_empty() {
+        return writeln!(f, "{title}: none\n");
+    }
     writeln!(f, "{title}:")?;
     let mut line = String::from(" ");
-    for name in extensions.iter().filter(|e| wanted(e)).map(|e| e.name) {
+    for name in names {
         if line.len() + name.len() > WIDTH {
             writeln!(f, "{line}")?;
             line = String::from(" ");

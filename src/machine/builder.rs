@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use log::warn;
 use vm_memory::GuestAddress;
 
 use super::hardware::{Hardware, Kept};
@@ -10,7 +11,7 @@ use super::layout::RAM_BASE;
 use super::virtio::{Backends, MakeDevice};
 use crate::boot::files::BootFile;
 use crate::boot::kernel::Kernel;
-use crate::boot::placement::{Placement, fdt_room};
+use crate::boot::placement::{Placement, fdt_room, scarce};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vm};
@@ -59,6 +60,14 @@ impl Machine {
         let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
         let plan = files.plan(config)?;
+        if let Some(enough) = scarce(config.mem.size, &plan.placement, RAM_BASE) {
+            warn!(
+                "--mem {} is little for this kernel and initrd: the guest may end without a word; --mem {} \
+                 is likely to do",
+                config.mem.size.as_flag(),
+                enough.as_flag()
+            );
+        }
         let backends = Backends::open(config, device)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;

@@ -133,15 +133,15 @@ impl Machine {
 
     /// Connects the console, and the second one where there is one, to the host.
     fn connect_consoles(&self, console: &ConsoleConfig, ending: &Ending) -> Result<Vec<Host>> {
-        let mut consoles = vec![(Arc::clone(&self.console), console)];
+        let mut consoles = vec![("the console", Arc::clone(&self.console), console)];
         let second = (&self.backends.console, &self.config.virtio_console);
         if let (Some(console), Some(config)) = second {
-            consoles.push((Arc::clone(console), config));
+            consoles.push(("the second console (hvc0)", Arc::clone(console), config));
         }
-        let connect = |(console, config)| {
+        let connect = |(name, console, config)| {
             let ending = ending.clone();
             let on_leave = Box::new(move || ending.ask(Outcome::Left));
-            Host::start(console, config, on_leave)
+            Host::start(name, console, config, on_leave)
         };
         consoles.into_iter().map(connect).collect()
     }

@@ -38,8 +38,8 @@ use requests::{TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ};
 pub enum TapError {
     /// There is no such interface.
     #[error(
-        "Failed to open tap {0:?}: there is no such interface: ip tuntap add dev {0} mode tap; \
-         ip link set {0} up"
+        "Failed to open tap {0:?}: there is no such interface: ip tuntap add dev {0} mode tap && \
+         ip link set {0} up (with iproute2's ip) makes it"
     )]
     Missing(String),
     /// The host has no taps.

@@ -14,10 +14,11 @@ use thiserror::Error;
 use super::direct::{Direct, Units};
 use super::durable::{Durable, Mark};
 use super::file::{fallocated, is_in_memory, read_all, reopen, write_all, write_step, write_zeros};
+use super::format::foreign;
 use super::lock::lock;
 use super::overlay::{Overlay, default_directory};
 use super::request::{Range, SECTOR, SECTOR_BYTES};
-use crate::config::{Cache, DiskConfig};
+use crate::config::{Cache, DiskConfig, DiskFormat};
 use crate::memory::Pieces;
 use crate::util::ByteSize;
 
@@ -25,10 +26,12 @@ use crate::util::ByteSize;
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The host said no.
-    #[error("Failed to open disk {path:?}: {error}{}", hint(.error))]
+    #[error("Failed to open disk {path:?}: {error}{}", hint(.error, *.writes))]
     Open {
         /// Which.
         path: PathBuf,
+        /// Whether the guest is to write it.
+        writes: bool,
         /// Why.
         error: io::Error,
     },
@@ -36,8 +39,22 @@ pub enum OpenError {
     #[error("Failed to open disk {0:?}: neither a file nor a block device")]
     Kind(PathBuf),
     /// Not a whole sector in it.
-    #[error("Failed to open disk {0:?}: it has no {SECTOR} bytes: truncate -s 1G {0:?} makes room")]
+    #[error(
+        "Failed to open disk {0:?}: it has no {SECTOR} bytes, the least a disk can have: is this the \
+         right file? truncate -s 1G NEW makes an empty disk"
+    )]
     Empty(PathBuf),
+    /// Another program's image.
+    #[error(
+        "Failed to open disk {path:?}: it is a {format} image, and rvmm reads raw ones: qemu-img \
+         convert -O raw {path:?} NEW makes one; format=raw takes this one as it is"
+    )]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// As qemu-img calls it.
+        format: &'static str,
+    },
     /// In use.
     #[error(
         "Failed to lock disk {0:?}: another process uses it: end that one; several can read it, \
@@ -57,9 +74,9 @@ pub enum OpenError {
     },
 }
 
-fn hint(error: &io::Error) -> &'static str {
+fn hint(error: &io::Error, writes: bool) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EACCES | libc::EROFS | libc::EPERM) => {
+        Some(libc::EACCES | libc::EROFS | libc::EPERM) if writes => {
             ": readonly or snapshot=on needs no permission to write"
         }
         Some(libc::EINVAL) => ": its file system may know no O_DIRECT: leave out direct",
@@ -97,24 +114,38 @@ impl Image {
     /// [`OpenError`], one line.
     pub fn open(config: &DiskConfig) -> Result<Self, OpenError> {
         let path = config.path.as_path();
+        let writes = !config.readonly && !config.snapshot;
         let failed = |error| OpenError::Open {
             path: path.to_owned(),
+            writes,
             error,
         };
         let metadata = std::fs::metadata(path).map_err(failed)?;
         if !metadata.is_file() && !metadata.file_type().is_block_device() {
             return Err(OpenError::Kind(path.to_owned()));
         }
-        let writes = !config.readonly && !config.snapshot;
         let mut file = open_file(path, config, &metadata, writes).map_err(failed)?;
+        if config.format != Some(DiskFormat::Raw) {
+            if let Some(format) = foreign(path).map_err(failed)? {
+                let path = path.to_owned();
+                return Err(OpenError::Format { path, format });
+            }
+        }
         lock(&file, path, writes).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => OpenError::Locked(path.to_owned()),
             _ => failed(error),
         })?;
         let whole = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        let len = whole - whole % SECTOR;
+        let rest = whole % SECTOR;
+        let len = whole - rest;
         if len == 0 {
             return Err(OpenError::Empty(path.to_owned()));
+        }
+        if rest > 0 {
+            warn!(
+                "disk {path:?}: its last {rest} bytes are no sector of {SECTOR} bytes: the guest does \
+                 not see them"
+            );
         }
         let is_regular = metadata.is_file();
         let block_size = block_size(&file, is_regular);

@@ -8,6 +8,7 @@ mod direct;
 mod durable;
 mod execute;
 mod file;
+mod format;
 pub mod image;
 mod lock;
 mod overlay;

@@ -66,13 +66,18 @@ struct InputThread {
 }
 
 impl Host {
-    /// Connects `console` as `config` says. On standard input a terminal goes into raw mode, and
-    /// its Ctrl-A keys are served.
+    /// Connects `console`, which people know as `name`, as `config` says. On standard input a terminal
+    /// goes into raw mode, and its Ctrl-A keys are served.
     ///
     /// # Errors
     /// The host refused the file, socket, pseudo-terminal, a thread, or the terminal's mode.
-    pub fn start(console: Arc<Console>, config: &ConsoleConfig, on_leave: OnLeave) -> Result<Self> {
-        let endpoint = open(config)?;
+    pub fn start(
+        name: &str,
+        console: Arc<Console>,
+        config: &ConsoleConfig,
+        on_leave: OnLeave,
+    ) -> Result<Self> {
+        let endpoint = open(name, config)?;
         let terminal = match config {
             ConsoleConfig::Stdio => RawTerminal::take().context("Failed to set up the terminal")?,
             _ => None,
@@ -147,11 +152,11 @@ impl Drop for Host {
     }
 }
 
-fn open(config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
+fn open(name: &str, config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
     Ok(match config {
         ConsoleConfig::Stdio => Arc::new(stdio::Stdio::new()),
         ConsoleConfig::None => Arc::new(sinks::Nowhere),
-        ConsoleConfig::Pty => Arc::new(pty::Pty::open()?),
+        ConsoleConfig::Pty => Arc::new(pty::Pty::open(name)?),
         ConsoleConfig::File(path) => Arc::new(sinks::LogFile::open(path)?),
         ConsoleConfig::Socket(path) => Arc::new(socket::Socket::bind(path)?),
     })

@@ -26,9 +26,9 @@ pub(super) struct Pty(File);
 
 impl Pty {
     /// Makes a pseudo-terminal in raw mode, and tells its name.
-    pub(super) fn open() -> Result<Self> {
+    pub(super) fn open(console: &str) -> Result<Self> {
         let (pty, name) = create().context("Failed to create a pseudo-terminal")?;
-        tell(format_args!("rvmm: the console is {name}"));
+        tell(format_args!("rvmm: {console} is {name}"));
         Ok(pty)
     }
 

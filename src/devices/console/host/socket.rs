@@ -3,11 +3,12 @@
 use std::fs;
 use std::io;
 use std::net::Shutdown;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use log::info;
 use rustix::fd::OwnedFd;
 use rustix::io::{Errno, read};
@@ -27,8 +28,10 @@ pub(super) struct Socket {
 impl Socket {
     /// Listens at `path`, where nothing may be yet.
     pub(super) fn bind(path: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path).with_context(|| {
-            format!("Failed to listen on console socket {path:?}, where no file may be yet")
+        let listener = UnixListener::bind(path);
+        let listener = listener.map_err(|error| {
+            let hint = hint(path, &error);
+            anyhow!("Failed to listen on console socket {path:?}: {error}{hint}")
         })?;
         // A client may be gone again before it is accepted.
         listener.set_nonblocking(true)?;
@@ -97,6 +100,30 @@ impl Endpoint for Socket {
     fn close(&self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// The way out of a refusal to listen at `path`.
+fn hint(path: &Path, error: &io::Error) -> String {
+    /// sockaddr_un's, without the NUL (unix(7)).
+    const LONGEST: usize = 107;
+    match error.kind() {
+        io::ErrorKind::AddrInUse if is_stale(path) => {
+            ": a socket that nobody listens on any more: remove it".into()
+        }
+        io::ErrorKind::AddrInUse => ": choose a name where no file is".into(),
+        io::ErrorKind::InvalidInput => {
+            let length = path.as_os_str().len();
+            format!(": a socket's path has at most {LONGEST} bytes, and this has {length}")
+        }
+        _ => String::new(),
+    }
+}
+
+/// Whether a socket is at `path` whose owner has ended.
+fn is_stale(path: &Path) -> bool {
+    let refused = UnixStream::connect(path).err();
+    refused.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        && fs::metadata(path).is_ok_and(|there| there.file_type().is_socket())
 }
 
 /// Whether a write's error says that the reader has gone.

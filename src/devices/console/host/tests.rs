@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::socket::Socket;
@@ -94,7 +94,7 @@ fn an_input_that_never_comes_back_holds_up_no_end() {
 
 fn start(config: &ConsoleConfig) -> (Arc<Console>, Host) {
     let console = Arc::new(Console::default());
-    let host = Host::start(Arc::clone(&console), config, Box::new(|| ())).unwrap();
+    let host = Host::start("the console", Arc::clone(&console), config, Box::new(|| ())).unwrap();
     (console, host)
 }
 
@@ -188,14 +188,24 @@ fn an_error_of_an_old_client_is_not_the_next_ones() {
 }
 
 #[test]
-fn a_socket_that_is_there_is_told() {
+fn where_no_socket_can_be_is_told() {
+    let refused = |path: &Path| {
+        let config = ConsoleConfig::Socket(path.to_owned());
+        let started = Host::start("the console", Arc::default(), &config, Box::new(|| ()));
+        started.err().unwrap().to_string()
+    };
     let path = path("taken");
     std::fs::write(&path, "").unwrap();
-    let config = ConsoleConfig::Socket(path.clone());
-    let error = Host::start(Arc::default(), &config, Box::new(|| ())).err();
-    assert!(error.unwrap().to_string().contains("no file may be yet"));
+    assert!(refused(&path).contains("where no file is"));
     assert!(path.exists(), "it was not ours to remove");
     std::fs::remove_file(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
+    assert!(refused(&path).contains("where no file is"));
+    drop(listener);
+    assert!(refused(&path).contains("remove it"), "{}", refused(&path));
+    std::fs::remove_file(&path).unwrap();
+    let long = path.with_file_name("x".repeat(108));
+    assert!(refused(&long).contains("at most 107 bytes"));
 }
 
 #[test]

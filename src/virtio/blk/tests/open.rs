@@ -82,5 +82,21 @@ fn what_cannot_be_a_disk_is_told() {
     assert!(line("/").contains("neither a file nor a block device"));
     assert!(line("/dev/null").contains("neither a file nor a block device"));
     let small = TempImage::new(511);
-    assert!(line(small.0.to_str().unwrap()).contains("truncate -s"));
+    let small = small.0.to_str().unwrap();
+    assert!(line(small).contains("the right file"));
+    let foreign = TempImage::new(MIB);
+    foreign.file().write_all_at(b"QFI\xfb", 0).unwrap();
+    let path = foreign.0.to_str().unwrap();
+    let refused = line(path);
+    assert!(
+        refused.contains("qcow2") && refused.contains("qemu-img convert -O raw"),
+        "{refused}"
+    );
+    assert!(foreign.open(",format=raw").is_ok());
+    let denied = OpenError::Open {
+        path: path.into(),
+        writes: false,
+        error: io::Error::from_raw_os_error(libc::EACCES),
+    };
+    assert!(!denied.to_string().contains("readonly"), "{denied}");
 }
