@@ -29,6 +29,12 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// The writer refused a name or value: a fault of rvmm's.
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError>;
+
+    /// What people call the registers at `gpa` just now, of those that this part has beside others of its
+    /// kind.
+    fn registers_at(&self, _gpa: u64) -> Option<String> {
+        None
+    }
 }
 
 /// Two devices that claim the same address: a fault of the machine's layout.

@@ -41,6 +41,7 @@ pub(super) struct Hardware {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) exits: Arc<Exits>,
     pub(super) device_tree: Vec<u8>,
+    virtio: Vec<Arc<dyn Device>>,
 }
 
 impl Hardware {
@@ -94,7 +95,15 @@ impl Hardware {
             vcpus,
             exits,
             device_tree,
+            virtio,
         })
+    }
+
+    /// What people call the registers at `gpa` just now.
+    pub(super) fn registers_at(&self, gpa: u64) -> Option<String> {
+        let mut devices = self.virtio.iter();
+        let by_device = devices.find_map(|device| device.registers_at(gpa));
+        by_device.or_else(|| layout::owner(gpa).map(Into::into))
     }
 }
 

@@ -168,7 +168,8 @@ impl Machine {
         vcpus.iter().for_each(VcpuHandle::ask_to_stop);
         let exits: Vec<_> = vcpus.into_iter().map(VcpuHandle::stop).collect();
         if let Some(stats) = &mut stats {
-            stats.add(exits);
+            let hardware = self.hardware()?;
+            stats.add(exits, |gpa| hardware.registers_at(gpa));
         }
         let outcome = asked_meanwhile(events).map_or(outcome, Ok)?;
         match outcome {
@@ -185,7 +186,8 @@ impl Machine {
             let tell = tell.clone();
             let on_stop = Box::new(move |end| send(&tell, Event::Vcpu(end)));
             let exits = Arc::clone(&hardware.exits);
-            let stats = count.then(ExitStats::default);
+            let stats =
+                count.then(|| ExitStats::by_page(layout::PCI_ECAM.start..layout::PCI_WINDOW.end));
             handles.push(VcpuHandle::start(id, vcpu, exits, on_stop, stats)?);
         }
         Ok(handles)

@@ -1,11 +1,12 @@
 //! `--stats`: what the machine did, told at its end.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::layout;
 use crate::vcpu::stats::{ExitKind, ExitStats};
 
 /// Kinds of exits that the text tells, for each vCPU.
@@ -26,6 +27,8 @@ pub struct Stats {
     resets: u64,
     /// By vCPU, over all lives.
     vcpus: Vec<ExitStats>,
+    /// Whose registers the addresses of their exits were, when that life ended.
+    names: BTreeMap<u64, String>,
 }
 
 impl Stats {
@@ -38,6 +41,7 @@ impl Stats {
             end: Duration::ZERO,
             resets: 0,
             vcpus: Vec::new(),
+            names: BTreeMap::new(),
         }
     }
 
@@ -57,12 +61,30 @@ impl Stats {
         self.end = self.lap();
     }
 
-    /// Adds what the vCPUs of one life counted, in the order of their harts.
-    pub(super) fn add(&mut self, life: Vec<Option<ExitStats>>) {
+    /// Adds what the vCPUs of one life counted, in the order of their harts. `registers_at` names what an
+    /// address holds.
+    pub(super) fn add(
+        &mut self,
+        life: Vec<Option<ExitStats>>,
+        registers_at: impl Fn(u64) -> Option<String>,
+    ) {
         self.vcpus.resize_with(life.len(), ExitStats::default);
         for (all, one) in self.vcpus.iter_mut().zip(life) {
             all.merge(one.unwrap_or_default());
         }
+        // At most some hundred a vCPU: their kinds are bounded.
+        let kinds = self.vcpus.iter().flat_map(ExitStats::kinds);
+        for gpa in kinds.filter_map(|(kind, _)| kind.gpa()) {
+            if let (Entry::Vacant(entry), Some(name)) = (self.names.entry(gpa), registers_at(gpa)) {
+                entry.insert(name);
+            }
+        }
+    }
+
+    /// Whose registers an exit was for.
+    fn device(&self, kind: &ExitKind) -> Option<&str> {
+        let name = self.names.get(&kind.gpa()?)?;
+        Some(name)
     }
 
     fn lap(&mut self) -> Duration {
@@ -72,7 +94,7 @@ impl Stats {
 
     /// All of it, for scripts. Times are in nanoseconds.
     pub fn json(&self) -> Value {
-        let vcpus: Vec<Value> = self.vcpus.iter().map(vcpu).collect();
+        let vcpus: Vec<Value> = self.vcpus.iter().map(|vcpu| self.vcpu(vcpu)).collect();
         json!({
             "start_ns": nanos(self.start),
             "run_ns": nanos(self.run),
@@ -81,38 +103,30 @@ impl Stats {
             "vcpus": vcpus,
         })
     }
-}
 
-fn vcpu(stats: &ExitStats) -> Value {
-    let counters = stats.counters.iter();
-    let counters: Map<_, _> = counters
-        .map(|counter| (counter.name.clone(), counter.value.into()))
-        .collect();
-    let exits: Vec<Value> = stats
-        .kinds()
-        .iter()
-        .map(|(kind, tally)| {
-            json!({
-                "kind": kind.to_string(),
-                "device": device(kind),
-                "count": tally.count,
-                "time_ns": nanos(tally.time),
+    fn vcpu(&self, stats: &ExitStats) -> Value {
+        let counters = stats.counters.iter();
+        let counters: Map<_, _> = counters
+            .map(|counter| (counter.name.clone(), counter.value.into()))
+            .collect();
+        let exits: Vec<Value> = stats
+            .kinds()
+            .iter()
+            .map(|(kind, tally)| {
+                json!({
+                    "kind": kind.to_string(),
+                    "device": self.device(kind),
+                    "count": tally.count,
+                    "time_ns": nanos(tally.time),
+                })
             })
-        })
-        .collect();
-    json!({ "kvm": counters, "exits": exits })
+            .collect();
+        json!({ "kvm": counters, "exits": exits })
+    }
 }
 
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Which device's registers an exit was for.
-fn device(kind: &ExitKind) -> Option<&'static str> {
-    match kind {
-        ExitKind::MmioRead(gpa) | ExitKind::MmioWrite(gpa) => layout::owner(*gpa),
-        _ => None,
-    }
 }
 
 /// For people: lines without a last line end.
@@ -137,7 +151,7 @@ impl fmt::Display for Stats {
             write!(f, " {:>11} {:>9}", "ms in rvmm", "us each")?;
             let kinds = stats.kinds();
             for (kind, tally) in kinds.iter().take(KINDS_TOLD) {
-                let device = device(kind).map(|name| format!(" ({name})"));
+                let device = self.device(kind).map(|name| format!(" ({name})"));
                 let name = format!("{kind}{}", device.unwrap_or_default());
                 let (count, time) = (tally.count, millis(tally.time));
                 let each = 1e6 * tally.time.as_secs_f64() / count as f64;
@@ -158,19 +172,22 @@ fn millis(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::Counter;
+    use crate::hypervisor::{Counter, VmExit};
+    use crate::machine::layout;
 
     fn stats() -> Stats {
         let mut vcpu = ExitStats::default();
         let gpa = layout::UART.start;
-        vcpu.add(ExitKind::MmioRead(gpa), Duration::ZERO);
+        vcpu.add(&VmExit::MmioRead { gpa, len: 1 }, Duration::ZERO);
         vcpu.counters.push(Counter {
             name: "exits".into(),
             value: 2,
         });
         let mut stats = Stats::since(Instant::now());
-        stats.add(vec![Some(vcpu.clone())]);
-        stats.add(vec![Some(vcpu)]);
+        for _ in 0..2 {
+            let name = |gpa| layout::owner(gpa).map(Into::into);
+            stats.add(vec![Some(vcpu.clone())], name);
+        }
         stats.start = Duration::from_micros(1500);
         stats
     }

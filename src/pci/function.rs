@@ -21,6 +21,9 @@ const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const PENDING_END: u64 = 0x6000;
 
+/// No offset of BAR 0: the configuration space, for [`BarDevice::registers_at`].
+pub const CONFIGURATION: u64 = u64::MAX;
+
 /// The device behind BAR 0. Called by vCPU threads, any number at once.
 pub trait BarDevice: Send + Sync {
     /// A load of `data`, zeroed, at `offset` from the BAR's start, below 0x4000.
@@ -33,6 +36,8 @@ pub trait BarDevice: Send + Sync {
     /// From now on the device may access memory, or may not: then no access is left when this returns,
     /// and none begins. It may not at first. Called for one change at a time.
     fn set_bus_master(&self, allowed: bool);
+    /// What people call the registers at `offset`: `disk0, common configuration`.
+    fn registers_at(&self, offset: u64) -> String;
 }
 
 /// A window into BAR 0 in the configuration space: where its control (BAR, padding, offset, length)
@@ -164,6 +169,11 @@ impl Function {
             (TABLE..PENDING, Some(msix)) => msix.write_table(offset - TABLE, data),
             _ => {}
         }
+    }
+
+    /// What people call the registers at `offset` of BAR 0.
+    pub(super) fn registers_at(&self, offset: u64) -> String {
+        self.device.registers_at(offset)
     }
 
     /// Where in BAR 0 an access to the window's data goes: only one of the length that the guest set

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use anyhow::{Result, bail};
 
 use super::config::{ConfigSpace, Identity};
-use super::function::{BAR_SIZE, Function};
+use super::function::{BAR_SIZE, CONFIGURATION, Function};
 use super::interrupts::{Interrupts, SharedLine};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::irqchip::Messages;
@@ -289,6 +289,22 @@ impl Device for HostBridge {
         fdt.property_array_u32("interrupt-map-mask", &[0x1800, 0, 0, 7])?;
         fdt.property_array_u32("interrupt-map", &self.interrupt_map())?;
         fdt.end_node(node)
+    }
+
+    fn registers_at(&self, gpa: u64) -> Option<String> {
+        if self.ecam.contains(&gpa) {
+            return Some(match self.at(gpa - self.ecam.start).0 {
+                Slot::Bridge => "PCI bridge".into(),
+                Slot::Function(function) => function.registers_at(CONFIGURATION),
+                Slot::Empty => "no PCI device".into(),
+            });
+        }
+        let offset = self
+            .window
+            .contains(&gpa)
+            .then(|| gpa - self.window.start)?;
+        let (function, offset) = self.find(offset, 1)?;
+        Some(function.registers_at(offset))
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::hypervisor::{Counter, Vcpu, VmExit};
+use crate::memory::PAGE_SIZE;
 use crate::util::{RateLimit, guest_warn};
 
 /// Kinds told apart. A guest chooses addresses and calls, and may not grow rvmm with them.
@@ -13,7 +15,7 @@ const KINDS_MAX: usize = 256;
 /// What an exit was, as far as it is worth telling apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExitKind {
-    /// A load from this guest-physical address.
+    /// A load from this guest-physical address; where pages count as a whole, from that page.
     MmioRead(u64),
     /// A store to it.
     MmioWrite(u64),
@@ -30,11 +32,15 @@ pub enum ExitKind {
 }
 
 impl ExitKind {
-    /// The kind of `exit`.
-    pub fn of(exit: &VmExit) -> Self {
+    /// The kind of `exit`, where the pages of `by_page` count as a whole.
+    pub fn of(exit: &VmExit, by_page: &Range<u64>) -> Self {
+        let place = |gpa: u64| {
+            let page = if by_page.contains(&gpa) { PAGE_SIZE } else { 1 };
+            gpa - gpa % page
+        };
         match *exit {
-            VmExit::MmioRead { gpa, .. } => Self::MmioRead(gpa),
-            VmExit::MmioWrite { gpa, .. } => Self::MmioWrite(gpa),
+            VmExit::MmioRead { gpa, .. } => Self::MmioRead(place(gpa)),
+            VmExit::MmioWrite { gpa, .. } => Self::MmioWrite(place(gpa)),
             VmExit::Sbi(call) => Self::Sbi(call.extension, call.function),
             VmExit::Csr { number } => Self::Csr(number),
             VmExit::Interrupted => Self::Interrupted,
@@ -42,6 +48,14 @@ impl ExitKind {
             | VmExit::Unrunnable { .. }
             | VmExit::FailEntry { .. }
             | VmExit::Unknown { .. } => Self::End,
+        }
+    }
+
+    /// The address of a load or store.
+    pub fn gpa(&self) -> Option<u64> {
+        match self {
+            Self::MmioRead(gpa) | Self::MmioWrite(gpa) => Some(*gpa),
+            _ => None,
         }
     }
 }
@@ -88,15 +102,25 @@ pub struct Tally {
 /// The exits of one vCPU.
 #[derive(Clone, Debug, Default)]
 pub struct ExitStats {
+    by_page: Range<u64>,
     kinds: HashMap<ExitKind, Tally>,
     /// KVM's own counters, read when the vCPU has ended.
     pub counters: Vec<Counter>,
 }
 
 impl ExitStats {
-    /// Counts an exit of `kind` that took `time` to serve.
-    pub fn add(&mut self, kind: ExitKind, time: Duration) {
-        let tally = self.tally(kind);
+    /// None yet. In `by_page`, where the registers of devices are by the hundred, those of one page of
+    /// 4 KiB are one kind.
+    pub fn by_page(by_page: Range<u64>) -> Self {
+        Self {
+            by_page,
+            ..Self::default()
+        }
+    }
+
+    /// Counts an `exit` that took `time` to serve.
+    pub fn add(&mut self, exit: &VmExit, time: Duration) {
+        let tally = self.tally(ExitKind::of(exit, &self.by_page));
         tally.count += 1;
         tally.time += time;
     }
@@ -155,20 +179,39 @@ mod tests {
     #[test]
     fn exits_are_counted_by_kind() {
         let mut stats = ExitStats::default();
-        let read = |gpa| ExitKind::of(&VmExit::MmioRead { gpa, len: 4 });
-        stats.add(read(1), Duration::from_micros(1));
-        stats.add(read(1), Duration::from_micros(1));
-        stats.add(read(2), Duration::from_micros(3));
+        let read = |gpa| VmExit::MmioRead { gpa, len: 4 };
+        stats.add(&read(1), Duration::from_micros(1));
+        stats.add(&read(1), Duration::from_micros(1));
+        stats.add(&read(2), Duration::from_micros(3));
         let kinds = stats.kinds();
         assert_eq!(kinds[0].0, ExitKind::MmioRead(2), "the longest first");
         assert_eq!(kinds[1].1.count, 2);
     }
 
     #[test]
+    fn a_page_of_devices_is_one_kind() {
+        let mut stats = ExitStats::by_page(0x1_0000..0x2_0000);
+        for gpa in 0..0x3_0000 {
+            stats.add(&VmExit::MmioRead { gpa, len: 1 }, Duration::ZERO);
+        }
+        let kinds = stats.kinds();
+        let count = |gpa| {
+            let found = kinds
+                .iter()
+                .find(|(kind, _)| *kind == ExitKind::MmioRead(gpa));
+            found.map(|(_, tally)| tally.count)
+        };
+        assert_eq!(count(0x1_0000), Some(4096));
+        assert_eq!(count(0x1_f000), Some(4096));
+        assert_eq!([count(7), count(0x1_0001)], [Some(1), None]);
+    }
+
+    #[test]
     fn a_guest_cannot_grow_them() {
         let mut stats = ExitStats::default();
         for gpa in 0..10_000 {
-            stats.add(ExitKind::MmioWrite(gpa), Duration::ZERO);
+            let (len, data) = (1, [0; 8]);
+            stats.add(&VmExit::MmioWrite { gpa, len, data }, Duration::ZERO);
         }
         let kinds = stats.kinds();
         assert_eq!(kinds.len(), KINDS_MAX + 1);
@@ -187,7 +230,7 @@ mod tests {
                 args: [0; 6],
             })
         };
-        let name = |exit: VmExit| ExitKind::of(&exit).to_string();
+        let name = |exit: VmExit| ExitKind::of(&exit, &(0..0)).to_string();
         assert_eq!(name(call(0x4442_434e)), "SBI DBCN 2");
         assert_eq!(name(call(0x10)), "SBI 0x10 2");
         assert_eq!(name(call(u64::MAX)), "SBI 0xffffffffffffffff 2");

@@ -10,7 +10,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::Stop;
 use super::exits::{Exits, Next};
-use super::stats::{ExitKind, ExitStats};
+use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry};
 use crate::util::thread::{Kind, spawn};
 
@@ -118,7 +118,7 @@ fn run(
         let began = stats.is_some().then(Instant::now);
         let next = exits.handle(exit);
         if let (Some(stats), Some(began)) = (&mut stats, began) {
-            stats.add(ExitKind::of(exit), began.elapsed());
+            stats.add(exit, began.elapsed());
         }
         match next {
             Next::Enter(next) => entry = next,

@@ -139,6 +139,11 @@ impl Device for MmioTransport {
         fdt.property_array_u32("interrupts-extended", &line.fdt_interrupt())?;
         fdt.end_node(node)
     }
+
+    fn registers_at(&self, gpa: u64) -> Option<String> {
+        let is_here = (self.base..self.base + SIZE).contains(&gpa);
+        is_here.then(|| lock(&self.core).name().to_owned())
+    }
 }
 
 /// QueueNotify, told apart by the queue's number, which is the value stored.

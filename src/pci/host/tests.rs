@@ -39,6 +39,9 @@ impl BarDevice for Registers {
     fn moved(&self, base: Option<u64>) {
         lock(&self.moves).push(base);
     }
+    fn registers_at(&self, offset: u64) -> String {
+        format!("registers {offset:#x}")
+    }
     fn set_bus_master(&self, allowed: bool) {
         let bridge = lock(&self.bridge);
         let free = bridge.as_ref().is_none_or(|b| b.moving.try_lock().is_ok());
