@@ -69,7 +69,7 @@ RUN set -eu; cd /opt/rvmm; \
             done >"modules/$list"; \
     }; \
     load host kvm tun vhost_net virtio_blk loop ext4; \
-    load guest virtio_mmio virtio_blk virtio_net virtio_rng ext4; \
+    load guest virtio_mmio virtio_blk virtio_net virtio_rng virtio_input evdev autofs4 ext4; \
     [ -s modules/kvm.ko ] && [ -s modules/virtio_net.ko ]; \
     rm -rf root ./*.deb /var/lib/apt/lists/* /var/cache/apt/*.bin
 
@@ -105,7 +105,7 @@ RUN set -eu; mkdir -p /opt/rvmm/debian; cd /opt/rvmm/debian; \
     base=$(apt apt-cache dumpavail | awk '/^Package:/ { p = $2 } /^(Essential: yes|Priority: required)/ { print p }' | \
         sort -u | grep -v '^apt$'); \
     apt apt-get install --download-only -o Dir::Cache::archives=/opt/rvmm/debian \
-        $base systemd-sysv udev fio iperf3 iproute2 e2fsprogs kmod; \
+        $base systemd-sysv dbus udev fio iperf3 iproute2 e2fsprogs kmod; \
     rm -rf partial lock /var/lib/apt/lists/* /var/cache/apt/*.bin
 
 # For riscv64, cargo links statically (L1 has no libraries) and runs tests in user-mode emulation.

@@ -128,7 +128,7 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     }
     let (outcome, stats) = machine.run(&Run {
         console: &cli.vm.console,
-        timeout: cli.timeout,
+        timeout: cli.timeout.map(|time| time.0),
         reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
     })?;

@@ -119,6 +119,7 @@ mod tests {
             transport: Transport::Mmio,
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
+            on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
         };
         assert_eq!(
             overlay(&print(&config).unwrap(), &flags(), |_| false).unwrap(),

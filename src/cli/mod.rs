@@ -5,12 +5,11 @@ mod names;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::VmConfig;
+use crate::config::{Time, VmConfig};
 use crate::hypervisor::extensions::{isa_register, sbi_register};
 use crate::machine::layout::MAX_HARTS;
 
@@ -68,8 +67,8 @@ pub struct Cli {
     pub print_config: bool,
 
     /// End the machine after this time, such as 30s, 5m or 1h 30m
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    pub timeout: Option<Duration>,
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Time>,
 
     /// End, with status 120, when the guest asks for a reset, instead of restarting it
     #[arg(long)]
@@ -187,15 +186,6 @@ fn can_be(vm: &VmConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// A time above zero, as people write it.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("a machine needs some time".into()),
-        Ok(time) => Ok(time),
-        Err(error) => Err(format!("{error}; write it as 30s, 5m or 1h 30m")),
-    }
-}
-
 /// clap's message without its usage and hints, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
@@ -232,6 +222,7 @@ pub fn help() -> String {
 mod tests {
     use super::*;
     use crate::util::ByteSize;
+    use std::time::Duration;
 
     fn parsed(line: &str) -> Request {
         parse(line.split(' ').map(OsString::from))
@@ -259,7 +250,7 @@ mod tests {
         assert_eq!(cli.vm.mem.size, ByteSize::mib(1024));
         assert_eq!(cli.vm.cmdline, "console=ttyS0");
         assert_eq!(cli.verbose, 2);
-        assert_eq!(cli.timeout, Some(Duration::from_secs(60)));
+        assert_eq!(cli.timeout, Some(Time(Duration::from_secs(60))));
     }
 
     #[test]
@@ -286,7 +277,7 @@ mod tests {
         assert_eq!(cli.vm.kernel, Some(PathBuf::from("b")));
         assert_eq!(cli.vm.mem.size, ByteSize::mib(512));
         assert_eq!(cli.vm.cpus, 1);
-        assert_eq!(cli.timeout, Some(Duration::from_secs(2)));
+        assert_eq!(cli.timeout, Some(Time(Duration::from_secs(2))));
         assert_eq!(cli.stats, Some(Some(PathBuf::from("x"))));
         assert_eq!(cli.log_file, Some(PathBuf::from("m")));
         assert_eq!(cli.vm.disk.len(), 2);
@@ -314,6 +305,7 @@ mod tests {
                 "irqchip" => "auto",
                 "kernel-format" => "auto",
                 "timeout" => "1s",
+                "on-sigterm" => "poweroff",
                 _ => "x",
             };
             let one = match arg.get_action() {

@@ -6,6 +6,7 @@ mod disk;
 mod keyvalue;
 mod mem;
 mod net;
+mod sigterm;
 
 use std::path::{Path, PathBuf};
 
@@ -19,6 +20,7 @@ pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
 pub use disk::{Cache, DiskConfig, DiskFormat};
 pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
+pub use sigterm::{SigtermAct, SigtermConfig, Time};
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL (COMMAND_LINE_SIZE in
 /// `arch/riscv/include/uapi/asm/setup.h`); it would cut off the rest in silence.
@@ -129,6 +131,16 @@ pub struct VmConfig {
     /// Where the guest's console goes: stdio, none, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub console: ConsoleConfig,
+
+    /// What SIGTERM does: kill (as when the power fails), or poweroff: asks the guest to power off, by
+    /// a power key (systemd-logind minds it) or else by SysRq on its UART, and ends the machine
+    /// after timeout=TIME (30s) all the same, or at the next SIGTERM
+    #[arg(long, value_name = "kill|poweroff[,timeout=TIME]", default_value_t)]
+    #[serde(
+        deserialize_with = "keyvalue::deserialize",
+        skip_serializing_if = "SigtermConfig::is_default"
+    )]
+    pub on_sigterm: SigtermConfig,
 }
 
 fn parse_cpus(text: &str) -> Result<u32, String> {
@@ -157,6 +169,7 @@ impl Default for VmConfig {
             transport: Transport::default(),
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
+            on_sigterm: SigtermConfig::default(),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! reading the receive buffer without having seen that data is ready takes nothing. A driver that
 //! resets the chip and clears it by blind reads, as Linux' does, so loses no byte of a pipe.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::console::{Console, LOW_ROOM, Listener};
@@ -49,6 +50,7 @@ const MCR_RTS: u8 = 0x02;
 const MCR_OUT2: u8 = 0x08;
 const MCR_LOOPBACK: u8 = 0x10;
 const LSR_DATA_READY: u8 = 0x01;
+const LSR_BREAK: u8 = 0x10;
 /// Transmitter holding register and shift register empty.
 const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 /// Carrier, ring off, data set ready, clear to send.
@@ -71,6 +73,16 @@ struct Registers {
     shown: bool,
     /// The byte sent to itself in loopback.
     looped: Option<u8>,
+    /// What comes before the console's input: a break, or a byte.
+    urgent: VecDeque<Urgent>,
+}
+
+/// What rvmm itself sends to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Urgent {
+    /// The line was held low for longer than a byte takes.
+    Break,
+    Byte(u8),
 }
 
 impl Registers {
@@ -148,6 +160,9 @@ impl Registers {
         self.listening = true;
         if self.shown {
             lsr |= LSR_DATA_READY;
+            if self.urgent.front() == Some(&Urgent::Break) {
+                lsr |= LSR_BREAK;
+            }
         }
         if self.can_send(console) {
             lsr |= LSR_TRANSMITTER_EMPTY;
@@ -204,7 +219,13 @@ impl Registers {
         }
         let mut byte = [0];
         if self.shown || self.ier & IER_RECEIVED != 0 {
-            console.read(&mut byte);
+            match self.urgent.pop_front() {
+                Some(Urgent::Byte(byte)) => return byte,
+                Some(Urgent::Break) => return 0,
+                None => {
+                    console.read(&mut byte);
+                }
+            }
         }
         byte[0]
     }
@@ -213,7 +234,8 @@ impl Registers {
         if self.loopback() {
             return self.looped.is_some();
         }
-        self.listening && !self.held_back() && console.input_len() > 0
+        let has_input = !self.urgent.is_empty() || console.input_len() > 0;
+        self.listening && !self.held_back() && has_input
     }
 
     /// An interrupt-driven guest that is not ready to receive yet.
@@ -263,6 +285,17 @@ impl Uart {
         let listener: Arc<dyn Listener> = uart.clone();
         console.set_listener(Arc::downgrade(&listener));
         uart
+    }
+
+    /// Sends Linux a SysRq command for each of `keys`: a break and the key, before all other input
+    /// (`Documentation/admin-guide/sysrq.rst`). Who knows no SysRq reads NULs and the keys.
+    pub fn sysrq(&self, keys: &[u8]) {
+        self.with_registers(|chip| {
+            chip.urgent = keys
+                .iter()
+                .flat_map(|key| [Urgent::Break, Urgent::Byte(*key)])
+                .collect();
+        });
     }
 
     /// Accesses the registers, then moves the wire if its level has changed.

@@ -64,6 +64,11 @@ impl Ending {
         self.expect(outcome, Instant::now());
     }
 
+    /// Asks for the guest's power key to be pressed.
+    pub(super) fn press(&self) {
+        let _ = self.0.tell.send(Event::Pressed);
+    }
+
     /// From now on makes sure of an end that is asked for at `at`.
     pub(super) fn expect(&self, outcome: Outcome, at: Instant) {
         let Some(latest) = at.checked_add(self.0.grace) else {

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use log::{debug, info};
+use signal_hook::consts::SIGTERM;
 
 use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
@@ -52,6 +53,40 @@ enum Event {
     Vcpu(hypervisor::Result<Stop>),
     /// Somebody asked for the end.
     Asked(Outcome),
+    /// Somebody asked the guest for its end.
+    Pressed,
+}
+
+/// When a machine ends at the latest, and how.
+#[derive(Clone, Copy)]
+struct Deadline {
+    at: Option<Instant>,
+    outcome: Outcome,
+}
+
+impl Deadline {
+    /// After `time`, if any is given.
+    fn after(time: Option<Duration>) -> Self {
+        Self {
+            at: time.and_then(|time| Instant::now().checked_add(time)),
+            outcome: Outcome::TimedOut,
+        }
+    }
+
+    /// How much time is left.
+    fn left(&self) -> Duration {
+        let left = |at: Instant| at.saturating_duration_since(Instant::now());
+        self.at.map_or(Duration::MAX, left)
+    }
+
+    /// The earlier of both.
+    fn or(self, other: Self) -> Self {
+        if other.left() < self.left() {
+            other
+        } else {
+            self
+        }
+    }
 }
 
 /// How to run a machine.
@@ -89,20 +124,19 @@ impl Machine {
         tell: &Sender<Event>,
         events: &Receiver<Event>,
     ) -> Result<(Outcome, Option<Stats>)> {
-        let deadline = how
-            .timeout
-            .and_then(|timeout| Instant::now().checked_add(timeout));
-        if let Some(deadline) = deadline {
-            ending.expect(Outcome::TimedOut, deadline);
+        let mut deadline = Deadline::after(how.timeout);
+        if let Some(at) = deadline.at {
+            ending.expect(deadline.outcome, at);
         }
         let resized = self.backends.console.clone();
         let on_resize = move || resized.iter().for_each(|console| console.resized());
-        let signals = Signals::start(ending.clone(), on_resize);
+        let presses = self.backends.button.is_some();
+        let signals = Signals::start(ending.clone(), presses, on_resize);
         let signals = signals.context("Failed to wait for signals")?;
         let hosts = self.connect_consoles(how.console, ending)?;
         let mut stats = how.stats_from.map(Stats::since);
         let outcome = loop {
-            match self.live(tell, events, deadline, stats.as_mut()) {
+            match self.live(tell, events, &mut deadline, stats.as_mut()) {
                 Ok(Outcome::Guest(Stop::Reset)) if how.reboot => match self.reset() {
                     Ok(()) => {}
                     Err(error) => break Err(error),
@@ -119,8 +153,8 @@ impl Machine {
         let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
         for host in hosts {
             host.finish(|idle| {
-                hurried |= asked_meanwhile(events).is_some();
-                hurried |= deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                hurried |= meanwhile(events).is_some();
+                hurried |= deadline.left().is_zero();
                 !hurried || idle < DRAIN_PATIENCE
             });
         }
@@ -152,7 +186,7 @@ impl Machine {
         &mut self,
         tell: &Sender<Event>,
         events: &Receiver<Event>,
-        deadline: Option<Instant>,
+        deadline: &mut Deadline,
         mut stats: Option<&mut Stats>,
     ) -> Result<Outcome> {
         if let Some(stats) = &mut stats {
@@ -160,7 +194,15 @@ impl Machine {
         }
         let vcpus = self.start_vcpus(tell, stats.is_some())?;
         guest_info!(RateLimit::named("lives"), "the guest runs");
-        let outcome = first_event(events, deadline);
+        let mut settled = false;
+        let outcome = loop {
+            match next_event(events, deadline, &mut settled) {
+                Some(Event::Pressed) => self.press(deadline)?,
+                Some(Event::Vcpu(end)) => break end.map(Outcome::Guest),
+                Some(Event::Asked(outcome)) => break Ok(outcome),
+                None => break Ok(deadline.outcome),
+            }
+        };
         if let Some(stats) = &mut stats {
             stats.guest_ended();
         }
@@ -171,12 +213,38 @@ impl Machine {
             let hardware = self.hardware()?;
             stats.add(exits, |gpa| hardware.registers_at(gpa));
         }
-        let outcome = asked_meanwhile(events).map_or(outcome, Ok)?;
+        let outcome = match meanwhile(events) {
+            Some(Event::Asked(asked)) => asked,
+            Some(_) => {
+                self.press(deadline)?;
+                outcome?
+            }
+            None => outcome?,
+        };
         match outcome {
             Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
             _ => info!("{outcome}"),
         }
         Ok(outcome)
+    }
+
+    /// Asks the guest to power off, which it has to do before a new `deadline`.
+    fn press(&mut self, deadline: &mut Deadline) -> Result<()> {
+        let Some(patience) = self.config.on_sigterm.patience() else {
+            return Ok(());
+        };
+        let last = Deadline {
+            outcome: Outcome::Signal(SIGTERM),
+            ..Deadline::after(Some(patience))
+        };
+        *deadline = deadline.or(last);
+        if self.backends.button.iter().any(|button| button.press()) {
+            info!("SIGTERM: the guest's power key is pressed");
+        } else {
+            info!("SIGTERM: the guest has no power key: SysRq on its UART");
+            self.hardware()?.sysrq_power_off();
+        }
+        Ok(())
     }
 
     fn start_vcpus(&mut self, tell: &Sender<Event>, count: bool) -> Result<Vec<VcpuHandle>> {
@@ -194,14 +262,13 @@ impl Machine {
     }
 }
 
-/// What a person asked for while the vCPUs were stopped. What other vCPUs told is dropped: they
-/// stopped because the first one did.
-fn asked_meanwhile(events: &Receiver<Event>) -> Option<Outcome> {
-    let asked = |event| match event {
-        Event::Asked(outcome) => Some(outcome),
-        Event::Vcpu(_) => None,
-    };
-    events.try_iter().find_map(asked)
+/// What a person asked for while the vCPUs were stopped: the end, or else the guest's. What other vCPUs
+/// told is dropped: they stopped because the first one did.
+fn meanwhile(events: &Receiver<Event>) -> Option<Event> {
+    let asked = events
+        .try_iter()
+        .filter(|event| !matches!(event, Event::Vcpu(_)));
+    asked.min_by_key(|event| matches!(event, Event::Pressed))
 }
 
 /// Tells an event. Nobody listens after the first one, and that is fine.
@@ -209,27 +276,20 @@ fn send(tell: &Sender<Event>, event: Event) {
     let _ = tell.send(event);
 }
 
-/// Waits for what ends a life. A machine that lives for longer than [`SETTLED`] gives back the code
-/// that only starting needed.
-fn first_event(events: &Receiver<Event>, deadline: Option<Instant>) -> Result<Outcome> {
-    let left = deadline.map_or(Duration::MAX, |at| {
-        at.saturating_duration_since(Instant::now())
-    });
-    let mut rest = left;
-    if left > SETTLED {
-        rest -= SETTLED;
+/// Waits for an event of a life; None when the time of `deadline` is over. A machine that lives for longer
+/// than [`SETTLED`] gives back the code that only starting needed: then it is `settled`.
+fn next_event(events: &Receiver<Event>, deadline: &Deadline, settled: &mut bool) -> Option<Event> {
+    if !*settled && deadline.left() > SETTLED {
         match events.recv_timeout(SETTLED) {
             Err(RecvTimeoutError::Timeout) => {}
-            event => return Outcome::of(event?),
+            event => return event.ok(),
         }
+        *settled = true;
         if let Err(error) = text::release() {
             debug!("the code that only starting needed stays in memory: {error}");
         }
     }
-    match events.recv_timeout(rest) {
-        Err(RecvTimeoutError::Timeout) => Ok(Outcome::TimedOut),
-        event => Outcome::of(event?),
-    }
+    events.recv_timeout(deadline.left()).ok()
 }
 
 #[cfg(test)]

@@ -2,9 +2,6 @@
 
 use std::fmt;
 
-use anyhow::Result;
-
-use super::Event;
 use crate::vcpu::Stop;
 
 /// The largest exit status that a guest chooses.
@@ -24,13 +21,6 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub(super) fn of(event: Event) -> Result<Self> {
-        match event {
-            Event::Vcpu(end) => Ok(Self::Guest(end?)),
-            Event::Asked(outcome) => Ok(outcome),
-        }
-    }
-
     /// rvmm's exit status, as `--help` documents it.
     pub fn exit_status(self) -> u8 {
         match self {

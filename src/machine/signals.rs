@@ -2,7 +2,7 @@
 //!
 //! | signal | rvmm |
 //! |---|---|
-//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | ends in order: the terminal restored, status 128+n |
+//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | ends in order: the terminal restored, status 128+n; SIGTERM may ask the guest first |
 //! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU | the same: by default they end a process at once |
 //! | SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT | the same |
 //! | SIGTSTP | restores the terminal, then stops |
@@ -94,12 +94,17 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Starts to tell `ending` of signals that end rvmm; SIGTSTP and SIGCONT give the terminal back
-    /// and take it again; of SIGWINCH `on_resize` is told.
+    /// Starts to tell `ending` of signals that end rvmm; if `presses`, the first SIGTERM presses the power
+    /// key instead. SIGTSTP and SIGCONT give the terminal back and take it again; of SIGWINCH `on_resize`
+    /// is told.
     ///
     /// # Errors
     /// The host has no resources for a thread.
-    pub(super) fn start(ending: Ending, on_resize: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub(super) fn start(
+        ending: Ending,
+        mut presses: bool,
+        on_resize: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
         let ignored = ignored_signals();
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
         let wanted = wanted.filter(|signal| !ignored.contains(signal));
@@ -117,6 +122,7 @@ impl Signals {
                     SIGTSTP => suspend(&stopping),
                     SIGCONT => terminal::resume(),
                     SIGWINCH => on_resize(),
+                    SIGTERM if std::mem::take(&mut presses) => ending.press(),
                     _ => ending.ask(Outcome::Signal(signal)),
                 }
             }
@@ -202,7 +208,7 @@ pub(super) mod tests {
         let _alone = lock(&ALONE);
         let (tell, events) = channel();
         let ending = Ending::with(tell, LONG, |_| ());
-        let signals = Signals::start(ending.clone(), || ()).unwrap();
+        let signals = Signals::start(ending.clone(), false, || ()).unwrap();
         for signal in ENDS {
             raise(signal).unwrap();
             let Ok(Event::Asked(outcome)) = events.recv() else {

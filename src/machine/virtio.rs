@@ -18,6 +18,7 @@ use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
 use crate::virtio::console::ConsolePort;
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::input::{Button, PowerKey};
 use crate::virtio::mmio::{self, MmioTransport};
 use crate::virtio::net::{Net, vhost};
 use crate::virtio::pci::PciTransport;
@@ -42,6 +43,8 @@ pub(super) struct Backends {
     interfaces: Vec<Interface>,
     /// The second console.
     pub(super) console: Option<Arc<Console>>,
+    /// The power key, where SIGTERM is to press it.
+    pub(super) button: Option<Arc<Button>>,
     /// A device of the library's user.
     other: Option<MakeDevice>,
 }
@@ -66,6 +69,7 @@ impl Backends {
             disks,
             interfaces: interfaces.collect::<Result<_>>()?,
             console: config.virtio_console.is_some().then(Arc::default),
+            button: config.on_sigterm.patience().map(|_| Arc::default()),
             other,
         })
     }
@@ -91,6 +95,9 @@ impl Backends {
         }
         if config.rng {
             devices.push(Box::<Rng>::default());
+        }
+        if let Some(button) = &self.button {
+            devices.push(Box::new(PowerKey::new(Arc::clone(button))));
         }
         if let Some(make) = &self.other {
             devices.push(make()?);

@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn a_page_of_devices_is_one_kind() {
         let mut stats = ExitStats::by_page(0x1_0000..0x2_0000);
-        for gpa in 0..0x3_0000 {
+        for gpa in 0xfffc..0x2_0004 {
             stats.add(&VmExit::MmioRead { gpa, len: 1 }, Duration::ZERO);
         }
         let kinds = stats.kinds();
@@ -203,7 +203,7 @@ mod tests {
         };
         assert_eq!(count(0x1_0000), Some(4096));
         assert_eq!(count(0x1_f000), Some(4096));
-        assert_eq!([count(7), count(0x1_0001)], [Some(1), None]);
+        assert_eq!([count(0xfffd), count(0x1_0001)], [Some(1), None]);
     }
 
     #[test]

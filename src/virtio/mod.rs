@@ -8,6 +8,7 @@ pub mod blk;
 pub mod console;
 pub mod core;
 pub mod device;
+pub mod input;
 pub mod mmio;
 pub mod net;
 pub mod pci;

@@ -248,3 +248,30 @@ fn hostile_accesses_do_nothing() {
     bench.uart.read(u64::MAX, &mut [0; 8]);
     bench.uart.write(u64::MAX, &[0; 8]);
 }
+
+/// As Linux' driver takes them: LSR, then the buffer, while LSR says that there is more.
+#[test]
+fn sysrq_comes_before_what_was_typed() {
+    let bench = bench();
+    assert!(bench.console.push_input(b"x"));
+    bench.write(reg::IER, IER_RECEIVED);
+    bench.levels();
+    bench.uart.sysrq(b"su");
+    let read = |offset| bench.read(offset);
+    let mut got = Vec::new();
+    loop {
+        let lsr = read(reg::LSR);
+        if lsr & LSR_DATA_READY == 0 {
+            break;
+        }
+        got.push((lsr & LSR_BREAK != 0, read(reg::RBR_THR)));
+    }
+    let wanted = [
+        (true, 0),
+        (false, b's'),
+        (true, 0),
+        (false, b'u'),
+        (false, b'x'),
+    ];
+    assert_eq!(got, wanted);
+}

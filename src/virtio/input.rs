@@ -1,0 +1,255 @@
+//! A power key: virtio-input (VIRTIO 1.2, section 5.8) with one key, which asks the guest to power off.
+//!
+//! Linux hands the key to whoever reads its input devices; systemd-logind powers off then.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_INPUT;
+use virtio_bindings::virtio_input::{
+    virtio_input_config_select_VIRTIO_INPUT_CFG_EV_BITS as EV_BITS,
+    virtio_input_config_select_VIRTIO_INPUT_CFG_ID_DEVIDS as ID_DEVIDS,
+    virtio_input_config_select_VIRTIO_INPUT_CFG_ID_NAME as ID_NAME,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Activation, VirtioDevice, read_bytes};
+use super::queue::{Broken, Virtq};
+use super::worker::{Stop, Worker};
+use crate::util::poll::Events;
+use crate::util::sync::lock;
+use crate::util::thread::Kind;
+
+const QUEUE_SIZE: u16 = 64;
+const NAME: &[u8] = b"rvmm power key";
+/// `include/uapi/linux/input-event-codes.h`.
+const EV_SYN: u16 = 0;
+const EV_KEY: u16 = 1;
+const SYN_REPORT: u16 = 0;
+const KEY_POWER: u16 = 116;
+/// `include/uapi/linux/input.h`.
+const BUS_VIRTUAL: u16 = 6;
+
+/// The key pressed and released, each followed by a report: type, code, value.
+const PRESS: [(u16, u16, u32); 4] = [
+    (EV_KEY, KEY_POWER, 1),
+    (EV_SYN, SYN_REPORT, 0),
+    (EV_KEY, KEY_POWER, 0),
+    (EV_SYN, SYN_REPORT, 0),
+];
+
+/// The host's end of the key, which outlives a reset.
+#[derive(Default)]
+pub struct Button {
+    pressed: AtomicBool,
+    /// Wakes the device's thread, while a driver is ready.
+    wake: Mutex<Option<Arc<EventFd>>>,
+}
+
+impl Button {
+    /// Presses the key. False where no driver is ready for it.
+    pub fn press(&self) -> bool {
+        let wake = lock(&self.wake);
+        if let Some(wake) = &*wake {
+            self.pressed.store(true, Ordering::Release);
+            // It fails only when 2^64 wait.
+            let _ = wake.write(1);
+        }
+        wake.is_some()
+    }
+}
+
+/// The key of the guest.
+pub struct PowerKey {
+    button: Arc<Button>,
+    /// What the driver wants to read of the configuration: `select` and `subsel`.
+    selected: [u8; 2],
+    worker: Option<Worker>,
+}
+
+impl PowerKey {
+    /// The key that `button` presses.
+    pub fn new(button: Arc<Button>) -> Self {
+        Self {
+            button,
+            selected: [0; 2],
+            worker: None,
+        }
+    }
+
+    /// What is selected; nothing where there is no such thing.
+    fn answer(&self) -> Vec<u8> {
+        let [select, subsel] = self.selected;
+        match (select.into(), subsel.into()) {
+            (ID_NAME, 0) => NAME.to_vec(),
+            (ID_DEVIDS, 0) => [BUS_VIRTUAL, 0, 0, 1].map(u16::to_le_bytes).concat(),
+            (EV_BITS, EV_KEY) => {
+                let mut bits = vec![0; usize::from(KEY_POWER / 8) + 1];
+                bits[usize::from(KEY_POWER / 8)] = 1 << (KEY_POWER % 8);
+                bits
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl VirtioDevice for PowerKey {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_INPUT
+    }
+
+    fn name(&self) -> &str {
+        "power key"
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; 2]
+    }
+
+    /// struct virtio_input_config: select, subsel, the answer's size, five reserved bytes, the answer.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let answer = self.answer();
+        let size = u8::try_from(answer.len()).unwrap_or(u8::MAX);
+        let [select, subsel] = self.selected;
+        let mut space = vec![select, subsel, size, 0, 0, 0, 0, 0];
+        space.extend(answer);
+        read_bytes(&space, offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            if let Some(selected) = usize::try_from(at)
+                .ok()
+                .and_then(|at| self.selected.get_mut(at))
+            {
+                *selected = *byte;
+            }
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let Ok([events, statuses]) = <[Virtq; 2]>::try_from(activation.queues) else {
+            return Err(io::Error::other("a power key needs both of its queues"));
+        };
+        let kicks = Events::new()?;
+        kicks.add_signal(0, events.kick())?;
+        kicks.add_signal(1, statuses.kick())?;
+        let (wake, button) = (Arc::clone(events.kick()), Arc::clone(&self.button));
+        let serve = move |queues: &mut [Virtq], stop: &Stop| serve(queues, &button, &kicks, stop);
+        let worker = Worker::serve(Kind::Virtio, "power key", vec![events, statuses], serve)?;
+        self.worker = Some(worker);
+        *lock(&self.button.wake) = Some(wake);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Virtq> {
+        *lock(&self.button.wake) = None;
+        let queues = self.worker.take().and_then(Worker::stop);
+        queues.unwrap_or_default()
+    }
+}
+
+fn serve(queues: &mut [Virtq], button: &Button, kicks: &Events, stop: &Stop) -> Result<(), Broken> {
+    let [events, statuses] = queues else {
+        return Ok(());
+    };
+    let mut todo = [].iter();
+    while !stop.is_asked() {
+        // Lights of a keyboard, which this has none of.
+        let more_statuses = statuses.drain(stop, |_| Ok(0));
+        more_statuses?;
+        if todo.len() == 0 && button.pressed.swap(false, Ordering::AcqRel) {
+            todo = PRESS.iter();
+        }
+        if !send(events, &mut todo)? {
+            kicks.wait(None);
+        }
+    }
+    Ok(())
+}
+
+/// Tells the driver of `todo`, as far as it has buffers. True when it may have more by now.
+fn send(queue: &mut Virtq, todo: &mut std::slice::Iter<(u16, u16, u32)>) -> Result<bool, Broken> {
+    while let Some((kind, code, value)) = todo.as_slice().first() {
+        let Some(chain) = queue.pop()? else {
+            queue.tell()?;
+            return queue.ask_for_kick();
+        };
+        let mut event = [0; 8];
+        event[..2].copy_from_slice(&kind.to_le_bytes());
+        event[2..4].copy_from_slice(&code.to_le_bytes());
+        event[4..].copy_from_slice(&value.to_le_bytes());
+        let count = chain.writable.copy_from(&event);
+        queue.push(chain.head, count)?;
+        todo.next();
+    }
+    queue.tell()?;
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn select(driver: &mut Driver, select: u8, subsel: u8) -> Vec<u8> {
+        driver.core.write_config(0, &[select]);
+        driver.core.write_config(1, &[subsel]);
+        let mut size = [0];
+        driver.core.read_config(2, &mut size);
+        let mut answer = vec![0; size[0].into()];
+        driver.core.read_config(8, &mut answer);
+        answer
+    }
+
+    #[test]
+    fn it_has_one_key() {
+        let mut driver = Driver::of(Box::new(PowerKey::new(Arc::default())));
+        assert_eq!(select(&mut driver, 1, 0), NAME);
+        let keys = select(&mut driver, 0x11, 1);
+        let all: u32 = keys.iter().map(|byte| byte.count_ones()).sum();
+        assert_eq!((keys.len(), keys[14], all), (15, 1 << 4, 1));
+        for (of, sub) in [(0, 0), (1, 1), (0x10, 0), (0x11, 2), (0x12, 0), (255, 255)] {
+            assert!(select(&mut driver, of, sub).is_empty(), "{of} {sub}");
+        }
+    }
+
+    /// Buffers come late, and the driver's reset takes the key's end from it.
+    #[test]
+    fn a_press_comes_as_soon_as_there_is_room() {
+        let button = Arc::new(Button::default());
+        assert!(!button.press(), "nobody is there");
+        let mut driver = Driver::ready(Box::new(PowerKey::new(Arc::clone(&button))));
+        assert!(button.press());
+        for index in 0..4 {
+            let desc = Desc {
+                addr: BUFFERS + 8 * u64::from(index),
+                len: 8,
+                flags: WRITE,
+                next: 0,
+            };
+            driver.describe(0, index, desc);
+            driver.offer(0, index);
+            driver.wait_until("an event", |d| d.used(0) == index + 1);
+        }
+        let read = |at: u64| {
+            driver
+                .ram
+                .read_obj::<u64>(GuestAddress(BUFFERS + at))
+                .unwrap()
+        };
+        let key = |value: u64| (value << 32) | (116 << 16) | 1;
+        assert_eq!(
+            [read(0), read(8), read(16), read(24)],
+            [key(1), 0, key(0), 0]
+        );
+        driver.core.set_status(0);
+        assert!(!button.press());
+    }
+}
