@@ -4,8 +4,7 @@
 mod common;
 
 use common::files::debian;
-use common::shell::Shell;
-use common::{POWERED_OFF, Rvmm, TERMINATED};
+use common::{POWERED_OFF, Rvmm, Shell, TERMINATED};
 
 const SH: &str = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
 
