@@ -9,11 +9,12 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use log::LevelFilter;
 use rustix::process::{Resource, getrlimit, setrlimit};
+use rvmm::boot::fdt;
 use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, signals};
+use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
 use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
@@ -66,31 +67,49 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
     if let Err(error) = start_logging(cli) {
         return failed(&error);
     }
-    match run_machine(cli, began) {
-        Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(outcome)) if outcome.is_expected() => ExitCode::from(outcome.exit_status()),
-        Ok(Some(outcome)) => end(&outcome.to_string(), outcome.exit_status()),
-        Err(error) => failed(&error),
+    let (message, status) = match run_machine(cli, began) {
+        Ok(None) => return ExitCode::SUCCESS,
+        Ok(Some(outcome)) if outcome.is_expected() => {
+            return ExitCode::from(outcome.exit_status());
+        }
+        Ok(Some(outcome)) => (outcome.to_string(), outcome.exit_status()),
+        Err(error) => (with_way_out(&error), STATUS_HOST),
+    };
+    if cli.log_file.is_some() {
+        // It goes there alone.
+        log::error!("{message}");
     }
+    end(&message, status)
 }
 
 /// The end that the host, or one of its files, brought about.
 fn failed(error: &anyhow::Error) -> ExitCode {
+    end(&with_way_out(error), STATUS_HOST)
+}
+
+/// The line of `error`; where many places can meet it, with what helps.
+fn with_way_out(error: &anyhow::Error) -> String {
     let errors = error
         .chain()
         .filter_map(|cause| cause.downcast_ref::<io::Error>());
-    let numbers = errors.filter_map(io::Error::raw_os_error);
-    let way_out = match numbers.last() {
+    let way_out = match errors.filter_map(io::Error::raw_os_error).last() {
         Some(libc::EMFILE) => ": ulimit -n lets a process open more files",
         Some(libc::ENFILE) => ": sysctl fs.file-max lets the host open more files",
         _ => "",
     };
-    end(&format!("{error:#}{way_out}"), STATUS_HOST)
+    format!("{error:#}{way_out}")
 }
 
-/// The only line of an end that is not a success.
+/// The only line of an end that is not a success, whatever is in the names it tells.
 fn end(message: &str, status: u8) -> ExitCode {
-    tell(format_args!("rvmm: {message}"));
+    let mut line = String::new();
+    for letter in message.chars() {
+        match letter.is_control() {
+            true => line.extend(letter.escape_default()),
+            false => line.push(letter),
+        }
+    }
+    tell(format_args!("rvmm: {line}"));
     ExitCode::from(status)
 }
 
@@ -116,7 +135,7 @@ fn end_on_panic() {
 fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     // Before a guest runs for nothing.
     let statistics = match &cli.stats {
-        Some(Some(path)) => Some(statistics_file(path)?),
+        Some(Some(path)) => Some((path.as_path(), statistics_file(path)?)),
         _ => None,
     };
     let hypervisor = open_hypervisor()?;
@@ -132,28 +151,37 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
     })?;
-    match (stats, statistics) {
-        (Some(stats), Some(file)) => file
-            .write(format!("{:#}\n", stats.json()).as_bytes())
-            .context("Failed to write the statistics")?,
-        // Line by line: more would not go to standard error at once.
-        (Some(stats), None) => stats.to_string().lines().for_each(tell),
-        (None, _) => {}
+    if let Some(stats) = stats {
+        tell_stats(&stats, statistics)?;
     }
     Ok(Some(outcome))
 }
 
+/// `--stats`: JSON for scripts, or text for people, who get it too where there is no writing the JSON.
+fn tell_stats(stats: &Stats, file: Option<(&Path, Whole)>) -> Result<()> {
+    let written = file.map(|(path, file)| {
+        let json = format!("{:#}\n", stats.json());
+        file.write(json.as_bytes())
+            .with_context(|| format!("Failed to write statistics {path:?}"))
+    });
+    match written {
+        Some(Ok(())) => Ok(()),
+        failed => {
+            // Line by line: more would not go to standard error at once.
+            stats.to_string().lines().for_each(tell);
+            failed.unwrap_or(Ok(()))
+        }
+    }
+}
+
 /// Writes a device tree, over none but an earlier one.
 fn dump_tree(path: &Path, tree: &[u8]) -> io::Result<()> {
-    // The magic number of a flattened device tree (specification 0.4, section 5.2).
-    let is_tree = |head: &[u8]| head.starts_with(&[0xd0, 0x0d, 0xfe, 0xed]);
-    Whole::prepare(path, is_tree)?.write(tree)
+    Whole::prepare(path, fdt::is_ours)?.write(tree)
 }
 
 /// The file for statistics, which replaces none but an earlier one.
 fn statistics_file(path: &Path) -> Result<Whole> {
-    let is_statistics = |head: &[u8]| String::from_utf8_lossy(head).contains("\"end_ns\"");
-    Whole::prepare(path, is_statistics)
+    Whole::prepare(path, Stats::is_json)
         .with_context(|| format!("Failed to write statistics {path:?}"))
 }
 

@@ -3,7 +3,9 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
@@ -51,12 +53,20 @@ fn other_signals_end_a_guest_that_spins_in_order() {
     }
 }
 
-/// The statistics go to a pipe that nobody reads: rvmm waits for a reader, and a signal ends that.
+/// The statistics go to a pipe that is full, and whose reader does not read: rvmm waits for it, and a signal
+/// ends that.
 #[test]
 fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     let path = temporary("fifo");
     let made = Command::new("mkfifo").arg(&path).status().expect("mkfifo");
     assert!(made.success());
+    let mut options = File::options();
+    let options = options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    let mut reader = options.open(&path).expect("open it");
+    while reader.write(&[b'x'; 4096]).is_ok() {}
     let stats = format!("--stats={}", path.display());
     let mut vm = Rvmm::guest("shutdown").arg(stats).spawn();
     vm.wait_for_log("powered off");

@@ -56,6 +56,22 @@ pub fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
     fdt.finish()
 }
 
+/// Whether `bytes` are what [`build`] once gave, and not another machine's tree.
+pub fn is_ours(bytes: &[u8]) -> bool {
+    /// Specification 0.4, section 5.2: the magic number, all bytes, where the structure begins.
+    const MAGIC: u32 = 0xd00d_feed;
+    const ROOT: usize = 256;
+    let word = |at: usize| {
+        let bytes = bytes.get(at..at + 4)?;
+        Some(u32::from_be_bytes(bytes.try_into().ok()?))
+    };
+    let structure = word(8).and_then(|at| bytes.get(usize::try_from(at).ok()?..));
+    let mut model = structure.unwrap_or_default().windows(5).take(ROOT);
+    word(0) == Some(MAGIC)
+        && word(4).and_then(|size| usize::try_from(size).ok()) == Some(bytes.len())
+        && model.any(|bytes| bytes == b"rvmm\0")
+}
+
 fn chosen(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
     let node = fdt.begin_node("chosen")?;
     fdt.property_string("bootargs", machine.cmdline)?;

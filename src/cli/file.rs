@@ -1,7 +1,7 @@
 //! `--config` and `--print-config`: the machine as JSON.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::ArgMatches;
@@ -38,20 +38,46 @@ pub(super) fn merge(
     flags: &VmConfig,
     matches: &ArgMatches,
 ) -> Result<VmConfig, FileError> {
-    let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.to_owned(), e))?;
+    let text = read_text(path)?;
     let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
     overlay(&text, flags, given).map_err(|e| FileError::Json(path.to_owned(), e))
+}
+
+/// The text of the file at `path`, or of a pipe.
+fn read_text(path: &Path) -> Result<String, FileError> {
+    /// Bytes that no machine needs.
+    const MOST: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MOST + 1).read_to_end(&mut bytes));
+    read.map_err(|error| FileError::Read(path.to_owned(), error))?;
+    if bytes.len() as u64 > MOST {
+        let why = "more than 1 MiB, and no configuration".into();
+        return Err(FileError::Json(path.to_owned(), why));
+    }
+    let text = String::from_utf8(bytes);
+    text.map_err(|_| FileError::Json(path.to_owned(), "it is no text (UTF-8)".into()))
+}
+
+/// serde's words for people.
+fn plain(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let text = text.replace("expected u32", "expected a whole number");
+    text.replace("expected a sequence", "expected a list in [ ]")
 }
 
 /// Reads the whole of `text`; an error names the key and the line.
 fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let read = serde_path_to_error::deserialize(&mut deserializer);
-    let read = read.map_err(|error| match error.path().iter().next() {
-        Some(_) => format!("{}: {}", error.path(), error.inner()),
-        None => error.inner().to_string(),
+    let read = read.map_err(|error| {
+        let (path, why) = (error.path().to_string(), plain(error.inner()));
+        // A dot is the whole, a question mark what is not there yet.
+        match path.as_str() {
+            "." | "?" => why,
+            _ => format!("{path}: {why}"),
+        }
     })?;
-    deserializer.end().map_err(|error| error.to_string())?;
+    deserializer.end().map_err(|error| plain(&error))?;
     Ok(read)
 }
 
@@ -150,7 +176,11 @@ mod tests {
             (r#"{ "console": "tty" }"#, &["socket=PATH"]),
             (r#"{ "mem": "1G" "#, &["line 1"]),
             (r#"{ "mem": "1G" } x"#, &["line 1"]),
-            (r#"{ "cpus": "two" }"#, &["cpus: ", "line 1"]),
+            (
+                r#"{ "cpus": "two" }"#,
+                &["cpus: ", "whole number", "line 1"],
+            ),
+            (r#"{ "disk": "a" }"#, &["disk: ", "a list in [ ]"]),
             (r#"{ "disk": ["a", 3] }"#, &["disk[1]: "]),
             (r#"{ "rng": 1 }"#, &["rng: "]),
             ("[]", &["invalid"]),

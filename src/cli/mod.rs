@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{Time, VmConfig};
+use crate::config::{ConfigError, Time, Transport, VmConfig};
 use crate::hypervisor::extensions::{isa_register, sbi_register};
-use crate::machine::layout::MAX_HARTS;
+use crate::machine::layout::{MAX_HARTS, VIRTIO_MMIO_SLOTS};
+use crate::pci::host::SLOTS;
 
 /// Exit status of wrong usage.
 pub const STATUS_USAGE: u8 = 125;
@@ -23,6 +24,7 @@ Example:
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 256M
 
 On a terminal, Ctrl-A X ends rvmm and Ctrl-A H shows the other keys.
+Of a flag that is given twice the last one counts; each --disk and --net adds one.
 
 Exit status:
   0         the guest powered off, or Ctrl-A X
@@ -58,16 +60,17 @@ pub struct Cli {
     #[command(flatten)]
     pub vm: VmConfig,
 
-    /// Read the machine from FILE, in JSON as --print-config writes it; flags go before it
+    /// Read the machine from FILE, in JSON as --print-config writes it; what a flag says counts, not
+    /// what FILE does, and --disk or --net replace FILE's whole list
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Write the machine in JSON to standard output, and do not run it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dump_dtb")]
     pub print_config: bool,
 
     /// End the machine after this time, such as 30s, 5m or 1h 30m
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub timeout: Option<Time>,
 
     /// End, with status 120, when the guest asks for a reset, instead of restarting it
@@ -88,7 +91,8 @@ pub struct Cli {
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Write rvmm's messages to the end of FILE instead of standard error
+    /// Write rvmm's messages to the end of FILE instead of standard error; why rvmm ended is told on
+    /// both
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
@@ -144,6 +148,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             Err(error) => return Request::Refuse(error.to_string(), error.status()),
         }
     }
+    let valid = match cli.vm.validate() {
+        // It may come from the command line, later.
+        Err(ConfigError::NoKernel) if cli.print_config => Ok(()),
+        valid => valid.map_err(|error| error.to_string()),
+    };
+    let valid = valid.and_then(|()| can_be(&cli.vm));
+    if let Err(message) = valid.and_then(|()| names::check(&cli)) {
+        return Request::Refuse(message, STATUS_USAGE);
+    }
     if cli.print_config {
         return match file::print(&cli.vm) {
             Ok(json) => Request::Print(json),
@@ -153,14 +166,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             }
         };
     }
-    let valid = cli.vm.validate().map_err(|error| error.to_string());
-    match valid
-        .and_then(|()| can_be(&cli.vm))
-        .and_then(|()| names::check(&cli))
-    {
-        Ok(()) => Request::Run(Box::new(cli)),
-        Err(message) => Request::Refuse(message, STATUS_USAGE),
-    }
+    Request::Run(Box::new(cli))
 }
 
 /// Whether rvmm, on the best of hosts, has what `vm` asks for.
@@ -174,13 +180,29 @@ fn can_be(vm: &VmConfig) -> Result<(), String> {
     let isa = vm.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
     if let Some(name) = isa.into_iter().find(|name| isa_register(name).is_none()) {
         return Err(format!(
-            "--cpu {name}: rvmm knows no such ISA extension; rvmm info lists them"
+            "--cpu {name}: KVM has no such ISA extension; rvmm info lists this host's"
         ));
     }
     let sbi = vm.sbi.iter().flat_map(|sbi| sbi.extensions.keys());
     if let Some(name) = sbi.into_iter().find(|name| sbi_register(name).is_none()) {
         return Err(format!(
-            "--sbi {name}: rvmm knows no such SBI extension; rvmm info lists them"
+            "--sbi {name}: KVM has no such SBI extension; rvmm info lists this host's"
+        ));
+    }
+    let taps = vm.net.len() + vm.disk.len() + usize::from(vm.rng);
+    let devices = taps
+        + usize::from(vm.virtio_console.is_some())
+        + usize::from(vm.on_sigterm.patience().is_some());
+    let (room, other) = match vm.transport {
+        Transport::Mmio => (
+            VIRTIO_MMIO_SLOTS as usize,
+            "; --transport pci has room for 31",
+        ),
+        Transport::Pci => (SLOTS, ""),
+    };
+    if devices > room {
+        return Err(format!(
+            "{devices} virtio devices are more than the {room} that the machine has room for{other}"
         ));
     }
     Ok(())
@@ -347,6 +369,20 @@ mod tests {
             ("rvmm --kernel x --disk a.img,ro", "`readonly`"),
             ("rvmm --kernel x --disk a.img,", "comma"),
             ("rvmm --kernel x --mem 256", "write 256M"),
+            ("rvmm --kernel x --mem 1K", "--mem 1K"),
+            ("rvmm --kernel x --mem 3M,hugepages=2M", "3M"),
+            ("rvmm --kernel x --cpus 99999999999", "512"),
+            ("rvmm --kernel x --timeout -5s", "30s"),
+            ("rvmm --kernel x --net tap0", "as in tap=tap0"),
+            ("rvmm --kernel x --net ", "empty"),
+            ("rvmm --kernel x --disk ,readonly", "no PATH"),
+            (
+                "rvmm --kernel x --disk a,snapshot,snapshot-dir=",
+                "snapshot-dir",
+            ),
+            ("rvmm --kernel x --on-sigterm timeout=3s", "as in poweroff"),
+            ("rvmm --print-config --kernel x --cpus 0", "--cpus 1"),
+            ("rvmm --print-config --kernel x --dump-dtb y", "--dump-dtb"),
         ] {
             let message = refused(line);
             assert!(message.contains(part), "{line}: {message}");

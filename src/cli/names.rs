@@ -83,10 +83,10 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
     named
 }
 
-/// The file of a console that goes to one.
+/// The file or socket of a console that goes to one.
 fn file(console: Option<&ConsoleConfig>) -> Option<&Path> {
     match console {
-        Some(ConsoleConfig::File(path)) => Some(path),
+        Some(ConsoleConfig::File(path) | ConsoleConfig::Socket(path)) => Some(path),
         _ => None,
     }
 }
@@ -96,6 +96,9 @@ fn file(console: Option<&ConsoleConfig>) -> Option<&Path> {
 fn identity(path: &Path) -> Option<Identity> {
     match fs::metadata(path) {
         Ok(there) if there.is_file() => Some(Identity::File(there.dev(), there.ino())),
+        Ok(there) if there.file_type().is_socket() => {
+            Some(Identity::File(there.dev(), there.ino()))
+        }
         Ok(there) if there.file_type().is_block_device() => Some(Identity::Device(there.rdev())),
         Ok(_) => None,
         Err(_) => {
@@ -139,6 +142,10 @@ mod tests {
             (
                 format!("--disk {at}/a --log-file {at}/c"),
                 Some(("--log-file", "--disk")),
+            ),
+            (
+                format!("--console socket={at}/s --virtio-console socket={at}/./s"),
+                Some(("--console", "--virtio-console")),
             ),
             (format!("--stats={at}/k"), Some(("--kernel", "--stats"))),
             (

@@ -76,8 +76,12 @@ impl From<Hex> for String {
     }
 }
 
-impl KeyValue for CpuConfig {}
-impl KeyValue for SbiConfig {}
+impl KeyValue for CpuConfig {
+    const EXAMPLE: &'static str = "v=off,zbb=hidden,mvendorid=0x31";
+}
+impl KeyValue for SbiConfig {
+    const EXAMPLE: &'static str = "pmu=off";
+}
 
 impl FromStr for CpuConfig {
     type Err = String;

@@ -88,6 +88,7 @@ impl Cache {
 }
 
 impl KeyValue for DiskConfig {
+    const EXAMPLE: &'static str = "disk.img,readonly";
     const MAIN_KEY: Option<&'static str> = Some("path");
     const SWITCHES: &'static [&'static str] = &["readonly", "direct", "snapshot"];
 }
@@ -120,6 +121,14 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         }
     }
     for disk in disks {
+        let places = [Some(&disk.path), disk.snapshot_dir.as_ref()];
+        if places
+            .into_iter()
+            .flatten()
+            .any(|place| place.as_os_str().is_empty())
+        {
+            return Err(ConfigError::DiskPath(disk.to_string()));
+        }
         if disk.direct && disk.snapshot {
             return Err(ConfigError::DiskDirectSnapshot(disk.path.clone()));
         }

@@ -15,6 +15,8 @@ use serde_json::{Map, Value};
 pub(super) trait KeyValue: DeserializeOwned {
     /// The key of a first word without `=`, if that may be.
     const MAIN_KEY: Option<&'static str> = None;
+    /// A value as a user could write it.
+    const EXAMPLE: &'static str;
     /// Keys that may stand alone, for `=on`.
     const SWITCHES: &'static [&'static str] = &[];
 }
@@ -25,6 +27,9 @@ pub(super) trait KeyValue: DeserializeOwned {
 /// One line that names the key or value.
 pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     let mut object = Map::new();
+    if text.is_empty() {
+        return Err(format!("the value is empty; write it as in {}", T::EXAMPLE));
+    }
     for (index, word) in text.split(',').enumerate() {
         let (key, value) = match word.split_once('=') {
             Some(pair) => pair,
@@ -60,8 +65,9 @@ const UNKNOWN: &str = "unknown key";
 fn from_object<T: KeyValue>(object: Map<String, Value>) -> Result<T, String> {
     let read = serde_json::from_value(Value::Object(object));
     read.map_err(|error| {
-        let error = error.to_string();
-        error.replacen("unknown field", UNKNOWN, 1)
+        let error = error.to_string().replacen("unknown field", UNKNOWN, 1);
+        let error = error.replacen("missing field", "missing key", 1);
+        format!("{error}; write it as in {}", T::EXAMPLE)
     })
 }
 
@@ -169,6 +175,7 @@ mod tests {
     }
 
     impl KeyValue for Thing {
+        const EXAMPLE: &'static str = "a,id=b";
         const MAIN_KEY: Option<&'static str> = Some("path");
     }
 

@@ -52,6 +52,7 @@ impl MemConfig {
 }
 
 impl KeyValue for MemConfig {
+    const EXAMPLE: &'static str = "256M,hugepages=2M";
     const MAIN_KEY: Option<&'static str> = Some("size");
 }
 

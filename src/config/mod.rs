@@ -61,7 +61,7 @@ pub struct VmConfig {
     #[serde(deserialize_with = "keyvalue::deserialize")]
     pub mem: MemConfig,
 
-    /// Virtual CPUs, as many harts; more than the host has only share its time
+    /// Virtual CPUs, as many harts; they may be more than the host's, and then share its CPUs
     #[arg(
         short,
         long,
@@ -73,7 +73,8 @@ pub struct VmConfig {
     pub cpus: u32,
 
     /// How the harts differ from the host's: NAME=off takes an ISA extension away where KVM can,
-    /// NAME=hidden only from the device tree; mvendorid=, marchid=, mimpid= numbers
+    /// NAME=hidden only from the device tree; and other numbers to tell, as in
+    /// v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
     #[arg(long, value_name = "KEY=VALUE,...")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
@@ -91,7 +92,7 @@ pub struct VmConfig {
 
     /// A disk: a raw image or a block device. readonly, direct (past the host's page cache), id=NAME,
     /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm),
-    /// snapshot-dir=DIR (where that is kept; $TMPDIR or /var/tmp without it), format=raw (for an
+    /// snapshot-dir=DIR (where that is kept; $TMPDIR, else /var/tmp or /tmp), format=raw (for an
     /// image that looks like another format); give more --disk for more
     #[arg(short, long, value_name = "PATH[,KEY=VALUE,...]")]
     #[serde(
@@ -144,8 +145,10 @@ pub struct VmConfig {
 }
 
 fn parse_cpus(text: &str) -> Result<u32, String> {
-    let number = text.parse();
-    number.map_err(|_| "write a number of harts, as in --cpus 4".into())
+    let number = text.parse::<u64>();
+    let number = number.map_err(|_| "write a number of harts, as in --cpus 4")?;
+    // What is too much for any machine is told later.
+    Ok(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -233,6 +236,15 @@ pub enum ConfigError {
     /// Longer than Linux keeps.
     #[error("--cmdline: {0} bytes are more than the {CMDLINE_MAX} that a RISC-V Linux keeps")]
     CmdlineLength(usize),
+    /// No page of the size that is asked for.
+    #[error("--mem {0}: RAM is no multiple of its huge pages")]
+    HugePages(String),
+    /// Less than any guest has.
+    #[error("--mem {0}: too little for any guest; write it as in --mem 128M")]
+    LittleMemory(String),
+    /// No image.
+    #[error("--disk {0}: no PATH, or an empty one")]
+    DiskPath(String),
     /// A name that a disk cannot carry.
     #[error("--disk id={0}: a name has 1 to 20 letters, digits, '-', '_' or '.'")]
     DiskId(String),
@@ -265,13 +277,19 @@ impl VmConfig {
     /// # Errors
     /// The first value that no host could serve.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        self.kernel()?;
         if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
         }
         // No machine has so little, and people leave out the M.
-        if self.mem.size < ByteSize::kib(64) {
+        if self.mem.size < ByteSize::kib(1) {
             return Err(ConfigError::MemoryUnit(self.mem.size.bytes()));
+        }
+        if self.mem.size < ByteSize::kib(64) {
+            return Err(ConfigError::LittleMemory(self.mem.to_string()));
+        }
+        let page = self.mem.hugepages.map_or(1, |pages| pages.size().bytes());
+        if self.mem.size.bytes() % page != 0 {
+            return Err(ConfigError::HugePages(self.mem.to_string()));
         }
         if self.cpus == 0 {
             return Err(ConfigError::NoCpus);
@@ -285,7 +303,7 @@ impl VmConfig {
             return Err(ConfigError::CmdlineNul);
         }
         match self.cmdline.len() {
-            0..=CMDLINE_MAX => Ok(()),
+            0..=CMDLINE_MAX => self.kernel().map(drop),
             length => Err(ConfigError::CmdlineLength(length)),
         }
     }
@@ -295,7 +313,9 @@ impl VmConfig {
     /// # Errors
     /// None was given.
     pub fn kernel(&self) -> Result<&Path, ConfigError> {
-        self.kernel.as_deref().ok_or(ConfigError::NoKernel)
+        let kernel = self.kernel.as_deref();
+        let named = kernel.filter(|path| !path.as_os_str().is_empty());
+        named.ok_or(ConfigError::NoKernel)
     }
 }
 

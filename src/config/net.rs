@@ -75,6 +75,7 @@ impl From<Mac> for String {
 }
 
 impl KeyValue for NetConfig {
+    const EXAMPLE: &'static str = "tap=tap0";
     const SWITCHES: &'static [&'static str] = &["vhost"];
 }
 

@@ -60,6 +60,7 @@ impl Default for SigtermConfig {
 }
 
 impl KeyValue for SigtermConfig {
+    const EXAMPLE: &'static str = "poweroff,timeout=30s";
     const MAIN_KEY: Option<&'static str> = Some("act");
 }
 

@@ -223,7 +223,9 @@ impl Machine {
         };
         match outcome {
             Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
-            _ => info!("{outcome}"),
+            // Any other is told at the end.
+            _ if outcome.is_expected() => info!("{outcome}"),
+            _ => {}
         }
         Ok(outcome)
     }
@@ -234,7 +236,7 @@ impl Machine {
             return Ok(());
         };
         let last = Deadline {
-            outcome: Outcome::Signal(SIGTERM),
+            outcome: Outcome::Overdue(SIGTERM),
             ..Deadline::after(Some(patience))
         };
         *deadline = deadline.or(last);

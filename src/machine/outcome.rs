@@ -14,6 +14,8 @@ pub enum Outcome {
     Guest(Stop),
     /// A signal asked for the end.
     Signal(i32),
+    /// A signal asked the guest for its end, which did not come in time.
+    Overdue(i32),
     /// The user typed Ctrl-A X.
     Left,
     /// The time given to the machine is over.
@@ -31,7 +33,9 @@ impl Outcome {
             Outcome::Guest(_) => 122,
             Outcome::TimedOut => 124,
             // Signal numbers end at 64.
-            Outcome::Signal(number) => 128u8.saturating_add(u8::try_from(number).unwrap_or(127)),
+            Outcome::Signal(number) | Outcome::Overdue(number) => {
+                128u8.saturating_add(u8::try_from(number).unwrap_or(127))
+            }
         }
     }
 
@@ -55,6 +59,10 @@ impl fmt::Display for Outcome {
         match self {
             Outcome::Guest(stop) => stop.fmt(f),
             Outcome::Signal(number) => write!(f, "ended by signal {number}"),
+            Outcome::Overdue(number) => write!(
+                f,
+                "the guest did not power off in time; ended as by signal {number}"
+            ),
             Outcome::Left => write!(f, "ended by Ctrl-A X"),
             Outcome::TimedOut => write!(f, "the time of --timeout is over"),
         }
@@ -82,6 +90,7 @@ mod tests {
             (Outcome::Guest(Stop::UnknownExit(7)), 122),
             (Outcome::TimedOut, 124),
             (Outcome::Signal(15), 143),
+            (Outcome::Overdue(15), 143),
             (Outcome::Signal(2), 130),
         ] {
             assert_eq!(outcome.exit_status(), status, "{outcome}");

@@ -92,6 +92,15 @@ impl Stats {
         self.since - began
     }
 
+    /// Whether `bytes` are what [`Stats::json`] once gave.
+    pub fn is_json(bytes: &[u8]) -> bool {
+        let keys = ["end_ns", "resets", "run_ns", "start_ns", "vcpus"];
+        match serde_json::from_slice(bytes) {
+            Ok(Value::Object(all)) => all.keys().eq(keys),
+            _ => false,
+        }
+    }
+
     /// All of it, for scripts. Times are in nanoseconds.
     pub fn json(&self) -> Value {
         let vcpus: Vec<Value> = self.vcpus.iter().map(|vcpu| self.vcpu(vcpu)).collect();
@@ -206,6 +215,10 @@ mod tests {
     #[test]
     fn scripts_read_everything() {
         let json = stats().json();
+        assert!(Stats::is_json(format!("{json:#}\n").as_bytes()));
+        for other in ["", "{}", r#"{ "end_ns": 5, "mine": "keep" }"#, "[]"] {
+            assert!(!Stats::is_json(other.as_bytes()), "{other}");
+        }
         assert_eq!(json["start_ns"], 1_500_000);
         assert_eq!(json["vcpus"][0]["kvm"]["exits"], 4);
         let exit = &json["vcpus"][0]["exits"][0];

@@ -3,17 +3,18 @@
 //! A log or a console's output goes to the end of its file ([`append`]). What is written as a whole
 //! ([`Whole`]) takes the place of an empty file or of an earlier one of its kind, and of no other.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::filelock::is_locked;
 use super::output::write_whole;
 
-/// Bytes by which a kind of file is known.
-const HEAD: usize = 64;
+/// A file of more bytes is none that rvmm wrote as a whole.
+const LARGEST: u64 = 64 << 20;
 
 /// Opens the file at `path` to write at its end, and creates it if it is missing. Pipes and terminals
 /// are opened too.
@@ -24,7 +25,8 @@ pub fn append(path: &Path) -> io::Result<File> {
     if let Ok(there) = fs::metadata(path) {
         check_kind(&there)?;
     }
-    let file = OpenOptions::new().append(true).create(true).open(path)?;
+    let mut options = OpenOptions::new();
+    let file = open(path, options.append(true).create(true))?;
     check_unused(&file)?;
     Ok(file)
 }
@@ -37,8 +39,8 @@ pub struct Whole {
 
 /// How a file gets its bytes.
 enum Way {
-    /// Under another name first.
-    Replace,
+    /// Under another name first, with this mode.
+    Replace(Option<Permissions>),
     /// As they come: a pipe, a terminal.
     InPlace(File),
     /// A stream of rvmm's, by whatever name it goes.
@@ -47,14 +49,19 @@ enum Way {
 
 impl Whole {
     /// Finds out how `path` is to be written, and that it can be; nothing changes yet. `is_replaceable`
-    /// gets the first bytes of a file that is there and not empty.
+    /// gets what is in a file that is there and not empty.
     ///
     /// # Errors
     /// A file of another kind is there, a block device, a disk that a virtual machine uses; or the host's.
     pub fn prepare(path: &Path, is_replaceable: fn(&[u8]) -> bool) -> io::Result<Self> {
+        if path.as_os_str().as_bytes().ends_with(b"/") {
+            return Err(io::Error::from_raw_os_error(libc::EISDIR));
+        }
         let there = match fs::metadata(path) {
             Ok(there) => there,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Self::replace(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Self::replace(path, None);
+            }
             Err(error) => return Err(error),
         };
         if let Some(stream) = stream(&there) {
@@ -63,31 +70,33 @@ impl Whole {
         }
         check_kind(&there)?;
         if !there.is_file() {
-            let way = Way::InPlace(OpenOptions::new().write(true).open(path)?);
+            let way = Way::InPlace(open(path, OpenOptions::new().write(true))?);
             let path = path.to_owned();
             return Ok(Self { path, way });
         }
-        let mut head = Vec::new();
+        let mut content = Vec::new();
         let file = File::open(path)?;
-        (&file).take(HEAD as u64).read_to_end(&mut head)?;
-        if !head.is_empty() && !is_replaceable(&head) {
+        (&file).take(LARGEST).read_to_end(&mut content)?;
+        let is_whole = content.len() as u64 == there.len();
+        let is_ours = content.is_empty() || (is_whole && is_replaceable(&content));
+        if !is_ours {
             return Err(io::Error::other(
                 "something else is in this file: remove it, or choose another name",
             ));
         }
         check_unused(&file)?;
         // What a link leads to is replaced, not the link.
-        Self::replace(&fs::canonicalize(path)?)
+        Self::replace(&fs::canonicalize(path)?, Some(there.permissions()))
     }
 
-    fn replace(path: &Path) -> io::Result<Self> {
+    fn replace(path: &Path, mode: Option<Permissions>) -> io::Result<Self> {
         if fs::symlink_metadata(path).is_ok_and(|there| there.is_symlink()) {
             return Err(io::Error::other("it is a link to what is not there"));
         }
         let temporary = temporary_name(path);
         File::create_new(&temporary)?;
         fs::remove_file(&temporary)?;
-        let (path, way) = (path.to_owned(), Way::Replace);
+        let (path, way) = (path.to_owned(), Way::Replace(mode));
         Ok(Self { path, way })
     }
 
@@ -100,10 +109,13 @@ impl Whole {
             Way::InPlace(file) => write_whole(file, bytes),
             Way::Stream(1) => write_whole(io::stdout(), bytes),
             Way::Stream(_) => write_whole(io::stderr(), bytes),
-            Way::Replace => {
+            Way::Replace(mode) => {
                 let temporary = temporary_name(&self.path);
-                let written = fs::write(&temporary, bytes);
-                let written = written.and_then(|()| fs::rename(&temporary, &self.path));
+                let written = fs::write(&temporary, bytes)
+                    .and_then(|()| {
+                        mode.map_or(Ok(()), |mode| fs::set_permissions(&temporary, mode))
+                    })
+                    .and_then(|()| fs::rename(&temporary, &self.path));
                 if written.is_err() {
                     let _ = fs::remove_file(&temporary);
                 }
@@ -111,6 +123,19 @@ impl Whole {
             }
         }
     }
+}
+
+/// Opens a file, or something that is none, without waiting for who reads it.
+fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    let opened = options
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => {
+            io::Error::other("a pipe that nobody reads, or a socket: start its reader first")
+        }
+        _ => error,
+    })
 }
 
 /// Which of rvmm's output streams `there` is: a shell's `>` names a file that must not be replaced.
@@ -247,6 +272,24 @@ mod tests {
     }
 
     #[test]
+    fn a_pipe_that_nobody_reads_is_not_waited_for() {
+        let scratch = Scratch::new("pipe");
+        let path = scratch.0.join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let told = append(&path).unwrap_err().to_string();
+        assert!(told.contains("reader first"), "{told}");
+        assert!(Whole::prepare(&path, is_ours).is_err());
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let mut reader = options.open(&path).unwrap();
+        let whole = Whole::prepare(&path, is_ours).unwrap();
+        whole.write(b"x").unwrap();
+        let mut byte = [0];
+        assert_eq!(reader.read(&mut byte).unwrap(), 1);
+    }
+
+    #[test]
     fn a_disk_in_use_is_left_alone() {
         let scratch = Scratch::new("disk");
         let path = scratch.file("");
@@ -261,7 +304,8 @@ mod tests {
     #[test]
     fn what_is_no_file_is_refused() {
         let scratch = Scratch::new("directory");
-        for path in [&scratch.0, &scratch.0.join("missing/x")] {
+        let slash = PathBuf::from(format!("{}/new/", scratch.0.display()));
+        for path in [&scratch.0, &scratch.0.join("missing/x"), &slash] {
             assert!(append(path).is_err());
             assert!(Whole::prepare(path, is_ours).is_err());
         }

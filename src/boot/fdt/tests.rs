@@ -46,6 +46,27 @@ fn the_tree_as_text() {
 }
 
 #[test]
+fn its_own_tree_is_known() {
+    let ours = blob(1);
+    assert!(is_ours(&ours));
+    let name = ours
+        .windows(5)
+        .position(|bytes| bytes == b"rvmm\0")
+        .unwrap();
+    let mut other = ours.clone();
+    other[name] = b'x';
+    for other in [
+        &other[..],
+        &ours[..ours.len() - 1],
+        &ours[1..],
+        &ours[..40],
+        b"",
+    ] {
+        assert!(!is_ours(other));
+    }
+}
+
+#[test]
 fn every_hart_adds_less_than_its_room() {
     let room = crate::boot::placement::fdt_room;
     for harts in [1, 2, 512] {

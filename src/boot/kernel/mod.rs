@@ -49,6 +49,12 @@ pub enum KernelError {
          --mem if it really is a kernel"
     )]
     TooLarge(&'static str, ByteSize),
+    /// A compressed file of something else.
+    #[error("compressed, and what is in it is no RISC-V kernel")]
+    NoneInside,
+    /// An initramfs, plain or compressed.
+    #[error("an initramfs and no kernel: give it with --initrd")]
+    Initramfs,
     /// None of the formats.
     #[error(
         "not a RISC-V kernel: no Image (\"RSC\\x05\" at byte 56), ELF, gzip or zstd; \
@@ -180,7 +186,11 @@ pub fn open(
     let kernel = match expanded {
         Some(bytes) => {
             let head = &bytes[..bytes.len().min(HEAD_SIZE)];
-            let mut kernel = plain(head, bytes.len() as u64, format, base)?;
+            let kernel = plain(head, bytes.len() as u64, format, base);
+            let mut kernel = kernel.map_err(|error| match error {
+                KernelError::Unknown => KernelError::NoneInside,
+                error => error,
+            })?;
             kernel.expanded = Some(bytes);
             kernel
         }
@@ -199,6 +209,10 @@ fn plain(head: &[u8], size: u64, format: KernelFormat, base: u64) -> Result<Kern
         expect(format, KernelFormat::Image)?;
         let image = Image::parse(head, size)?;
         return Ok(Kernel::one_piece(size, image.text_offset, image.image_size));
+    }
+    // `Documentation/driver-api/early-userspace/buffer-format.rst`.
+    if head.starts_with(b"070701") || head.starts_with(b"070702") {
+        return Err(KernelError::Initramfs);
     }
     Err(compress::other(head).map_or(KernelError::Unknown, KernelError::Compressed))
 }

@@ -107,10 +107,13 @@ fn hint(path: &Path, error: &io::Error) -> String {
     /// sockaddr_un's, without the NUL (unix(7)).
     const LONGEST: usize = 107;
     match error.kind() {
-        io::ErrorKind::AddrInUse if is_stale(path) => {
-            ": a socket that nobody listens on any more: remove it".into()
-        }
-        io::ErrorKind::AddrInUse => ": choose a name where no file is".into(),
+        io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
+            Ok(_) => ": another process listens on it: choose another name".into(),
+            Err(error) if is_stale(path, &error) => {
+                ": a socket that nobody listens on any more: remove it".into()
+            }
+            Err(_) => ": a file is there: choose another name".into(),
+        },
         io::ErrorKind::InvalidInput => {
             let length = path.as_os_str().len();
             format!(": a socket's path has at most {LONGEST} bytes, and this has {length}")
@@ -119,10 +122,9 @@ fn hint(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// Whether a socket is at `path` whose owner has ended.
-fn is_stale(path: &Path) -> bool {
-    let refused = UnixStream::connect(path).err();
-    refused.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+/// Whether a socket is at `path` whose owner has ended, by the error of connecting to it.
+fn is_stale(path: &Path, error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionRefused
         && fs::metadata(path).is_ok_and(|there| there.file_type().is_socket())
 }
 

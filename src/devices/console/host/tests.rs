@@ -196,11 +196,11 @@ fn where_no_socket_can_be_is_told() {
     };
     let path = path("taken");
     std::fs::write(&path, "").unwrap();
-    assert!(refused(&path).contains("where no file is"));
+    assert!(refused(&path).contains("a file is there"));
     assert!(path.exists(), "it was not ours to remove");
     std::fs::remove_file(&path).unwrap();
     let listener = UnixListener::bind(&path).unwrap();
-    assert!(refused(&path).contains("where no file is"));
+    assert!(refused(&path).contains("listens on it"));
     drop(listener);
     assert!(refused(&path).contains("remove it"), "{}", refused(&path));
     std::fs::remove_file(&path).unwrap();
