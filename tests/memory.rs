@@ -56,7 +56,7 @@ fn wrong_sizes_are_told() {
     let end = Rvmm::guest("shutdown")
         .args(["--mem", "33M,hugepages=2M"])
         .run();
-    end.assert_one_line(HOST_FAILED, &["33 MiB", "multiples of 2M"]);
+    end.assert_one_line(USAGE, &["33M,hugepages=2M", "multiple"]);
     let end = Rvmm::guest("shutdown")
         .args(["--mem", "32M,hugepages=3M"])
         .run();
