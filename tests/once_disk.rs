@@ -9,7 +9,7 @@ use std::path::Path;
 
 use common::disk::{MIB, disk, host_runs, md5, random};
 use common::files::TempDir;
-use common::{HOST_FAILED, Rvmm, Shell, USAGE};
+use common::{HOST_FAILED, Rvmm, Shell, TERMINATED, USAGE};
 
 /// Two guests at once write all over the same image, and it stays as it was.
 #[test]
@@ -229,7 +229,13 @@ fn what_cannot_be_a_disk() {
     let image = scratch.file("x", vec![0; 4096]);
     let name = image.display().to_string();
     let both = kernel().args(["--disk", &name, "--disk", &name]).run();
-    both.assert_refused(HOST_FAILED, &["lock", &name, "readonly or snapshot=on"]);
+    both.assert_refused(USAGE, &["one file", &name, "readonly or snapshot=on"]);
+    let vm = Rvmm::guest("spin").args(["--disk", &name]).spawn();
+    vm.wait_for("spinning\n");
+    let other = kernel().args(["--disk", &name]).run();
+    other.assert_refused(HOST_FAILED, &["lock", &name, "readonly or snapshot=on"]);
+    vm.terminate();
+    vm.finish().assert_status(TERMINATED);
 }
 
 /// A disk is the guest's still after a reset, and locked all the time.

@@ -369,7 +369,6 @@ mod tests {
             ("rvmm --kernel x --disk a.img,ro", "`readonly`"),
             ("rvmm --kernel x --disk a.img,", "comma"),
             ("rvmm --kernel x --mem 256", "write 256M"),
-            ("rvmm --kernel x --mem 1K", "--mem 1K"),
             ("rvmm --kernel x --mem 3M,hugepages=2M", "3M"),
             ("rvmm --kernel x --cpus 99999999999", "512"),
             ("rvmm --kernel x --timeout -5s", "30s"),

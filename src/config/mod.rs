@@ -239,9 +239,6 @@ pub enum ConfigError {
     /// No page of the size that is asked for.
     #[error("--mem {0}: RAM is no multiple of its huge pages")]
     HugePages(String),
-    /// Less than any guest has.
-    #[error("--mem {0}: too little for any guest; write it as in --mem 128M")]
-    LittleMemory(String),
     /// No image.
     #[error("--disk {0}: no PATH, or an empty one")]
     DiskPath(String),
@@ -283,9 +280,6 @@ impl VmConfig {
         // No machine has so little, and people leave out the M.
         if self.mem.size < ByteSize::kib(1) {
             return Err(ConfigError::MemoryUnit(self.mem.size.bytes()));
-        }
-        if self.mem.size < ByteSize::kib(64) {
-            return Err(ConfigError::LittleMemory(self.mem.to_string()));
         }
         let page = self.mem.hugepages.map_or(1, |pages| pages.size().bytes());
         if self.mem.size.bytes() % page != 0 {

@@ -223,9 +223,8 @@ impl Machine {
         };
         match outcome {
             Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
-            // Any other is told at the end.
-            _ if outcome.is_expected() => info!("{outcome}"),
-            _ => {}
+            // Before the console is drained, which may take its time.
+            _ => info!("{outcome}"),
         }
         Ok(outcome)
     }
