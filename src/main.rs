@@ -77,7 +77,7 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
     };
     if cli.log_file.is_some() {
         // It goes there alone.
-        log::error!("{message}");
+        log::error!("{}", on_one_line(&message));
     }
     end(&message, status)
 }
@@ -100,17 +100,23 @@ fn with_way_out(error: &anyhow::Error) -> String {
     format!("{error:#}{way_out}")
 }
 
-/// The only line of an end that is not a success, whatever is in the names it tells.
+/// The only line of an end that is not a success.
 fn end(message: &str, status: u8) -> ExitCode {
+    tell(format_args!("rvmm: {}", on_one_line(message)));
+    ExitCode::from(status)
+}
+
+/// `message` with the control characters of names in it escaped.
+fn on_one_line(message: &str) -> String {
     let mut line = String::new();
     for letter in message.chars() {
-        match letter.is_control() {
-            true => line.extend(letter.escape_default()),
-            false => line.push(letter),
+        if letter.is_control() {
+            line.extend(letter.escape_default());
+        } else {
+            line.push(letter);
         }
     }
-    tell(format_args!("rvmm: {line}"));
-    ExitCode::from(status)
+    line
 }
 
 /// A panic on any thread is a fault of rvmm's: the terminal is restored, one line told, and

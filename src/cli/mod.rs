@@ -9,10 +9,8 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{ConfigError, Time, Transport, VmConfig};
-use crate::hypervisor::extensions::{isa_register, sbi_register};
-use crate::machine::layout::{MAX_HARTS, VIRTIO_MMIO_SLOTS};
-use crate::pci::host::SLOTS;
+use crate::config::{ConfigError, Time, VmConfig};
+use crate::machine::harts;
 
 /// Exit status of wrong usage.
 pub const STATUS_USAGE: u8 = 125;
@@ -24,7 +22,7 @@ Example:
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 256M
 
 On a terminal, Ctrl-A X ends rvmm and Ctrl-A H shows the other keys.
-Of a flag that is given twice the last one counts; each --disk and --net adds one.
+If a flag is given twice, the last one counts; each --disk and --net adds one.
 
 Exit status:
   0         the guest powered off, or Ctrl-A X
@@ -60,8 +58,8 @@ pub struct Cli {
     #[command(flatten)]
     pub vm: VmConfig,
 
-    /// Read the machine from FILE, in JSON as --print-config writes it; what a flag says counts, not
-    /// what FILE does, and --disk or --net replace FILE's whole list
+    /// Read the machine from FILE, in JSON as --print-config writes it; a flag overrides what FILE
+    /// says, and --disk or --net replaces FILE's whole list
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -78,12 +76,12 @@ pub struct Cli {
     pub no_reboot: bool,
 
     /// Tell at the end what the guest's exits were and how long they took: as text on standard
-    /// error, or as JSON in FILE, which may hold nothing but earlier ones
+    /// error, or as JSON in FILE, which must be new, empty or earlier statistics
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub stats: Option<Option<PathBuf>>,
 
-    /// Write the guest's device tree to FILE, and do not run it; FILE may hold nothing but an earlier
-    /// one
+    /// Write the guest's device tree to FILE, and do not run it; FILE must be new, empty or an earlier
+    /// tree of rvmm's
     #[arg(long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,
 
@@ -91,8 +89,8 @@ pub struct Cli {
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Write rvmm's messages to the end of FILE instead of standard error; why rvmm ended is told on
-    /// both
+    /// Append rvmm's messages to FILE instead of writing them to standard error; the reason of a
+    /// failure goes to both
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
@@ -153,7 +151,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
         Err(ConfigError::NoKernel) if cli.print_config => Ok(()),
         valid => valid.map_err(|error| error.to_string()),
     };
-    let valid = valid.and_then(|()| can_be(&cli.vm));
+    let valid = valid.and_then(|()| harts::check(&cli.vm));
     if let Err(message) = valid.and_then(|()| names::check(&cli)) {
         return Request::Refuse(message, STATUS_USAGE);
     }
@@ -167,45 +165,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
         };
     }
     Request::Run(Box::new(cli))
-}
-
-/// Whether rvmm, on the best of hosts, has what `vm` asks for.
-fn can_be(vm: &VmConfig) -> Result<(), String> {
-    if vm.cpus > MAX_HARTS {
-        let cpus = vm.cpus;
-        return Err(format!(
-            "--cpus {cpus}: rvmm's machine has room for {MAX_HARTS} harts"
-        ));
-    }
-    let isa = vm.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
-    if let Some(name) = isa.into_iter().find(|name| isa_register(name).is_none()) {
-        return Err(format!(
-            "--cpu {name}: KVM has no such ISA extension; rvmm info lists this host's"
-        ));
-    }
-    let sbi = vm.sbi.iter().flat_map(|sbi| sbi.extensions.keys());
-    if let Some(name) = sbi.into_iter().find(|name| sbi_register(name).is_none()) {
-        return Err(format!(
-            "--sbi {name}: KVM has no such SBI extension; rvmm info lists this host's"
-        ));
-    }
-    let taps = vm.net.len() + vm.disk.len() + usize::from(vm.rng);
-    let devices = taps
-        + usize::from(vm.virtio_console.is_some())
-        + usize::from(vm.on_sigterm.patience().is_some());
-    let (room, other) = match vm.transport {
-        Transport::Mmio => (
-            VIRTIO_MMIO_SLOTS as usize,
-            "; --transport pci has room for 31",
-        ),
-        Transport::Pci => (SLOTS, ""),
-    };
-    if devices > room {
-        return Err(format!(
-            "{devices} virtio devices are more than the {room} that the machine has room for{other}"
-        ));
-    }
-    Ok(())
 }
 
 /// clap's message without its usage and hints, and where to read on.

@@ -73,7 +73,7 @@ pub struct VmConfig {
     pub cpus: u32,
 
     /// How the harts differ from the host's: NAME=off takes an ISA extension away where KVM can,
-    /// NAME=hidden only from the device tree; and other numbers to tell, as in
+    /// NAME=hidden only from the device tree; ids to report, as in
     /// v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
     #[arg(long, value_name = "KEY=VALUE,...")]
     #[serde(
@@ -133,9 +133,9 @@ pub struct VmConfig {
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub console: ConsoleConfig,
 
-    /// What SIGTERM does: kill (as when the power fails), or poweroff: asks the guest to power off, by
-    /// a power key (systemd-logind minds it) or else by SysRq on its UART, and ends the machine
-    /// after timeout=TIME (30s) all the same, or at the next SIGTERM
+    /// What SIGTERM does: kill ends the machine as a power cut does; poweroff asks the guest to power
+    /// off, by a power key or else by SysRq on its UART, and ends the machine after timeout=TIME
+    /// (30s) or at the next SIGTERM
     #[arg(long, value_name = "kill|poweroff[,timeout=TIME]", default_value_t)]
     #[serde(
         deserialize_with = "keyvalue::deserialize",

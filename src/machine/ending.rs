@@ -57,6 +57,11 @@ impl Ending {
         }))
     }
 
+    /// Where the machine's events go.
+    pub(super) fn sender(&self) -> Sender<Event> {
+        self.0.tell.clone()
+    }
+
     /// Asks for the end now.
     pub(super) fn ask(&self, outcome: Outcome) {
         // Nobody listens once the machine has ended.

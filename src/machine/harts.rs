@@ -1,6 +1,6 @@
 //! The machine's vCPUs, as the configuration wants them, and what the guest is told of them.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use rustix::system::uname;
 
 use super::irqchip::Choice;
@@ -8,19 +8,47 @@ use super::layout::MAX_HARTS;
 use crate::boot::isa::HartFacts;
 use crate::config::{Hex, IsaSwitch, VmConfig};
 use crate::hypervisor::host::legacy_sbi_is_safe;
-use crate::hypervisor::{Vcpu, Vm, extensions, regs};
+use crate::hypervisor::{RegId, Vcpu, Vm, extensions, regs};
 use crate::util::{RateLimit, guest_warn};
+
+/// Checks what no host changes: the number of harts, and the names of extensions.
+///
+/// # Errors
+/// One line that names the flag.
+pub(crate) fn check(config: &VmConfig) -> Result<(), String> {
+    if config.cpus > MAX_HARTS {
+        let cpus = config.cpus;
+        return Err(format!(
+            "--cpus {cpus}: rvmm's machine has room for {MAX_HARTS} harts"
+        ));
+    }
+    let isa = config.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
+    isa.into_iter()
+        .try_for_each(|name| isa_switch(name).map(drop))?;
+    let sbi = config.sbi.iter().flat_map(|sbi| sbi.extensions.keys());
+    sbi.into_iter()
+        .try_for_each(|name| sbi_switch(name).map(drop))
+}
+
+/// The register that switches the ISA extension `name`.
+fn isa_switch(name: &str) -> Result<RegId, String> {
+    extensions::isa_register(name).ok_or_else(|| {
+        format!("--cpu {name}: KVM has no such ISA extension; rvmm info lists this host's")
+    })
+}
+
+/// The register that switches the SBI extension `name`.
+fn sbi_switch(name: &str) -> Result<RegId, String> {
+    extensions::sbi_register(name).ok_or_else(|| {
+        format!("--sbi {name}: KVM has no such SBI extension; rvmm info lists this host's")
+    })
+}
 
 /// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
 /// before the first run: later KVM refuses.
 pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
+    check(config).map_err(Error::msg)?;
     let max = vm.max_vcpus();
-    if config.cpus > MAX_HARTS {
-        bail!(
-            "--cpus {}: rvmm's machine has room for {MAX_HARTS} harts",
-            config.cpus
-        );
-    }
     if config.cpus > max {
         bail!(
             "--cpus {}: this host's KVM runs at most {max} vCPUs",
@@ -65,10 +93,7 @@ fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
 fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
     if let Some(cpu) = &config.cpu {
         for (name, switch) in &cpu.extensions {
-            let register = extensions::isa_register(name);
-            let register = register.with_context(|| {
-                format!("--cpu {name}: rvmm knows no such ISA extension; rvmm info lists them")
-            })?;
+            let register = isa_switch(name).map_err(Error::msg)?;
             if *switch == IsaSwitch::Off && vcpu.reg(register)? == Some(1) {
                 vcpu.set_reg(register, 0).with_context(|| {
                     format!(
@@ -89,10 +114,7 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
         }
     }
     for name in config.sbi.iter().flat_map(|sbi| sbi.extensions.keys()) {
-        let register = extensions::sbi_register(name);
-        let register = register.with_context(|| {
-            format!("--sbi {name}: rvmm knows no such SBI extension; rvmm info lists them")
-        })?;
+        let register = sbi_switch(name).map_err(Error::msg)?;
         if vcpu.reg(register)? == Some(1) {
             vcpu.set_reg(register, 0).with_context(|| {
                 format!("--sbi {name}=off: this host's KVM cannot switch it off")

@@ -10,7 +10,7 @@
 pub mod builder;
 mod ending;
 mod hardware;
-mod harts;
+pub(crate) mod harts;
 mod irqchip;
 pub mod layout;
 mod outcome;
@@ -111,8 +111,8 @@ impl Machine {
     /// The host failed; a guest's failure is an [`Outcome`].
     pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
         let (tell, events) = channel();
-        let ending = Ending::new(tell.clone());
-        let result = self.run_until(how, &ending, &tell, &events);
+        let ending = Ending::new(tell);
+        let result = self.run_until(how, &ending, &events);
         ending.came();
         result
     }
@@ -121,7 +121,6 @@ impl Machine {
         mut self,
         how: &Run,
         ending: &Ending,
-        tell: &Sender<Event>,
         events: &Receiver<Event>,
     ) -> Result<(Outcome, Option<Stats>)> {
         let mut deadline = Deadline::after(how.timeout);
@@ -136,7 +135,7 @@ impl Machine {
         let hosts = self.connect_consoles(how.console, ending)?;
         let mut stats = how.stats_from.map(Stats::since);
         let outcome = loop {
-            match self.live(tell, events, &mut deadline, stats.as_mut()) {
+            match self.live(ending, events, &mut deadline, stats.as_mut()) {
                 Ok(Outcome::Guest(Stop::Reset)) if how.reboot => match self.reset() {
                     Ok(()) => {}
                     Err(error) => break Err(error),
@@ -184,7 +183,7 @@ impl Machine {
     /// console holds is the last of it.
     fn live(
         &mut self,
-        tell: &Sender<Event>,
+        ending: &Ending,
         events: &Receiver<Event>,
         deadline: &mut Deadline,
         mut stats: Option<&mut Stats>,
@@ -192,12 +191,12 @@ impl Machine {
         if let Some(stats) = &mut stats {
             stats.guest_starts();
         }
-        let vcpus = self.start_vcpus(tell, stats.is_some())?;
+        let vcpus = self.start_vcpus(&ending.sender(), stats.is_some())?;
         guest_info!(RateLimit::named("lives"), "the guest runs");
         let mut settled = false;
         let outcome = loop {
             match next_event(events, deadline, &mut settled) {
-                Some(Event::Pressed) => self.press(deadline)?,
+                Some(Event::Pressed) => self.press(ending, deadline)?,
                 Some(Event::Vcpu(end)) => break end.map(Outcome::Guest),
                 Some(Event::Asked(outcome)) => break Ok(outcome),
                 None => break Ok(deadline.outcome),
@@ -216,7 +215,7 @@ impl Machine {
         let outcome = match meanwhile(events) {
             Some(Event::Asked(asked)) => asked,
             Some(_) => {
-                self.press(deadline)?;
+                self.press(ending, deadline)?;
                 outcome?
             }
             None => outcome?,
@@ -230,7 +229,7 @@ impl Machine {
     }
 
     /// Asks the guest to power off, which it has to do before a new `deadline`.
-    fn press(&mut self, deadline: &mut Deadline) -> Result<()> {
+    fn press(&mut self, ending: &Ending, deadline: &mut Deadline) -> Result<()> {
         let Some(patience) = self.config.on_sigterm.patience() else {
             return Ok(());
         };
@@ -239,6 +238,9 @@ impl Machine {
             ..Deadline::after(Some(patience))
         };
         *deadline = deadline.or(last);
+        if let Some(at) = deadline.at {
+            ending.expect(deadline.outcome, at);
+        }
         if self.backends.button.iter().any(|button| button.press()) {
             info!("SIGTERM: the guest's power key is pressed");
         } else {

@@ -1,6 +1,6 @@
 //! A power key: virtio-input (VIRTIO 1.2, section 5.8) with one key, which asks the guest to power off.
 //!
-//! Linux hands the key to whoever reads its input devices; systemd-logind powers off then.
+//! Linux passes the key to the readers of its input device; systemd-logind then powers off.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
