@@ -75,8 +75,8 @@ impl Stats {
         // At most some hundred a vCPU: their kinds are bounded.
         let kinds = self.vcpus.iter().flat_map(ExitStats::kinds);
         for gpa in kinds.filter_map(|(kind, _)| kind.gpa()) {
-            if let (Entry::Vacant(entry), Some(name)) = (self.names.entry(gpa), registers_at(gpa)) {
-                entry.insert(name);
+            if let Entry::Vacant(entry) = self.names.entry(gpa) {
+                registers_at(gpa).map(|name| entry.insert(name));
             }
         }
     }

@@ -21,9 +21,6 @@ const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const PENDING_END: u64 = 0x6000;
 
-/// No offset of BAR 0: the configuration space, for [`BarDevice::registers_at`].
-pub const CONFIGURATION: u64 = u64::MAX;
-
 /// The device behind BAR 0. Called by vCPU threads, any number at once.
 pub trait BarDevice: Send + Sync {
     /// A load of `data`, zeroed, at `offset` from the BAR's start, below 0x4000.
@@ -36,8 +33,9 @@ pub trait BarDevice: Send + Sync {
     /// From now on the device may access memory, or may not: then no access is left when this returns,
     /// and none begins. It may not at first. Called for one change at a time.
     fn set_bus_master(&self, allowed: bool);
-    /// What people call the registers at `offset`: `disk0, common configuration`.
-    fn registers_at(&self, offset: u64) -> String;
+    /// What people call the registers at `offset` of the BAR: `disk0, common configuration`. None: those
+    /// of the configuration space.
+    fn registers_at(&self, offset: Option<u64>) -> String;
 }
 
 /// A window into BAR 0 in the configuration space: where its control (BAR, padding, offset, length)
@@ -171,8 +169,8 @@ impl Function {
         }
     }
 
-    /// What people call the registers at `offset` of BAR 0.
-    pub(super) fn registers_at(&self, offset: u64) -> String {
+    /// See [`BarDevice::registers_at`].
+    pub(super) fn registers_at(&self, offset: Option<u64>) -> String {
         self.device.registers_at(offset)
     }
 

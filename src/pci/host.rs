@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use anyhow::{Result, bail};
 
 use super::config::{ConfigSpace, Identity};
-use super::function::{BAR_SIZE, CONFIGURATION, Function};
+use super::function::{BAR_SIZE, Function};
 use super::interrupts::{Interrupts, SharedLine};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::irqchip::Messages;
@@ -295,7 +295,7 @@ impl Device for HostBridge {
         if self.ecam.contains(&gpa) {
             return Some(match self.at(gpa - self.ecam.start).0 {
                 Slot::Bridge => "PCI bridge".into(),
-                Slot::Function(function) => function.registers_at(CONFIGURATION),
+                Slot::Function(function) => function.registers_at(None),
                 Slot::Empty => "no PCI device".into(),
             });
         }
@@ -304,7 +304,7 @@ impl Device for HostBridge {
             .contains(&gpa)
             .then(|| gpa - self.window.start)?;
         let (function, offset) = self.find(offset, 1)?;
-        Some(function.registers_at(offset))
+        Some(function.registers_at(Some(offset)))
     }
 }
 

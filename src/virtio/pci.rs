@@ -16,7 +16,7 @@ use super::core::{Core, Half, Ring};
 use super::device::{Interrupt, VirtioDevice};
 use crate::hypervisor::{Doorbell, Vm};
 use crate::memory::GuestMemory;
-use crate::pci::function::{CONFIGURATION, Window};
+use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info, guest_warn};
@@ -198,14 +198,14 @@ impl BarDevice for PciTransport {
         lock(&self.doorbells).follow(base);
     }
 
-    fn registers_at(&self, offset: u64) -> String {
-        let registers = match part(offset).0 {
-            _ if offset == CONFIGURATION => "PCI configuration",
-            COMMON => "common configuration",
-            ISR => "ISR status",
-            CONFIG => "device configuration",
-            NOTIFY => "notifications",
-            _ => "MSI-X",
+    fn registers_at(&self, offset: Option<u64>) -> String {
+        let registers = match offset.map(|offset| part(offset).0) {
+            None => "PCI configuration",
+            Some(COMMON) => "common configuration",
+            Some(ISR) => "ISR status",
+            Some(CONFIG) => "device configuration",
+            Some(NOTIFY) => "notifications",
+            Some(_) => "MSI-X",
         };
         format!("{}, {registers}", lock(&self.core).name())
     }

@@ -252,6 +252,24 @@ impl Driver {
         self.ram.write_slice(&desc.bytes(), at).unwrap();
     }
 
+    /// Writes a chain of these buffers (address, length, flags but NEXT) to the table at `table`, from
+    /// descriptor `first` on.
+    pub(crate) fn describe_chain(&self, table: u64, first: u16, buffers: &[(u64, u32, u16)]) {
+        let last = buffers.len() - 1;
+        for (place, (addr, len, flags)) in buffers.iter().copied().enumerate() {
+            let index = first + u16::try_from(place).unwrap();
+            let flags = flags | if place == last { 0 } else { NEXT };
+            let next = index + 1;
+            let desc = Desc {
+                addr,
+                len,
+                flags,
+                next,
+            };
+            self.describe_at(table, index, desc);
+        }
+    }
+
     /// Makes the chain that starts at `head` available, and notifies the device.
     pub(crate) fn offer(&mut self, queue: usize, head: u16) {
         let next = self.avail[queue];
@@ -284,22 +302,7 @@ impl Driver {
     /// Offers a chain of these buffers (address, length, flags) from descriptor 0 on, waits for it,
     /// and returns the bytes written.
     pub(crate) fn request(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> u32 {
-        let last = buffers.len() - 1;
-        for (index, (addr, len, flags)) in buffers.iter().copied().enumerate() {
-            let next = u16::try_from(index + 1).unwrap();
-            let more = if index == last { 0 } else { NEXT };
-            let flags = flags | more;
-            self.describe(
-                queue,
-                next - 1,
-                Desc {
-                    addr,
-                    len,
-                    flags,
-                    next,
-                },
-            );
-        }
+        self.describe_chain(rings(queue)[0], 0, buffers);
         let before = self.used(queue);
         self.offer(queue, 0);
         self.wait_until("a used buffer", |d| d.used(queue) != before);

@@ -39,8 +39,8 @@ impl BarDevice for Registers {
     fn moved(&self, base: Option<u64>) {
         lock(&self.moves).push(base);
     }
-    fn registers_at(&self, offset: u64) -> String {
-        format!("registers {offset:#x}")
+    fn registers_at(&self, offset: Option<u64>) -> String {
+        format!("registers {offset:?}")
     }
     fn set_bus_master(&self, allowed: bool) {
         let bridge = lock(&self.bridge);
@@ -289,6 +289,21 @@ fn messages_are_set_up_through_the_bar() {
     machine.set_config(2, at, 0);
     assert!(!interrupts.uses_messages());
     assert!(lock(&machine.vm.irqfds).is_empty());
+}
+
+#[test]
+fn registers_have_names_where_they_are() {
+    let machine = machine(&[2]);
+    let bridge = &machine.bridge;
+    machine.set_config(1, 0x10, u32::try_from(WINDOW).unwrap());
+    machine.set_config(1, 4, MEMORY);
+    let named = |gpa| bridge.registers_at(gpa);
+    assert_eq!(named(ECAM).unwrap(), "PCI bridge");
+    assert_eq!(named(config_at(1, 0x40)).unwrap(), "registers None");
+    assert_eq!(named(config_at(2, 0)).unwrap(), "no PCI device");
+    assert_eq!(named(WINDOW + 0x3004).unwrap(), "registers Some(12292)");
+    let size = u64::from(function::BAR_SIZE);
+    assert_eq!([named(WINDOW + size), named(WINDOW_END)], [None, None]);
 }
 
 #[test]

@@ -37,22 +37,13 @@ fn at_once(
         let content = [0x70 + number.to_le_bytes()[0]; EACH as usize];
         ram.write_slice(&content, GuestAddress(data(number)))
             .unwrap();
-        let mut next = 3 * number;
-        for (addr, len, flags) in [
-            (header, 16, NEXT),
-            (data(number), EACH, NEXT | room),
+        let buffers = [
+            (header, 16, 0),
+            (data(number), EACH, room),
             // With room that a write does not need.
             (STATUS + 2 * u64::from(number), 1 + spare, WRITE),
-        ] {
-            next += 1;
-            let desc = Desc {
-                addr,
-                len,
-                flags,
-                next,
-            };
-            driver.describe(0, next - 1, desc);
-        }
+        ];
+        driver.describe_chain(rings(0)[0], 3 * number, &buffers);
         driver.offer(0, 3 * number);
     }
     driver.core.set_status(READY);

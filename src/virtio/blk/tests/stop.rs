@@ -19,19 +19,7 @@ fn describe_huge(driver: &Driver, head: u16, kind: u32) {
     let mut buffers = vec![(HEADER, 16, 0)];
     buffers.extend([(DATA, PIECE, flags)].repeat(PIECES.into()));
     buffers.push((STATUS, 1, WRITE));
-    let last = buffers.len() - 1;
-    for (index, (addr, len, flags)) in buffers.into_iter().enumerate() {
-        let flags = flags | if index == last { 0 } else { NEXT };
-        let index = u16::try_from(index).unwrap();
-        let next = index + 1;
-        let desc = Desc {
-            addr,
-            len,
-            flags,
-            next,
-        };
-        driver.describe_at(TABLE, index, desc);
-    }
+    driver.describe_chain(TABLE, 0, &buffers);
     let (addr, len, flags, next) = (TABLE, 16 * u32::from(PIECES + 2), INDIRECT, 0);
     driver.describe(
         0,
@@ -107,23 +95,8 @@ fn hostile_many_zeros_do_not_hold_a_reset() {
     header[..4].copy_from_slice(&VIRTIO_BLK_T_WRITE_ZEROES.to_le_bytes());
     let ram = &driver.ram;
     ram.write_slice(&header, GuestAddress(HEADER)).unwrap();
-    for (index, (addr, len, flags)) in [(HEADER, 16, NEXT), (DATA, 256, NEXT), (STATUS, 1, WRITE)]
-        .into_iter()
-        .enumerate()
-    {
-        let index = u16::try_from(index).unwrap();
-        let next = index + 1;
-        driver.describe(
-            0,
-            index,
-            Desc {
-                addr,
-                len,
-                flags,
-                next,
-            },
-        );
-    }
+    let buffers = [(HEADER, 16, 0), (DATA, 256, 0), (STATUS, 1, WRITE)];
+    driver.describe_chain(rings(0)[0], 0, &buffers);
     for _ in 0..SIZE {
         driver.offer(0, 0);
     }
