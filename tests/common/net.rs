@@ -125,28 +125,33 @@ impl Md5 {
 
 const CHUNK: usize = 1 << 20;
 
-/// Sends `chunks` MiB to the guest, and as many back; each stream has the same MD5 sum at both ends.
+/// Sends `chunks` MiB to the guest, and as many back; not a byte is lost, added or changed.
 pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
     let listener = TcpListener::bind((tap.address(1), 0)).expect("listen");
     let port = listener.local_addr().expect("its address").port();
-    let there = format!("{} {port}", tap.address(1));
-    let sent = std::thread::scope(|scope| {
-        let sent = scope.spawn(|| send(&listener, chunks));
-        let received = guest.ok(&format!("nc {there} </dev/null | md5sum | cut -c1-32"));
-        assert_eq!(received, sent.join().expect("the sender"), "host to guest");
-        received
-    });
-    guest.ok("dd if=/dev/urandom of=/tmp/chunk bs=1M count=1 2>/dev/null; mkfifo /tmp/copy; true");
-    let received = std::thread::scope(|scope| {
-        let received = scope.spawn(|| receive(&listener, chunks * CHUNK));
-        let sum = guest.ok(&format!(
-            "md5sum </tmp/copy >/tmp/sum & (for i in $(seq {chunks}); do cat /tmp/chunk; done) | \
-             tee /tmp/copy | nc {there}; wait; cut -c1-32 /tmp/sum"
+    // The program has the connection as its standard input and output: with pipes between, a GiB takes half an hour.
+    let connect = format!("nc {} {port} -e /tmp/program", tap.address(1));
+    let program = |guest: &mut Shell, script: &str| {
+        guest.ok(&format!(
+            "printf '#!/bin/sh\\n%s\\n' '{script}' >/tmp/program; chmod +x /tmp/program"
         ));
-        assert_eq!(sum, received.join().expect("the receiver"), "guest to host");
-        sum
+    };
+    program(guest, "md5sum >/tmp/sum");
+    std::thread::scope(|scope| {
+        let sent = scope.spawn(|| send(&listener, chunks));
+        let received = guest.ok(&format!("{connect}; cut -c1-32 /tmp/sum"));
+        assert_eq!(received, sent.join().expect("the sender"), "host to guest");
     });
-    assert_ne!(sent, received);
+    guest.ok("head -c 1048568 /dev/urandom >/tmp/chunk");
+    program(
+        guest,
+        &format!("for i in $(seq {chunks}); do printf %08d $i; cat /tmp/chunk; done"),
+    );
+    std::thread::scope(|scope| {
+        let received = scope.spawn(|| receive(&listener, chunks));
+        let sum = guest.ok(&format!("{connect}; md5sum </tmp/chunk | cut -c1-32"));
+        assert_eq!(sum, received.join().expect("the receiver"), "guest to host");
+    });
 }
 
 /// Random bytes, whose first ones count the chunks.
@@ -165,16 +170,22 @@ fn send(listener: &TcpListener, chunks: usize) -> String {
     sum.end()
 }
 
-fn receive(listener: &TcpListener, length: usize) -> String {
+/// Chunks that have their number, from one, in eight digits, and then the same bytes, whose sum it returns.
+fn receive(listener: &TcpListener, chunks: usize) -> String {
+    const NUMBER: usize = 8;
     let (mut stream, _) = listener.accept().expect("the guest's connection");
-    let (mut sum, mut left) = (Md5::new(), length);
-    let mut bytes = vec![0; CHUNK];
-    while left > 0 {
-        let count = stream.read(&mut bytes).expect("receive");
-        assert_ne!(count, 0, "{left} bytes are missing");
-        sum.add(&bytes[..count]);
-        left = left.checked_sub(count).expect("no byte too many");
+    let (mut first, mut chunk) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for number in 1..=chunks {
+        stream.read_exact(&mut chunk).expect("receive a chunk");
+        assert_eq!(chunk[..NUMBER], *format!("{number:08}").as_bytes());
+        if number == 1 {
+            first.copy_from_slice(&chunk);
+        }
+        assert!(chunk[NUMBER..] == first[NUMBER..], "chunk {number} differs");
     }
+    assert_eq!(stream.read(&mut chunk).expect("the stream's end"), 0);
+    let mut sum = Md5::new();
+    sum.add(&first[NUMBER..]);
     sum.end()
 }
 
