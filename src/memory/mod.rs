@@ -19,7 +19,7 @@ use vm_memory::{
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
 pub use flat::FlatRam;
-pub use pieces::{NotRam, Pieces};
+pub use pieces::{Byte, NotRam, Pieces};
 pub use ring::{Ended, Op, Ring};
 
 /// Guest RAM, as every part of rvmm names it.

@@ -1,6 +1,7 @@
 //! Pieces of guest RAM that a request names, for the host's scatter and gather calls.
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -29,6 +30,29 @@ pub struct Pieces {
 
 // SAFETY: the pointers are to guest RAM, which `ram` keeps mapped and which any thread may access.
 unsafe impl Send for Pieces {}
+
+/// One byte of guest RAM. It stays mapped as long as this lives.
+pub struct Byte {
+    host: *mut u8,
+    _ram: Arc<FlatRam>,
+}
+
+// SAFETY: as of `Pieces`.
+unsafe impl Send for Byte {}
+
+impl Byte {
+    /// Writes it.
+    pub fn set(&self, value: u8) {
+        // SAFETY: it is mapped RAM, and no reference to it exists.
+        unsafe { self.host.write_volatile(value) };
+    }
+}
+
+impl fmt::Debug for Byte {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a byte of RAM")
+    }
+}
 
 impl Pieces {
     /// No piece yet, of this RAM.
@@ -102,7 +126,11 @@ impl Pieces {
             rest -= iovec.iov_len;
             gone += 1;
         }
-        self.iovecs.drain(..gone);
+        if gone == self.iovecs.len() {
+            self.iovecs.clear();
+        } else {
+            self.iovecs.drain(..gone);
+        }
     }
 
     /// Adds the pieces of `more`, which are of the same RAM.
@@ -110,6 +138,27 @@ impl Pieces {
         debug_assert!(Arc::ptr_eq(&self.ram, &more.ram));
         more.iovecs.iter().for_each(|piece| self.add(*piece));
         self.len += more.len;
+    }
+
+    /// Takes all of it, and leaves nothing.
+    pub fn take(&mut self) -> Pieces {
+        let nothing = Pieces::of(&self.ram);
+        std::mem::replace(self, nothing)
+    }
+
+    /// Cuts off the last byte, and returns it. None where there is nothing.
+    pub fn split_last(&mut self) -> Option<Byte> {
+        let last = self.iovecs.last_mut()?;
+        last.iov_len -= 1;
+        self.len -= 1;
+        let byte = Byte {
+            host: last.iov_base.wrapping_byte_add(last.iov_len).cast(),
+            _ram: Arc::clone(&self.ram),
+        };
+        if last.iov_len == 0 {
+            self.iovecs.pop();
+        }
+        Some(byte)
     }
 
     /// Cuts off what is behind the first `count` bytes, and returns it.
@@ -403,6 +452,34 @@ mod tests {
         let tail = head.split_off(4);
         head.append(&tail);
         assert_eq!((head.iovecs().len(), head.len()), (1, 8));
+    }
+
+    #[test]
+    fn the_last_byte_is_its_own() {
+        let mut all = pieces(&[(BASE, 4), (BASE + 50, 1)]);
+        all.copy_from(b"abcde");
+        for (left, pieces) in [(4, 1), (3, 1), (2, 1), (1, 1), (0, 0)] {
+            all.split_last()
+                .unwrap()
+                .set(b'0' + u8::try_from(left).unwrap());
+            assert_eq!((all.len(), all.iovecs().len()), (left, pieces));
+        }
+        assert!(all.split_last().is_none());
+        let ram = &all.ram;
+        let byte = |offset| {
+            let host = ram.host_address(GuestAddress(BASE + offset), 1).unwrap();
+            // SAFETY: it is mapped RAM.
+            unsafe { *host }
+        };
+        assert_eq!([0, 1, 2, 3, 50].map(byte), *b"01234");
+    }
+
+    #[test]
+    fn what_is_taken_leaves_nothing() {
+        let mut all = pieces(&[(BASE, 4), (BASE + 50, 5)]);
+        let taken = all.take();
+        assert!(all.is_empty() && all.iovecs().is_empty());
+        assert_eq!((taken.len(), taken.iovecs().len()), (9, 2));
     }
 
     #[test]

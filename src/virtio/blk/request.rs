@@ -4,7 +4,7 @@
 
 use virtio_bindings::virtio_blk::*;
 
-use crate::memory::Pieces;
+use crate::memory::{Byte, Pieces};
 use crate::virtio::queue::Chain;
 
 /// Bytes of a sector, whatever the disk's block size.
@@ -31,7 +31,7 @@ pub(super) struct Request {
     /// Where its data is in RAM: to write to the disk, or room for what is read.
     pub data: Pieces,
     /// Room for the status byte.
-    status: Pieces,
+    status: Byte,
     /// Bytes the device may write before the status.
     pub room: usize,
 }
@@ -81,12 +81,12 @@ impl Request {
     /// Parses `chain`; `None` where there is no header, or no room for a status.
     pub(super) fn parse(mut chain: Chain) -> Option<Self> {
         let mut header = [0; HEADER];
-        if chain.readable.copy_to(&mut header) != HEADER || chain.writable.is_empty() {
+        if chain.readable.copy_to(&mut header) != HEADER {
             return None;
         }
         chain.readable.advance(HEADER);
-        let room = chain.writable.len() - 1;
-        let status = chain.writable.split_off(room);
+        let status = chain.writable.split_last()?;
+        let room = chain.writable.len();
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         // A sector beyond 2^55 is beyond every disk, and stays so as an offset.
         let offset = u64::from_le_bytes(sector).saturating_mul(SECTOR);
@@ -114,16 +114,11 @@ impl Request {
         })
     }
 
-    /// Its data, to be put back later.
-    pub(super) fn take_data(&mut self) -> Pieces {
-        self.data.split_off(0)
-    }
-
     /// Writes the status. `data` bytes were written from the start of the room before it. Returns for
     /// how many bytes from the start of the whole room that is so: the status counts only where nothing
     /// is left out before it (VIRTIO 1.2, section 2.7.8.2).
     pub(super) fn finish(&self, status: Status, data: usize) -> usize {
-        self.status.copy_from(&[status as u8]);
+        self.status.set(status as u8);
         if data >= self.room {
             self.room + 1
         } else {

@@ -91,7 +91,10 @@ impl Shared {
     ) -> Result<bool, Broken> {
         let mut next = queue.pop()?;
         for left in (0..queue.size()).rev() {
-            let Some(chain) = next.filter(|_| !stop.is_asked()) else {
+            if stop.is_asked() {
+                return Ok(false);
+            }
+            let Some(chain) = next else {
                 return Ok(false);
             };
             let pending = self.parse(chain, queue)?;
@@ -146,7 +149,7 @@ impl Shared {
             queue.tell()?;
             return self.serve_now(queue, pending, stop);
         };
-        let data = pending.request.take_data();
+        let data = pending.request.data.take();
         let share = IN_FLIGHT / usize::from(self.queues);
         while ring.in_flight() > 0 && ring.bytes() + data.len() > share {
             if stop.is_asked() {
