@@ -38,8 +38,8 @@ pub(crate) struct Contestant {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// Over its default transport, or over MMIO.
-    Rvmm { mmio: bool },
+    /// This build or another, over its default transport or over MMIO.
+    Rvmm { program: String, mmio: bool },
     /// With this machine.
     Qemu(&'static str),
     /// With the in-kernel AIA, and with a device tree that was made for it.
@@ -63,12 +63,27 @@ impl Host {
     }
 }
 
-/// Everybody that can run on this host. `dir` is for files of theirs.
+fn contestant(name: &str, kind: Kind) -> Contestant {
+    let name = name.into();
+    Contestant { name, kind }
+}
+
+/// rvmm, or another build of it.
+fn build(name: &str, program: &str, mmio: bool) -> Contestant {
+    let program = program.into();
+    contestant(name, Kind::Rvmm { program, mmio })
+}
+
+/// Everybody that is to run on this host. `dir` is for files of theirs.
 pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
-    let contestant = |name: &str, kind| Contestant {
-        name: name.into(),
-        kind,
-    };
+    let before = env::var("RVMM_BENCH_BEFORE").unwrap_or_default();
+    if !before.is_empty() {
+        return Ok(vec![
+            build("rvmm", "rvmm", false),
+            build("again", "rvmm", false),
+            build("before", &before, false),
+        ]);
+    }
     let floor = |name, aia, irqchip| -> Contestant {
         let dtb = dir.join(format!("{irqchip}.dtb")).display().to_string();
         contestant(name, Kind::Floor { aia, dtb })
@@ -79,8 +94,8 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
         "virt"
     };
     let mut all = vec![
-        contestant("rvmm", Kind::Rvmm { mmio: false }),
-        contestant("rvmm/mmio", Kind::Rvmm { mmio: true }),
+        build("rvmm", "rvmm", false),
+        build("rvmm/mmio", "rvmm", true),
         contestant("qemu", Kind::Qemu(machine)),
         floor("floor", false, "plic"),
     ];
@@ -99,7 +114,7 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 impl Contestant {
     /// Whether a group of figures is about it.
     pub(crate) fn takes_part(&self, group: &str) -> bool {
-        !matches!(self.kind, Kind::Rvmm { mmio: true }) || ["blk", "net"].contains(&group)
+        !matches!(self.kind, Kind::Rvmm { mmio: true, .. }) || ["blk", "net"].contains(&group)
     }
 
     /// Whether it can run such a guest at all.
@@ -119,8 +134,8 @@ impl Contestant {
     /// The command that runs `job`, with the guest's console on standard output.
     pub(crate) fn command(&self, job: &Job) -> Result<Command> {
         Ok(match &self.kind {
-            Kind::Rvmm { mmio } => {
-                let mut command = rvmm(job);
+            Kind::Rvmm { program, mmio } => {
+                let mut command = rvmm(program, job);
                 command.args(
                     mmio.then_some(["--transport", "mmio"])
                         .into_iter()
@@ -136,8 +151,8 @@ impl Contestant {
     }
 }
 
-fn rvmm(job: &Job) -> Command {
-    let mut command = Command::new("rvmm");
+fn rvmm(program: &str, job: &Job) -> Command {
+    let mut command = Command::new(program);
     add_flags(&mut command, job);
     command
 }
@@ -223,10 +238,13 @@ fn floor(aia: bool, dtb: &str, job: &Job) -> Result<Command> {
     }
     if let Some(initrd) = job.initrd {
         let irqchip = if aia { "aia" } else { "plic" };
-        let mut dump = rvmm(&Job {
-            hugepages: false,
-            ..*job
-        });
+        let mut dump = rvmm(
+            "rvmm",
+            &Job {
+                hugepages: false,
+                ..*job
+            },
+        );
         dump.args(["--irqchip", irqchip, "--dump-dtb", dtb]);
         let made = dump.status().context("cannot run rvmm --dump-dtb")?;
         anyhow::ensure!(made.success(), "rvmm --dump-dtb: {made}");

@@ -19,19 +19,30 @@ pub(crate) fn write(
 ) -> String {
     let mut names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
     names.push("bare");
-    let floor = if names.contains(&"floor+aia") {
-        "floor+aia"
+    let others = if names.contains(&"before") {
+        [("again", "again"), ("before", "before")]
+    } else if names.contains(&"floor+aia") {
+        [("qemu", "qemu"), ("floor", "floor+aia")]
     } else {
-        "floor"
+        [("qemu", "qemu"), ("floor", "floor")]
     };
     format!(
         "{}{SEPARATOR}\n{:#}\n",
-        table(host, repetitions, &names, floor, figures),
-        json(host, repetitions, &names, floor, figures)
+        table(host, repetitions, &names, others, figures),
+        json(host, repetitions, &names, others, figures)
     )
 }
 
-fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &Figures) -> String {
+/// Of whom rvmm's ratios are: what the column is called, and the contestant.
+type Others = [(&'static str, &'static str); 2];
+
+fn table(
+    host: &str,
+    repetitions: usize,
+    names: &[&str],
+    others: Others,
+    figures: &Figures,
+) -> String {
     let mut text = String::new();
     let mut line = |cells: String| {
         text.push_str(cells.trim_end());
@@ -44,9 +55,12 @@ fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &
     for name in names {
         write!(head, "{name:>16}").expect("a String takes all");
     }
-    line(format!("{head}{:>12}{:>12}", "rvmm/qemu", "rvmm/floor"));
+    for (column, _) in others {
+        write!(head, "{:>13}", format!("rvmm/{column}")).expect("a String takes all");
+    }
+    line(head);
     for figure in &figures.rows {
-        line(row(figure, names, floor));
+        line(row(figure, names, others));
     }
     if !figures.boot_parts.is_empty() {
         line(String::new());
@@ -68,7 +82,7 @@ fn table(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &
     text
 }
 
-fn row(figure: &Figure, names: &[&str], floor: &str) -> String {
+fn row(figure: &Figure, names: &[&str], others: Others) -> String {
     let mut row = format!("{:<30}{:>5}", figure.name, figure.unit);
     for name in names {
         let cell = match figure.summary(name) {
@@ -77,18 +91,24 @@ fn row(figure: &Figure, names: &[&str], floor: &str) -> String {
         };
         write!(row, "{cell:>16}").expect("a String takes all");
     }
-    for other in ["qemu", floor] {
+    for (_, other) in others {
         let ratio = figure.ratio("rvmm", other).map(|r| format!("{r:.3}"));
-        write!(row, "{:>12}", ratio.unwrap_or_else(|| "-".into())).expect("a String takes all");
+        write!(row, "{:>13}", ratio.unwrap_or_else(|| "-".into())).expect("a String takes all");
     }
     row
 }
 
-fn json(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &Figures) -> Value {
+fn json(
+    host: &str,
+    repetitions: usize,
+    names: &[&str],
+    others: Others,
+    figures: &Figures,
+) -> Value {
     let rows: Vec<Value> = figures
         .rows
         .iter()
-        .map(|row| figure_json(row, names, floor))
+        .map(|row| figure_json(row, names, others))
         .collect();
     let sizes: Map<String, Value> = figures
         .sizes
@@ -105,7 +125,7 @@ fn json(host: &str, repetitions: usize, names: &[&str], floor: &str, figures: &F
     })
 }
 
-fn figure_json(figure: &Figure, names: &[&str], floor: &str) -> Value {
+fn figure_json(figure: &Figure, names: &[&str], others: Others) -> Value {
     let mut by_name = Map::new();
     for name in names {
         let samples = figure.samples.iter().find(|(who, _)| who == name);
@@ -119,11 +139,13 @@ fn figure_json(figure: &Figure, names: &[&str], floor: &str) -> Value {
             by_name.insert((*name).into(), value);
         }
     }
-    json!({
+    let mut value = json!({
         "name": figure.name,
         "unit": figure.unit,
         "contestants": by_name,
-        "rvmm_to_qemu": figure.ratio("rvmm", "qemu"),
-        "rvmm_to_floor": figure.ratio("rvmm", floor),
-    })
+    });
+    for (column, other) in others {
+        value[format!("rvmm_to_{column}")] = json!(figure.ratio("rvmm", other));
+    }
+    value
 }

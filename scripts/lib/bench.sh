@@ -130,10 +130,20 @@ bench_check_peers() {
 }
 
 bench_peer_program() {
-    local command=${1#*=} program
-    program=${command%% *}
-    [[ $program == /* ]] || program=$BENCH_CALLER/$program
-    printf '%s' "$program"
+    local command=${1#*=}
+    bench_path "${command%% *}"
+}
+
+# A file as the caller's directory has it.
+bench_path() {
+    [[ $1 == /* ]] || printf '%s/' "$BENCH_CALLER"
+    printf '%s' "$1"
+}
+
+# Takes along another build of rvmm.
+bench_add_before() {
+    install -m 755 "$1" "$RIG_RUN/root/payload/bin/before"
+    rig_set RVMM_BENCH_BEFORE before
 }
 
 # Takes along the programs of peers that were checked.
