@@ -200,3 +200,28 @@ fn in_the_size_that_rvmm_names() {
     assert_userspace(&end, &nonce);
     end.assert_status(POWERED_OFF);
 }
+
+/// Linux with much RAM that may use no more than `mem` of it: the initrd and the tree lie low enough.
+#[track_caller]
+fn check_mem_limit(mem: &str) {
+    let nonce = nonce();
+    let cmdline = format!("console=ttyS0 panic=-1 rvmm.nonce={nonce} mem={mem}");
+    let end = Rvmm::linux()
+        .args(["--mem", "512M", "--cmdline", &cmdline])
+        .run();
+    let limited = format!("Memory limited to {mem}B");
+    assert!(end.console.contains(&limited), "no {limited:?}");
+    assert_userspace(&end, &nonce);
+    end.assert_status(POWERED_OFF);
+}
+
+#[test]
+fn half_of_ram_by_mem() {
+    check_mem_limit("256M");
+}
+
+/// No more than Linux needs, where the initrd and the tree could not lie higher.
+#[test]
+fn a_fifth_of_ram_by_mem() {
+    check_mem_limit("96M");
+}

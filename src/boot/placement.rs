@@ -1,12 +1,15 @@
 //! Where kernel, initrd and device tree go in RAM.
 //!
 //! ```text
-//! RAM   +text_offset                                          end of RAM
-//!  |     | kernel, with its BSS | free ...  | device tree | initrd |
+//! RAM   +text_offset          2 MiB boundary                            end of RAM
+//!  |     | Linux, with its BSS | ... | initrd | device tree | free ...         |
+//!  |     | any other kernel    | free ...            | device tree | initrd    |
 //! ```
 //!
-//! initrd and tree lie at the top, so that the kernel's first allocations, which follow its BSS,
-//! meet neither, and a guest that takes RAM for its own finds it in one piece.
+//! Linux takes no RAM behind its BSS before it has reserved the initrd and the tree (`setup_bootmem`
+//! in `arch/riscv/mm/init.c`). So both lie right behind it, in what a small `mem=` leaves. What another
+//! kernel takes behind its BSS nobody knows: it finds the rest of RAM in one piece, and so does a Linux
+//! without an initrd.
 
 use std::ops::Range;
 
@@ -15,6 +18,9 @@ use thiserror::Error;
 use super::kernel::Kernel;
 use crate::memory::PAGE_SIZE;
 use crate::util::ByteSize;
+
+/// Linux reserves its own RAM up to a multiple of this, and gives up an initrd that begins below it.
+const LINUX_ALIGN: u64 = 2 << 20;
 
 /// Room for a device tree: the machine, and what each hart adds.
 pub const fn fdt_room(harts: u32) -> u64 {
@@ -68,7 +74,8 @@ impl Placement {
         let kernel_end = pages(extent.end);
         // An initrd longer than any RAM may not overflow the sum.
         let initrd_pages = pages(initrd.unwrap_or(0).min(1 << 60));
-        let needed = kernel_end + initrd_pages + pages(fdt);
+        let behind = initrd_pages + pages(fdt);
+        let needed = kernel_end + behind;
         if needed > ram.bytes() {
             return Err(TooSmall {
                 ram,
@@ -77,10 +84,14 @@ impl Placement {
                 enough: enough(needed),
             });
         }
-        // No host has RAM at the end of the address space; it refuses such a size later.
-        let end = base.saturating_add(ram.bytes()) / PAGE_SIZE * PAGE_SIZE;
-        let initrd_start = end - initrd_pages;
-        let fdt_start = initrd_start - pages(fdt);
+        let (initrd_start, fdt_start) = match low_start(kernel, behind, ram) {
+            Some(start) if initrd.is_some() => (base + start, base + start + initrd_pages),
+            _ => {
+                // No host has RAM at the end of the address space; it refuses such a size later.
+                let end = base.saturating_add(ram.bytes()) / PAGE_SIZE * PAGE_SIZE;
+                (end - initrd_pages, end - behind)
+            }
+        };
         Ok(Self {
             kernel: base + extent.start..base + extent.end,
             entry: base + kernel.entry,
@@ -88,6 +99,13 @@ impl Placement {
             fdt: fdt_start..fdt_start + fdt,
         })
     }
+}
+
+/// How far into RAM the part begins that a Linux does not count as its own, if `behind` bytes fit there.
+/// The start of RAM is aligned too.
+fn low_start(kernel: &Kernel, behind: u64, ram: ByteSize) -> Option<u64> {
+    let start = kernel.extent().end.next_multiple_of(LINUX_ALIGN);
+    (kernel.is_linux && start + behind <= ram.bytes()).then_some(start)
 }
 
 /// A round size for a guest whose boot files take `needed` bytes.
@@ -134,12 +152,23 @@ mod tests {
         Kernel {
             segments: vec![segment],
             entry: TEXT_OFFSET,
+            is_linux: true,
             expanded: None,
         }
     }
 
+    /// What is at the same place and no Linux.
+    fn other() -> Kernel {
+        Kernel {
+            is_linux: false,
+            ..debian()
+        }
+    }
+
+    const FDT: u64 = fdt_room(1);
+
     fn plan(ram: ByteSize, initrd: Option<u64>) -> Result<Placement, TooSmall> {
-        Placement::plan(BASE, ram, &debian(), initrd, fdt_room(1))
+        Placement::plan(BASE, ram, &debian(), initrd, FDT)
     }
 
     #[test]
@@ -147,25 +176,70 @@ mod tests {
         for (ram, initrd) in [
             (ByteSize::mib(128), Some(1_234_567)),
             (ByteSize::mib(64), None),
+            (ByteSize::kib(33 << 10), Some(1)),
             (ByteSize::kib(35 << 10), Some(1)),
             (ByteSize::mib(1 << 20), Some(1 << 30)),
         ] {
-            let at = plan(ram, initrd).unwrap();
-            assert_eq!(at.kernel.start, 0x8020_0000);
-            assert_eq!(at.kernel.end, 0x8020_0000 + IMAGE_SIZE);
-            assert!(at.kernel.end <= at.fdt.start);
-            assert_eq!(at.fdt.start % 8, 0);
-            assert_eq!(at.fdt.end - at.fdt.start, fdt_room(1));
-            let top = at.initrd.clone().map_or(BASE + ram.bytes(), |initrd| {
-                assert_eq!(initrd.start % PAGE_SIZE, 0);
-                assert!(initrd.end <= BASE + ram.bytes());
-                initrd.start
-            });
-            assert!(at.fdt.end <= top);
+            for kernel in [debian(), other()] {
+                let at = Placement::plan(BASE, ram, &kernel, initrd, FDT).unwrap();
+                assert_eq!(at.kernel, 0x8020_0000..0x8020_0000 + IMAGE_SIZE);
+                assert_eq!(at.fdt.end - at.fdt.start, FDT);
+                let mut ranges = vec![at.kernel, at.fdt];
+                ranges.extend(at.initrd.clone());
+                ranges.sort_by_key(|range| range.start);
+                assert!(ranges.windows(2).all(|two| two[0].end <= two[1].start));
+                assert!(ranges.last().unwrap().end <= BASE + ram.bytes());
+                assert!(ranges[1..].iter().all(|range| range.start % PAGE_SIZE == 0));
+                let size = at.initrd.map(|range| range.end - range.start);
+                assert_eq!(size, initrd, "the initrd is not rounded");
+            }
+        }
+    }
+
+    /// What `mem=` cuts off a Linux of much RAM holds neither initrd nor tree.
+    #[test]
+    fn they_lie_right_behind_a_linux() {
+        let initrd = 1_234_567;
+        let start = (BASE + TEXT_OFFSET + IMAGE_SIZE).next_multiple_of(2 << 20);
+        for ram in [64, 128, 512, 1 << 20] {
+            let at = plan(ByteSize::mib(ram), Some(initrd)).unwrap();
+            assert_eq!(at.initrd, Some(start..start + initrd));
+            assert_eq!(at.fdt.start, (start + initrd).next_multiple_of(PAGE_SIZE));
+        }
+    }
+
+    /// The last 2 MiB that a Linux has a part of are all its own: it gives up an initrd there.
+    #[test]
+    fn a_linux_that_ends_on_a_boundary_loses_no_ram() {
+        let ending = |end: u64| {
+            let mut kernel = debian();
+            kernel.segments[0].size = end - TEXT_OFFSET;
+            let at = Placement::plan(BASE, ByteSize::mib(128), &kernel, Some(1), FDT).unwrap();
+            at.initrd.unwrap().start - BASE
+        };
+        assert_eq!(ending(32 << 20), 32 << 20);
+        assert_eq!(ending((32 << 20) + 1), 34 << 20);
+    }
+
+    /// A kernel whose room nobody knows, a Linux without an initrd, and RAM that is too little for
+    /// what a Linux counts as its own.
+    #[test]
+    fn others_have_the_rest_of_ram_in_one_piece() {
+        let (mib_128, mib_33) = (ByteSize::mib(128), ByteSize::mib(33));
+        for (ram, kernel, initrd) in [
+            (mib_128, other(), Some(1_234_567)),
+            (mib_128, other(), None),
+            (mib_128, debian(), None),
+            (mib_33, debian(), Some(17)),
+        ] {
+            let at = Placement::plan(BASE, ram, &kernel, initrd, FDT).unwrap();
+            let end = BASE + ram.bytes();
+            let initrd_pages = initrd.unwrap_or(0).next_multiple_of(PAGE_SIZE);
+            let tree_pages = FDT.next_multiple_of(PAGE_SIZE);
+            assert_eq!(at.fdt.start, end - initrd_pages - tree_pages);
             assert_eq!(
-                at.initrd.map(|range| range.end - range.start),
-                initrd,
-                "the initrd is not rounded"
+                at.initrd.map(|at| at.start),
+                initrd.map(|_| end - initrd_pages)
             );
         }
     }
@@ -189,7 +263,7 @@ mod tests {
             ..debian()
         };
         let ram = ByteSize::mib(4);
-        let placed = Placement::plan(BASE, ram, &small, None, fdt_room(1)).unwrap();
+        let placed = Placement::plan(BASE, ram, &small, None, FDT).unwrap();
         assert_eq!(scarce(ram, &placed, BASE), None);
     }
 
@@ -197,7 +271,7 @@ mod tests {
     fn the_smallest_ram_is_exact() {
         let needed = (TEXT_OFFSET + IMAGE_SIZE).next_multiple_of(PAGE_SIZE)
             + PAGE_SIZE
-            + fdt_room(1).next_multiple_of(PAGE_SIZE);
+            + FDT.next_multiple_of(PAGE_SIZE);
         assert!(plan(ByteSize(needed), Some(17)).is_ok());
         assert!(plan(ByteSize(needed - PAGE_SIZE), Some(17)).is_err());
     }

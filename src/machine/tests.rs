@@ -264,7 +264,7 @@ fn the_boot_hart_finds_kernel_and_tree() {
     assert_eq!(tree, machine.device_tree());
     assert_eq!(tree[..4], [0xd0, 0x0d, 0xfe, 0xed]);
     let mut initrd = [0; 12];
-    ram.read_slice(&mut initrd, GuestAddress(0x80ff_f000))
+    ram.read_slice(&mut initrd, GuestAddress(0x8040_0000))
         .unwrap();
     assert_eq!(&initrd, b"initrd bytes");
 }

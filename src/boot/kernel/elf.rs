@@ -17,6 +17,9 @@ const UNPLACED_OFFSET: u64 = 2 << 20;
 /// No RISC-V machine has RAM beyond it (Sv57x4).
 const END_MAX: u64 = 1 << 59;
 
+/// Where a vmlinux runs, and no kernel that is linked for physical addresses from 0.
+const UPPER_HALF: u64 = 1 << 63;
+
 /// Whether a file starts so.
 pub(super) fn is(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
@@ -47,10 +50,10 @@ pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelE
         .iter()
         .filter(|segment| segment.p_type == PT_LOAD && segment.p_memsz > 0)
         .collect();
-    let lowest = loads.iter().map(|segment| segment.p_paddr).min();
-    let lowest = lowest.ok_or_else(|| KernelError::Elf("it has nothing to load".into()))?;
+    let first = loads.iter().min_by_key(|segment| segment.p_paddr);
+    let first = first.ok_or_else(|| KernelError::Elf("it has nothing to load".into()))?;
     // Physical addresses that count from 0 are no addresses: no machine has RAM there.
-    let place = |paddr: u64| match lowest {
+    let place = |paddr: u64| match first.p_paddr {
         0 => paddr.checked_add(UNPLACED_OFFSET),
         _ => paddr.checked_sub(base),
     };
@@ -62,6 +65,7 @@ pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelE
     Ok(Kernel {
         segments,
         entry: entry(header.e_entry, &loads, place)?,
+        is_linux: first.p_paddr == 0 && first.p_vaddr >= UPPER_HALF,
         expanded: None,
     })
 }

@@ -112,6 +112,9 @@ pub struct Kernel {
     pub segments: Vec<Segment>,
     /// The first instruction.
     pub entry: u64,
+    /// An Image or a vmlinux: it boots as `Documentation/arch/riscv/boot.rst` says, and takes no RAM
+    /// behind its extent before it has read the device tree.
+    pub is_linux: bool,
     /// What the file expanded to, if it was compressed: the segments' source.
     pub expanded: Option<Vec<u8>>,
 }
@@ -124,7 +127,7 @@ impl Kernel {
         start.unwrap_or(0)..ends.max().unwrap_or(0)
     }
 
-    fn one_piece(source: u64, at: u64, size: u64) -> Self {
+    fn one_piece(source: u64, at: u64, size: u64, is_linux: bool) -> Self {
         let segment = Segment {
             source: 0..source,
             at,
@@ -133,6 +136,7 @@ impl Kernel {
         Self {
             segments: vec![segment],
             entry: at,
+            is_linux,
             expanded: None,
         }
     }
@@ -176,7 +180,7 @@ pub fn open(
     }
     if format == KernelFormat::Flat {
         let size = source.size();
-        return Ok(Kernel::one_piece(size, FLAT_OFFSET, size));
+        return Ok(Kernel::one_piece(size, FLAT_OFFSET, size, false));
     }
     let expanded = match compress::kind(&head) {
         Some(kind) => Some(kind.expand(&mut source.reader()?, ram)?),
@@ -208,7 +212,8 @@ fn plain(head: &[u8], size: u64, format: KernelFormat, base: u64) -> Result<Kern
     if Image::is(head) {
         expect(format, KernelFormat::Image)?;
         let image = Image::parse(head, size)?;
-        return Ok(Kernel::one_piece(size, image.text_offset, image.image_size));
+        let (at, memory) = (image.text_offset, image.image_size);
+        return Ok(Kernel::one_piece(size, at, memory, true));
     }
     // `Documentation/driver-api/early-userspace/buffer-format.rst`.
     if head.starts_with(b"070701") || head.starts_with(b"070702") {

@@ -108,6 +108,7 @@ fn an_image_is_the_same_however_it_is_wrapped() {
     let plain = load(&image()).unwrap();
     assert_eq!(plain.extent(), 0x20_0000..0x20_3000);
     assert_eq!(plain.entry, 0x20_0000);
+    assert!(plain.is_linux);
     assert_eq!(plain.expanded, None);
     for wrapped in [
         gzip(&image()),
@@ -118,6 +119,7 @@ fn an_image_is_the_same_however_it_is_wrapped() {
         let kernel = load(&wrapped).unwrap();
         assert_eq!(kernel.segments, plain.segments);
         assert_eq!(kernel.entry, plain.entry);
+        assert!(kernel.is_linux);
         assert_eq!(kernel.expanded, Some(image()));
     }
 }
@@ -183,6 +185,7 @@ fn an_elf_goes_where_it_says() {
     assert_eq!(kernel.entry, 0x20_0008);
     assert_eq!(kernel.extent(), 0x20_0000..0x30_0100);
     assert_eq!(kernel.segments[1].source, 0x810..0x820);
+    assert!(!kernel.is_linux);
 
     // A kernel linked high, loaded low: its entry is a virtual address.
     let high = load(&elf(
@@ -190,7 +193,12 @@ fn an_elf_goes_where_it_says() {
         0xffff_ffc0_0020_0008,
         &[physical(0xffff_ffc0_0020_0000, 0x8020_0000, 16)],
     ));
-    assert_eq!(high.unwrap().entry, 0x20_0008);
+    let high = high.unwrap();
+    assert_eq!((high.entry, high.is_linux), (0x20_0008, false));
+
+    // One that is linked for 0, and runs at any address.
+    let zero = load(&elf(RISCV, 8, &[physical(0, 0, 16)])).unwrap();
+    assert_eq!((zero.entry, zero.is_linux), (0x20_0008, false));
 }
 
 #[test]
@@ -209,6 +217,7 @@ fn a_vmlinux_is_placed() {
         let kernel = load(&file).unwrap();
         assert_eq!(kernel.entry, 0x20_0000, "at 0x8020_0000");
         assert_eq!(kernel.extent(), 0x20_0000..0x30_1000);
+        assert!(kernel.is_linux);
     }
 }
 
@@ -270,6 +279,7 @@ fn the_format_can_be_demanded() {
         (flat.entry, flat.extent()),
         (0x20_0000, 0x20_0000..0x20_0009)
     );
+    assert!(!flat.is_linux);
     assert!(
         load_as(&image(), KernelFormat::Elf)
             .unwrap_err()
