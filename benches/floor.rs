@@ -137,7 +137,7 @@ mod floor {
         )?;
         let initrd = options.initrd.as_ref().map(std::fs::metadata).transpose()?;
         let initrd_size = initrd.map(|metadata| metadata.len());
-        let at = Placement::plan(RAM_BASE, size, &image, initrd_size, fdt_room(1))?;
+        let at = Placement::plan(RAM_BASE, size, &image, initrd_size, fdt_room(1, 0))?;
         let mut read = |path: &str, gpa: u64| -> Result<()> {
             let mut file = File::open(path).with_context(|| path.to_owned())?;
             let (start, length) = (usize::try_from(gpa - RAM_BASE)?, file.metadata()?.len());

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::files::TempDir;
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, files, nonce};
+use common::{HOST_FAILED, Outcome, POWERED_OFF, Rvmm, USAGE, files, nonce};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
@@ -145,6 +145,81 @@ fn elf_as_vmlinux_is() {
         .run();
     assert!(end.console.contains("hart=0 fdt=ok"));
     end.assert_status(POWERED_OFF);
+}
+
+/// A command line that Linux would cut: the guest gets every byte of it.
+#[track_caller]
+fn assert_cmdline_whole(rvmm: Rvmm, cmdline: &str) -> Outcome {
+    let end = rvmm.run();
+    end.assert_console(POWERED_OFF, &[&format!("bootargs: {cmdline}")]);
+    end
+}
+
+/// As many bytes, which end with a nonce.
+fn cmdline(length: usize) -> String {
+    let nonce = nonce();
+    format!("{}{nonce}", "x".repeat(length - nonce.len()))
+}
+
+#[test]
+fn a_long_command_line() {
+    let (image, elf) = (files::guest("bootargs"), elf_of("bootargs"));
+    for (kernel, format, warned) in [
+        (&image, "flat", false),
+        (&elf, "elf", false),
+        (&image, "image", true),
+    ] {
+        let cmdline = cmdline(1100);
+        let rvmm = Rvmm::new().args(["--kernel-format", format, "--cmdline", &cmdline]);
+        let end = assert_cmdline_whole(rvmm.arg("--kernel").arg(kernel), &cmdline);
+        assert_eq!(end.log.lines().count(), usize::from(warned), "{}", end.log);
+        let names_both = end.log.contains("1100 bytes") && end.log.contains("keeps 1023");
+        assert_eq!(names_both, warned, "{}", end.log);
+    }
+    // Nothing is cut where nothing is too long.
+    let cmdline = cmdline(1023);
+    let end = assert_cmdline_whole(
+        Rvmm::new()
+            .args(["--cmdline", &cmdline, "--kernel"])
+            .arg(&image),
+        &cmdline,
+    );
+    assert_eq!(end.log, "");
+}
+
+/// The longest that there is, as a flag and in JSON.
+#[test]
+fn the_longest_command_line() {
+    let elf = elf_of("bootargs");
+    let cmdline = cmdline(65536);
+    let by_flag = Rvmm::new().args(["--cmdline", &cmdline, "--kernel"]);
+    let end = assert_cmdline_whole(by_flag.arg(&elf), &cmdline);
+    assert_eq!(end.log, "");
+    let dir = TempDir::new();
+    let config = dir.file("vm.json", format!(r#"{{ "cmdline": "{cmdline}" }}"#));
+    let by_file = Rvmm::new().arg("--config").arg(config).arg("--kernel");
+    let end = assert_cmdline_whole(by_file.arg(&elf), &cmdline);
+    assert_eq!(end.log, "");
+}
+
+#[test]
+fn a_command_line_longer_than_the_tree_takes() {
+    let cmdline = "x".repeat(65537);
+    let words = ["--cmdline", "65537", "65536", "device tree"];
+    let end = Rvmm::new()
+        .args(["--cmdline", &cmdline, "--kernel"])
+        .arg(files::guest("bootargs"))
+        .run();
+    end.assert_one_line(USAGE, &words);
+    let dir = TempDir::new();
+    let config = dir.file("vm.json", format!(r#"{{ "cmdline": "{cmdline}" }}"#));
+    let end = Rvmm::new()
+        .arg("--config")
+        .arg(config)
+        .arg("--kernel")
+        .arg(files::guest("bootargs"))
+        .run();
+    end.assert_one_line(USAGE, &words);
 }
 
 /// Debian's U-Boot for S-mode, a flat binary linked for RAM + 2 MiB, to its prompt and a command.

@@ -225,3 +225,20 @@ fn half_of_ram_by_mem() {
 fn a_fifth_of_ram_by_mem() {
     check_mem_limit("96M");
 }
+
+/// What Linux does not keep is the end, and rvmm tells.
+#[test]
+fn a_command_line_longer_than_linux_keeps() {
+    let nonce = nonce();
+    let words = format!("console=ttyS0 panic=-1 rvmm.nonce={nonce} rvmm.action=poweroff rvmm.pad=");
+    let cmdline = format!("{words}{}", "x".repeat(1100 - words.len()));
+    let end = Rvmm::linux().args(["--cmdline", &cmdline]).run();
+    assert_userspace(&end, &nonce);
+    let told = end.log.lines().filter(|line| line.contains("--cmdline"));
+    let told: Vec<&str> = told.collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    for word in ["1100 bytes", "Linux keeps 1023"] {
+        assert!(told[0].contains(word), "{told:?} does not name {word:?}");
+    }
+    end.assert_status(POWERED_OFF);
+}

@@ -22,9 +22,9 @@ use crate::util::ByteSize;
 /// Linux reserves its own RAM up to a multiple of this, and gives up an initrd that begins below it.
 const LINUX_ALIGN: u64 = 2 << 20;
 
-/// Room for a device tree: the machine, and what each hart adds.
-pub const fn fdt_room(harts: u32) -> u64 {
-    (32 << 10) + harts as u64 * 2048
+/// Room for a device tree: the machine, what each hart adds, and `cmdline` bytes of command line.
+pub const fn fdt_room(harts: u32, cmdline: usize) -> u64 {
+    (32 << 10) + harts as u64 * 2048 + cmdline as u64
 }
 
 /// Guest-physical ranges that do not overlap.
@@ -165,7 +165,7 @@ mod tests {
         }
     }
 
-    const FDT: u64 = fdt_room(1);
+    const FDT: u64 = fdt_room(1, 20);
 
     fn plan(ram: ByteSize, initrd: Option<u64>) -> Result<Placement, TooSmall> {
         Placement::plan(BASE, ram, &debian(), initrd, FDT)

@@ -10,7 +10,7 @@ use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
 use super::virtio::{Backends, MakeDevice};
 use crate::boot::files::BootFile;
-use crate::boot::kernel::Kernel;
+use crate::boot::kernel::{Kernel, LINUX_CMDLINE_MAX};
 use crate::boot::placement::{Placement, fdt_room, scarce};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
@@ -60,14 +60,7 @@ impl Machine {
         let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
         let plan = files.plan(config)?;
-        if let Some(enough) = scarce(config.mem.size, &plan.placement, RAM_BASE) {
-            warn!(
-                "--mem {} is little for this kernel and initrd: the guest may end without a word; --mem {} \
-                 is likely to do",
-                config.mem.size.as_flag(),
-                enough.as_flag()
-            );
-        }
+        warn_of_limits(config, &plan);
         let backends = Backends::open(config, device)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
@@ -130,6 +123,25 @@ impl Machine {
     }
 }
 
+/// Tells what the guest may not bear, although rvmm does.
+fn warn_of_limits(config: &VmConfig, plan: &LoadPlan) {
+    if let Some(enough) = scarce(config.mem.size, &plan.placement, RAM_BASE) {
+        warn!(
+            "--mem {} is little for this kernel and initrd: the guest may end without a word; --mem {} \
+             is likely to do",
+            config.mem.size.as_flag(),
+            enough.as_flag()
+        );
+    }
+    let length = config.cmdline.len();
+    if plan.kernel.is_linux && length > LINUX_CMDLINE_MAX {
+        warn!(
+            "--cmdline has {length} bytes, and a RISC-V Linux keeps {LINUX_CMDLINE_MAX}: it cuts off \
+             the rest"
+        );
+    }
+}
+
 fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
     let base = GuestAddress(RAM_BASE);
     vm.check_ram(base, config.mem.size)?;
@@ -162,7 +174,7 @@ impl BootFiles {
         let size = config.mem.size;
         let kernel = self.kernel.kernel(config.kernel_format, RAM_BASE, size)?;
         let initrd = self.initrd.as_ref().map(BootFile::size);
-        let room = fdt_room(config.cpus);
+        let room = fdt_room(config.cpus, config.cmdline.len());
         let placement = Placement::plan(RAM_BASE, size, &kernel, initrd, room)
             .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
         guest_debug!(RateLimit::named("placement"), "placement: {placement:x?}");

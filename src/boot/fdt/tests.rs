@@ -25,8 +25,12 @@ fn facts() -> HartFacts {
 }
 
 fn blob(harts: u32) -> Vec<u8> {
+    blob_with(harts, "console=ttyS0 quiet")
+}
+
+fn blob_with(harts: u32, cmdline: &str) -> Vec<u8> {
     build(&Machine {
-        cmdline: "console=ttyS0 quiet",
+        cmdline,
         stdout_path: "/soc/serial@10000000",
         initrd: Some(&(0x87f0_0000..0x87ff_1234)),
         rng_seed: [0xa5; RNG_SEED_SIZE],
@@ -67,10 +71,15 @@ fn its_own_tree_is_known() {
 }
 
 #[test]
-fn every_hart_adds_less_than_its_room() {
+fn harts_and_command_line_add_less_than_their_room() {
     let room = crate::boot::placement::fdt_room;
     for harts in [1, 2, 512] {
-        assert!((blob(harts).len() as u64) < room(harts));
+        assert!((blob(harts).len() as u64) < room(harts, 19));
+        let longest = "x".repeat(crate::config::CMDLINE_MAX);
+        let blob = blob_with(harts, &longest);
+        assert!((blob.len() as u64) < room(harts, longest.len()));
+        // Linux maps 2 MiB (MAX_FDT_SIZE in `arch/riscv/include/asm/fixmap.h`).
+        assert!(room(harts, longest.len()) < 2 << 20);
     }
 }
 
