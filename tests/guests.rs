@@ -73,6 +73,34 @@ fn console() {
     );
 }
 
+/// The UART is a 16550A to who measures it: 16 bytes, and one without FIFOs.
+#[test]
+fn uart() {
+    check(
+        "uart",
+        POWERED_OFF,
+        &[
+            "off: overrun=2 lsr=61 kept=1 first=2 last=2",
+            "on: overrun=17 lsr=61 kept=16 first=1 last=16",
+            "trigger off: none=1 first=4 available=1",
+            "trigger 1: none=c1 first=c4 available=1",
+            "trigger 4: none=c1 first=cc available=4",
+            "trigger 8: none=c1 first=cc available=8",
+            "trigger 14: none=c1 first=cc available=14",
+            "flushed: lsr=60 iir=c1",
+            "dtr: 22 20",
+            "rts: 13 10",
+            "out1: 41 40",
+            "out2: 8c 80",
+            "none: 8 0",
+            "break: lsr=e1 rbr=5a lsr=f1 lsr=61 rbr=0 lsr=60",
+            "priority: c6 c4 c2 c0 c1",
+            "no loop: msr=b0",
+            "uart: done",
+        ],
+    );
+}
+
 #[test]
 fn touching_what_is_not_there() {
     check(

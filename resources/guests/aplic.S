@@ -5,8 +5,6 @@
  */
 #include "common.inc"
 
-#define UART_IER        1
-#define UART_IIR        2
 #define IER_THRI        0x02
 
 #define APLIC           0x0d000000

@@ -14,10 +14,6 @@
 #define TEST_RESET      0x7777
 #define TEST_FAIL       0x3333
 
-#define UART_IER        1
-#define UART_LCR        3
-#define UART_MCR        4
-
 #define RTC             0x00101000
 #define RTC_ALARM_LOW   0x08
 #define RTC_ALARM_HIGH  0x0c

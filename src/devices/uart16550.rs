@@ -3,15 +3,31 @@
 //! `Registers` is the chip, pure: it reads and writes a [`Console`] and tells the level of its
 //! interrupt. [`Uart`] attaches it to the bus and to a wire.
 //!
+//! The receive FIFO holds 16 bytes, or one while FIFOs are off. The line's bytes in it are the first
+//! ones of the console's input, and stay there until RBR is read: they count in LSR and IIR, but
+//! neither a flush nor a reset nor loopback loses them. More than the FIFO has room for waits, as if
+//! the sender minded RTS. So only loopback, where the chip sends to itself, can overrun; there the
+//! line's bytes are out of the FIFO until it ends.
+//!
+//! No clock runs here: a byte arrives, and leaves, at once. A character timeout therefore is no time:
+//! data below the trigger level, and nothing more on the line just now. Speed, word length, parity
+//! and stop bits change nothing. While LCR's break bit is on in loopback the receiver gets one break
+//! and none of the bytes that are sent; without loopback the break bit does nothing.
+//!
 //! Input that comes before the guest listens is held back, as if the sender minded the modem lines
 //! and had little speed: after the receiver was reset until the guest looks at it once more, and
 //! while OUT2 is on (the driver uses interrupts) but neither RTS nor the receive interrupt. And
 //! reading the receive buffer without having seen that data is ready takes nothing. A driver that
 //! resets the chip and clears it by blind reads, as Linux' does, so loses no byte of a pipe.
 
+mod fifo;
+mod modem;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use self::fifo::{Fifo, Received};
+use self::modem::{MCR_OUT2, MCR_RTS, Modem};
 use super::console::{Console, LOW_ROOM, Listener};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
@@ -39,50 +55,48 @@ mod reg {
 
 const IER_RECEIVED: u8 = 0x01;
 const IER_TRANSMITTED: u8 = 0x02;
+const IER_LINE_STATUS: u8 = 0x04;
+const IER_MODEM_STATUS: u8 = 0x08;
+/// What IER has; bits 4 to 7 are always 0.
+const IER_BITS: u8 = 0x0f;
+/// What IIR tells, the most urgent last.
 const IIR_NONE: u8 = 0x01;
+const IIR_MODEM_STATUS: u8 = 0x00;
 const IIR_TRANSMITTED: u8 = 0x02;
+const IIR_TIMEOUT: u8 = 0x0c;
 const IIR_RECEIVED: u8 = 0x04;
+const IIR_LINE_STATUS: u8 = 0x06;
 const IIR_FIFOS: u8 = 0xc0;
 const FCR_ENABLE: u8 = 0x01;
 const FCR_CLEAR_RECEIVER: u8 = 0x02;
+const LCR_BREAK: u8 = 0x40;
 const LCR_DLAB: u8 = 0x80;
-const MCR_RTS: u8 = 0x02;
-const MCR_OUT2: u8 = 0x08;
-const MCR_LOOPBACK: u8 = 0x10;
 const LSR_DATA_READY: u8 = 0x01;
+const LSR_OVERRUN: u8 = 0x02;
 const LSR_BREAK: u8 = 0x10;
 /// Transmitter holding register and shift register empty.
 const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
-/// Carrier, ring off, data set ready, clear to send.
-const MSR_CONNECTED: u8 = 0xb0;
+/// A byte in the FIFO has an error, be it the next one or not. 0 without FIFOs.
+const LSR_ERROR_IN_FIFO: u8 = 0x80;
 
 /// The chip's registers.
 #[derive(Debug, Default)]
 struct Registers {
     ier: u8,
     lcr: u8,
-    mcr: u8,
     scr: u8,
     divisor: [u8; 2],
-    fifos: bool,
+    modem: Modem,
     /// The transmitter became empty since IIR said so last or THR was written.
     transmitted: bool,
     /// The guest has looked at the line since it reset the receiver.
     listening: bool,
-    /// The guest was told that data is ready.
+    /// The guest was told that data of the line is ready.
     shown: bool,
-    /// The byte sent to itself in loopback.
-    looped: Option<u8>,
-    /// What comes before the console's input: a break, or a byte.
-    urgent: VecDeque<Urgent>,
-}
-
-/// What rvmm itself sends to the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Urgent {
-    /// The line was held low for longer than a byte takes.
-    Break,
-    Byte(u8),
+    /// What the chip sent to itself in loopback. In the FIFO it is before the line's bytes.
+    fifo: Fifo,
+    /// What rvmm itself sends to the guest. On the line it is before the console's input.
+    urgent: VecDeque<Received>,
 }
 
 impl Registers {
@@ -94,9 +108,9 @@ impl Registers {
             reg::IER => self.ier,
             reg::IIR_FCR => self.read_iir(console),
             reg::LCR => self.lcr,
-            reg::MCR => self.mcr,
+            reg::MCR => self.modem.mcr(),
             reg::LSR => self.read_lsr(console),
-            reg::MSR => self.msr(),
+            reg::MSR => self.modem.read_msr(),
             reg::SCR => self.scr,
             _ => 0,
         }
@@ -109,8 +123,8 @@ impl Registers {
             reg::RBR_THR => self.transmit(value, console),
             reg::IER => self.write_ier(value),
             reg::IIR_FCR => self.write_fcr(value),
-            reg::LCR => self.lcr = value,
-            reg::MCR => self.mcr = value & 0x1f,
+            reg::LCR => self.write_lcr(value),
+            reg::MCR => self.write_mcr(value),
             reg::SCR => self.scr = value,
             _ => {}
         }
@@ -133,10 +147,22 @@ impl Registers {
 
     #[inline(never)]
     fn pending_enabled(&self, console: &Console) -> u8 {
-        if self.ier & IER_RECEIVED != 0 && self.data_ready(console) {
-            IIR_RECEIVED
-        } else if self.ier & IER_TRANSMITTED != 0 && self.transmitted && self.can_send(console) {
+        if self.ier & IER_LINE_STATUS != 0 && self.has_errors(console) {
+            return IIR_LINE_STATUS;
+        }
+        if self.ier & IER_RECEIVED != 0 {
+            let level = self.fifo.len() + self.line_bytes(console);
+            if level >= self.fifo.trigger_level() {
+                return IIR_RECEIVED;
+            }
+            if level > 0 {
+                return IIR_TIMEOUT;
+            }
+        }
+        if self.ier & IER_TRANSMITTED != 0 && self.transmitted && self.can_send(console) {
             IIR_TRANSMITTED
+        } else if self.ier & IER_MODEM_STATUS != 0 && self.modem.has_changed() {
+            IIR_MODEM_STATUS
         } else {
             IIR_NONE
         }
@@ -147,38 +173,68 @@ impl Registers {
         let pending = self.pending(console);
         match pending {
             IIR_TRANSMITTED => self.transmitted = false,
-            IIR_RECEIVED => self.shown = true,
+            IIR_RECEIVED | IIR_TIMEOUT => self.shown |= self.line_bytes(console) > 0,
             _ => {}
         }
-        pending | if self.fifos { IIR_FIFOS } else { 0 }
+        pending | if self.fifo.enabled() { IIR_FIFOS } else { 0 }
     }
 
     #[inline(never)]
     fn read_lsr(&mut self, console: &Console) -> u8 {
+        let line = self.line_bytes(console);
+        self.shown = line > 0;
+        self.listening |= !self.modem.loopback();
         let mut lsr = 0;
-        self.shown = self.data_ready(console);
-        self.listening = true;
         if self.shown {
             lsr |= LSR_DATA_READY;
-            if self.urgent.front() == Some(&Urgent::Break) {
-                lsr |= LSR_BREAK;
-            }
         }
         if self.can_send(console) {
             lsr |= LSR_TRANSMITTER_EMPTY;
         }
+        if !self.is_plain() {
+            lsr |= self.take_unusual(line);
+        }
         lsr
     }
 
-    /// In loopback the modem's outputs come back as its inputs (DTR-DSR, RTS-CTS, OUT1-RI,
-    /// OUT2-DCD).
+    /// Nothing is received but the console's bytes.
+    #[inline]
+    fn is_plain(&self) -> bool {
+        self.fifo.is_quiet() && self.urgent.is_empty()
+    }
+
+    /// The rest of LSR when there is more to tell than the console's bytes. Errors are told once.
+    #[cold]
     #[inline(never)]
-    fn msr(&self) -> u8 {
-        if !self.loopback() {
-            return MSR_CONNECTED;
+    fn take_unusual(&mut self, line: usize) -> u8 {
+        let mut lsr = self.errors(line);
+        if !self.fifo.is_empty() {
+            lsr |= LSR_DATA_READY;
         }
-        let (dtr, rts) = (self.mcr & 0x01, self.mcr & 0x02);
-        (dtr << 5) | (rts << 3) | ((self.mcr & 0x0c) << 4)
+        self.fifo.clear_overrun();
+        let of_line = self.urgent.front_mut().filter(|_| line > 0);
+        if let Some(next) = self.fifo.first_mut().or(of_line) {
+            next.errors = 0;
+        }
+        lsr
+    }
+
+    /// LSR's bits for errors, when `line` bytes in the FIFO are the line's.
+    #[cold]
+    #[inline(never)]
+    fn errors(&self, line: usize) -> u8 {
+        let of_line = self.urgent.iter().take(line);
+        let mut received = self.fifo.iter().chain(of_line).map(|byte| byte.errors);
+        let mut errors = received.next().unwrap_or(0);
+        if self.fifo.enabled() && (errors != 0 || received.any(|errors| errors != 0)) {
+            errors |= LSR_ERROR_IN_FIFO;
+        }
+        errors | self.fifo.overrun()
+    }
+
+    /// The cause of the interrupt for the line's status. An error behind the next byte is none yet.
+    fn has_errors(&self, console: &Console) -> bool {
+        !self.is_plain() && self.errors(self.line_bytes(console)) & !LSR_ERROR_IN_FIFO != 0
     }
 
     fn write_ier(&mut self, value: u8) {
@@ -189,70 +245,96 @@ impl Registers {
         if value & IER_RECEIVED != 0 {
             self.listening = true;
         }
-        self.ier = value & 0x0f;
+        self.ier = value & IER_BITS;
     }
 
     fn write_fcr(&mut self, value: u8) {
-        self.fifos = value & FCR_ENABLE != 0;
-        if value & FCR_CLEAR_RECEIVER != 0 {
-            self.looped = None;
+        if self.fifo.write_fcr(value) {
             self.shown = false;
             self.listening = self.ier & IER_RECEIVED != 0;
+        }
+    }
+
+    fn write_lcr(&mut self, value: u8) {
+        let before = self.hears_own_break();
+        self.lcr = value;
+        self.hear_break_since(before);
+    }
+
+    fn write_mcr(&mut self, value: u8) {
+        let before = self.hears_own_break();
+        self.modem.write_mcr(value);
+        self.hear_break_since(before);
+    }
+
+    /// The receiver sees the low level that LCR's break bit puts on the looped line.
+    fn hears_own_break(&self) -> bool {
+        self.modem.loopback() && self.lcr & LCR_BREAK != 0
+    }
+
+    /// However long a break lasts, it is received once, when it begins.
+    fn hear_break_since(&mut self, before: bool) {
+        if !before && self.hears_own_break() {
+            self.fifo.put(Received::BREAK);
         }
     }
 
     /// A byte that finds no room is lost, as on a wire: THRE was 0.
     #[inline(never)]
     fn transmit(&mut self, byte: u8, console: &Console) {
-        if self.loopback() {
-            self.looped = Some(byte);
+        if self.modem.loopback() {
+            self.loop_back(byte);
         } else {
             console.write(&[byte]);
         }
         self.transmitted = true;
     }
 
+    #[cold]
+    #[inline(never)]
+    fn loop_back(&mut self, byte: u8) {
+        if !self.hears_own_break() {
+            self.fifo.put(Received::good(byte));
+        }
+    }
+
     #[inline(never)]
     fn receive(&mut self, console: &Console) -> u8 {
-        if self.loopback() {
-            return self.looped.take().unwrap_or(0);
+        if let Some(received) = self.fifo.pop() {
+            return received.byte;
+        }
+        let may_take = self.shown || self.ier & IER_RECEIVED != 0;
+        if self.modem.loopback() || !may_take {
+            return 0;
+        }
+        if let Some(received) = self.urgent.pop_front() {
+            return received.byte;
         }
         let mut byte = [0];
-        if self.shown || self.ier & IER_RECEIVED != 0 {
-            match self.urgent.pop_front() {
-                Some(Urgent::Byte(byte)) => return byte,
-                Some(Urgent::Break) => return 0,
-                None => {
-                    console.read(&mut byte);
-                }
-            }
-        }
+        console.read(&mut byte);
         byte[0]
     }
 
-    fn data_ready(&self, console: &Console) -> bool {
-        if self.loopback() {
-            return self.looped.is_some();
+    /// Bytes in the FIFO that are the line's: as many as wait and have room there.
+    fn line_bytes(&self, console: &Console) -> usize {
+        if !self.listening || self.modem.loopback() || self.held_back() {
+            return 0;
         }
-        let has_input = !self.urgent.is_empty() || console.input_len() > 0;
-        self.listening && !self.held_back() && has_input
+        let waiting = self.urgent.len() + console.input_len();
+        waiting.min(self.fifo.room())
     }
 
     /// An interrupt-driven guest that is not ready to receive yet.
     fn held_back(&self) -> bool {
-        self.mcr & (MCR_OUT2 | MCR_RTS) == MCR_OUT2 && self.ier & IER_RECEIVED == 0
+        self.modem.mcr() & (MCR_OUT2 | MCR_RTS) == MCR_OUT2 && self.ier & IER_RECEIVED == 0
     }
 
     fn can_send(&self, console: &Console) -> bool {
-        self.loopback() || console.output_room() >= BURST
+        self.modem.loopback() || console.output_room() >= BURST
     }
 
     fn dlab(&self) -> bool {
         self.lcr & LCR_DLAB != 0
-    }
-
-    fn loopback(&self) -> bool {
-        self.mcr & MCR_LOOPBACK != 0
     }
 }
 
@@ -293,7 +375,7 @@ impl Uart {
         self.with_registers(|chip| {
             chip.urgent = keys
                 .iter()
-                .flat_map(|key| [Urgent::Break, Urgent::Byte(*key)])
+                .flat_map(|key| [Received::BREAK, Received::good(*key)])
                 .collect();
         });
     }

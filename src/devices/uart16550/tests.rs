@@ -1,3 +1,8 @@
+mod fifo;
+mod model;
+mod modem;
+
+use super::modem::{MCR_LOOPBACK, MSR_CONNECTED};
 use super::*;
 use crate::bus::IrqSink;
 use crate::devices::console::OUTPUT_CAPACITY;
@@ -41,6 +46,20 @@ impl Bench {
     }
     fn write(&self, offset: u64, value: u8) {
         self.uart.write(offset, &[value]);
+    }
+    /// LSR while the transmitter is idle, which it always is in loopback.
+    fn line_status(&self) -> u8 {
+        let lsr = self.read(reg::LSR);
+        assert_eq!(lsr & LSR_TRANSMITTER_EMPTY, LSR_TRANSMITTER_EMPTY);
+        lsr & !LSR_TRANSMITTER_EMPTY
+    }
+    /// Reads RBR while LSR says that there is data.
+    fn received(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while self.read(reg::LSR) & LSR_DATA_READY != 0 {
+            bytes.push(self.read(reg::RBR_THR));
+        }
+        bytes
     }
     fn levels(&self) -> Vec<bool> {
         std::mem::take(&mut *lock(&self.wire.0))
@@ -193,11 +212,7 @@ fn resetting_the_receiver_loses_nothing_that_was_typed() {
     bench.read(reg::RBR_THR);
     bench.write(reg::MCR, MCR_OUT2 | MCR_RTS | 1);
     bench.write(reg::IER, IER_RECEIVED);
-    let mut line = Vec::new();
-    while bench.read(reg::LSR) & LSR_DATA_READY != 0 {
-        line.push(bench.read(reg::RBR_THR));
-    }
-    assert_eq!(line, b"typed early");
+    assert_eq!(bench.received(), b"typed early");
 }
 
 #[test]
@@ -210,7 +225,7 @@ fn loopback_sends_to_itself() {
     assert_eq!(bench.read(reg::RBR_THR), 0x5a);
     assert_eq!(bench.read(reg::LSR) & LSR_DATA_READY, 0);
     bench.write(reg::MCR, 0);
-    assert_eq!(bench.read(reg::MSR), MSR_CONNECTED);
+    assert_eq!(bench.read(reg::MSR) & 0xf0, MSR_CONNECTED);
     assert_eq!(bench.sent(), b"");
 }
 

@@ -1,0 +1,79 @@
+//! The modem's lines: MCR sets those that go out, MSR tells those that come in and what changed.
+//!
+//! The modem at the other end is always there: DCD, DSR and CTS are on, RI is off. In loopback
+//! the chip's own outputs come back instead: DTR as DSR, RTS as CTS, OUT1 as RI, OUT2 as DCD.
+
+pub(super) const MCR_DTR: u8 = 0x01;
+pub(super) const MCR_RTS: u8 = 0x02;
+pub(super) const MCR_OUT1: u8 = 0x04;
+pub(super) const MCR_OUT2: u8 = 0x08;
+pub(super) const MCR_LOOPBACK: u8 = 0x10;
+/// What MCR has; bits 5 to 7 are always 0.
+const MCR_BITS: u8 = 0x1f;
+
+pub(super) const MSR_CTS: u8 = 0x10;
+pub(super) const MSR_DSR: u8 = 0x20;
+pub(super) const MSR_RI: u8 = 0x40;
+pub(super) const MSR_DCD: u8 = 0x80;
+/// The lines of a modem that is always there.
+pub(super) const MSR_CONNECTED: u8 = MSR_DCD | MSR_DSR | MSR_CTS;
+/// The bit for a change (DCTS, DDSR, TERI, DDCD) is this far below the bit for its line.
+const DELTA_SHIFT: u8 = 4;
+
+/// What each output is at the other end of the loop.
+const LOOPBACK_WIRES: [(u8, u8); 4] = [
+    (MCR_DTR, MSR_DSR),
+    (MCR_RTS, MSR_CTS),
+    (MCR_OUT1, MSR_RI),
+    (MCR_OUT2, MSR_DCD),
+];
+
+/// MCR and MSR.
+#[derive(Debug, Default)]
+pub(super) struct Modem {
+    mcr: u8,
+    /// The low half of MSR: what changed since it was read last.
+    deltas: u8,
+}
+
+impl Modem {
+    #[inline]
+    pub(super) fn mcr(&self) -> u8 {
+        self.mcr
+    }
+
+    #[inline]
+    pub(super) fn loopback(&self) -> bool {
+        self.mcr & MCR_LOOPBACK != 0
+    }
+
+    pub(super) fn write_mcr(&mut self, value: u8) {
+        let before = self.lines();
+        self.mcr = value & MCR_BITS;
+        let now = self.lines();
+        // TERI tells only that RI went off, the others every change.
+        let changed = (before ^ now) & !MSR_RI | before & !now & MSR_RI;
+        self.deltas |= changed >> DELTA_SHIFT;
+    }
+
+    /// Reads MSR. The changes are told once.
+    pub(super) fn read_msr(&mut self) -> u8 {
+        self.lines() | std::mem::take(&mut self.deltas)
+    }
+
+    /// Whether MSR has a change to tell: the cause of the interrupt for the modem's status.
+    pub(super) fn has_changed(&self) -> bool {
+        self.deltas != 0
+    }
+
+    /// The high half of MSR.
+    fn lines(&self) -> u8 {
+        if !self.loopback() {
+            return MSR_CONNECTED;
+        }
+        let wires = LOOPBACK_WIRES.iter();
+        wires
+            .filter(|(output, _)| self.mcr & output != 0)
+            .fold(0, |lines, (_, input)| lines | input)
+    }
+}
