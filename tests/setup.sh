@@ -243,6 +243,39 @@ work_of_a_killed_script_goes() {
     [[ $(cat "$dir/cache/rvmm/seen") == 1 && -z $(ls "$work") ]]
 }
 
+# A command in the environment whose engine failed before it began is begun again; one that failed is not, nor what was killed.
+work_begins_again() {
+    begun_by "refuses refuses runs" 'exit 7' 7 3
+    begun_by "refuses refuses refuses runs" 'exit 7' 1 3
+    begun_by "runs runs" 'exit 1' 1 1
+    begun_by "runs runs" 'exit 0' 0 1
+    begun_by "killed runs" 'exit 0' 143 1
+}
+
+# env_run of a command, with an engine that does these things in turn: the status and the number of turns.
+begun_by() {
+    # shellcheck disable=SC2086 # one line for each word
+    printf '%s\n' $1 >"$dir/turns"
+    script '
+        ENV_ENGINE=buildah ENV_NAME=none status=0
+        env_buildah() {
+            while [[ $1 != -- ]]; do shift; done
+            local turn
+            turn=$(head -n 1 "$RVMM_CACHE/../../turns")
+            sed -i 1d "$RVMM_CACHE/../../turns"
+            case $turn in
+                refuses) return 1 ;;
+                killed) return 143 ;;
+                runs) "${@:2}" ;;
+            esac
+        }
+        env_run sh -c "'"$2"'" || status=$?
+        echo "$status" >"$RVMM_CACHE/status"
+    '
+    [[ $(cat "$dir/cache/rvmm/status") == "$3" ]]
+    [[ $(($(wc -w <<<"$1") - $(wc -l <"$dir/turns"))) == "$4" ]]
+}
+
 options_help() {
     local script
     for script in $(scripts); do

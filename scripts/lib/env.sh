@@ -97,7 +97,7 @@ env_run() {
     engine=(--rm --init --interactive --network host --security-opt seccomp=unconfined --security-opt label=disable)
     case $ENV_ENGINE in
         buildah)
-            env_buildah run --isolation chroot "${args[@]}" --workingdir "$PWD" "$ENV_NAME" -- "$@"
+            env_buildah_run "$@"
             ;;
         docker)
             docker run "${engine[@]}" --user "$(id -u):$(id -g)" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
@@ -106,6 +106,22 @@ env_run() {
             podman run "${engine[@]}" "${args[@]}" --workdir "$PWD" "$ENV_NAME" "$@"
             ;;
     esac
+}
+
+# For env_run, whose "args" this takes. buildah's programs first copy themselves into a sealed memory file, and give up when the
+# host's kernel holds a page of it just then (EBUSY). The command has not begun then, and the next try is as good as the first.
+env_buildah_run() {
+    local begun status _
+    begun=$(mktemp --dry-run "$CACHE_WORK/begun.XXXXXX")
+    for _ in 1 2 3; do
+        status=0
+        # shellcheck disable=SC2016 # for the inner shell
+        env_buildah run --isolation chroot "${args[@]}" --workingdir "$PWD" "$ENV_NAME" -- \
+            /bin/sh -c ': >"$0"; exec "$@"' "$begun" "$@" || status=$?
+        if ((status != 1)) || [[ -e $begun ]]; then break; fi
+    done
+    rm -f "$begun"
+    return "$status"
 }
 
 env_volumes() {
