@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm};
+use common::files::TempDir;
+use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, TIMED_OUT};
 
 /// Run guest `name` to its end and compare all that it wrote.
 #[track_caller]
@@ -170,19 +171,72 @@ fn unrunnable_atomic() {
     );
 }
 
-/// A jump to where there is no memory: the end on Linux 6.12, a fault that the guest sees on newer kernels, which then makes
-/// sure of the end.
+/// A fetch from where there is no memory is an instruction access fault, whichever kernel is below.
+#[test]
+fn fetch_faults() {
+    check(
+        "fetch",
+        POWERED_OFF,
+        &[
+            "supervisor: cause=1 epc=4000000 tval=4000000 spp=1 spie=1 sie=0",
+            "user: cause=1 epc=4000004 tval=4000004 spp=0 spie=1 sie=0",
+            "mapped: cause=1 epc=c0001000 tval=c0001000 spp=1 spie=0 sie=0",
+            "translation off, the place less its own address: cause=1 epc=0 tval=0 spp=1 spie=0 sie=0",
+        ],
+    );
+}
+
+/// The guest's handler runs, and what it does there is the end.
 #[test]
 fn unrunnable_jump() {
     let end = Rvmm::guest("unrunnable").run();
-    let lines: &[&str] = if end.console.contains("fault") {
-        &["jumping", "fault: cause=1"]
-    } else {
-        &["jumping"]
-    };
-    end.assert_console(CANNOT_GO_ON, lines);
+    end.assert_console(CANNOT_GO_ON, &["jumping", "fault: cause=1"]);
     assert!(
         end.log.lines().any(|line| line.starts_with("rvmm: ")),
         "rvmm says why"
+    );
+}
+
+/// A trap handler that is nowhere. Newer kernels give the fault to the hart themselves, for ever.
+#[test]
+fn no_trap_handler() {
+    let end = Rvmm::guest("nohandler").args(["--timeout", "20s"]).run();
+    if kvm_gives_fetch_faults() {
+        end.assert_console(TIMED_OUT, &["jumping"]);
+        return;
+    }
+    end.assert_console(CANNOT_GO_ON, &["jumping"]);
+    let why = "its trap handler (stvec) is at 0x4000000, where no RAM is";
+    assert!(end.log.contains(why), "{}", end.log);
+}
+
+/// Linux does so since 7.0 (`vcpu_exit.c`).
+fn kvm_gives_fetch_faults() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the release");
+    let major = release.split('.').next().expect("a number");
+    major.parse::<u32>().expect("a number") >= 7
+}
+
+/// A driver that accepts the low 32 features alone is served. The map is QEMU's, and so is the vendor.
+#[test]
+fn a_small_virtio_driver() {
+    let scratch = TempDir::new();
+    let nonce = common::nonce();
+    let mut sector = [b'.'; 512];
+    sector[..nonce.len()].copy_from_slice(nonce.as_bytes());
+    let image = scratch.file("disk", sector);
+    let image = image.to_str().expect("UTF-8");
+    let end = Rvmm::guest("smalldriver")
+        .args(["--transport", "mmio", "--disk", image])
+        .run();
+    let read = String::from_utf8_lossy(&sector[..16]);
+    end.assert_console(
+        POWERED_OFF,
+        &[
+            "magic=74726976 version=2 device=2 vendor=554d4551",
+            "negotiated: status=b",
+            "ready: status=f",
+            &format!("read: status=0 sector={read}"),
+        ],
     );
 }

@@ -11,10 +11,8 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, TERMINATED, USAGE, files};
+use common::{HOST_FAILED, POWERED_OFF, Rvmm, TERMINATED, TIMED_OUT, USAGE, files};
 
-/// Exit status: the time is over.
-const TIMED_OUT: i32 = 124;
 /// Exit status: ended by SIGINT (128 + 2).
 const INTERRUPTED: i32 = 130;
 

@@ -1,6 +1,5 @@
 /*
- * Jumps to where there is no memory. Linux 6.12 cannot tell the guest: KVM_RUN fails there and then. Newer kernels let the
- * guest see an instruction access fault; its handler says so, and comes to the same end by an instruction that no kernel
+ * Jumps to where there is no memory, takes the fault, and in its handler runs an instruction on a device that no kernel
  * emulates (see amo.S).
  * rvmm: exit status 122.
  */

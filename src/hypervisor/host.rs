@@ -1,6 +1,8 @@
 //! Why a host cannot run guests, told from what it shows, and the way out.
 
+use std::fs;
 use std::io;
+use std::ops::Range;
 
 use thiserror::Error;
 
@@ -73,6 +75,22 @@ pub fn legacy_sbi_is_safe(release: &str) -> bool {
     version >= (Some(7), Some(2))
 }
 
+/// Where the host's kernel has its module `kvm`. None where it is built in, or where this user is not
+/// shown addresses (`kernel.kptr_restrict`).
+pub fn kvm_module() -> Option<Range<u64>> {
+    parse_modules(&fs::read_to_string("/proc/modules").ok()?)
+}
+
+/// From the text of /proc/modules: name, bytes, users, their names, state, address.
+fn parse_modules(modules: &str) -> Option<Range<u64>> {
+    let line = modules.lines().find(|line| line.starts_with("kvm "))?;
+    let mut words = line.split_whitespace().skip(1);
+    let size = words.next()?.parse::<u64>().ok()?;
+    let address = words.nth(3)?.strip_prefix("0x")?;
+    let start = u64::from_str_radix(address, 16).ok()?;
+    (start != 0).then_some(start..start.checked_add(size)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,6 +102,26 @@ mod tests {
         }
         for unsafe_ in ["6.12.107+deb13-riscv64", "7.1.9", "6.99", "7", "", "next"] {
             assert!(!legacy_sbi_is_safe(unsafe_), "{unsafe_}");
+        }
+    }
+
+    #[test]
+    fn the_module_is_found_where_its_address_is_shown() {
+        let text = |address| {
+            format!(
+                "kvm_other 4096 0 - Live 0xffffffff01000000\nkvm 217088 0 - Live {address}\n\
+                 virtio_blk 20480 0 - Live 0xffffffff02000000\n"
+            )
+        };
+        let shown = parse_modules(&text("0xffffffff01a2b000"));
+        assert_eq!(shown, Some(0xffff_ffff_01a2_b000..0xffff_ffff_01a6_0000));
+        for hidden in [
+            text("0x0000000000000000"),
+            text("?"),
+            "kvm\n".into(),
+            String::new(),
+        ] {
+            assert_eq!(parse_modules(&hidden), None, "{hidden}");
         }
     }
 

@@ -18,7 +18,7 @@ impl RegId {
         Self::u64(0x01, index)
     }
 
-    /// Group CORE: 0 is pc, 1 to 31 are x1 to x31.
+    /// Group CORE: 0 is pc, 1 to 31 are x1 to x31, 32 is the mode.
     pub const fn core(index: u64) -> Self {
         Self::u64(0x02, index)
     }
@@ -66,6 +66,21 @@ pub const A0: RegId = RegId::core(10);
 /// a1, x11.
 pub const A1: RegId = RegId::core(11);
 
+/// The privilege mode: 0 user, 1 supervisor.
+pub const MODE: RegId = RegId::core(32);
+
+/// `sstatus`.
+pub const SSTATUS: RegId = RegId::csr(0);
+/// `stvec`.
+pub const STVEC: RegId = RegId::csr(2);
+/// `sepc`.
+pub const SEPC: RegId = RegId::csr(4);
+/// `scause`.
+pub const SCAUSE: RegId = RegId::csr(5);
+/// `stval`.
+pub const STVAL: RegId = RegId::csr(6);
+/// `satp`.
+pub const SATP: RegId = RegId::csr(8);
 /// `scounteren`.
 pub const SCOUNTEREN: RegId = RegId::csr(9);
 

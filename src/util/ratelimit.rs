@@ -24,7 +24,10 @@ static WINDOWS: Mutex<BTreeMap<String, Arc<Mutex<Window>>>> = Mutex::new(BTreeMa
 /// }
 /// ```
 #[derive(Clone, Debug)]
-pub struct RateLimit(Arc<Mutex<Window>>);
+pub struct RateLimit {
+    window: Arc<Mutex<Window>>,
+    burst: u32,
+}
 
 #[derive(Debug, Default)]
 struct Window {
@@ -37,25 +40,31 @@ impl RateLimit {
     /// The limit of that name: one for each kind of line, of each device where there are several.
     /// It is kept for ever, so a name must not be the guest's to choose.
     pub fn named(name: impl Into<String>) -> Self {
+        Self::with_burst(name, BURST)
+    }
+
+    /// The same with `burst` events in five seconds, the same number for all limits of that name.
+    pub fn with_burst(name: impl Into<String>, burst: u32) -> Self {
         let mut windows = lock(&WINDOWS);
-        Self(Arc::clone(windows.entry(name.into()).or_default()))
+        let window = Arc::clone(windows.entry(name.into()).or_default());
+        Self { window, burst }
     }
 
     /// `Some(n)` when the event may be logged, `n` being how many were dropped since the last one
     /// that was; `None` when it must be dropped.
     pub fn admit(&self) -> Option<u64> {
-        lock(&self.0).admit_at(Instant::now())
+        lock(&self.window).admit_at(Instant::now(), self.burst)
     }
 }
 
 impl Window {
-    fn admit_at(&mut self, now: Instant) -> Option<u64> {
+    fn admit_at(&mut self, now: Instant, burst: u32) -> Option<u64> {
         let over = self.start.is_none_or(|start| now - start >= PERIOD);
         if over {
             self.start = Some(now);
             self.admitted = 0;
         }
-        if self.admitted == BURST {
+        if self.admitted == burst {
             self.dropped += 1;
             return None;
         }
@@ -112,23 +121,23 @@ mod tests {
         let mut window = Window::default();
         let start = Instant::now();
         for _ in 0..BURST {
-            assert_eq!(window.admit_at(start), Some(0));
+            assert_eq!(window.admit_at(start, BURST), Some(0));
         }
         for _ in 0..7 {
-            assert_eq!(window.admit_at(start + PERIOD / 2), None);
+            assert_eq!(window.admit_at(start + PERIOD / 2, BURST), None);
         }
-        assert_eq!(window.admit_at(start + PERIOD), Some(7));
-        assert_eq!(window.admit_at(start + PERIOD), Some(0));
+        assert_eq!(window.admit_at(start + PERIOD, BURST), Some(7));
+        assert_eq!(window.admit_at(start + PERIOD, BURST), Some(0));
     }
 
     #[test]
     fn a_limit_is_its_names() {
         let one = RateLimit::named("test one");
         for _ in 0..BURST {
-            lock(&one.0).admit_at(Instant::now());
+            one.admit();
         }
         drop(one);
-        let admitted = |name: &str| lock(&RateLimit::named(name).0).admitted;
+        let admitted = |name: &str| lock(&RateLimit::named(name).window).admitted;
         assert_eq!(admitted("test one"), BURST);
         assert_eq!(admitted("test other"), 0);
     }

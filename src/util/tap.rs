@@ -71,8 +71,8 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// One queue of a tap: packets with a virtio header of 12 bytes before them. Reads and writes do not
-/// wait.
+/// One queue of a tap: packets with a virtio header before them, of [`HEADER`] bytes until
+/// [`TapQueue::set_header`] says otherwise. Reads and writes do not wait.
 pub struct TapQueue {
     file: File,
     name: String,
@@ -92,9 +92,10 @@ pub struct Offloads {
     pub ecn: bool,
 }
 
-/// Bytes of `struct virtio_net_hdr_v1`, before every packet.
-pub const HEADER: usize = HEADER_BYTES as usize;
-const HEADER_BYTES: u8 = 12;
+/// Bytes of `struct virtio_net_hdr_v1`.
+pub const HEADER: usize = 12;
+/// Bytes of `struct virtio_net_hdr`, which has no `num_buffers`.
+pub const HEADER_SHORT: usize = 10;
 
 impl TapQueue {
     /// Opens `count` queues of the interface `name`, or one where it was not made for several.
@@ -145,7 +146,15 @@ impl TapQueue {
         let request = interface(name, flags)?;
         // SAFETY: TUNSETIFF reads a struct ifreq, which `request` is.
         check(unsafe { ioctl_with_ref(&self.file, TUNSETIFF(), &request) })?;
-        let size = c_int::from(HEADER_BYTES);
+        self.set_header(HEADER)
+    }
+
+    /// How many bytes of header are before each packet from now on: [`HEADER`] or [`HEADER_SHORT`].
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn set_header(&self, bytes: usize) -> io::Result<()> {
+        let size = c_int::try_from(bytes).map_err(io::Error::other)?;
         // SAFETY: TUNSETVNETHDRSZ reads an int.
         check(unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ(), &size) })
     }

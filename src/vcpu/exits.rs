@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::Stop;
+use super::fetch::FetchFaults;
 use super::sbi::Sbi;
 use crate::bus::Bus;
 use crate::devices::sifive_test::PowerSwitch;
@@ -37,6 +38,8 @@ pub struct Exits {
     sbi: Sbi,
     power: Arc<PowerSwitch>,
     csrs: RateLimit,
+    /// What [`Exits::handle`] leaves to the vCPU's thread: it takes registers.
+    pub(super) fetch_faults: FetchFaults,
 }
 
 impl Exits {
@@ -44,6 +47,7 @@ impl Exits {
     pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>) -> Self {
         Self {
             bus,
+            fetch_faults: FetchFaults::new(Arc::clone(sbi.ram())),
             sbi,
             power,
             csrs: RateLimit::named("CSRs"),

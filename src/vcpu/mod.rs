@@ -1,6 +1,8 @@
 //! vCPUs: the thread that runs one, and what its exits lead to.
 
 pub mod exits;
+pub mod fetch;
+pub mod paging;
 pub mod sbi;
 pub mod stats;
 pub mod thread;
@@ -25,6 +27,21 @@ pub enum Stop {
         /// The errno of KVM_RUN.
         errno: i32,
         /// Where the guest was.
+        pc: u64,
+    },
+    /// The guest fetched from where no RAM is, and that is its trap handler too.
+    NoTrapHandler {
+        /// From there.
+        pc: u64,
+    },
+    /// The guest fetched from where no RAM is, again and again.
+    FetchFaults {
+        /// From there, the last time.
+        pc: u64,
+    },
+    /// The guest's trap led to the host's KVM: the host's firmware lost it.
+    LostTrap {
+        /// Where in it.
         pc: u64,
     },
     /// The host cannot enter the guest on one of its CPUs.
@@ -65,6 +82,20 @@ impl fmt::Display for Stop {
             Stop::Unrunnable { errno, pc } => write!(
                 f,
                 "the guest cannot go on: KVM cannot run what it did near {pc:#x} (errno {errno})"
+            ),
+            Stop::NoTrapHandler { pc } => write!(
+                f,
+                "the guest cannot go on: its trap handler (stvec) is at {pc:#x}, where no RAM is"
+            ),
+            Stop::FetchFaults { pc } => write!(
+                f,
+                "the guest cannot go on: it takes one instruction access fault after the other, the \
+                 last at {pc:#x}"
+            ),
+            Stop::LostTrap { pc } => write!(
+                f,
+                "the guest cannot go on: its trap went to {pc:#x}, an address of the host's KVM. On an \
+                 emulated host that is how an instruction ends that no hart knows"
             ),
             Stop::FailEntry { reason, cpu } => write!(
                 f,

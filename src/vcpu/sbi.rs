@@ -46,6 +46,11 @@ impl Sbi {
         Self { ram, console }
     }
 
+    /// The guest's RAM.
+    pub(super) fn ram(&self) -> &Arc<GuestMemory> {
+        &self.ram
+    }
+
     /// The answer to `call`.
     #[inline(never)]
     pub fn call(&self, call: &SbiCall) -> SbiRet {

@@ -120,9 +120,20 @@ fn run(
         if let (Some(stats), Some(began)) = (&mut stats, began) {
             stats.add(exit, began.elapsed());
         }
-        match next {
-            Next::Enter(next) => entry = next,
-            Next::Stop(stop) => return Some(Ok(stop)),
+        let stop = match next {
+            Next::Enter(next) => {
+                entry = next;
+                continue;
+            }
+            Next::Stop(stop) => stop,
+        };
+        let Stop::Unrunnable { errno, pc } = stop else {
+            return Some(Ok(stop));
+        };
+        match exits.fetch_faults.answer(vcpu, errno, pc) {
+            Ok(Next::Enter(next)) => entry = next,
+            Ok(Next::Stop(stop)) => return Some(Ok(stop)),
+            Err(error) => return Some(Err(error)),
         }
     }
     None

@@ -44,7 +44,6 @@ const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
 /// What a driver may set.
 const DRIVERS: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
-const VERSION_1: u64 = features(&[VIRTIO_F_VERSION_1]);
 /// What every device of rvmm offers.
 const COMMON_FEATURES: u64 = features(&[
     VIRTIO_F_VERSION_1,
@@ -223,7 +222,9 @@ impl Core {
             return;
         }
         let mut fresh = status & DRIVERS & !self.status();
-        let agreed = self.accepted & !self.offered == 0 && self.accepted & VERSION_1 != 0;
+        // VERSION_1 may be missing (section 6.2): small kernels accept the low 32 features and no other, and
+        // know the layouts that come with it all the same.
+        let agreed = self.accepted & !self.offered == 0;
         if fresh & FEATURES_OK != 0 && !agreed {
             // The driver reads it back, and finds that the device does not agree.
             fresh &= !FEATURES_OK;

@@ -18,8 +18,8 @@ pub const SIZE: u64 = 0x1000;
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// rvmm has no number of its own: "rvmm" in ASCII, which drivers ignore.
-const VENDOR: u32 = 0x6d6d_7672;
+/// QEMU's, "QEMU" in ASCII, as the map is: kernels written for its virt machine ask for that one.
+const VENDOR: u32 = 0x554d_4551;
 const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
 
 /// A device and its registers.

@@ -57,6 +57,8 @@ pub(crate) fn debian_boots(transport: &str) {
             transport,
         ])
         .spawn();
+    // What takes a minute takes several on a loaded machine.
+    vm.allow_seconds(900);
     vm.wait_for("rvmm-debian login: ");
     vm.send("root\n");
     vm.wait_for("root@rvmm-debian:~# ");

@@ -40,6 +40,8 @@ pub(crate) const GUEST_FAILED: i32 = 121;
 pub(crate) const CANNOT_GO_ON: i32 = 122;
 /// Exit status: the host or its files failed.
 pub(crate) const HOST_FAILED: i32 = 123;
+/// Exit status: the time is over.
+pub(crate) const TIMED_OUT: i32 = 124;
 /// Exit status: the command line is wrong.
 pub(crate) const USAGE: i32 = 125;
 /// Exit status: ended by SIGTERM (128 + 15).

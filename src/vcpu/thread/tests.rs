@@ -124,10 +124,10 @@ fn every_exit_is_completed_by_its_entry() {
         VmExit::Sbi(call),
         VmExit::Csr { number: 7 },
         VmExit::Interrupted,
-        VmExit::Unrunnable { errno: 95, pc: 4 },
+        VmExit::Unrunnable { errno: 5, pc: 4 },
     ]);
     let stop = vcpu.stops.recv().unwrap().unwrap();
-    assert_eq!(stop, Stop::Unrunnable { errno: 95, pc: 4 });
+    assert_eq!(stop, Stop::Unrunnable { errno: 5, pc: 4 });
     let not_supported = SbiRet {
         error: -2,
         value: 0,

@@ -344,9 +344,6 @@ fn a_stop_is_heard_before_each_request() {
 fn features_are_agreed_on_or_not() {
     let mut driver = Driver::of(echo());
     driver.core.set_status(3);
-    // Not VERSION_1.
-    driver.core.set_status(NEGOTIATED);
-    assert_eq!(driver.core.status(), 3);
     // What was not offered.
     driver.core.driver_select = 1;
     driver.core.set_driver_features(1 | (1 << 30));
@@ -363,6 +360,23 @@ fn features_are_agreed_on_or_not() {
     assert_eq!(driver.core.driver_features(), 0);
     driver.core.device_select = 2;
     assert_eq!(driver.core.device_features(), 0);
+}
+
+/// The low 32 features alone, or none: what small kernels accept.
+#[test]
+fn a_driver_may_be_of_before_version_1() {
+    for accepted in [0, u32::MAX] {
+        let mut driver = Driver::of(echo());
+        driver.core.set_status(3);
+        let offered = driver.core.device_features();
+        driver.core.set_driver_features(offered & accepted);
+        driver.core.set_status(NEGOTIATED);
+        assert_eq!(driver.core.status(), NEGOTIATED);
+        driver.set_up(0, rings(0));
+        driver.core.set_status(READY);
+        assert_eq!(driver.core.status(), READY);
+        assert_eq!(driver.request(0, &[(BUFFERS, 4, WRITE)]), 4);
+    }
 }
 
 #[test]

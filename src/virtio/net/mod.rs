@@ -14,6 +14,7 @@ mod watch;
 use std::io;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
@@ -137,9 +138,10 @@ impl Net {
 
     /// Lets the tap hand over what the driver agreed to, and nothing that came before. A packet that is
     /// on its way meanwhile may still be as the driver before wanted it: the receiver drops it.
-    fn prepare_tap(&self, offloads: Offloads) {
+    fn prepare_tap(&self, header: usize, offloads: Offloads) {
         for tap in &self.shared.pairs {
-            if let Err(error) = tap.set_offloads(offloads) {
+            let prepared = tap.set_header(header);
+            if let Err(error) = prepared.and_then(|()| tap.set_offloads(offloads)) {
                 self.shared.failed(&error);
             }
         }
@@ -152,13 +154,22 @@ impl Net {
     /// What the driver gives room for.
     fn room(&self, activation: &Activation, offloads: Offloads) -> Room {
         let mtu = self.mtu.unwrap_or(0).max(MTU_ETHERNET);
+        let mergeable = activation.has(VIRTIO_NET_F_MRG_RXBUF);
+        // A driver of before VIRTIO 1.0 knows `num_buffers` only with buffers to count (section 5.1.6.1).
+        let is_whole = mergeable || activation.has(VIRTIO_F_VERSION_1);
+        let header = if is_whole {
+            tap::HEADER
+        } else {
+            tap::HEADER_SHORT
+        };
         Room {
+            header,
             offloads,
-            mergeable: activation.has(VIRTIO_NET_F_MRG_RXBUF),
+            mergeable,
             packet: if offloads.tso4 || offloads.tso6 {
                 PACKET_SEGMENTS
             } else {
-                tap::HEADER + LINK_HEADER + usize::from(mtu)
+                header + LINK_HEADER + usize::from(mtu)
             },
         }
     }
@@ -226,8 +237,8 @@ impl VirtioDevice for Net {
             tso6: activation.has(VIRTIO_NET_F_GUEST_TSO6),
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
-        self.prepare_tap(offloads);
         let room = self.room(&activation, offloads);
+        self.prepare_tap(room.header, offloads);
         self.start(activation, room)
             .inspect_err(|_| drop(self.deactivate()))
     }

@@ -53,7 +53,7 @@ impl Shared {
             }
         }
         if let Some(queue) = &mut transmit {
-            self.transmit(tap, queue, stop)?;
+            self.transmit(tap, room.header, queue, stop)?;
         }
         let mut hears_tap = false;
         while !stop.is_asked() {
@@ -66,7 +66,7 @@ impl Shared {
             }
             let ready = events.wait(receiver.as_ref().and_then(Receiver::patience));
             if let Some(queue) = transmit.as_mut().filter(|_| ready.has(TRANSMIT)) {
-                self.transmit(tap, queue, stop)?;
+                self.transmit(tap, room.header, queue, stop)?;
             }
             if let Some(receiver) = &mut receiver {
                 receiver.serve(ready.has(RECEIVE), ready.has(TAP), stop)?;

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net::{
 use super::Shared;
 use crate::memory::Pieces;
 use crate::util::guest_warn;
-use crate::util::tap::{HEADER, Offloads, TapQueue};
+use crate::util::tap::{Offloads, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::worker::Stop;
 
@@ -29,6 +29,8 @@ const BATCH: usize = 64;
 /// What the driver gave room for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
+    /// Bytes of the header before each packet, of both directions.
+    pub(super) header: usize,
     /// What the driver takes over from the host.
     pub(super) offloads: Offloads,
     /// A packet may lie in several buffers (VIRTIO_NET_F_MRG_RXBUF).
@@ -225,7 +227,7 @@ impl Buffers {
             first.read_message(tap.as_fd())?
         };
         // A tap gives no packet without its header.
-        Ok(count.filter(|count| *count >= HEADER))
+        Ok(count.filter(|count| *count >= room.header))
     }
 
     /// Whether the packet in the first buffers asks for nothing that the driver did not agree to
@@ -253,7 +255,9 @@ impl Buffers {
         } else {
             1
         };
-        self.room.copy_from_at(NUM_BUFFERS, &buffers.to_le_bytes());
+        if room.header > NUM_BUFFERS {
+            self.room.copy_from_at(NUM_BUFFERS, &buffers.to_le_bytes());
+        }
         let (mut left, mut gone) = (count, 0);
         let chains = self.chains.drain(..usize::from(buffers));
         queue.push_together(chains.map(|(head, length)| {

@@ -104,6 +104,33 @@ fn a_packet_goes_out_whole() {
     assert_eq!(peers[0].recv(&mut received).unwrap(), sent.len());
 }
 
+/// A driver of before VIRTIO 1.0 has 10 bytes of header, unless its buffers can be merged.
+#[test]
+fn without_version_1_the_header_is_shorter() {
+    const OLD: u64 = !(1 << VIRTIO_F_VERSION_1);
+    const SHORT: usize = tap::HEADER_SHORT;
+    for (features, header) in [(OLD & NOT_MERGEABLE, SHORT), (OLD & NO_SEGMENTS, HEADER)] {
+        let (device, peers) = net(1);
+        let mut driver = driver(device, features);
+        for index in 0..4 {
+            offer(&mut driver, index, 1600);
+        }
+        let sent = vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 8, 9, 10];
+        peers[0].send(&sent).unwrap();
+        driver.wait_until("a packet", |d| d.used(RECEIVE) == 1);
+        let counted = if header == SHORT { [7, 8] } else { [1, 0] };
+        assert_eq!(
+            bytes(&driver, BUFFERS + 10, 4),
+            [&counted[..], &[9, 10]].concat()
+        );
+        driver.request(TRANSMIT, &[(BUFFERS, 10, 0)]);
+        driver.request(TRANSMIT, &[(BUFFERS, 13, 0)]);
+        let mut received = [0; 300];
+        let count = peers[0].recv(&mut received).unwrap();
+        assert_eq!(count, if header == SHORT { 10 } else { 13 });
+    }
+}
+
 #[test]
 fn a_packet_lies_in_as_many_buffers_as_it_takes() {
     let (device, peers) = net(1);
@@ -298,6 +325,7 @@ fn a_packet_that_was_there_before_goes_out() {
 
 /// What most drivers have room for; they take nothing over from the host.
 const ROOM: Room = Room {
+    header: HEADER,
     offloads: Offloads {
         checksum: false,
         tso4: false,
@@ -414,7 +442,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
         driver.describe(0, index, buffer);
         driver.offer(0, index);
     }
-    shared.transmit(tap, &mut queue, &stop).unwrap();
+    shared.transmit(tap, HEADER, &mut queue, &stop).unwrap();
     assert_eq!(driver.used(0), 0, "sent");
     assert!(peers[0].recv(&mut [0; 200]).is_err());
 }

@@ -14,22 +14,23 @@ use crate::virtio::worker::Stop;
 const PACKET_MAX: usize = 65_562 + HEADER;
 
 impl Shared {
-    /// Sends what `queue` has to `tap`.
+    /// Sends what `queue` has to `tap`: packets with so many bytes of header before each.
     pub(super) fn transmit(
         &self,
         tap: &TapQueue,
+        header: usize,
         queue: &mut Virtq,
         stop: &Stop,
     ) -> Result<(), Broken> {
         queue.drain(stop, |chain| {
-            self.send(tap, &chain.readable);
+            self.send(tap, header, &chain.readable);
             Ok(0)
         })
     }
 
     /// Sends one packet, or drops it, as a wire does.
-    fn send(&self, tap: &TapQueue, packet: &Pieces) {
-        if !(HEADER..=PACKET_MAX).contains(&packet.len()) || self.link.is_gone() {
+    fn send(&self, tap: &TapQueue, header: usize, packet: &Pieces) {
+        if !(header..=PACKET_MAX).contains(&packet.len()) || self.link.is_gone() {
             return;
         }
         let Err(error) = packet.write_to(tap.as_fd()) else {
