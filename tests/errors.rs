@@ -231,13 +231,13 @@ fn initrd_is_too_large() {
         "--initrd".as_ref(),
         initrd.as_os_str(),
     ];
-    refuse(&args, &["too small", "1 GiB", "at least --mem"]);
+    refuse(&args, &["too little", "1 GiB", "would do"]);
 }
 
 #[test]
 fn memory_too_small() {
     for size in ["1K", "1M", "2M"] {
-        refuse_mem(size, &["too small", "at least --mem"]);
+        refuse_mem(size, &["too little", "would do"]);
     }
 }
 

@@ -306,6 +306,26 @@ options_without_a_value() {
     done
 }
 
+options_that_cannot_be() {
+    refused build "'$dir' is no FILE" "$dir"
+    refused build "'' is no FILE" ''
+    refused demo "different guests" --debian --conformance
+    refused l1 "no command, and no terminal"
+    RVMM_TIMEOUT=soon refused l1 "RVMM_TIMEOUT is 'soon'" true
+    RVMM_TIMEOUT=soon refused demo "RVMM_TIMEOUT is 'soon'"
+    refused bench "is not NAME=COMMAND" --peer nonsense
+    refused bench "there is no program '/nowhere'" --peer x=/nowhere
+    refused bench "is no program for riscv64" --before "$repo/README.md"
+    refused bench "without --peer" --before "$repo/README.md" --peer x=/nowhere
+}
+
+# Wrong usage is a line, before anything is done.
+refused() {
+    called "$1" "${@:3}"
+    [[ $status == 125 && ! -e $dir/cache/rvmm ]]
+    said "^$1: .*$2.*; scripts/$1 --help tells every option"
+}
+
 # --- what they are made with ---------------------------------------------------------------------------------------------------------
 
 # A suite of two architectures, signed, whole: make_suite NAME [FIELD [ARCHITECTURES]]

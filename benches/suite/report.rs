@@ -18,7 +18,9 @@ pub(crate) fn write(
     figures: &Figures,
 ) -> String {
     let mut names: Vec<&str> = contestants.iter().map(|c| c.name.as_str()).collect();
-    names.push("bare");
+    if !names.contains(&"before") {
+        names.push("bare");
+    }
     let others = if names.contains(&"before") {
         [("again", "again"), ("before", "before")]
     } else if names.contains(&"floor+aia") {

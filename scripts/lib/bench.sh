@@ -121,17 +121,23 @@ bench_check_peers() {
     local peer name names=" rvmm rvmm/mmio qemu floor floor+aia bare " program
     for peer; do
         name=${peer%%=*}
-        [[ $peer == *=* && $name =~ ^[a-z0-9_-]+$ ]] || die "--peer '$peer' is not NAME=COMMAND, with a NAME of a-z, 0-9, _ and -"
-        [[ $names != *" $name "* ]] || die "--peer $name: there is a contestant of that name"
+        [[ $peer == *=* && $name =~ ^[a-z0-9_-]+$ ]] || wrong_usage "--peer '$peer' is not NAME=COMMAND, with a NAME of a-z, 0-9, _ and -"
+        [[ $names != *" $name "* ]] || wrong_usage "--peer $name: there is a contestant of that name"
         names+="$name "
         program=$(bench_peer_program "$peer")
-        [[ -f $program ]] || die "--peer $name: there is no program '$program'"
+        [[ -f $program ]] || wrong_usage "--peer $name: there is no program '$program'"
+        bench_is_riscv64 "$program" || wrong_usage "--peer $name: '$program' is no program for riscv64"
     done
 }
 
 bench_peer_program() {
     local command=${1#*=}
     bench_path "${command%% *}"
+}
+
+# By the start of an ELF file: 64 bits, EM_RISCV.
+bench_is_riscv64() {
+    [[ $(od -An -tx1 -N20 "$1" | tr -d ' \n') =~ ^7f454c4602.{26}f300$ ]]
 }
 
 # A file as the caller's directory has it.

@@ -117,7 +117,7 @@ env_buildah_run() {
         status=0
         # shellcheck disable=SC2016 # for the inner shell
         env_buildah run --isolation chroot "${args[@]}" --workingdir "$PWD" "$ENV_NAME" -- \
-            /bin/sh -c ': >"$0"; exec "$@"' "$begun" "$@" || status=$?
+            /bin/sh -c ': >"$1"; shift; exec "$@"' env "$begun" "$@" || status=$?
         if ((status != 1)) || [[ -e $begun ]]; then break; fi
     done
     rm -f "$begun"

@@ -149,15 +149,24 @@ rig_status() {
     [[ -n $status ]] && printf '%s' "$status"
 }
 
+# Seconds that a command in L1 may take: the user's, or these.
+rig_limit() {
+    [[ ${RVMM_TIMEOUT:-$1} =~ ^[0-9]+$ ]] || wrong_usage "RVMM_TIMEOUT is '$RVMM_TIMEOUT', and no number of seconds"
+    printf '%s' "${RVMM_TIMEOUT:-$1}"
+}
+
 # A person's terminal as it is to a program at it: every key goes to the guest.
 rig_terminal() {
     RIG_TTY=$(stty --save)
-    rig_set RIG_WINSIZE "$(rig_winsize)"
+    local size
+    size=$(rig_winsize)
+    rig_set RIG_WINSIZE "${size:-80x24}"
     stty raw -echo
 }
 
+# Its columns and rows, 80x24, behind a word; nothing where the terminal does not know them.
 rig_winsize() {
-    stty size | sed -E 's/([0-9]+) ([0-9]+)/\2x\1/'
+    stty size | sed -nE "s/^([1-9][0-9]*) ([1-9][0-9]*)\$/${1-}\\2x\\1/p"
 }
 
 rig_terminal_back() {
@@ -179,12 +188,14 @@ rig_cleanup() {
 
 # Both commands that run one thing in L1: boot, tell what went wrong, end with its status.
 rig_run() {
-    local limit=$1 status
+    local limit=$1 status ended=0
     rig_boot "$limit" <&0 & # in the background, so that a signal ends it at once
     RIG_CHILD=$!
-    wait "$RIG_CHILD" || true
+    wait "$RIG_CHILD" || ended=$?
     RIG_CHILD=
     rig_terminal_back
+    # What timeout says of who took too long.
+    ((ended != 124)) || die "cut off after $limit s: RVMM_TIMEOUT=SECONDS gives another limit"
     if ! status=$(rig_status); then
         say "L1 ended without a result; the end of its log:"
         tail -n 15 "$RIG_RUN/l1.log" | sed 's/^/    | /' >&2

@@ -40,10 +40,10 @@ pub struct Placement {
     pub fdt: Range<u64>,
 }
 
-/// RAM is too small for what it should hold; "it" is the kernel, which the caller names.
+/// RAM is too little for what it should hold.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{ram} of guest RAM are too small: it ends {} into RAM{}; give at least --mem {}",
+    "{ram} of guest RAM are too little: the kernel ends {} into RAM{}; --mem {} would do",
     .kernel,
     .initrd.map(|size| format!(", and the initrd has {size}")).unwrap_or_default(),
     .enough.as_flag()
@@ -281,8 +281,8 @@ mod tests {
         let error = plan(ByteSize::kib(1), Some(2 << 20)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "1 KiB of guest RAM are too small: it ends 32.4 MiB into RAM, and the initrd has 2 MiB; \
-             give at least --mem 128M"
+            "1 KiB of guest RAM are too little: the kernel ends 32.4 MiB into RAM, and the initrd has \
+             2 MiB; --mem 128M would do"
         );
         assert!(plan(error.enough, Some(2 << 20)).is_ok());
         assert!(plan(ByteSize::mib(1), Some(u64::MAX)).is_err());

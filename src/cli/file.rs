@@ -87,6 +87,8 @@ fn overlay(text: &str, flags: &VmConfig, given: impl Fn(&str) -> bool) -> Result
     let file: VmConfig = read(text)?;
     let merge = || {
         let mut merged = object(&file)?;
+        // What a flag says goes before the file, its default value too, which is left out of the JSON.
+        merged.retain(|key, _| !given(key));
         merged.extend(object(flags)?.into_iter().filter(|(key, _)| given(key)));
         serde_json::from_value(Value::Object(merged))
     };
@@ -162,6 +164,26 @@ mod tests {
         assert_eq!(merged.kernel, Some("file".into()));
         assert_eq!(merged.mem, MemConfig::new(ByteSize::mib(64)));
         assert_eq!(merged.irqchip, IrqchipKind::Plic);
+    }
+
+    /// The flags say what they would say if they were not there.
+    #[test]
+    fn defaults_go_before_the_file_too() {
+        let file = VmConfig {
+            kernel: Some("Image".into()),
+            kernel_format: KernelFormat::Flat,
+            initrd: Some("initrd".into()),
+            cmdline: "quiet".into(),
+            cpus: 3,
+            transport: Transport::Mmio,
+            irqchip: IrqchipKind::Plic,
+            console: ConsoleConfig::Pty,
+            on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
+            ..VmConfig::default()
+        };
+        let file = print(&file).unwrap();
+        let default = VmConfig::default();
+        assert_eq!(overlay(&file, &default, |_| true).unwrap(), default);
     }
 
     #[test]

@@ -159,7 +159,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
         return match file::print(&cli.vm) {
             Ok(json) => Request::Print(json),
             Err(error) => {
-                let message = format!("Failed to write the machine as JSON: {error}");
+                let message = format!(
+                    "Failed to write the machine as JSON, which holds UTF-8 only: {error}: rename \
+                     what has another name"
+                );
                 Request::Refuse(message, STATUS_USAGE)
             }
         };

@@ -266,6 +266,9 @@ pub enum ConfigError {
     /// One tap for two interfaces.
     #[error("--net tap={0}: two interfaces cannot share a tap")]
     TapTwice(String),
+    /// One address for two interfaces.
+    #[error("--net mac={0}: two interfaces cannot share an address")]
+    MacTwice(Mac),
     /// What no command line can hold.
     #[error("--cmdline: a NUL byte would end it")]
     CmdlineNul,

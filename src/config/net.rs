@@ -47,6 +47,7 @@ impl FromStr for Mac {
             Some(bytes) if bytes[0] & 1 != 0 => Err(format!(
                 "{text:?} is a MAC address of a group, not of one station"
             )),
+            Some([0, 0, 0, 0, 0, 0]) => Err(format!("{text:?} is the address of no interface")),
             Some(bytes) => Ok(Self(bytes)),
         }
     }
@@ -105,8 +106,14 @@ pub(super) fn validate(interfaces: &[NetConfig]) -> Result<(), ConfigError> {
         if !has_room || tap.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
             return Err(ConfigError::TapName(tap.clone()));
         }
-        if interfaces[..index].iter().any(|other| other.tap == *tap) {
+        let before = &interfaces[..index];
+        if before.iter().any(|other| other.tap == *tap) {
             return Err(ConfigError::TapTwice(tap.clone()));
+        }
+        if let Some(mac) = interface.mac {
+            if before.iter().any(|other| other.mac == Some(mac)) {
+                return Err(ConfigError::MacTwice(mac));
+            }
         }
     }
     Ok(())
@@ -142,6 +149,19 @@ mod tests {
     }
 
     #[test]
+    fn an_address_is_one_interfaces() {
+        let nets = |macs: [&str; 2]| {
+            let net = |(number, mac)| format!("tap=t{number}{mac}").parse().unwrap();
+            let nets: Vec<NetConfig> = macs.into_iter().enumerate().map(net).collect();
+            validate(&nets)
+        };
+        let (one, other) = (",mac=52:54:00:12:34:56", ",mac=52:54:00:12:34:57");
+        assert_eq!(nets([one, other]), Ok(()));
+        assert_eq!(nets(["", ""]), Ok(()));
+        assert!(matches!(nets([one, one]), Err(ConfigError::MacTwice(_))));
+    }
+
+    #[test]
     fn errors_name_the_value() {
         for (text, part) in [
             ("mac=52:54:00:12:34:56", "`tap`"),
@@ -150,6 +170,7 @@ mod tests {
             ("tap=a,mac=52:54:00:12:34:5", "no MAC"),
             ("tap=a,mac=+2:54:00:12:34:56", "no MAC"),
             ("tap=a,mac=53:54:00:12:34:56", "group"),
+            ("tap=a,mac=00:00:00:00:00:00", "no interface"),
             ("tap=a,vhost=yes", "on or off"),
         ] {
             let error = text.parse::<NetConfig>().unwrap_err();

@@ -135,6 +135,12 @@ pub(super) fn facts(
         facts.hide("ssaia");
     }
     for name in config.cpu.iter().flat_map(|cpu| cpu.extensions.keys()) {
+        // By it a guest knows that its interrupts are an IMSIC's.
+        if name == "ssaia" && choice.is_aia() {
+            bail!(
+                "--cpu {name}=hidden: the guest has an AIA and needs it: give --irqchip plic too"
+            );
+        }
         facts.hide(name);
     }
     Ok(facts)

@@ -322,6 +322,26 @@ fn a_host_without_aia_gets_a_plic() {
     assert!(contains(&chosen, "plic-1.0.0") && !contains(&chosen, "ssaia"));
     let aia = tree("aia", true, IrqchipKind::Aia).unwrap();
     assert!(contains(&aia, "imsic") && contains(&aia, "ssaia"));
+    // Without ssaia a guest would not find the AIA that it has.
+    for (name, kind, is_built) in [
+        ("hidden-aia", IrqchipKind::Auto, false),
+        ("hidden-plic", IrqchipKind::Plic, true),
+    ] {
+        let record = Record {
+            has_aia: true,
+            kind,
+            ..Record::default()
+        };
+        let config = VmConfig {
+            cpu: Some("ssaia=hidden".parse().unwrap()),
+            ..VmConfig::default()
+        };
+        let built = build_as(name, record, config).1;
+        assert_eq!(built.is_ok(), is_built, "{name}");
+        if let Err(error) = built {
+            assert!(format!("{error:#}").contains("--irqchip plic"), "{error:#}");
+        }
+    }
     for (name, kind) in [
         ("no-aia", IrqchipKind::Aia),
         ("no-emul", IrqchipKind::AiaEmul),

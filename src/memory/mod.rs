@@ -33,8 +33,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub enum Error {
     /// Not whole pages.
     #[error(
-        "{size} of guest RAM are not whole pages: --mem takes multiples of {} here",
-        .page.as_flag()
+        "{} bytes of guest RAM are not whole pages: --mem takes multiples of {} here",
+        .size.bytes(), .page.as_flag()
     )]
     Unaligned {
         /// What was asked for.
