@@ -33,7 +33,7 @@ mod floor {
     use rvmm::boot::placement::{Placement, fdt_room};
     use rvmm::config::KernelFormat;
     use rvmm::hypervisor::regs;
-    use rvmm::machine::layout::{APLIC, IMSIC, RAM_BASE, UART};
+    use rvmm::machine::layout::{APLIC, IMSIC, RAM_BASE, SIFIVE_TEST, UART};
     use rvmm::util::ByteSize;
 
     /// KVM_RUN, `_IO(KVMIO, 0x80)`.
@@ -212,6 +212,9 @@ mod floor {
                     } else if mmio.phys_addr == UART.start {
                         stdout.write_all(&mmio.data[..1])?;
                         stdout.flush()?;
+                    } else if mmio.phys_addr == SIFIVE_TEST.start {
+                        // Linux powers off by it first, and waits a second before it tries SBI.
+                        return Ok(());
                     }
                 }
                 KVM_EXIT_RISCV_SBI => exit.riscv_sbi.ret = [0, 0],
