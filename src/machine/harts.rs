@@ -137,9 +137,7 @@ pub(super) fn facts(
     for name in config.cpu.iter().flat_map(|cpu| cpu.extensions.keys()) {
         // By it a guest knows that its interrupts are an IMSIC's.
         if name == "ssaia" && choice.is_aia() {
-            bail!(
-                "--cpu {name}=hidden: the guest has an AIA and needs it: give --irqchip plic too"
-            );
+            bail!("--cpu {name}: the guest needs it to find its AIA: give --irqchip plic too");
         }
         facts.hide(name);
     }

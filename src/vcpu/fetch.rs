@@ -30,14 +30,14 @@ const MODE_SUPERVISOR: u64 = 1;
 /// `stvec` without its mode: exceptions go to the base in both.
 const BASE: u64 = !0b11;
 
-/// Faults in five seconds. Each is two lines in the log of the host's kernel, which has no limit for them.
+/// Faults in five seconds. The host's kernel logs each (`kvm_err` in `vcpu_exit.c`), without a limit.
 const FAULTS_MAX: u32 = 100;
 
 /// Gives harts their instruction access faults.
 pub struct FetchFaults {
     ram: Arc<GuestMemory>,
-    /// Where the host's KVM is: an illegal instruction of the guest's ends there on an emulated host, whose
-    /// firmware loses the trap (docs/testing.md). That is no fetch of the guest's.
+    /// Where the host's KVM is. On an emulated host the firmware loses the trap of an illegal instruction,
+    /// and the guest finds itself there (docs/testing.md): the guest did not jump there.
     kvm: OnceLock<Option<Range<u64>>>,
     limit: RateLimit,
     lines: RateLimit,
@@ -50,7 +50,7 @@ impl FetchFaults {
             ram,
             kvm: OnceLock::new(),
             limit: RateLimit::with_burst("fetch faults", FAULTS_MAX),
-            lines: RateLimit::named("fetch fault"),
+            lines: RateLimit::named("fetch fault lines"),
         }
     }
 

@@ -89,13 +89,13 @@ impl fmt::Display for Stop {
             ),
             Stop::FetchFaults { pc } => write!(
                 f,
-                "the guest cannot go on: it takes one instruction access fault after the other, the \
-                 last at {pc:#x}"
+                "the guest cannot go on: it took too many instruction access faults, the last at \
+                 {pc:#x}"
             ),
             Stop::LostTrap { pc } => write!(
                 f,
-                "the guest cannot go on: its trap went to {pc:#x}, an address of the host's KVM. On an \
-                 emulated host that is how an instruction ends that no hart knows"
+                "the guest cannot go on: the host's firmware lost its trap, at {pc:#x} in the host's KVM: \
+                 an emulated host does so when a guest runs an illegal instruction"
             ),
             Stop::FailEntry { reason, cpu } => write!(
                 f,

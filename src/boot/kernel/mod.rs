@@ -26,7 +26,7 @@ pub const HEAD_SIZE: usize = 4096;
 const FLAT_OFFSET: u64 = 2 << 20;
 
 /// Bytes of command line that a RISC-V Linux keeps, without the NUL; it cuts off the rest in silence
-/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h`: 1024, and 512 before 2023).
+/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h`: 1024, and 512 in older kernels).
 pub const LINUX_CMDLINE_MAX: usize = 1023;
 
 /// Why a file is no kernel that rvmm can load.
