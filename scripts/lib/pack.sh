@@ -47,15 +47,15 @@ pack_guest_initramfs() {
     rm -rf "$root"
 }
 
-# The part of L1's initramfs that is the same in every run: busybox, KVM, the guest's kernel, init.
+# The part of L1's initramfs that is the same in every run: busybox, KVM, the guest's kernel, init. KVM is of the kernel in HOST.
 pack_l1_base() {
-    local repo=$1 out=$2 root
+    local repo=$1 out=$2 host=$3 root
     root=$(mktemp -d)
     pack_busybox "$root"
     mkdir "$root/guest"
     cp "$PACK_ENV/Image" "$root/guest/Image"
-    pack_modules "$PACK_ENV/modules" host "$root/modules"
-    cp "$PACK_ENV/modules/host" "$root/modules"
+    pack_modules "$host/modules" host "$root/modules"
+    cp "$host/modules/host" "$root/modules"
     install -m 755 "$repo/resources/rig/init" "$root/init"
     pack_dir "$root" >"$out.tmp"
     mv "$out.tmp" "$out"

@@ -2,6 +2,7 @@
 # The rig: build rvmm and L1, boot L1 in QEMU, run a payload in it, get its result.
 #
 #   rig_build            rvmm (release, static riscv64), then rig_assemble: the guests, L1's base
+#   rig_next KIND...     what a kind of host with a newer kernel needs; fails, with the reason, where there is none
 #   rig_begin KIND       a new payload for a kind of host; add files below $RIG_RUN/root/payload
 #   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are forgotten
 #   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
@@ -10,6 +11,8 @@
 # L1 is an initramfs and nothing else: a base kept in the cache, in $RIG_L1 with its kernel, and the payload behind it.
 
 readonly RIG_KINDS=(aia aia-emul none)
+# The same with a newer kernel in L1, where one can be had.
+readonly RIG_NEXT_KINDS=(aia-next none-next)
 readonly RIG_GUESTS=$RVMM_TARGET/guests
 readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 
@@ -21,6 +24,7 @@ RIG_DISKS=()
 RIG_KILL=
 
 RIG_L1=
+RIG_L1_NEXT=
 RIG_RUN=
 RIG_TTY=
 RIG_CHILD=
@@ -37,26 +41,58 @@ rig_build_rvmm() {
 rig_assemble() {
     must "Build the guests" env_run scripts/guests "$RIG_GUESTS"
     RIG_L1=$RVMM_CACHE/l1/$(rig_l1_key)
-    [[ -e $RIG_L1 ]] || must "Assemble L1" rig_make_l1
+    [[ -e $RIG_L1 ]] || must "Assemble L1" rig_make_l1 "$RIG_L1" /opt/rvmm
 }
 
 rig_l1_key() {
-    { printf '%s\n' "$ENV_NAME" "$(env_made_from)" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
+    { printf '%s\n' "$ENV_NAME" "$(env_made_from)" "$@" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
 }
 
-# The directory gets its name when all of it is there.
+# L1 with the kernel in HOST. The directory gets its name when all of it is there.
 rig_make_l1() {
-    local new
+    local l1=$1 host=$2 new
     new=$(cache_temp)
     mkdir -p "$RVMM_CACHE/l1"
-    env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2/base.cpio" && cp /opt/rvmm/Image "$2"' - "$RVMM_REPO" "$new" &&
-        { mv --no-target-directory "$new" "$RIG_L1" 2>/dev/null || [[ -e $RIG_L1 ]]; }
+    env_run bash -c 'source scripts/lib/pack.sh && pack_l1_base "$1" "$2/base.cpio" "$3" && cp "$3/Image" "$2"' - \
+        "$RVMM_REPO" "$new" "$host" && { mv --no-target-directory "$new" "$l1" 2>/dev/null || [[ -e $l1 ]]; }
+}
+
+# The newer kernel is kept until scripts/clean; RVMM_NEXT_KERNEL names a directory with the packages of another.
+rig_next() {
+    local kind next
+    for kind; do
+        [[ $kind == *-next ]] || continue
+        next=$RVMM_CACHE/l1/next-$(rig_next_key)
+        [[ -e $next ]] || step "Get a newer kernel for L1" rig_get_next "$next" || return
+        RIG_L1_NEXT=$RVMM_CACHE/l1/$(rig_l1_key "$(cat "$next/version")")
+        [[ -e $RIG_L1_NEXT ]] || must "Assemble L1 with Linux $(cat "$next/version")" rig_make_l1 "$RIG_L1_NEXT" "$next"
+        return
+    done
+}
+
+rig_next_key() {
+    { printf '%s\n' "$ENV_NAME" "${RVMM_NEXT_KERNEL-}" && cat scripts/lib/next-kernel; } | sha256sum | cut -c1-12
+}
+
+rig_get_next() {
+    local new debs=()
+    new=$(cache_temp)
+    if [[ -n ${RVMM_NEXT_KERNEL-} ]]; then
+        debs=("$(cache_temp)")
+        cp "$RVMM_NEXT_KERNEL"/*.deb "${debs[0]}"
+    fi
+    env_run scripts/lib/next-kernel "$new" "${debs[@]}" && { mv --no-target-directory "$new" "$1" 2>/dev/null || [[ -e $1 ]]; }
+}
+
+# Why the last rig_next failed, in a line.
+rig_no_next() {
+    sed -nE 's/[.?]*$//; s/^no newer kernel: //p' "$UI_LOG" | paste --serial --delimiters=';'
 }
 
 # An option that takes a kind of host, and what follows it.
 rig_needs_kind() {
     needs_value "$@"
-    rig_machine "$2" >/dev/null || wrong_usage "there is no kind of host '$2', only ${RIG_KINDS[*]}"
+    rig_machine "$2" >/dev/null || wrong_usage "there is no kind of host '$2', only ${RIG_KINDS[*]} ${RIG_NEXT_KINDS[*]}"
 }
 
 # What every payload has: rvmm, the guests, and who the host is meant to be.
@@ -70,7 +106,7 @@ rig_begin() {
     rig_add_program "$RIG_RVMM"
     cp -r "$RIG_GUESTS" "$RIG_RUN/root/payload/guests"
     rig_set RVMM_TEST_BIN /payload/bin/rvmm
-    rig_set RVMM_TEST_HOST "$kind"
+    rig_set RVMM_TEST_HOST "${kind%-next}"
     rig_set RVMM_TEST_KERNEL /guest/Image
     rig_set RVMM_TEST_GUESTS /payload/guests
 }
@@ -96,7 +132,7 @@ rig_script() {
 }
 
 rig_machine() {
-    case $1 in
+    case ${1%-next} in
         aia) echo virt,aia=aplic-imsic,aia-guests=4 ;;
         aia-emul) echo virt,aia=aplic-imsic ;;
         none) echo virt ;;
@@ -113,7 +149,7 @@ rig_boot() {
     command=(
         qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m 2G -no-reboot
         -nodefaults -display none -monitor none "${RIG_QEMU[@]}" "${RIG_DISKS[@]}"
-        -kernel "$RIG_L1/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
+        -kernel "$(rig_l1)/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
         -serial "file:$RIG_RUN/l1.log"
         -device virtio-serial-pci
         -chardev stdio,signal=off,id=con -device virtconsole,chardev=con
@@ -139,7 +175,12 @@ readonly RIG_KILLER='
 
 rig_pack() {
     env_run bash -c 'source scripts/lib/pack.sh && { cat "$1" && pack_dir "$2"; } >"$3"' - \
-        "$RIG_L1/base.cpio" "$RIG_RUN/root" "$RIG_RUN/initrd"
+        "$(rig_l1)/base.cpio" "$RIG_RUN/root" "$RIG_RUN/initrd"
+}
+
+# The L1 of this kind of host.
+rig_l1() {
+    if [[ $RIG_KIND == *-next ]]; then printf '%s' "$RIG_L1_NEXT"; else printf '%s' "$RIG_L1"; fi
 }
 
 # The "done" record is L1's last; without it L1 ended early.
