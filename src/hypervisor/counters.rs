@@ -24,29 +24,53 @@ const TYPE_CUMULATIVE: u32 = 0;
 
 /// The counters of a statistics file; `None` where it is none.
 pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
-    let header = file.get(..HEADER_SIZE)?;
-    let field = |at| usize::try_from(u32_at(header, at)?).ok();
-    let (name_size, count) = (field(4)?, field(8)?);
-    let (descriptors, data) = (file.get(field(16)?..)?, file.get(field(20)?..)?);
     let mut counters = Vec::new();
-    for descriptor in descriptors
-        .chunks_exact(DESCRIPTOR_SIZE + name_size)
-        .take(count)
-    {
-        let is_counter = u32_at(descriptor, 0)? & TYPE_MASK == TYPE_CUMULATIVE;
-        let values = u16::from_le_bytes(descriptor[6..8].try_into().ok()?);
-        if !is_counter || values != 1 {
+    for value in values(file)? {
+        if value.kind != TYPE_CUMULATIVE || value.count != 1 {
             continue;
         }
-        let offset = usize::try_from(u32_at(descriptor, 8)?).ok()?;
-        let value = data.get(offset..offset.checked_add(8)?)?;
-        let name = descriptor[DESCRIPTOR_SIZE..].split(|byte| *byte == 0);
+        let bytes = file.get(value.at..value.at.checked_add(8)?)?;
         counters.push(Counter {
-            name: String::from_utf8_lossy(name.into_iter().next()?).into_owned(),
-            value: u64::from_le_bytes(value.try_into().ok()?),
+            name: value.name,
+            value: u64::from_le_bytes(bytes.try_into().ok()?),
         });
     }
     Some(counters)
+}
+
+/// Where in a statistics file the eight bytes of the value `name` are.
+pub fn offset(file: &[u8], name: &str) -> Option<usize> {
+    let value = values(file)?.into_iter().find(|value| value.name == name)?;
+    Some(value.at)
+}
+
+/// What a descriptor tells.
+struct Described {
+    kind: u32,
+    /// Values of eight bytes.
+    count: u16,
+    /// Where they are in the file.
+    at: usize,
+    name: String,
+}
+
+fn values(file: &[u8]) -> Option<Vec<Described>> {
+    let header = file.get(..HEADER_SIZE)?;
+    let field = |at| usize::try_from(u32_at(header, at)?).ok();
+    let (name_size, count) = (field(4)?, field(8)?);
+    let (descriptors, data) = (file.get(field(16)?..)?, field(20)?);
+    let descriptors = descriptors.chunks_exact(DESCRIPTOR_SIZE.checked_add(name_size)?);
+    let described = descriptors.take(count).map(|descriptor| {
+        let offset = usize::try_from(u32_at(descriptor, 8)?).ok()?;
+        let name = descriptor[DESCRIPTOR_SIZE..].split(|byte| *byte == 0);
+        Some(Described {
+            kind: u32_at(descriptor, 0)? & TYPE_MASK,
+            count: u16::from_le_bytes(descriptor[6..8].try_into().ok()?),
+            at: data.checked_add(offset)?,
+            name: String::from_utf8_lossy(name.into_iter().next()?).into_owned(),
+        })
+    });
+    described.collect()
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -100,6 +124,14 @@ mod tests {
             .map(|c| (c.name.as_str(), c.value))
             .collect();
         assert_eq!(read, [("exits", 7), ("halt_ns", 9)]);
+    }
+
+    #[test]
+    fn a_value_of_any_kind_is_found() {
+        let file = file();
+        let at = offset(&file, "blocking").unwrap();
+        assert_eq!(file[at..at + 8], 9u64.to_le_bytes());
+        assert_eq!(offset(&file, "block"), None);
     }
 
     #[test]

@@ -194,11 +194,35 @@ pub trait Vcpu: Send {
     /// The wire to this hart's external interrupt; it may outlive the vCPU.
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>>;
 
+    /// Whether the hart is started (KVM_GET_MP_STATE).
+    fn hart_state(&self) -> Result<HartState>;
+
+    /// Starts or stops it (KVM_SET_MP_STATE). Registers stay as they are.
+    fn set_hart_state(&self, state: HartState) -> Result<()>;
+
     /// KVM's counters of this vCPU.
     fn counters(&self) -> Result<Vec<Counter>>;
 
+    /// A handle with which other threads see this vCPU wait for an interrupt.
+    fn waiting(&self) -> Result<Box<dyn Waiting>>;
+
     /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
     fn kicker(&self) -> Result<Box<dyn Kicker>>;
+}
+
+/// A hart's state by the SBI's HSM extension, as far as KVM keeps it (KVM_MP_STATE_*).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HartState {
+    /// Started, or about to be: KVM_RUN runs it.
+    Started,
+    /// Stopped: KVM_RUN sleeps until another hart starts it.
+    Stopped,
+}
+
+/// Sees from another thread whether a vCPU waits for an interrupt.
+pub trait Waiting: Send + Sync {
+    /// True while the guest's WFI sleeps in the kernel. False where that cannot be known.
+    fn waits(&self) -> bool;
 }
 
 /// Lets another thread interrupt a vCPU: set, then signal the thread.

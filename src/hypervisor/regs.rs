@@ -71,6 +71,8 @@ pub const MODE: RegId = RegId::core(32);
 
 /// `sstatus`.
 pub const SSTATUS: RegId = RegId::csr(0);
+/// `sie`.
+pub const SIE: RegId = RegId::csr(1);
 /// `stvec`.
 pub const STVEC: RegId = RegId::csr(2);
 /// `sepc`.
@@ -79,6 +81,8 @@ pub const SEPC: RegId = RegId::csr(4);
 pub const SCAUSE: RegId = RegId::csr(5);
 /// `stval`.
 pub const STVAL: RegId = RegId::csr(6);
+/// `sip`, without what the hart's timer and IMSIC make pending.
+pub const SIP: RegId = RegId::csr(7);
 /// `satp`.
 pub const SATP: RegId = RegId::csr(8);
 /// `scounteren`.
@@ -86,6 +90,10 @@ pub const SCOUNTEREN: RegId = RegId::csr(9);
 
 /// Ticks a second of the `time` CSR.
 pub const TIMER_FREQUENCY: RegId = RegId::timer(0);
+/// The guest's `time`.
+pub const TIMER_TIME: RegId = RegId::timer(1);
+/// The `time` from which on the hart's timer interrupt is pending: `stimecmp`, or what SBI set.
+pub const TIMER_COMPARE: RegId = RegId::timer(2);
 
 /// KVM_RISCV_SBI_EXT_V01: the legacy calls, 0 to 8.
 pub const SBI_V01: RegId = RegId::sbi_ext(0);

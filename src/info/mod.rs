@@ -270,7 +270,7 @@ fn aia(hypervisor: &dyn Hypervisor) -> Result<(Option<AiaInfo>, Option<bool>)> {
         aplic: GuestAddress(layout::APLIC.start),
         imsic: GuestAddress(layout::IMSIC.start),
     };
-    let aia = InKernelAia::start(Arc::clone(&vm), device.as_ref(), placement, 1, false)?;
+    let aia = InKernelAia::start(Arc::clone(&vm), device, placement, 1, false)?;
     let info = AiaInfo {
         guest_files: aia.has_guest_files(),
         identities: aia.identities(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use super::msi::MsiRouter;
-use super::{Messages, hart_intc_phandle};
+use super::{HartSide, Messages, SavedRegister, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
 use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
 use crate::util::{RateLimit, guest_info, guest_warn};
@@ -46,6 +46,15 @@ const LEVEL_HIGH: u32 = 4;
 const MODE_EMUL: u32 = 0;
 const MODE_AUTO: u32 = 2;
 
+/// Registers of an IMSIC file, by their numbers in `siselect` (AIA 1.0, section 3.8).
+const EIDELIVERY: u64 = 0x70;
+const EITHRESHOLD: u64 = 0x72;
+/// `eip0` and `eie0`: pending and enabled identities 0 to 63. On RV64 each further 64 are two on.
+const EIP0: u64 = 0x80;
+const EIE0: u64 = 0xc0;
+/// `eidelivery`: interrupts of this file reach the hart.
+const DELIVERS: u64 = 1;
+
 /// Where the controllers are.
 #[derive(Clone, Copy, Debug)]
 pub struct Placement {
@@ -59,6 +68,7 @@ pub struct Placement {
 /// The in-kernel AIA of a running machine.
 pub struct InKernelAia {
     vm: Arc<dyn Vm>,
+    aia: Box<dyn Aia>,
     placement: Placement,
     harts: u32,
     ids: u32,
@@ -79,7 +89,7 @@ impl InKernelAia {
     /// KVM refused a step.
     pub fn start(
         vm: Arc<dyn Vm>,
-        aia: &dyn Aia,
+        aia: Box<dyn Aia>,
         placement: Placement,
         harts: u32,
         emulate: bool,
@@ -100,7 +110,7 @@ impl InKernelAia {
         }
         aia.init()?;
         let mode = if auto { "AUTO" } else { "EMUL" };
-        let lossy = is_lossy(aia)?;
+        let lossy = is_lossy(aia.as_ref())?;
         let sources = if lossy { SOURCES_LOSSY } else { SOURCES };
         guest_info!(
             RateLimit::named("PLIC or AIA"),
@@ -115,6 +125,7 @@ impl InKernelAia {
         }
         Ok(Self {
             vm,
+            aia,
             placement,
             harts,
             ids,
@@ -167,6 +178,11 @@ impl InKernelAia {
         self.lossy
     }
 
+    /// The numbers that the words of `eip` and `eie` have behind the first.
+    fn words(&self) -> impl Iterator<Item = u64> {
+        (0..=u64::from(self.ids) / 64).map(|word| 2 * word)
+    }
+
     fn imsic_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
         let base = self.placement.imsic.0;
         let size = u64::from(self.harts) * IMSIC_SIZE;
@@ -205,8 +221,6 @@ impl InKernelAia {
 /// Whether the software IMSIC file drops enables above identity 31 of a 64-bit word: Linux to 7.2
 /// at least handles them as 32-bit words. It serves EMUL, and AUTO where guest files run out.
 fn is_lossy(aia: &dyn Aia) -> Result<bool> {
-    /// `eie0`: enables of identities 0 to 63 (AIA 1.0, section 3.8.4).
-    const EIE0: u64 = 0xc0;
     const PROBE: u64 = (1 << 40) | (1 << 5);
     aia.set_imsic(0, EIE0, PROBE)?;
     let kept = aia.imsic(0, EIE0)?;
@@ -232,6 +246,45 @@ impl IrqSink for InKernelAia {
 
     fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
         vec![APLIC_PHANDLE, source, LEVEL_HIGH]
+    }
+}
+
+impl HartSide for InKernelAia {
+    fn is_pending(&self, hart: u32) -> Result<bool> {
+        if self.aia.imsic(hart, EIDELIVERY)? != DELIVERS {
+            return Ok(false);
+        }
+        let threshold = self.aia.imsic(hart, EITHRESHOLD)?;
+        for word in self.words() {
+            let pending = self.aia.imsic(hart, EIP0 + word)? & self.aia.imsic(hart, EIE0 + word)?;
+            let first = 32 * word + u64::from(pending.trailing_zeros());
+            if pending != 0 {
+                return Ok(threshold == 0 || first < threshold);
+            }
+        }
+        Ok(false)
+    }
+
+    fn save(&self, hart: u32) -> Result<Vec<SavedRegister>> {
+        let words = self.words().flat_map(|word| [EIE0 + word, EIP0 + word]);
+        let registers = [EIDELIVERY, EITHRESHOLD].into_iter().chain(words);
+        registers
+            .map(|register| Ok((register, self.aia.imsic(hart, register)?)))
+            .collect()
+    }
+
+    fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()> {
+        for (register, value) in saved {
+            // Not over what came meanwhile.
+            let is_pending = (EIP0..EIE0).contains(register);
+            let now = if is_pending {
+                self.aia.imsic(hart, *register)?
+            } else {
+                0
+            };
+            self.aia.set_imsic(hart, *register, now | value)?;
+        }
+        Ok(())
     }
 }
 

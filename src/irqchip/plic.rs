@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex};
 use self::core::Core;
 pub use self::core::SOURCES;
 
-use super::hart_intc_phandle;
+use super::{HartSide, SavedRegister, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink, MmioDevice};
-use crate::hypervisor::ExternalIrq;
+use crate::hypervisor::{self, ExternalIrq};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_warn};
 
@@ -45,6 +45,12 @@ struct Hart {
     line: Arc<dyn ExternalIrq>,
     /// The level the hart's line has now.
     level: bool,
+}
+
+impl State {
+    fn hart(&self, hart: u32) -> Option<&Hart> {
+        self.harts.get(usize::try_from(hart).ok()?)
+    }
 }
 
 impl Plic {
@@ -103,6 +109,25 @@ impl IrqSink for Plic {
 
     fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
         vec![PHANDLE, source]
+    }
+}
+
+impl HartSide for Plic {
+    fn is_pending(&self, hart: u32) -> hypervisor::Result<bool> {
+        let state = lock(&self.state);
+        Ok(state.hart(hart).is_some_and(|hart| hart.level))
+    }
+
+    /// The registers are rvmm's own: a hart's reset does not reach them.
+    fn save(&self, _: u32) -> hypervisor::Result<Vec<SavedRegister>> {
+        Ok(Vec::new())
+    }
+
+    /// KVM forgot the level of the hart's wire.
+    fn restore(&self, hart: u32, _: &[SavedRegister]) -> hypervisor::Result<()> {
+        let state = lock(&self.state);
+        let hart = state.hart(hart);
+        hart.map_or(Ok(()), |hart| hart.line.set_external(hart.level))
     }
 }
 

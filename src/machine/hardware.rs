@@ -25,6 +25,7 @@ use crate::irqchip::hart_intc_phandle;
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_info};
 use crate::vcpu::exits::Exits;
+use crate::vcpu::restart::CYCLE_TIME_INSTRET;
 use crate::vcpu::sbi::Sbi;
 
 /// What outlives a reset.
@@ -40,6 +41,8 @@ pub(super) struct Kept<'a> {
 pub(super) struct Hardware {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) exits: Arc<Exits>,
+    /// KVM resets harts so that they lose `scounteren`.
+    pub(super) resets_harts: bool,
     pub(super) device_tree: Vec<u8>,
     virtio: Vec<Arc<dyn Device>>,
     uart: Arc<Uart>,
@@ -62,6 +65,7 @@ impl Hardware {
         vm.map_ram(Arc::clone(ram))?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let vcpus = harts::create(config, vm.as_ref())?;
+        let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
         let facts = harts::facts(config, &vcpus, &choice)?;
         let irqchip = choice.start(vm, &vcpus)?;
         let uart_line = irqchip.line(layout::UART_IRQ);
@@ -91,9 +95,11 @@ impl Hardware {
         load_tree(ram, placement, &device_tree)?;
         boot_hart(harts::first(&vcpus)?, placement)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
-        let exits = Arc::new(Exits::new(Arc::new(bus), sbi, power));
+        let exits = Exits::new(Arc::new(bus), sbi, power, irqchip.hart_side());
+        let exits = Arc::new(exits);
         Ok(Self {
             vcpus,
+            resets_harts,
             exits,
             device_tree,
             virtio,
@@ -164,7 +170,6 @@ fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()
 /// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
 /// processes read `time`.
 fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
-    const CYCLE_TIME_INSTRET: u64 = 0b111;
     const HART_ID: u64 = 0;
     for (register, value) in [
         (regs::PC, placement.entry),

@@ -51,7 +51,7 @@ impl Choice {
         match self {
             Choice::Aia { device, emulate } => {
                 let (vm, harts) = (Arc::clone(vm), u32::try_from(vcpus.len())?);
-                let aia = InKernelAia::start(vm, device.as_ref(), AIA_PLACEMENT, harts, emulate)?;
+                let aia = InKernelAia::start(vm, device, AIA_PLACEMENT, harts, emulate)?;
                 let (sources, messages) = (aia.sources(), aia.messages());
                 Ok(IrqChip::in_kernel(aia, sources, messages))
             }

@@ -13,28 +13,30 @@ mod hardware;
 pub(crate) mod harts;
 mod irqchip;
 pub mod layout;
+mod meantime;
 mod outcome;
 pub mod signals;
 pub mod stats;
 mod virtio;
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use log::{debug, info};
+use log::info;
 use signal_hook::consts::SIGTERM;
 
 use crate::config::ConsoleConfig;
 use crate::devices::console::host::Host;
 use crate::hypervisor;
-use crate::util::{RateLimit, guest_info, text};
+use crate::util::{RateLimit, guest_info};
 use crate::vcpu::Stop;
 use crate::vcpu::stats::ExitStats;
-use crate::vcpu::thread::VcpuHandle;
+use crate::vcpu::thread::{Start, VcpuHandle};
 pub use builder::Machine;
 use ending::Ending;
+use meantime::Meantime;
 pub use outcome::Outcome;
 use signals::Signals;
 pub use stats::Stats;
@@ -44,9 +46,6 @@ pub use virtio::MakeDevice;
 /// for it like any program that writes to a pipe.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
 
-/// A machine that has run for so long may run for longer.
-const SETTLED: Duration = Duration::from_millis(500);
-
 /// What ends a running machine.
 enum Event {
     /// A vCPU's thread ended.
@@ -55,6 +54,8 @@ enum Event {
     Asked(Outcome),
     /// Somebody asked the guest for its end.
     Pressed,
+    /// A vCPU wants to be kicked.
+    Called,
 }
 
 /// When a machine ends at the latest, and how.
@@ -193,9 +194,10 @@ impl Machine {
         }
         let vcpus = self.start_vcpus(&ending.sender(), stats.is_some())?;
         guest_info!(RateLimit::named("lives"), "the guest runs");
-        let mut settled = false;
+        let mut meantime = Meantime::of(&vcpus);
         let outcome = loop {
-            match next_event(events, deadline, &mut settled) {
+            match meantime.next_event(events, deadline) {
+                Some(Event::Called) => {}
                 Some(Event::Pressed) => self.press(ending, deadline)?,
                 Some(Event::Vcpu(end)) => break end.map(Outcome::Guest),
                 Some(Event::Asked(outcome)) => break Ok(outcome),
@@ -254,12 +256,17 @@ impl Machine {
         let hardware = self.hardware()?;
         let mut handles = Vec::new();
         for (id, vcpu) in (0u32..).zip(std::mem::take(&mut hardware.vcpus)) {
-            let tell = tell.clone();
-            let on_stop = Box::new(move |end| send(&tell, Event::Vcpu(end)));
+            let (stopped, called) = (tell.clone(), tell.clone());
             let exits = Arc::clone(&hardware.exits);
-            let stats =
-                count.then(|| ExitStats::by_page(layout::PCI_ECAM.start..layout::PCI_WINDOW.end));
-            handles.push(VcpuHandle::start(id, vcpu, exits, on_stop, stats)?);
+            let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
+            let start = Start {
+                id,
+                on_stop: Box::new(move |end| send(&stopped, Event::Vcpu(end))),
+                on_call: Box::new(move || send(&called, Event::Called)),
+                stats: count.then(|| ExitStats::by_page(registers)),
+                follow_restarts: hardware.resets_harts,
+            };
+            handles.push(VcpuHandle::start(vcpu, exits, start)?);
         }
         Ok(handles)
     }
@@ -270,29 +277,13 @@ impl Machine {
 fn meanwhile(events: &Receiver<Event>) -> Option<Event> {
     let asked = events
         .try_iter()
-        .filter(|event| !matches!(event, Event::Vcpu(_)));
+        .filter(|event| !matches!(event, Event::Vcpu(_) | Event::Called));
     asked.min_by_key(|event| matches!(event, Event::Pressed))
 }
 
 /// Tells an event. Nobody listens after the first one, and that is fine.
 fn send(tell: &Sender<Event>, event: Event) {
     let _ = tell.send(event);
-}
-
-/// Waits for an event of a life; None when the time of `deadline` is over. A machine that lives for longer
-/// than [`SETTLED`] gives back the code that only starting needed: then it is `settled`.
-fn next_event(events: &Receiver<Event>, deadline: &Deadline, settled: &mut bool) -> Option<Event> {
-    if !*settled && deadline.left() > SETTLED {
-        match events.recv_timeout(SETTLED) {
-            Err(RecvTimeoutError::Timeout) => {}
-            event => return event.ok(),
-        }
-        *settled = true;
-        if let Err(error) = text::release() {
-            debug!("the code that only starting needed stays in memory: {error}");
-        }
-    }
-    events.recv_timeout(deadline.left()).ok()
 }
 
 #[cfg(test)]

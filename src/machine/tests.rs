@@ -13,8 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::hypervisor::{
-    Aia, AiaConfig, Counter, Doorbell, ExternalIrq, Hypervisor, Kicker, MsiMessage, RegId,
-    Result as HvResult, SystemEvent, Vcpu, Vm, VmEntry, VmExit, regs,
+    Aia, AiaConfig, Counter, Doorbell, ExternalIrq, HartState, Hypervisor, Kicker, MsiMessage,
+    RegId, Result as HvResult, SystemEvent, Vcpu, Vm, VmEntry, VmExit, Waiting, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -186,6 +186,15 @@ impl Vcpu for FakeVcpu {
     }
     fn external_irq(&self) -> HvResult<Arc<dyn ExternalIrq>> {
         Ok(Arc::new(Wire))
+    }
+    fn hart_state(&self) -> HvResult<HartState> {
+        Ok(HartState::Started)
+    }
+    fn set_hart_state(&self, _: HartState) -> HvResult<()> {
+        Ok(())
+    }
+    fn waiting(&self) -> HvResult<Box<dyn Waiting>> {
+        unreachable!("is not looked at")
     }
     fn counters(&self) -> HvResult<Vec<Counter>> {
         Ok(Vec::new())

@@ -7,9 +7,11 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::Stop;
 use super::fetch::FetchFaults;
 use super::sbi::Sbi;
+use super::suspend::{SUSP, Suspend};
 use crate::bus::Bus;
 use crate::devices::sifive_test::PowerSwitch;
 use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
+use crate::irqchip::HartSide;
 use crate::util::{RateLimit, guest_warn};
 
 /// The entropy source of Zkr.
@@ -30,6 +32,10 @@ pub enum Next {
     Enter(VmEntry),
     /// End the machine.
     Stop(Stop),
+    /// Look why KVM_RUN was interrupted.
+    Look,
+    /// Let the hart sleep: it suspended the system.
+    Suspend,
 }
 
 /// Serves exits, for every vCPU alike.
@@ -38,18 +44,21 @@ pub struct Exits {
     sbi: Sbi,
     power: Arc<PowerSwitch>,
     csrs: RateLimit,
-    /// What [`Exits::handle`] leaves to the vCPU's thread: it takes registers.
+    /// What [`Exits::handle`] leaves to the vCPU's thread: they take registers.
     pub(super) fetch_faults: FetchFaults,
+    pub(super) suspend: Suspend,
 }
 
 impl Exits {
-    /// Exits of a machine with this bus, these SBI calls, and this switch, which devices press.
-    pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>) -> Self {
+    /// Exits of a machine with this bus, these SBI calls, this switch, which devices press, and harts whose
+    /// external interrupts come from `irqs`.
+    pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>, irqs: Arc<dyn HartSide>) -> Self {
         Self {
             bus,
             fetch_faults: FetchFaults::new(Arc::clone(sbi.ram())),
             sbi,
             power,
+            suspend: Suspend::new(irqs),
             csrs: RateLimit::named("CSRs"),
         }
     }
@@ -68,10 +77,11 @@ impl Exits {
                     Some(request) => Next::Stop(request.into()),
                 }
             }
+            VmExit::Sbi(ref call) if call.extension == SUSP => Next::Suspend,
             VmExit::Sbi(ref call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
             VmExit::System(event) => Next::Stop(system_event(event)),
-            VmExit::Interrupted => Next::Enter(VmEntry::Run),
+            VmExit::Interrupted => Next::Look,
             VmExit::Unrunnable { errno, pc } => Next::Stop(Stop::Unrunnable { errno, pc }),
             VmExit::FailEntry { reason, cpu } => Next::Stop(Stop::FailEntry { reason, cpu }),
             VmExit::Unknown { reason } => Next::Stop(Stop::UnknownExit(reason)),
@@ -116,6 +126,7 @@ mod tests {
     use crate::config::MemConfig;
     use crate::devices::console::Console;
     use crate::hypervisor::SbiCall;
+    use crate::irqchip::plic::Plic;
     use crate::memory;
     use crate::util::{ByteSize, sync::lock};
     use std::sync::Mutex;
@@ -143,7 +154,8 @@ mod tests {
         let ram =
             memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
         let sbi = Sbi::new(ram, Arc::new(Console::default()));
-        Exits::new(Arc::new(bus), sbi, Arc::default())
+        let plic = Arc::new(Plic::new(0x0c00_0000, Vec::new()));
+        Exits::new(Arc::new(bus), sbi, Arc::default(), plic)
     }
 
     #[test]
@@ -176,6 +188,16 @@ mod tests {
             panic!("not answered");
         };
         assert_eq!(ret.error, -2);
+    }
+
+    #[test]
+    fn a_suspend_is_the_harts() {
+        let call = SbiCall {
+            extension: SUSP,
+            function: 0,
+            args: [0; 6],
+        };
+        assert_eq!(exits().handle(&VmExit::Sbi(call)), Next::Suspend);
     }
 
     #[test]
@@ -234,9 +256,6 @@ mod tests {
             exits.handle(&VmExit::Unknown { reason: 99 }),
             Next::Stop(Stop::UnknownExit(99))
         );
-        assert_eq!(
-            exits.handle(&VmExit::Interrupted),
-            Next::Enter(VmEntry::Run)
-        );
+        assert_eq!(exits.handle(&VmExit::Interrupted), Next::Look);
     }
 }

@@ -3,8 +3,10 @@
 pub mod exits;
 pub mod fetch;
 pub mod paging;
+pub mod restart;
 pub mod sbi;
 pub mod stats;
+pub mod suspend;
 pub mod thread;
 
 use std::fmt;

@@ -20,8 +20,6 @@ const DBCN: u64 = 0x4442_434e;
 const DBCN_WRITE: u64 = 0;
 const DBCN_READ: u64 = 1;
 const DBCN_WRITE_BYTE: u64 = 2;
-const SUSP: u64 = 0x5355_5350;
-const SUSP_SYSTEM_SUSPEND: u64 = 0;
 
 /// SBI_ERR_FAILED.
 const FAILED: i64 = -1;
@@ -61,9 +59,6 @@ impl Sbi {
             (DBCN, DBCN_WRITE) => self.range(a0, a1, a2).map(|(at, len)| self.write(at, len)),
             (DBCN, DBCN_READ) => self.range(a0, a1, a2).map(|(at, len)| self.read(at, len)),
             (DBCN, DBCN_WRITE_BYTE) => self.write_byte(a0),
-            // KVM has checked the call, and the hart begins where the guest asked once it runs again
-            // (vcpu_sbi_system.c): a suspend whose wake-up event is there already.
-            (SUSP, SUSP_SYSTEM_SUSPEND) => Ok(0),
             // KVM asks for the experimental and vendor ranges, which nothing here serves.
             (BASE_EXTENSION, BASE_PROBE_EXTENSION) => Ok(0),
             _ => Err(NOT_SUPPORTED),

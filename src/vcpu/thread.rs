@@ -10,8 +10,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::Stop;
 use super::exits::{Exits, Next};
+use super::restart::{Call, Restarts};
 use super::stats::ExitStats;
-use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry};
+use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry, VmExit, Waiting};
 use crate::util::thread::{Kind, spawn};
 
 /// How a vCPU's thread ends by itself; nothing is told when it was stopped from outside.
@@ -20,8 +21,25 @@ pub type OnStop = Box<dyn FnOnce(Result<Stop>) + Send>;
 /// A running vCPU. Dropping it stops the vCPU and waits for its thread.
 pub struct VcpuHandle {
     stopping: Arc<AtomicBool>,
+    wants_kick: Arc<AtomicBool>,
     kicker: Box<dyn Kicker>,
+    /// On a host that resets harts unseen.
+    waiting: Option<Box<dyn Waiting>>,
     thread: Option<JoinHandle<Option<ExitStats>>>,
+}
+
+/// How to run a vCPU.
+pub struct Start {
+    /// Its hart.
+    pub id: u32,
+    /// Called when it ends by itself.
+    pub on_stop: OnStop,
+    /// Called when it wants to be kicked, by [`VcpuHandle::kick`].
+    pub on_call: Call,
+    /// Counts its exits for [`VcpuHandle::stop`].
+    pub stats: Option<ExitStats>,
+    /// The host resets harts as [`restart`](super::restart) tells.
+    pub follow_restarts: bool,
 }
 
 /// The signal that gets a thread out of KVM_RUN. Its handler does nothing: EINTR is the message.
@@ -32,40 +50,47 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
-    /// Runs `vcpu`, number `id`, on a thread of its own until `exits` ends it or the handle is
-    /// dropped. With `stats`, its exits are counted for [`VcpuHandle::stop`].
+    /// Runs `vcpu` on a thread of its own until `exits` ends it or the handle is dropped.
     ///
     /// # Errors
     /// The host refused the thread, its signal, or the vCPU's run page.
-    pub fn start(
-        id: u32,
-        mut vcpu: Box<dyn Vcpu>,
-        exits: Arc<Exits>,
-        on_stop: OnStop,
-        mut stats: Option<ExitStats>,
-    ) -> Result<Self> {
+    pub fn start(mut vcpu: Box<dyn Vcpu>, exits: Arc<Exits>, how: Start) -> Result<Self> {
+        let id = how.id;
         let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
         register_signal_handler(kick_signal(), on_kick)
             .map_err(|e| refused("set the signal of", e.into()))?;
         let kicker = vcpu.kicker()?;
+        let waiting = match how.follow_restarts {
+            true => Some(vcpu.waiting()?),
+            false => None,
+        };
         let stopping = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stopping);
+        let wants_kick = Arc::new(AtomicBool::new(false));
+        let mut hart = Hart {
+            id,
+            exits,
+            restarts: Restarts::new(Arc::clone(&stopping), Arc::clone(&wants_kick), how.on_call),
+            follow_restarts: how.follow_restarts,
+            stats: how.stats,
+        };
         let body = move || {
             // Whatever mask came over exec; it fails for numbers that are no signals.
             let _ = unblock_signal(kick_signal());
-            if let Some(end) = run(vcpu.as_mut(), &exits, &flag, stats.as_mut()) {
-                on_stop(end);
+            if let Some(end) = hart.run(vcpu.as_mut()).transpose() {
+                (how.on_stop)(end);
             }
-            if let Some(stats) = &mut stats {
+            if let Some(stats) = &mut hart.stats {
                 stats.read_counters(vcpu.as_ref());
             }
-            stats
+            hart.stats
         };
         let thread = spawn(Kind::Vcpu, &id.to_string(), body)
             .map_err(|e| refused("start the thread of", e))?;
         Ok(Self {
             stopping,
+            wants_kick,
             kicker,
+            waiting,
             thread: Some(thread),
         })
     }
@@ -82,7 +107,28 @@ impl VcpuHandle {
         self.stopping.store(true, Ordering::Release);
         // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
         self.kicker.set_immediate_exit(true);
+        self.kick();
+    }
+
+    /// Whether the vCPU wants to be kicked until it does not any more.
+    pub fn wants_kick(&self) -> bool {
+        self.wants_kick.load(Ordering::Acquire)
+    }
+
+    /// Whether the host resets harts, so that they are looked at.
+    pub fn follows_restarts(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Whether the vCPU's hart may have stopped unseen, on a host that resets harts.
+    pub fn may_have_stopped(&self) -> bool {
+        self.waiting.as_ref().is_some_and(|wait| !wait.waits())
+    }
+
+    /// Gets the vCPU's thread out of KVM_RUN, or out of its own sleep.
+    pub fn kick(&self) {
         if let Some(thread) = &self.thread {
+            thread.thread().unpark();
             // Fails where the thread has ended already.
             let _ = thread.kill(kick_signal());
         }
@@ -100,43 +146,84 @@ impl Drop for VcpuHandle {
     }
 }
 
-/// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
-fn run(
-    vcpu: &mut dyn Vcpu,
-    exits: &Exits,
-    stopping: &AtomicBool,
-    mut stats: Option<&mut ExitStats>,
-) -> Option<Result<Stop>> {
-    let mut entry = VmEntry::Run;
-    while !stopping.load(Ordering::Acquire) {
-        let ran = vcpu.run(entry);
-        // By reference: an exit has 72 bytes, and moving them is a tenth of what serving it takes.
-        let exit = match &ran {
-            Ok(exit) => exit,
-            Err(_) => return ran.err().map(Err),
+/// What a vCPU's thread works with.
+struct Hart {
+    id: u32,
+    exits: Arc<Exits>,
+    restarts: Restarts,
+    follow_restarts: bool,
+    stats: Option<ExitStats>,
+}
+
+impl Hart {
+    /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
+    fn run(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<Stop>> {
+        // A hart that has not been started waits here.
+        let mut entry = match self.settle(vcpu, Next::Look)? {
+            Ok(entry) => entry,
+            Err(stop) => return Ok(Some(stop)),
         };
-        let began = stats.is_some().then(Instant::now);
-        let next = exits.handle(exit);
-        if let (Some(stats), Some(began)) = (&mut stats, began) {
-            stats.add(exit, began.elapsed());
+        while !self.restarts.is_stopping() {
+            let ran = vcpu.run(entry);
+            // By reference: an exit has 72 bytes, and moving them is a tenth of what serving it takes.
+            let exit = match &ran {
+                Ok(exit) => exit,
+                Err(_) => return ran.map(|_| None),
+            };
+            entry = match self.serve(exit) {
+                Next::Enter(next) => next,
+                next => match self.settle(vcpu, next)? {
+                    Ok(entry) => entry,
+                    Err(stop) => return Ok(Some(stop)),
+                },
+            };
         }
-        let stop = match next {
-            Next::Enter(next) => {
-                entry = next;
-                continue;
-            }
-            Next::Stop(stop) => stop,
+        Ok(None)
+    }
+
+    #[inline(always)]
+    fn serve(&mut self, exit: &VmExit) -> Next {
+        let Some(stats) = &mut self.stats else {
+            return self.exits.handle(exit);
         };
-        let Stop::Unrunnable { errno, pc } = stop else {
-            return Some(Ok(stop));
-        };
-        match exits.fetch_faults.answer(vcpu, errno, pc) {
-            Ok(Next::Enter(next)) => entry = next,
-            Ok(Next::Stop(stop)) => return Some(Ok(stop)),
-            Err(error) => return Some(Err(error)),
+        let began = Instant::now();
+        let next = self.exits.handle(exit);
+        stats.add(exit, began.elapsed());
+        next
+    }
+
+    /// What comes of `next` where that takes the vCPU's registers or its time: how it runs on, or why it
+    /// does not.
+    #[cold]
+    fn settle(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        mut next: Next,
+    ) -> Result<std::result::Result<VmEntry, Stop>> {
+        loop {
+            let early = match next {
+                Next::Enter(entry) => return Ok(Ok(entry)),
+                Next::Look if self.follow_restarts => self.restarts.look(vcpu)?,
+                Next::Look => None,
+                Next::Suspend => self
+                    .exits
+                    .suspend
+                    .sleep(self.id, vcpu, &mut self.restarts)?,
+                Next::Stop(Stop::Unrunnable { errno, pc }) => {
+                    match self.exits.fetch_faults.answer(vcpu, errno, pc)? {
+                        Next::Stop(stop) => return Ok(Err(stop)),
+                        answered => next = answered,
+                    }
+                    continue;
+                }
+                Next::Stop(stop) => return Ok(Err(stop)),
+            };
+            let Some(exit) = early else {
+                return Ok(Ok(VmEntry::Run));
+            };
+            next = self.serve(&exit);
         }
     }
-    None
 }
 
 #[cfg(test)]

@@ -4,14 +4,16 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR, KVM_EXIT_RISCV_SBI,
-    KVM_EXIT_SYSTEM_EVENT, KVM_INTERRUPT_SET, KVM_INTERRUPT_UNSET, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, kvm_interrupt, kvm_run,
+    KVM_EXIT_SYSTEM_EVENT, KVM_INTERRUPT_SET, KVM_INTERRUPT_UNSET, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_STOPPED, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, kvm_interrupt,
+    kvm_mp_state, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::fd::BorrowedFd;
@@ -23,8 +25,8 @@ use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
-    Counter, Error, ExternalIrq, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu, VmEntry,
-    VmExit, counters, regs,
+    Counter, Error, ExternalIrq, HartState, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu,
+    VmEntry, VmExit, Waiting, counters, regs,
 };
 
 pub(super) struct KvmVcpu {
@@ -52,6 +54,26 @@ impl KvmVcpu {
             }
             VmEntry::Csr(value) => run.__bindgen_anon_1.riscv_csr.ret_value = value,
         }
+    }
+
+    /// The file of KVM's statistics, and what is in it now.
+    fn statistics(&self) -> Result<(File, Vec<u8>)> {
+        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
+        let fd = unsafe { vmm_sys_util::ioctl::ioctl(&self.fd, KVM_GET_STATS_FD()) };
+        if fd < 0 {
+            return Err(self.no_statistics(io::Error::last_os_error()));
+        }
+        // SAFETY: KVM made the descriptor just now, for this call.
+        let mut file = unsafe { File::from_raw_fd(fd) };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)
+            .map_err(|e| self.no_statistics(e))?;
+        Ok((file, bytes))
+    }
+
+    fn no_statistics(&self, error: io::Error) -> Error {
+        let act = format!("read the statistics of vCPU {} (KVM_GET_STATS_FD)", self.id);
+        Error::refused(act, error)
     }
 
     /// An errno of KVM_RUN that the guest can cause (`vcpu_exit.c`, `vcpu_insn.c`).
@@ -113,21 +135,35 @@ impl Vcpu for KvmVcpu {
         Ok(Arc::new(InterruptFd { fd, id: self.id }))
     }
 
-    fn counters(&self) -> Result<Vec<Counter>> {
-        let failed = |e: io::Error| {
-            let act = format!("read the statistics of vCPU {} (KVM_GET_STATS_FD)", self.id);
-            Error::refused(act, e)
+    fn hart_state(&self) -> Result<HartState> {
+        let state = self
+            .fd
+            .get_mp_state()
+            .map_err(|e| Error::refused(format!("read the state of vCPU {}", self.id), e))?;
+        Ok(match state.mp_state {
+            KVM_MP_STATE_STOPPED => HartState::Stopped,
+            _ => HartState::Started,
+        })
+    }
+
+    fn set_hart_state(&self, state: HartState) -> Result<()> {
+        let mp_state = match state {
+            HartState::Started => KVM_MP_STATE_RUNNABLE,
+            HartState::Stopped => KVM_MP_STATE_STOPPED,
         };
-        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
-        let fd = unsafe { vmm_sys_util::ioctl::ioctl(&self.fd, KVM_GET_STATS_FD()) };
-        if fd < 0 {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        // SAFETY: KVM made the descriptor just now, for this call.
-        let mut file = unsafe { File::from_raw_fd(fd) };
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(failed)?;
-        counters::parse(&bytes).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))
+        let set = self.fd.set_mp_state(kvm_mp_state { mp_state });
+        set.map_err(|e| Error::refused(format!("write the state of vCPU {}", self.id), e))
+    }
+
+    fn counters(&self) -> Result<Vec<Counter>> {
+        let (_, bytes) = self.statistics()?;
+        counters::parse(&bytes).ok_or_else(|| self.no_statistics(io::ErrorKind::InvalidData.into()))
+    }
+
+    fn waiting(&self) -> Result<Box<dyn Waiting>> {
+        let (file, bytes) = self.statistics()?;
+        let at = counters::offset(&bytes, "blocking").map(|at| at as u64);
+        Ok(Box::new(Blocking { file, at }))
     }
 
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
@@ -244,6 +280,21 @@ impl ExternalIrq for InterruptFd {
                 io::Error::last_os_error(),
             )),
         }
+    }
+}
+
+/// KVM's statistic `blocking` of a vCPU: 1 while kvm_vcpu_block waits (`virt/kvm/kvm_main.c`).
+struct Blocking {
+    file: File,
+    /// Where in the file it is; none on a host that has no such value.
+    at: Option<u64>,
+}
+
+impl Waiting for Blocking {
+    fn waits(&self) -> bool {
+        let mut value = [0; 8];
+        let read = self.at.map(|at| self.file.read_exact_at(&mut value, at));
+        matches!(read, Some(Ok(()))) && u64::from_le_bytes(value) != 0
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::config::MemConfig;
-use crate::hypervisor::{Counter, ExternalIrq, Kicker, VmExit};
+use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmExit, Waiting};
 use crate::memory;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
@@ -41,6 +41,15 @@ impl Vcpu for Hart {
     }
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
         unreachable!("has none")
+    }
+    fn hart_state(&self) -> Result<HartState> {
+        Ok(HartState::Started)
+    }
+    fn set_hart_state(&self, _: HartState) -> Result<()> {
+        Ok(())
+    }
+    fn waiting(&self) -> Result<Box<dyn Waiting>> {
+        unreachable!("is not looked at")
     }
     fn counters(&self) -> Result<Vec<Counter>> {
         Ok(Vec::new())

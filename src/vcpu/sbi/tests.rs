@@ -170,14 +170,3 @@ fn what_is_unknown_is_not_supported() {
         );
     }
 }
-
-#[test]
-fn a_suspend_wakes_at_once() {
-    let fixture = sbi();
-    let answer = fixture.call(&SbiCall {
-        extension: 0x5355_5350,
-        function: 0,
-        args: [0, BASE, 7, 0, 0, 0],
-    });
-    assert_eq!(answer, SbiRet { error: 0, value: 0 });
-}

@@ -12,7 +12,8 @@ use super::*;
 use crate::bus::Bus;
 use crate::config::MemConfig;
 use crate::devices::console::Console;
-use crate::hypervisor::{Counter, ExternalIrq, RegId, SbiCall, SbiRet, SystemEvent, VmExit};
+use crate::hypervisor::{Counter, ExternalIrq, HartState, RegId, SbiCall, SbiRet, SystemEvent};
+use crate::irqchip::plic::Plic;
 use crate::memory;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
@@ -58,6 +59,15 @@ impl Vcpu for Script {
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
         unreachable!("has none")
     }
+    fn hart_state(&self) -> Result<HartState> {
+        Ok(HartState::Started)
+    }
+    fn set_hart_state(&self, _: HartState) -> Result<()> {
+        Ok(())
+    }
+    fn waiting(&self) -> Result<Box<dyn Waiting>> {
+        unreachable!("is not looked at")
+    }
     fn counters(&self) -> Result<Vec<Counter>> {
         let (name, value) = ("exits".into(), 8);
         Ok(vec![Counter { name, value }])
@@ -89,8 +99,16 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
     let (entries, blocked) = (Arc::clone(&script.entries), Arc::clone(&script.blocked));
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
-    let exits = Arc::new(Exits::new(Arc::new(Bus::default()), sbi, Arc::default()));
-    let handle = VcpuHandle::start(0, Box::new(script), exits, on_stop, stats).unwrap();
+    let irqs = Arc::new(Plic::new(0, Vec::new()));
+    let exits = Exits::new(Arc::new(Bus::default()), sbi, Arc::default(), irqs);
+    let start = Start {
+        id: 0,
+        on_stop,
+        on_call: Box::new(|| {}),
+        stats,
+        follow_restarts: false,
+    };
+    let handle = VcpuHandle::start(Box::new(script), Arc::new(exits), start).unwrap();
     Started {
         handle,
         stops,

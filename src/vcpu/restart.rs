@@ -1,0 +1,146 @@
+//! Harts that KVM resets, and what they lose by it.
+//!
+//! Linux 7.x resets a hart when another one starts it (SBI HSM) and when it suspends the system (SBI SUSP),
+//! and leaves `scounteren` 0, where older hosts set 7. A Linux guest without an SBI PMU never writes that
+//! register, and `rdtime`, so each clock of the vDSO, kills the process that runs it. So rvmm writes it.
+//!
+//! The reset is a request that KVM_RUN serves on its way into the guest, which leaves no moment between the
+//! two. But a stopped hart serves it too (kvm_riscv_check_vcpu_requests in `arch/riscv/kvm/vcpu.c`), and
+//! sleeps until a signal comes. So [`Restarts::take_reset`] stops the hart, begins KVM_RUN, has it ended by a
+//! kick, writes the register, and starts the hart.
+//!
+//! ```text
+//! guest: hart B starts hart A    vCPU A: sees that A is started   machine: kicks A
+//!                                stops A, calls ------------------>
+//!                                KVM_RUN: reset, sleep <----------
+//!                                scounteren = 7, starts A, KVM_RUN: A's first instruction
+//! ```
+//!
+//! For that the vCPU of a stopped hart must be outside KVM_RUN. It is from the start. A running hart that
+//! stops itself does so inside KVM_RUN: the machine kicks each vCPU on such a host every [`LOOK_EVERY`], and
+//! [`Restarts::look`] finds it stopped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::park_timeout;
+use std::time::{Duration, Instant};
+
+use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit, regs};
+
+/// `scounteren` with CY, TM and IR: processes may read `cycle`, `time` and `instret`. KVM before Linux 7.x
+/// starts harts so.
+pub const CYCLE_TIME_INSTRET: u64 = 0b111;
+
+/// No reset leaves this in `scounteren`, whatever the host.
+const MARK: u64 = (1 << 31) | CYCLE_TIME_INSTRET;
+
+/// How often the machine kicks vCPUs for a look.
+pub const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// How often it kicks a vCPU that waits for its kick.
+pub const KICK_EVERY: Duration = Duration::from_millis(1);
+
+/// A stopped hart's state is read again after a sixteenth of the time for which it has been read, and within these.
+const POLL_AFTER: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(10));
+
+/// Calls the machine to kick this vCPU.
+pub type Call = Box<dyn Fn() + Send>;
+
+/// Follows the resets of one vCPU's hart, on its thread.
+pub(super) struct Restarts {
+    stopping: Arc<AtomicBool>,
+    wants_kick: Arc<AtomicBool>,
+    call: Call,
+    /// `scounteren` at the last look since the hart started.
+    seen: u64,
+}
+
+impl Restarts {
+    /// Those of a vCPU that ends with `stopping`, and is kicked again and again while `wants_kick` is set,
+    /// beginning at each `call`.
+    pub(super) fn new(stopping: Arc<AtomicBool>, wants_kick: Arc<AtomicBool>, call: Call) -> Self {
+        Self {
+            stopping,
+            wants_kick,
+            call,
+            seen: 0,
+        }
+    }
+
+    /// Waits while the hart is stopped. When it is started it has its `scounteren`. The vCPU is outside
+    /// KVM_RUN. An exit is one that still is to be served.
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub(super) fn look(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<VmExit>> {
+        if vcpu.hart_state()? == HartState::Started {
+            self.mend(vcpu)?;
+            return Ok(None);
+        }
+        let began = Instant::now();
+        while vcpu.hart_state()? == HartState::Stopped {
+            if self.is_stopping() {
+                return Ok(None);
+            }
+            let (least, most) = POLL_AFTER;
+            park_timeout((began.elapsed() / 16).clamp(least, most));
+        }
+        self.take_reset(vcpu, VmEntry::Run)
+    }
+
+    /// Has KVM serve the reset that waits for the vCPU, which completes its last exit with `entry`. No
+    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more: the exit of that is
+    /// returned.
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub(super) fn take_reset(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        mut entry: VmEntry,
+    ) -> Result<Option<VmExit>> {
+        // The reset is over when this has gone.
+        vcpu.set_reg(regs::SCOUNTEREN, MARK)?;
+        vcpu.set_hart_state(HartState::Stopped)?;
+        self.wants_kick.store(true, Ordering::Release);
+        (self.call)();
+        let mut early = None;
+        while !self.is_stopping() {
+            let exit = vcpu.run(entry)?;
+            entry = VmEntry::Run;
+            if exit != VmExit::Interrupted {
+                early = Some(exit);
+                break;
+            }
+            if vcpu.reg(regs::SCOUNTEREN)? != Some(MARK) {
+                break;
+            }
+        }
+        self.wants_kick.store(false, Ordering::Release);
+        vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
+        self.seen = 0;
+        if early.is_none() {
+            vcpu.set_hart_state(HartState::Started)?;
+        }
+        Ok(early)
+    }
+
+    /// A hart can be stopped and started between two looks, and is reset then: what was 7 at the last look
+    /// is 0. A guest's own 0, which is there at the first look, stays.
+    fn mend(&mut self, vcpu: &mut dyn Vcpu) -> Result<()> {
+        let now = vcpu.reg(regs::SCOUNTEREN)?.unwrap_or_default();
+        if now == 0 && self.seen == CYCLE_TIME_INSTRET {
+            vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
+        } else {
+            self.seen = now;
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,77 @@
+//! The system's suspend: RISC-V Supervisor Binary Interface 3.0, chapter "System Suspend Extension".
+//!
+//! KVM of Linux 7.x checks the call, has the hart's reset wait for the next KVM_RUN, and hands the call to
+//! userspace (`arch/riscv/kvm/vcpu_sbi_system.c`). Here the hart sleeps until an interrupt that the guest
+//! enabled is pending. Then it is reset, and goes on where the guest asked.
+
+use std::sync::Arc;
+use std::thread::park_timeout;
+use std::time::Duration;
+
+use super::restart::Restarts;
+use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, VmExit, regs};
+use crate::irqchip::HartSide;
+
+/// Extension id of the call.
+pub const SUSP: u64 = 0x5355_5350;
+
+/// How often a suspended hart's interrupts are looked at. KVM has nothing to wait for.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Bits of `sie` and `sip`.
+const TIMER: u64 = 1 << 5;
+const EXTERNAL: u64 = 1 << 9;
+
+/// The system is suspended.
+const OK: VmEntry = VmEntry::Sbi(SbiRet { error: 0, value: 0 });
+
+/// Lets harts sleep.
+pub struct Suspend {
+    irqs: Arc<dyn HartSide>,
+}
+
+impl Suspend {
+    /// For harts whose external interrupts come from `irqs`.
+    pub fn new(irqs: Arc<dyn HartSide>) -> Self {
+        Self { irqs }
+    }
+
+    /// Hart `hart`, whose `vcpu` made the call, sleeps until it wakes or is to end. An exit is one that still is to be
+    /// served.
+    ///
+    /// # Errors
+    /// KVM refused.
+    #[cold]
+    pub(super) fn sleep(
+        &self,
+        hart: u32,
+        vcpu: &mut dyn Vcpu,
+        restarts: &mut Restarts,
+    ) -> Result<Option<VmExit>> {
+        while !self.wakes(hart, vcpu)? {
+            if restarts.is_stopping() {
+                return Ok(None);
+            }
+            park_timeout(LOOK_EVERY);
+        }
+        // The reset clears the hart's IMSIC, and the interrupt that woke it with it.
+        let saved = self.irqs.save(hart)?;
+        let early = restarts.take_reset(vcpu, OK)?;
+        self.irqs.restore(hart, &saved)?;
+        Ok(early)
+    }
+
+    /// Whether an interrupt is pending and enabled. `sstatus.SIE` does not matter, as with WFI.
+    fn wakes(&self, hart: u32, vcpu: &dyn Vcpu) -> Result<bool> {
+        let read = |register: RegId| -> Result<u64> { Ok(vcpu.reg(register)?.unwrap_or_default()) };
+        let enabled = read(regs::SIE)?;
+        if enabled & read(regs::SIP)? != 0 {
+            return Ok(true);
+        }
+        let timer = enabled & TIMER != 0 && read(regs::TIMER_TIME)? >= read(regs::TIMER_COMPARE)?;
+        Ok(timer || (enabled & EXTERNAL != 0 && self.irqs.is_pending(hart)?))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,147 @@
+//! A hart with registers, an interrupt controller with one register, and resets as KVM makes them.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use super::*;
+use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, Waiting};
+use crate::irqchip::SavedRegister;
+use crate::util::sync::lock;
+
+/// The controller's register, and how often it is asked before an interrupt is pending.
+#[derive(Default)]
+struct Controller {
+    register: Mutex<u64>,
+    asked: AtomicU32,
+    pending_at: u32,
+}
+
+impl HartSide for Controller {
+    fn is_pending(&self, hart: u32) -> Result<bool> {
+        assert_eq!(hart, 3);
+        Ok(self.asked.fetch_add(1, Ordering::AcqRel) >= self.pending_at)
+    }
+    fn save(&self, _: u32) -> Result<Vec<SavedRegister>> {
+        Ok(vec![(1, *lock(&self.register))])
+    }
+    fn restore(&self, _: u32, saved: &[SavedRegister]) -> Result<()> {
+        *lock(&self.register) = saved[0].1;
+        Ok(())
+    }
+}
+
+struct Hart {
+    registers: Mutex<HashMap<RegId, u64>>,
+    controller: Arc<Controller>,
+}
+
+impl Vcpu for Hart {
+    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+        assert_eq!(entry, OK);
+        lock(&self.registers).clear();
+        *lock(&self.controller.register) = 0;
+        Ok(VmExit::Interrupted)
+    }
+    fn reg(&self, id: RegId) -> Result<Option<u64>> {
+        Ok(Some(lock(&self.registers).get(&id).copied().unwrap_or(0)))
+    }
+    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
+        lock(&self.registers).insert(id, value);
+        Ok(())
+    }
+    fn hart_state(&self) -> Result<HartState> {
+        Ok(HartState::Started)
+    }
+    fn set_hart_state(&self, _: HartState) -> Result<()> {
+        Ok(())
+    }
+    fn waiting(&self) -> Result<Box<dyn Waiting>> {
+        unreachable!("is not looked at")
+    }
+    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
+        unreachable!("has none")
+    }
+    fn counters(&self) -> Result<Vec<Counter>> {
+        Ok(Vec::new())
+    }
+    fn kicker(&self) -> Result<Box<dyn Kicker>> {
+        unreachable!("is not kicked")
+    }
+}
+
+struct Fixture {
+    suspend: Suspend,
+    hart: Hart,
+    restarts: Restarts,
+    stopping: Arc<AtomicBool>,
+}
+
+/// A suspended hart with these registers, whose external interrupt is pending when it was asked for
+/// `pending_at` times.
+fn fixture(registers: &[(RegId, u64)], pending_at: u32) -> Fixture {
+    let controller = Arc::new(Controller {
+        register: Mutex::new(77),
+        pending_at,
+        ..Controller::default()
+    });
+    let stopping = Arc::<AtomicBool>::default();
+    Fixture {
+        suspend: Suspend::new(Arc::clone(&controller) as _),
+        hart: Hart {
+            registers: Mutex::new(registers.iter().copied().collect()),
+            controller,
+        },
+        restarts: Restarts::new(Arc::clone(&stopping), Arc::default(), Box::new(|| {})),
+        stopping,
+    }
+}
+
+impl Fixture {
+    fn sleep(&mut self) {
+        let early = self.suspend.sleep(3, &mut self.hart, &mut self.restarts);
+        assert_eq!(early.unwrap(), None);
+    }
+
+    fn wakes(&self) -> bool {
+        self.suspend.wakes(3, &self.hart).unwrap()
+    }
+}
+
+#[test]
+fn what_is_pending_and_enabled_wakes() {
+    const NEVER: u32 = u32::MAX;
+    let with = |registers: &[(RegId, u64)], pending_at| fixture(registers, pending_at).wakes();
+    assert!(!with(&[], 0), "nothing is enabled");
+    assert!(with(&[(regs::SIE, 0x222), (regs::SIP, 2)], NEVER));
+    assert!(!with(&[(regs::SIE, 0x200), (regs::SIP, 0x22)], NEVER));
+    assert!(with(&[(regs::SIE, 0x200)], 0), "by the controller");
+    let timer = |time, compare| {
+        let set = [
+            (regs::SIE, 0x20),
+            (regs::TIMER_TIME, time),
+            (regs::TIMER_COMPARE, compare),
+        ];
+        with(&set, NEVER)
+    };
+    assert!(timer(10, 10) && timer(11, 10));
+    assert!(!timer(9, 10) && !timer(u64::MAX - 1, u64::MAX));
+}
+
+#[test]
+fn the_hart_sleeps_until_its_interrupt_and_keeps_it() {
+    let mut fixture = fixture(&[(regs::SIE, 0x200)], 3);
+    fixture.sleep();
+    let controller = &fixture.hart.controller;
+    assert_eq!(controller.asked.load(Ordering::Acquire), 4);
+    assert_eq!(*lock(&controller.register), 77);
+    let scounteren = fixture.hart.reg(regs::SCOUNTEREN).unwrap();
+    assert_eq!(scounteren, Some(7));
+}
+
+#[test]
+fn a_suspended_hart_ends_with_its_machine() {
+    let mut fixture = fixture(&[], 0);
+    fixture.stopping.store(true, Ordering::Release);
+    fixture.sleep();
+}
