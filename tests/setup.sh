@@ -302,7 +302,7 @@ options_without_a_value() {
         said "^$script: --host needs a value; scripts/$script --help tells every option"
         called "$script" --host mars
         [[ $status == 125 ]]
-        said "^$script: there is no kind of host 'mars', only aia aia-emul none;"
+        said "^$script: there is no kind of host 'mars', only aia aia-emul none aia-next none-next;"
     done
 }
 

@@ -4,6 +4,7 @@ mod irq;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use thiserror::Error;
 pub use vm_fdt::{Error as FdtError, FdtWriter};
@@ -49,6 +50,8 @@ fn range(r: &Range<u64>) -> String {
 /// The guest-physical addresses without RAM: a sorted list of ranges, fixed once it is built.
 pub struct Bus {
     regions: Vec<Region>,
+    /// The region of the last access: the next one is mostly of the same device.
+    last: AtomicUsize,
     unmapped: RateLimit,
 }
 
@@ -57,10 +60,20 @@ struct Region {
     device: Arc<dyn MmioDevice>,
 }
 
+impl Region {
+    /// All of `len` bytes at `gpa` are the device's.
+    #[inline]
+    fn holds(&self, gpa: u64, len: usize) -> bool {
+        let (start, end) = (self.range.start, self.range.end);
+        start <= gpa && gpa <= end && len as u64 <= end - gpa
+    }
+}
+
 impl Default for Bus {
     fn default() -> Self {
         Self {
             regions: Vec::new(),
+            last: AtomicUsize::new(0),
             unmapped: RateLimit::named("bus"),
         }
     }
@@ -112,11 +125,23 @@ impl Bus {
     }
 
     /// The region that holds all of `len` bytes at `gpa`.
+    #[inline]
     fn find(&self, gpa: u64, len: usize) -> Option<&Region> {
+        let last = self.regions.get(self.last.load(Ordering::Relaxed))?;
+        if last.holds(gpa, len) {
+            return Some(last);
+        }
+        self.search(gpa, len)
+    }
+
+    #[inline(never)]
+    fn search(&self, gpa: u64, len: usize) -> Option<&Region> {
         let after = self.regions.partition_point(|r| r.range.start <= gpa);
-        let region = self.regions.get(after.checked_sub(1)?)?;
-        let room = region.range.end.checked_sub(gpa)?;
-        (len as u64 <= room).then_some(region)
+        let index = after.checked_sub(1)?;
+        let region = self.regions.get(index)?;
+        let found = region.holds(gpa, len).then_some(region)?;
+        self.last.store(index, Ordering::Relaxed);
+        Some(found)
     }
 
     #[cold]
@@ -162,6 +187,29 @@ mod tests {
         assert_eq!(bus.read(0x2000, 1), 0);
         bus.write(0x200c, &[1, 2, 3, 4]);
         assert_eq!(*lock(&high.0), [(0xc, vec![1, 2, 3, 4])]);
+    }
+
+    /// The region of the last access is tried first, and is not taken for another.
+    #[test]
+    fn whatever_the_access_before() {
+        let (bus, _) = bus();
+        let expected = [
+            (0x1000, 1, 0),
+            (0x2000, 1, 0),
+            (0x100f, 1, 0xf),
+            (0x2003, 1, 3),
+            (0x100f, 2, 0xffff),
+            (0x1010, 1, 0xff),
+            (0xfff, 2, 0xffff),
+            (u64::MAX, 1, 0xff),
+        ];
+        for before in expected {
+            for (gpa, len, value) in expected {
+                bus.read(before.0, before.1);
+                assert_eq!(bus.read(gpa, len), value, "{gpa:#x} after {:#x}", before.0);
+            }
+        }
+        assert_eq!(Bus::default().read(0, 1), 0xff);
     }
 
     #[test]

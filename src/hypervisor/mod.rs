@@ -206,6 +206,12 @@ pub trait Vcpu: Send {
     /// A handle with which other threads see this vCPU wait for an interrupt.
     fn waiting(&self) -> Result<Box<dyn Waiting>>;
 
+    /// The vCPU as KVM's, where it is one: the loop of its thread is compiled for it.
+    #[cfg(target_arch = "riscv64")]
+    fn as_kvm(&mut self) -> Option<&mut kvm::KvmVcpu> {
+        None
+    }
+
     /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
     fn kicker(&self) -> Result<Box<dyn Kicker>>;
 }

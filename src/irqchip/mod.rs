@@ -23,11 +23,12 @@ pub struct IrqChip {
 /// What a controller keeps for each hart. A hart that suspends the system waits for it, and KVM resets it
 /// then. The hart's vCPU is not in KVM_RUN when these are called.
 pub trait HartSide: Send + Sync {
-    /// Whether an interrupt is pending for `hart` that the guest has enabled in the controller.
+    /// Whether an interrupt is pending for `hart` that the guest has enabled in the controller. What is enabled
+    /// has not changed since [`HartSide::save`] returned `saved`.
     ///
     /// # Errors
     /// KVM refused.
-    fn is_pending(&self, hart: u32) -> Result<bool>;
+    fn is_pending(&self, hart: u32, saved: &[SavedRegister]) -> Result<bool>;
 
     /// The registers of `hart` that a reset by KVM clears, for [`HartSide::restore`].
     ///

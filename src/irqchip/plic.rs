@@ -113,7 +113,7 @@ impl IrqSink for Plic {
 }
 
 impl HartSide for Plic {
-    fn is_pending(&self, hart: u32) -> hypervisor::Result<bool> {
+    fn is_pending(&self, hart: u32, _: &[SavedRegister]) -> hypervisor::Result<bool> {
         let state = lock(&self.state);
         Ok(state.hart(hart).is_some_and(|hart| hart.level))
     }

@@ -65,8 +65,8 @@ impl Exits {
 
     /// Serves `exit`. Never waits, whatever the guest did.
     #[inline(always)]
-    pub fn handle(&self, exit: &VmExit) -> Next {
-        match *exit {
+    pub fn handle(&self, exit: VmExit) -> Next {
+        match exit {
             VmExit::MmioRead { gpa, len } => {
                 Next::Enter(VmEntry::MmioRead(self.bus.read(gpa, len)))
             }
@@ -167,13 +167,13 @@ mod tests {
             len,
             data,
         };
-        assert_eq!(exits.handle(&write(4)), Next::Enter(VmEntry::Run));
-        let read = |gpa, len| exits.handle(&VmExit::MmioRead { gpa, len });
+        assert_eq!(exits.handle(write(4)), Next::Enter(VmEntry::Run));
+        let read = |gpa, len| exits.handle(VmExit::MmioRead { gpa, len });
         assert_eq!(read(0x1000, 8), Next::Enter(VmEntry::MmioRead(0x4433_2211)));
         assert_eq!(read(0x1000, 1), Next::Enter(VmEntry::MmioRead(0x11)));
         assert_eq!(read(0x2000, 2), Next::Enter(VmEntry::MmioRead(0xffff)));
         // A length no hardware has.
-        exits.handle(&write(99));
+        exits.handle(write(99));
         read(0x1000, 99);
     }
 
@@ -184,7 +184,7 @@ mod tests {
             function: 0,
             args: [0; 6],
         };
-        let Next::Enter(VmEntry::Sbi(ret)) = exits().handle(&VmExit::Sbi(call)) else {
+        let Next::Enter(VmEntry::Sbi(ret)) = exits().handle(VmExit::Sbi(call)) else {
             panic!("not answered");
         };
         assert_eq!(ret.error, -2);
@@ -197,13 +197,13 @@ mod tests {
             function: 0,
             args: [0; 6],
         };
-        assert_eq!(exits().handle(&VmExit::Sbi(call)), Next::Suspend);
+        assert_eq!(exits().handle(VmExit::Sbi(call)), Next::Suspend);
     }
 
     #[test]
     fn the_seed_is_fresh_and_other_csrs_are_zero() {
         let exits = exits();
-        let read = |number| match exits.handle(&VmExit::Csr { number }) {
+        let read = |number| match exits.handle(VmExit::Csr { number }) {
             Next::Enter(VmEntry::Csr(value)) => value,
             other => panic!("{other:?}"),
         };
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn the_end_has_its_reason() {
         let exits = exits();
-        let stop = |event| match exits.handle(&VmExit::System(event)) {
+        let stop = |event| match exits.handle(VmExit::System(event)) {
             Next::Stop(stop) => stop,
             other => panic!("{other:?}"),
         };
@@ -238,7 +238,7 @@ mod tests {
             pc: 0x8020_0000,
         };
         assert_eq!(
-            exits.handle(&crash),
+            exits.handle(crash),
             Next::Stop(Stop::Unrunnable {
                 errno: 95,
                 pc: 0x8020_0000
@@ -249,13 +249,13 @@ mod tests {
             cpu: 1,
         };
         assert!(matches!(
-            exits.handle(&fail),
+            exits.handle(fail),
             Next::Stop(Stop::FailEntry { .. })
         ));
         assert_eq!(
-            exits.handle(&VmExit::Unknown { reason: 99 }),
+            exits.handle(VmExit::Unknown { reason: 99 }),
             Next::Stop(Stop::UnknownExit(99))
         );
-        assert_eq!(exits.handle(&VmExit::Interrupted), Next::Look);
+        assert_eq!(exits.handle(VmExit::Interrupted), Next::Look);
     }
 }

@@ -40,28 +40,51 @@ pub const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How often it kicks a vCPU that waits for its kick.
 pub const KICK_EVERY: Duration = Duration::from_millis(1);
 
-/// A stopped hart's state is read again after a sixteenth of the time for which it has been read, and within these.
-const POLL_AFTER: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(10));
+/// A stopped hart's state is read again after a sixteenth of the time for which it has been read, and within
+/// these.
+const POLL_AFTER: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
 /// Calls the machine to kick this vCPU.
 pub type Call = Box<dyn Fn() + Send>;
 
+/// What a vCPU's thread and its handle tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// The machine ends. A signal comes with it.
+    pub(super) stopping: AtomicBool,
+    /// The thread is to be kicked until this is false.
+    pub(super) wants_kick: AtomicBool,
+    /// The thread sleeps outside KVM_RUN, and looks after its hart by itself.
+    pub(super) sleeps: AtomicBool,
+}
+
+impl Shared {
+    /// Sleeps for `time`, or until the handle kicks.
+    pub(super) fn sleep(&self, time: Duration) {
+        self.sleeps.store(true, Ordering::Relaxed);
+        park_timeout(time);
+        self.sleeps.store(false, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+}
+
 /// Follows the resets of one vCPU's hart, on its thread.
 pub(super) struct Restarts {
-    stopping: Arc<AtomicBool>,
-    wants_kick: Arc<AtomicBool>,
+    pub(super) shared: Arc<Shared>,
     call: Call,
     /// `scounteren` at the last look since the hart started.
     seen: u64,
 }
 
 impl Restarts {
-    /// Those of a vCPU that ends with `stopping`, and is kicked again and again while `wants_kick` is set,
-    /// beginning at each `call`.
-    pub(super) fn new(stopping: Arc<AtomicBool>, wants_kick: Arc<AtomicBool>, call: Call) -> Self {
+    /// Those of a vCPU whose kicks begin at a `call`.
+    pub(super) fn new(shared: Arc<Shared>, call: Call) -> Self {
         Self {
-            stopping,
-            wants_kick,
+            shared,
             call,
             seen: 0,
         }
@@ -79,11 +102,11 @@ impl Restarts {
         }
         let began = Instant::now();
         while vcpu.hart_state()? == HartState::Stopped {
-            if self.is_stopping() {
+            if self.shared.is_stopping() {
                 return Ok(None);
             }
             let (least, most) = POLL_AFTER;
-            park_timeout((began.elapsed() / 16).clamp(least, most));
+            self.shared.sleep((began.elapsed() / 16).clamp(least, most));
         }
         self.take_reset(vcpu, VmEntry::Run)
     }
@@ -102,10 +125,10 @@ impl Restarts {
         // The reset is over when this has gone.
         vcpu.set_reg(regs::SCOUNTEREN, MARK)?;
         vcpu.set_hart_state(HartState::Stopped)?;
-        self.wants_kick.store(true, Ordering::Release);
+        self.shared.wants_kick.store(true, Ordering::Release);
         (self.call)();
         let mut early = None;
-        while !self.is_stopping() {
+        while !self.shared.is_stopping() {
             let exit = vcpu.run(entry)?;
             entry = VmEntry::Run;
             if exit != VmExit::Interrupted {
@@ -116,7 +139,7 @@ impl Restarts {
                 break;
             }
         }
-        self.wants_kick.store(false, Ordering::Release);
+        self.shared.wants_kick.store(false, Ordering::Release);
         vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
         self.seen = 0;
         if early.is_none() {
@@ -135,10 +158,6 @@ impl Restarts {
             self.seen = now;
         }
         Ok(())
-    }
-
-    pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Acquire)
     }
 }
 

@@ -50,23 +50,30 @@ impl Sbi {
     }
 
     /// The answer to `call`.
-    #[inline(never)]
+    #[inline]
     pub fn call(&self, call: &SbiCall) -> SbiRet {
         let [a0, a1, a2, ..] = call.args;
-        let answer = match (call.extension, call.function) {
-            (LEGACY_PUTCHAR, _) => return legacy(call, self.putchar(a0)),
-            (LEGACY_GETCHAR, _) => return legacy(call, self.getchar()),
-            (DBCN, DBCN_WRITE) => self.range(a0, a1, a2).map(|(at, len)| self.write(at, len)),
-            (DBCN, DBCN_READ) => self.range(a0, a1, a2).map(|(at, len)| self.read(at, len)),
-            (DBCN, DBCN_WRITE_BYTE) => self.write_byte(a0),
-            // KVM asks for the experimental and vendor ranges, which nothing here serves.
-            (BASE_EXTENSION, BASE_PROBE_EXTENSION) => Ok(0),
-            _ => Err(NOT_SUPPORTED),
-        };
-        match answer {
-            Ok(value) => SbiRet { error: 0, value },
-            Err(error) => SbiRet { error, value: 0 },
+        if call.extension == DBCN {
+            return self.debug_console(call.function, a0, a1, a2);
         }
+        match (call.extension, call.function) {
+            (LEGACY_PUTCHAR, _) => legacy(call, self.putchar(a0)),
+            (LEGACY_GETCHAR, _) => legacy(call, self.getchar()),
+            // KVM asks for the experimental and vendor ranges, which nothing here serves.
+            (BASE_EXTENSION, BASE_PROBE_EXTENSION) => answer(Ok(0)),
+            _ => answer(Err(NOT_SUPPORTED)),
+        }
+    }
+
+    /// The debug console's call: numbers, not references, so that they stay in registers.
+    fn debug_console(&self, function: u64, a0: u64, a1: u64, a2: u64) -> SbiRet {
+        answer(match function {
+            DBCN_WRITE | DBCN_READ if a0 == 0 && a2 == 0 => Ok(0),
+            DBCN_WRITE => self.write(a0, a1, a2),
+            DBCN_READ => self.read(a0, a1, a2),
+            DBCN_WRITE_BYTE => self.write_byte(a0),
+            _ => Err(NOT_SUPPORTED),
+        })
     }
 
     /// A byte range as DBCN passes it, if all of it is RAM. The address has XLEN bits in `low`
@@ -74,15 +81,16 @@ impl Sbi {
     fn range(&self, len: u64, low: u64, high: u64) -> Result<(GuestAddress, usize), i64> {
         let len = usize::try_from(len).map_err(|_| INVALID_PARAM)?;
         let base = GuestAddress(low);
-        let in_ram = len == 0 || self.ram.check_range(base, len);
-        if high != 0 || !in_ram {
+        if high != 0 || !self.ram.check_range(base, len) {
             return Err(INVALID_PARAM);
         }
         Ok((base, len))
     }
 
     /// Queues what the console has room for: the guest asks again with the rest.
-    fn write(&self, base: GuestAddress, len: usize) -> u64 {
+    #[inline(never)]
+    fn write(&self, len: u64, low: u64, high: u64) -> Result<u64, i64> {
+        let (base, len) = self.range(len, low, high)?;
         let mut done = 0;
         while done < len.min(OUTPUT_CAPACITY) {
             let mut chunk = [0; CHUNK];
@@ -97,11 +105,13 @@ impl Sbi {
                 break;
             }
         }
-        done as u64
+        Ok(done as u64)
     }
 
     /// Hands over the input that waits.
-    fn read(&self, base: GuestAddress, len: usize) -> u64 {
+    #[inline(never)]
+    fn read(&self, len: u64, low: u64, high: u64) -> Result<u64, i64> {
+        let (base, len) = self.range(len, low, high)?;
         let mut chunk = [0; CHUNK];
         let mut done = 0;
         while done < len.min(INPUT_CAPACITY) {
@@ -119,10 +129,11 @@ impl Sbi {
                 break;
             }
         }
-        done as u64
+        Ok(done as u64)
     }
 
     /// The specification lets this call wait for room; a vCPU thread of rvmm never does.
+    #[inline(never)]
     fn write_byte(&self, byte: u64) -> Result<u64, i64> {
         match self.console.write(&[low_byte(byte)]) {
             1 => Ok(0),
@@ -130,6 +141,7 @@ impl Sbi {
         }
     }
 
+    #[inline(never)]
     fn putchar(&self, byte: u64) -> i64 {
         match self.console.write(&[low_byte(byte)]) {
             1 => 0,
@@ -137,12 +149,20 @@ impl Sbi {
         }
     }
 
+    #[inline(never)]
     fn getchar(&self) -> i64 {
         let mut byte = [0];
         match self.console.read(&mut byte) {
             1 => byte[0].into(),
             _ => FAILED,
         }
+    }
+}
+
+fn answer(outcome: Result<u64, i64>) -> SbiRet {
+    match outcome {
+        Ok(value) => SbiRet { error: 0, value },
+        Err(error) => SbiRet { error, value: 0 },
     }
 }
 

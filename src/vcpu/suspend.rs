@@ -5,18 +5,17 @@
 //! enabled is pending. Then it is reset, and goes on where the guest asked.
 
 use std::sync::Arc;
-use std::thread::park_timeout;
 use std::time::Duration;
 
 use super::restart::Restarts;
 use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, VmExit, regs};
-use crate::irqchip::HartSide;
+use crate::irqchip::{HartSide, SavedRegister};
 
 /// Extension id of the call.
 pub const SUSP: u64 = 0x5355_5350;
 
 /// How often a suspended hart's interrupts are looked at. KVM has nothing to wait for.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Bits of `sie` and `sip`.
 const TIMER: u64 = 1 << 5;
@@ -48,11 +47,16 @@ impl Suspend {
         vcpu: &mut dyn Vcpu,
         restarts: &mut Restarts,
     ) -> Result<Option<VmExit>> {
-        while !self.wakes(hart, vcpu)? {
-            if restarts.is_stopping() {
+        let sleeper = Sleeper {
+            enabled: read(vcpu, regs::SIE)?,
+            compare: read(vcpu, regs::TIMER_COMPARE)?,
+            saved: self.irqs.save(hart)?,
+        };
+        while !self.wakes(hart, vcpu, &sleeper)? {
+            if restarts.shared.is_stopping() {
                 return Ok(None);
             }
-            park_timeout(LOOK_EVERY);
+            restarts.shared.sleep(LOOK_EVERY);
         }
         // The reset clears the hart's IMSIC, and the interrupt that woke it with it.
         let saved = self.irqs.save(hart)?;
@@ -62,15 +66,29 @@ impl Suspend {
     }
 
     /// Whether an interrupt is pending and enabled. `sstatus.SIE` does not matter, as with WFI.
-    fn wakes(&self, hart: u32, vcpu: &dyn Vcpu) -> Result<bool> {
-        let read = |register: RegId| -> Result<u64> { Ok(vcpu.reg(register)?.unwrap_or_default()) };
-        let enabled = read(regs::SIE)?;
-        if enabled & read(regs::SIP)? != 0 {
+    fn wakes(&self, hart: u32, vcpu: &dyn Vcpu, sleeper: &Sleeper) -> Result<bool> {
+        let enabled = sleeper.enabled;
+        if enabled & read(vcpu, regs::SIP)? != 0 {
             return Ok(true);
         }
-        let timer = enabled & TIMER != 0 && read(regs::TIMER_TIME)? >= read(regs::TIMER_COMPARE)?;
-        Ok(timer || (enabled & EXTERNAL != 0 && self.irqs.is_pending(hart)?))
+        let timer = enabled & TIMER != 0 && read(vcpu, regs::TIMER_TIME)? >= sleeper.compare;
+        let external =
+            || Ok(enabled & EXTERNAL != 0 && self.irqs.is_pending(hart, &sleeper.saved)?);
+        if timer { Ok(true) } else { external() }
     }
+}
+
+/// What does not change while a hart sleeps.
+struct Sleeper {
+    /// `sie`.
+    enabled: u64,
+    compare: u64,
+    saved: Vec<SavedRegister>,
+}
+
+/// Every KVM that has the call has these registers.
+fn read(vcpu: &dyn Vcpu, register: RegId) -> Result<u64> {
+    Ok(vcpu.reg(register)?.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 
 mod vcpu;
 
+pub use vcpu::KvmVcpu;
+
 use std::fs;
 use std::io;
 use std::sync::{Arc, Mutex};

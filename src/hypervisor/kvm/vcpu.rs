@@ -29,8 +29,11 @@ use crate::hypervisor::{
     VmEntry, VmExit, Waiting, counters, regs,
 };
 
-pub(super) struct KvmVcpu {
+/// A vCPU of KVM's.
+pub struct KvmVcpu {
     fd: VcpuFd,
+    /// The same descriptor, for KVM_RUN.
+    run: BorrowedFd<'static>,
     /// Keeps the guest's RAM mapped.
     _vm: Arc<VmInner>,
     id: u32,
@@ -38,10 +41,18 @@ pub(super) struct KvmVcpu {
 
 impl KvmVcpu {
     pub(super) fn new(fd: VcpuFd, vm: Arc<VmInner>, id: u32) -> Self {
-        Self { fd, _vm: vm, id }
+        // SAFETY: it is used as long as `fd` is open, which is as long as this vCPU lives.
+        let run = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        Self {
+            fd,
+            run,
+            _vm: vm,
+            id,
+        }
     }
 
     /// Writes what the guest is to see of its last exit into `kvm_run`.
+    #[inline(always)]
     fn enter(&mut self, entry: VmEntry) {
         let run = self.fd.get_kvm_run();
         match entry {
@@ -78,6 +89,7 @@ impl KvmVcpu {
 
     /// An errno of KVM_RUN that the guest can cause (`vcpu_exit.c`, `vcpu_insn.c`).
     #[cold]
+    #[inline(never)]
     fn failed_run(&self, errno: Errno) -> Result<VmExit> {
         match errno {
             Errno::INTR | Errno::AGAIN => Ok(VmExit::Interrupted),
@@ -91,12 +103,13 @@ impl KvmVcpu {
 }
 
 impl Vcpu for KvmVcpu {
+    #[inline(always)]
     fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
         self.enter(entry);
         // Not kvm-ioctls' `run`: it decodes `kvm_run` too, for every architecture, and this is the
         // path of every exit.
-        // SAFETY: the descriptor is a vCPU's, open as long as `self`; the ioctl takes no argument.
-        match unsafe { ioctl(BorrowedFd::borrow_raw(self.fd.as_raw_fd()), RunVcpu) } {
+        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
+        match unsafe { ioctl(self.run, RunVcpu) } {
             Ok(()) => Ok(decode(self.fd.get_kvm_run())),
             Err(errno) => self.failed_run(errno),
         }
@@ -166,6 +179,10 @@ impl Vcpu for KvmVcpu {
         Ok(Box::new(Blocking { file, at }))
     }
 
+    fn as_kvm(&mut self) -> Option<&mut KvmVcpu> {
+        Some(self)
+    }
+
     fn kicker(&self) -> Result<Box<dyn Kicker>> {
         let act = || format!("map the run page of vCPU {}", self.id);
         let page = RunPage::map(&self.fd).map_err(|e| Error::refused(act(), e))?;
@@ -174,6 +191,7 @@ impl Vcpu for KvmVcpu {
 }
 
 /// The union member that `exit_reason` selects, copied out.
+#[inline(always)]
 fn decode(run: &kvm_run) -> VmExit {
     let exit = &run.__bindgen_anon_1;
     match run.exit_reason {

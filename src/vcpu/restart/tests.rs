@@ -93,27 +93,25 @@ fn fake(state: State) -> Fake {
     Fake(Mutex::new(state))
 }
 
-/// Restarts, whether they want kicks, and how often they called.
-fn restarts() -> (Restarts, Arc<AtomicBool>, Arc<AtomicUsize>) {
-    let (wants_kick, calls) = (
-        Arc::new(AtomicBool::new(false)),
-        Arc::new(AtomicUsize::new(0)),
-    );
-    let (wanted, counted) = (Arc::clone(&wants_kick), Arc::clone(&calls));
+/// Restarts, and how often they called.
+fn restarts() -> (Restarts, Arc<AtomicUsize>) {
+    let (shared, calls) = (Arc::<Shared>::default(), Arc::new(AtomicUsize::new(0)));
+    let (asked, counted) = (Arc::clone(&shared), Arc::clone(&calls));
     let call = Box::new(move || {
-        assert!(
-            wanted.load(Ordering::Acquire),
-            "called before it wants a kick"
-        );
+        let wants_kick = asked.wants_kick.load(Ordering::Acquire);
+        assert!(wants_kick, "called before it wants a kick");
         counted.fetch_add(1, Ordering::AcqRel);
     });
-    let restarts = Restarts::new(Arc::default(), Arc::clone(&wants_kick), call);
-    (restarts, wants_kick, calls)
+    (Restarts::new(shared, call), calls)
+}
+
+fn wants_kick(restarts: &Restarts) -> bool {
+    restarts.shared.wants_kick.load(Ordering::Acquire)
 }
 
 #[test]
 fn a_started_hart_begins_with_its_counters() {
-    let (mut restarts, wants_kick, calls) = restarts();
+    let (mut restarts, calls) = restarts();
     let mut vcpu = fake(State {
         stopped: true,
         starts_after: Some(3),
@@ -122,7 +120,7 @@ fn a_started_hart_begins_with_its_counters() {
     });
     assert_eq!(restarts.look(&mut vcpu).unwrap(), None);
     assert_eq!(calls.load(Ordering::Acquire), 1);
-    assert!(!wants_kick.load(Ordering::Acquire));
+    assert!(!wants_kick(&restarts));
     vcpu.run(VmEntry::Run).unwrap();
     assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
 }
@@ -142,12 +140,12 @@ fn a_reset_of_another_host_ends_too() {
 
 #[test]
 fn a_stopped_hart_ends_with_its_machine() {
-    let (mut restarts, _, calls) = restarts();
+    let (mut restarts, calls) = restarts();
     let mut vcpu = fake(State {
         stopped: true,
         ..State::default()
     });
-    restarts.stopping.store(true, Ordering::Release);
+    restarts.shared.stopping.store(true, Ordering::Release);
     assert_eq!(restarts.look(&mut vcpu).unwrap(), None);
     assert_eq!(calls.load(Ordering::Acquire), 0);
 }
@@ -183,7 +181,7 @@ fn a_guests_own_value_stays() {
 /// Two harts that start a third at once: the second call should fail. Whatever comes of it, no exit is lost.
 #[test]
 fn hostile_a_hart_that_is_started_twice() {
-    let (mut restarts, wants_kick, _) = restarts();
+    let (mut restarts, _) = restarts();
     let mut vcpu = fake(State {
         stopped: true,
         starts_after: Some(1),
@@ -192,6 +190,6 @@ fn hostile_a_hart_that_is_started_twice() {
     });
     let exit = restarts.look(&mut vcpu).unwrap();
     assert_eq!(exit, Some(VmExit::Csr { number: 1 }));
-    assert!(!wants_kick.load(Ordering::Acquire));
+    assert!(!wants_kick(&restarts));
     assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
 }

@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
 use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, Waiting};
-use crate::irqchip::SavedRegister;
 use crate::util::sync::lock;
 
 /// The controller's register, and how often it is asked before an interrupt is pending.
@@ -18,7 +17,8 @@ struct Controller {
 }
 
 impl HartSide for Controller {
-    fn is_pending(&self, hart: u32) -> Result<bool> {
+    fn is_pending(&self, hart: u32, saved: &[SavedRegister]) -> Result<bool> {
+        assert_eq!(saved, [(1, 77)]);
         assert_eq!(hart, 3);
         Ok(self.asked.fetch_add(1, Ordering::AcqRel) >= self.pending_at)
     }
@@ -74,7 +74,6 @@ struct Fixture {
     suspend: Suspend,
     hart: Hart,
     restarts: Restarts,
-    stopping: Arc<AtomicBool>,
 }
 
 /// A suspended hart with these registers, whose external interrupt is pending when it was asked for
@@ -85,33 +84,39 @@ fn fixture(registers: &[(RegId, u64)], pending_at: u32) -> Fixture {
         pending_at,
         ..Controller::default()
     });
-    let stopping = Arc::<AtomicBool>::default();
     Fixture {
         suspend: Suspend::new(Arc::clone(&controller) as _),
         hart: Hart {
             registers: Mutex::new(registers.iter().copied().collect()),
             controller,
         },
-        restarts: Restarts::new(Arc::clone(&stopping), Arc::default(), Box::new(|| {})),
-        stopping,
+        restarts: Restarts::new(Arc::default(), Box::new(|| {})),
     }
 }
 
 impl Fixture {
+    fn stop(&self) {
+        let stopping = &self.restarts.shared.stopping;
+        stopping.store(true, Ordering::Release);
+    }
+
     fn sleep(&mut self) {
         let early = self.suspend.sleep(3, &mut self.hart, &mut self.restarts);
         assert_eq!(early.unwrap(), None);
-    }
-
-    fn wakes(&self) -> bool {
-        self.suspend.wakes(3, &self.hart).unwrap()
     }
 }
 
 #[test]
 fn what_is_pending_and_enabled_wakes() {
     const NEVER: u32 = u32::MAX;
-    let with = |registers: &[(RegId, u64)], pending_at| fixture(registers, pending_at).wakes();
+    // What does not wake sleeps until its machine ends.
+    let with = |registers: &[(RegId, u64)], pending_at| {
+        let mut fixture = fixture(registers, pending_at);
+        fixture.stop();
+        fixture.sleep();
+        // The last step of waking.
+        fixture.hart.reg(regs::SCOUNTEREN).unwrap() == Some(7)
+    };
     assert!(!with(&[], 0), "nothing is enabled");
     assert!(with(&[(regs::SIE, 0x222), (regs::SIP, 2)], NEVER));
     assert!(!with(&[(regs::SIE, 0x200), (regs::SIP, 0x22)], NEVER));
@@ -142,6 +147,6 @@ fn the_hart_sleeps_until_its_interrupt_and_keeps_it() {
 #[test]
 fn a_suspended_hart_ends_with_its_machine() {
     let mut fixture = fixture(&[], 0);
-    fixture.stopping.store(true, Ordering::Release);
+    fixture.stop();
     fixture.sleep();
 }
