@@ -216,6 +216,38 @@ pub trait Vcpu: Send {
     fn kicker(&self) -> Result<Box<dyn Kicker>>;
 }
 
+/// Who serves exits.
+pub trait Serve {
+    /// What comes of an exit.
+    type Next;
+
+    /// Serves `exit`. To be inlined: see [`RunAnd`].
+    fn serve(&mut self, exit: VmExit) -> Self::Next;
+}
+
+/// The step of a vCPU's loop: run the guest, and serve its exit. For KVM's vCPU each frequent kind of exit has its own copy
+/// of [`Serve::serve`], so that no exit is written to memory and read back.
+pub trait RunAnd {
+    /// [`Vcpu::run`], and what `server` makes of the exit.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    fn run_and<S: Serve>(&mut self, entry: VmEntry, server: &mut S) -> Result<S::Next>;
+
+    /// Any vCPU.
+    fn as_vcpu(&mut self) -> &mut dyn Vcpu;
+}
+
+impl RunAnd for &mut dyn Vcpu {
+    fn run_and<S: Serve>(&mut self, entry: VmEntry, server: &mut S) -> Result<S::Next> {
+        self.run(entry).map(|exit| server.serve(exit))
+    }
+
+    fn as_vcpu(&mut self) -> &mut dyn Vcpu {
+        *self
+    }
+}
+
 /// A hart's state by the SBI's HSM extension, as far as KVM keeps it (KVM_MP_STATE_*).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HartState {

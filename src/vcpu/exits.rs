@@ -77,8 +77,8 @@ impl Exits {
                     Some(request) => Next::Stop(request.into()),
                 }
             }
-            VmExit::Sbi(ref call) if call.extension == SUSP => Next::Suspend,
-            VmExit::Sbi(ref call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
+            VmExit::Sbi(call) if call.extension == SUSP => Next::Suspend,
+            VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
             VmExit::System(event) => Next::Stop(system_event(event)),
             VmExit::Interrupted => Next::Look,

@@ -50,15 +50,20 @@ impl Sbi {
     }
 
     /// The answer to `call`.
-    #[inline]
-    pub fn call(&self, call: &SbiCall) -> SbiRet {
+    #[inline(always)]
+    pub fn call(&self, call: SbiCall) -> SbiRet {
         let [a0, a1, a2, ..] = call.args;
-        if call.extension == DBCN {
-            return self.debug_console(call.function, a0, a1, a2);
+        match call.extension {
+            DBCN => self.debug_console(call.function, a0, a1, a2),
+            extension => self.other(extension, call.function, a0, a1),
         }
-        match (call.extension, call.function) {
-            (LEGACY_PUTCHAR, _) => legacy(call, self.putchar(a0)),
-            (LEGACY_GETCHAR, _) => legacy(call, self.getchar()),
+    }
+
+    #[inline(never)]
+    fn other(&self, extension: u64, function: u64, a0: u64, a1: u64) -> SbiRet {
+        match (extension, function) {
+            (LEGACY_PUTCHAR, _) => legacy(self.putchar(a0), a1),
+            (LEGACY_GETCHAR, _) => legacy(self.getchar(), a1),
             // KVM asks for the experimental and vendor ranges, which nothing here serves.
             (BASE_EXTENSION, BASE_PROBE_EXTENSION) => answer(Ok(0)),
             _ => answer(Err(NOT_SUPPORTED)),
@@ -66,6 +71,7 @@ impl Sbi {
     }
 
     /// The debug console's call: numbers, not references, so that they stay in registers.
+    #[inline(never)]
     fn debug_console(&self, function: u64, a0: u64, a1: u64, a2: u64) -> SbiRet {
         answer(match function {
             DBCN_WRITE | DBCN_READ if a0 == 0 && a2 == 0 => Ok(0),
@@ -167,10 +173,10 @@ fn answer(outcome: Result<u64, i64>) -> SbiRet {
 }
 
 /// A legacy call answers in a0 alone; a1 is preserved.
-fn legacy(call: &SbiCall, a0: i64) -> SbiRet {
+fn legacy(a0: i64, a1: u64) -> SbiRet {
     SbiRet {
         error: a0,
-        value: call.args[1],
+        value: a1,
     }
 }
 

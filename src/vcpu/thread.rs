@@ -12,7 +12,7 @@ use super::Stop;
 use super::exits::{Exits, Next};
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
-use crate::hypervisor::{Error, Kicker, Result, Vcpu, VmEntry, VmExit, Waiting};
+use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
 use crate::util::thread::{Kind, spawn};
 
 /// How a vCPU's thread ends by itself; nothing is told when it was stopped from outside.
@@ -69,18 +69,18 @@ impl VcpuHandle {
             exits,
             restarts: Restarts::new(Arc::clone(&shared), how.on_call),
             follow_restarts: how.follow_restarts,
-            stats: how.stats,
         };
+        let mut stats = how.stats;
         let body = move || {
             // Whatever mask came over exec; it fails for numbers that are no signals.
             let _ = unblock_signal(kick_signal());
-            if let Some(end) = hart.run(vcpu.as_mut()).transpose() {
+            if let Some(end) = hart.run(vcpu.as_mut(), stats.as_mut()).transpose() {
                 (how.on_stop)(end);
             }
-            if let Some(stats) = &mut hart.stats {
+            if let Some(stats) = &mut stats {
                 stats.read_counters(vcpu.as_ref());
             }
-            hart.stats
+            stats
         };
         let thread = spawn(Kind::Vcpu, &id.to_string(), body)
             .map_err(|e| refused("start the thread of", e))?;
@@ -150,62 +150,69 @@ struct Hart {
     exits: Arc<Exits>,
     restarts: Restarts,
     follow_restarts: bool,
-    stats: Option<ExitStats>,
+}
+
+/// Serves exits and nothing else.
+struct Plain(Arc<Exits>);
+
+impl Serve for Plain {
+    type Next = Next;
+
+    #[inline(always)]
+    fn serve(&mut self, exit: VmExit) -> Next {
+        self.0.handle(exit)
+    }
+}
+
+/// Counts them too.
+struct Counting<'a>(Arc<Exits>, &'a mut ExitStats);
+
+impl Serve for Counting<'_> {
+    type Next = Next;
+
+    fn serve(&mut self, exit: VmExit) -> Next {
+        let began = Instant::now();
+        let next = self.0.handle(exit);
+        self.1.add(&exit, began.elapsed());
+        next
+    }
 }
 
 impl Hart {
     /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
-    fn run(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<Stop>> {
+    fn run(&mut self, vcpu: &mut dyn Vcpu, stats: Option<&mut ExitStats>) -> Result<Option<Stop>> {
         // A hart that has not been started waits here.
         let entry = match self.settle(vcpu, Next::Look)? {
             Ok(entry) => entry,
             Err(stop) => return Ok(Some(stop)),
         };
-        // Compiled for KVM's vCPU, an exit is served where it is decoded, and stays in registers.
+        let exits = Arc::clone(&self.exits);
+        if let Some(stats) = stats {
+            return self.run_loop(&mut { vcpu }, &mut Counting(exits, stats), entry);
+        }
         #[cfg(target_arch = "riscv64")]
         if let Some(vcpu) = vcpu.as_kvm() {
-            return self.run_loop(vcpu, |vcpu| vcpu, entry);
+            return self.run_loop(vcpu, &mut Plain(exits), entry);
         }
-        self.run_loop(vcpu, |vcpu| vcpu, entry)
+        self.run_loop(&mut { vcpu }, &mut Plain(exits), entry)
     }
 
-    /// The loop, for one type of vCPU, which `as_dyn` turns into any.
-    #[inline(always)]
-    fn run_loop<V: Vcpu + ?Sized>(
+    fn run_loop<V: RunAnd, S: Serve<Next = Next>>(
         &mut self,
         vcpu: &mut V,
-        as_dyn: impl Fn(&mut V) -> &mut dyn Vcpu,
+        server: &mut S,
         mut entry: VmEntry,
     ) -> Result<Option<Stop>> {
         while !self.restarts.shared.is_stopping() {
-            let exit = vcpu.run(entry)?;
-            entry = match self.serve(exit) {
+            entry = match vcpu.run_and(entry, server)? {
                 Next::Enter(next) => next,
-                next => match self.settle(as_dyn(vcpu), next)? {
+                next => match self.settle(vcpu.as_vcpu(), next)? {
                     Ok(entry) => entry,
                     Err(stop) => return Ok(Some(stop)),
                 },
             };
         }
         Ok(None)
-    }
-
-    #[inline(always)]
-    fn serve(&mut self, exit: VmExit) -> Next {
-        if self.stats.is_some() {
-            return self.serve_and_count(exit);
-        }
-        self.exits.handle(exit)
-    }
-
-    #[inline(never)]
-    fn serve_and_count(&mut self, exit: VmExit) -> Next {
-        let began = Instant::now();
-        let next = self.exits.handle(exit);
-        if let Some(stats) = &mut self.stats {
-            stats.add(&exit, began.elapsed());
-        }
-        next
     }
 
     /// What comes of `next` where that takes the vCPU's registers or its time: how it runs on, or why it
@@ -238,7 +245,7 @@ impl Hart {
             let Some(exit) = early else {
                 return Ok(Ok(VmEntry::Run));
             };
-            next = self.serve(exit);
+            next = self.exits.handle(exit);
         }
     }
 }

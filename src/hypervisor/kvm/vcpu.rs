@@ -25,8 +25,8 @@ use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
-    Counter, Error, ExternalIrq, HartState, Kicker, RegId, Result, SbiCall, SystemEvent, Vcpu,
-    VmEntry, VmExit, Waiting, counters, regs,
+    Counter, Error, ExternalIrq, HartState, Kicker, RegId, Result, RunAnd, SbiCall, Serve,
+    SystemEvent, Vcpu, VmEntry, VmExit, Waiting, counters, regs,
 };
 
 /// A vCPU of KVM's.
@@ -102,17 +102,63 @@ impl KvmVcpu {
     }
 }
 
-impl Vcpu for KvmVcpu {
+impl RunAnd for KvmVcpu {
     #[inline(always)]
-    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+    fn run_and<S: Serve>(&mut self, entry: VmEntry, server: &mut S) -> Result<S::Next> {
         self.enter(entry);
         // Not kvm-ioctls' `run`: it decodes `kvm_run` too, for every architecture, and this is the
         // path of every exit.
         // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
         match unsafe { ioctl(self.run, RunVcpu) } {
-            Ok(()) => Ok(decode(self.fd.get_kvm_run())),
-            Err(errno) => self.failed_run(errno),
+            Ok(()) => {}
+            Err(errno) => return Ok(server.serve(self.failed_run(errno)?)),
         }
+        let run = self.fd.get_kvm_run();
+        let exit = &run.__bindgen_anon_1;
+        // The union member that `exit_reason` selects, copied out.
+        Ok(match run.exit_reason {
+            KVM_EXIT_MMIO => {
+                // SAFETY: KVM filled the member that belongs to the exit reason; it is plain integers.
+                let mmio = unsafe { exit.mmio };
+                let (gpa, len, data) = (mmio.phys_addr, mmio.len.min(8) as usize, mmio.data);
+                if mmio.is_write == 0 {
+                    server.serve(VmExit::MmioRead { gpa, len })
+                } else {
+                    server.serve(VmExit::MmioWrite { gpa, len, data })
+                }
+            }
+            KVM_EXIT_RISCV_SBI => {
+                // SAFETY: as above.
+                let sbi = unsafe { exit.riscv_sbi };
+                server.serve(VmExit::Sbi(SbiCall {
+                    extension: sbi.extension_id,
+                    function: sbi.function_id,
+                    args: sbi.args,
+                }))
+            }
+            _ => server.serve(decode(run)),
+        })
+    }
+
+    fn as_vcpu(&mut self) -> &mut dyn Vcpu {
+        self
+    }
+}
+
+/// Hands exits on.
+struct AsItIs;
+
+impl Serve for AsItIs {
+    type Next = VmExit;
+
+    fn serve(&mut self, exit: VmExit) -> VmExit {
+        exit
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
+        self.run_and(entry, &mut AsItIs)
     }
 
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
@@ -190,24 +236,13 @@ impl Vcpu for KvmVcpu {
     }
 }
 
-/// The union member that `exit_reason` selects, copied out.
-#[inline(always)]
+/// Exits that are rarer than MMIO and SBI calls.
+#[inline(never)]
 fn decode(run: &kvm_run) -> VmExit {
     let exit = &run.__bindgen_anon_1;
     match run.exit_reason {
-        // SAFETY: KVM filled the member that belongs to the exit reason; all are plain integers.
-        KVM_EXIT_MMIO => decode_mmio(unsafe { exit.mmio }),
-        KVM_EXIT_RISCV_SBI => {
-            // SAFETY: as above.
-            let sbi = unsafe { exit.riscv_sbi };
-            VmExit::Sbi(SbiCall {
-                extension: sbi.extension_id,
-                function: sbi.function_id,
-                args: sbi.args,
-            })
-        }
         KVM_EXIT_RISCV_CSR => {
-            // SAFETY: as above.
+            // SAFETY: KVM filled the member that belongs to the exit reason; all are plain integers.
             let number = unsafe { exit.riscv_csr.csr_num };
             VmExit::Csr { number }
         }
@@ -223,16 +258,6 @@ fn decode(run: &kvm_run) -> VmExit {
         }
         KVM_EXIT_INTR => VmExit::Interrupted,
         reason => VmExit::Unknown { reason },
-    }
-}
-
-type Mmio = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_6;
-
-fn decode_mmio(mmio: Mmio) -> VmExit {
-    let (gpa, len, data) = (mmio.phys_addr, mmio.len.min(8) as usize, mmio.data);
-    match mmio.is_write {
-        0 => VmExit::MmioRead { gpa, len },
-        _ => VmExit::MmioWrite { gpa, len, data },
     }
 }
 

@@ -16,7 +16,7 @@ fn sbi() -> Sbi {
 impl Sbi {
     fn dbcn(&self, function: u64, args: [u64; 3]) -> (i64, u64) {
         let [a0, a1, a2] = args;
-        let ret = self.call(&SbiCall {
+        let ret = self.call(SbiCall {
             extension: DBCN,
             function,
             args: [a0, a1, a2, 3, 4, 5],
@@ -100,7 +100,7 @@ fn a_full_console_makes_writes_short() {
     assert_eq!(sbi.dbcn(DBCN_WRITE, [SIZE, BASE, 0]), (0, 10));
     assert_eq!(sbi.dbcn(DBCN_WRITE, [1, BASE, 0]), (0, 0));
     assert_eq!(sbi.dbcn(DBCN_WRITE_BYTE, [0, 0, 0]), (FAILED, 0));
-    assert_eq!(sbi.call(&legacy_call(LEGACY_PUTCHAR, 0)).error, FAILED);
+    assert_eq!(sbi.call(legacy_call(LEGACY_PUTCHAR, 0)).error, FAILED);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn dbcn_reads_what_was_typed() {
 fn legacy_calls_preserve_a1() {
     let sbi = sbi();
     let answer = |extension, a0| {
-        let ret = sbi.call(&legacy_call(extension, a0));
+        let ret = sbi.call(legacy_call(extension, a0));
         assert_eq!(ret.value, 0x1111);
         ret.error
     };
@@ -140,7 +140,7 @@ fn no_extension_is_there_to_be_probed() {
         function: BASE_PROBE_EXTENSION,
         args: [0x0900_0000, 0, 0, 0, 0, 0],
     };
-    assert_eq!(sbi().call(&call), SbiRet { error: 0, value: 0 });
+    assert_eq!(sbi().call(call), SbiRet { error: 0, value: 0 });
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn what_is_unknown_is_not_supported() {
             args: [u64::MAX; 6],
         };
         assert_eq!(
-            sbi.call(&call),
+            sbi.call(call),
             SbiRet {
                 error: NOT_SUPPORTED,
                 value: 0
