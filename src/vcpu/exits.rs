@@ -26,12 +26,19 @@ const SEED_WAIT: u64 = 0b01 << 30;
 const NO_REASON: u64 = 0;
 
 /// What the vCPU's thread does next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Next {
     /// Run the guest, with this for its last exit.
     Enter(VmEntry),
-    /// End the machine.
-    Stop(Stop),
+    /// What takes the vCPU's registers or its time, and comes seldom.
+    Rare(Rare),
+}
+
+/// What the vCPU's thread does by itself. Small, so that [`Next`] is passed in registers.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Rare {
+    /// End the machine, unless the vCPU can be helped.
+    Stop(Box<Stop>),
     /// Look why KVM_RUN was interrupted.
     Look,
     /// Let the hart sleep: it suspended the system.
@@ -74,17 +81,17 @@ impl Exits {
                 self.bus.write(gpa, &data[..len.min(data.len())]);
                 match self.power.asked() {
                     None => Next::Enter(VmEntry::Run),
-                    Some(request) => Next::Stop(request.into()),
+                    Some(request) => stop(request.into()),
                 }
             }
-            VmExit::Sbi(call) if call.extension == SUSP => Next::Suspend,
+            VmExit::Sbi(call) if call.extension == SUSP => Next::Rare(Rare::Suspend),
             VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
-            VmExit::System(event) => Next::Stop(system_event(event)),
-            VmExit::Interrupted => Next::Look,
-            VmExit::Unrunnable { errno, pc } => Next::Stop(Stop::Unrunnable { errno, pc }),
-            VmExit::FailEntry { reason, cpu } => Next::Stop(Stop::FailEntry { reason, cpu }),
-            VmExit::Unknown { reason } => Next::Stop(Stop::UnknownExit(reason)),
+            VmExit::System(event) => stop(system_event(event)),
+            VmExit::Interrupted => Next::Rare(Rare::Look),
+            VmExit::Unrunnable { errno, pc } => stop(Stop::Unrunnable { errno, pc }),
+            VmExit::FailEntry { reason, cpu } => stop(Stop::FailEntry { reason, cpu }),
+            VmExit::Unknown { reason } => stop(Stop::UnknownExit(reason)),
         }
     }
 
@@ -99,6 +106,12 @@ impl Exits {
         );
         0
     }
+}
+
+#[cold]
+#[inline(never)]
+fn stop(stop: Stop) -> Next {
+    Next::Rare(Rare::Stop(Box::new(stop)))
 }
 
 /// 16 bits of the host's entropy.
@@ -197,7 +210,7 @@ mod tests {
             function: 0,
             args: [0; 6],
         };
-        assert_eq!(exits().handle(VmExit::Sbi(call)), Next::Suspend);
+        assert_eq!(exits().handle(VmExit::Sbi(call)), Next::Rare(Rare::Suspend));
     }
 
     #[test]
@@ -217,7 +230,7 @@ mod tests {
     fn the_end_has_its_reason() {
         let exits = exits();
         let stop = |event| match exits.handle(VmExit::System(event)) {
-            Next::Stop(stop) => stop,
+            Next::Rare(Rare::Stop(stop)) => *stop,
             other => panic!("{other:?}"),
         };
         assert_eq!(stop(SystemEvent::Shutdown { reason: 0 }), Stop::PowerOff);
@@ -237,25 +250,21 @@ mod tests {
             errno: 95,
             pc: 0x8020_0000,
         };
-        assert_eq!(
-            exits.handle(crash),
-            Next::Stop(Stop::Unrunnable {
-                errno: 95,
-                pc: 0x8020_0000
-            })
-        );
+        let unrunnable = Stop::Unrunnable {
+            errno: 95,
+            pc: 0x8020_0000,
+        };
+        assert_eq!(exits.handle(crash), stop(unrunnable));
         let fail = VmExit::FailEntry {
             reason: 0x600,
             cpu: 1,
         };
-        assert!(matches!(
-            exits.handle(fail),
-            Next::Stop(Stop::FailEntry { .. })
-        ));
+        let (reason, cpu) = (0x600, 1);
+        assert_eq!(exits.handle(fail), stop(Stop::FailEntry { reason, cpu }));
         assert_eq!(
             exits.handle(VmExit::Unknown { reason: 99 }),
-            Next::Stop(Stop::UnknownExit(99))
+            stop(Stop::UnknownExit(99))
         );
-        assert_eq!(exits.handle(VmExit::Interrupted), Next::Look);
+        assert_eq!(exits.handle(VmExit::Interrupted), Next::Rare(Rare::Look));
     }
 }

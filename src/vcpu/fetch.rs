@@ -12,9 +12,8 @@ use std::sync::{Arc, OnceLock};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Stop;
-use super::exits::Next;
 use super::paging::{Walk, walk};
-use crate::hypervisor::{RegId, Result, Vcpu, VmEntry, host, regs};
+use crate::hypervisor::{RegId, Result, Vcpu, host, regs};
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_debug};
 
@@ -54,37 +53,37 @@ impl FetchFaults {
         }
     }
 
-    /// KVM_RUN of `vcpu` failed with `errno`, at `pc`. What the hart does next: it goes on at its trap
-    /// handler, if it was a fetch from where no RAM is and the handler can be reached.
+    /// KVM_RUN of `vcpu` failed with `errno`, at `pc`. The hart goes on at its trap handler, if it was a fetch
+    /// from where no RAM is and the handler can be reached. Otherwise returns why it does not go on.
     ///
     /// # Errors
     /// A register cannot be read or written.
     #[cold]
-    pub fn answer(&self, vcpu: &dyn Vcpu, errno: i32, pc: u64) -> Result<Next> {
+    pub fn answer(&self, vcpu: &dyn Vcpu, errno: i32, pc: u64) -> Result<Option<Stop>> {
         let unrunnable = Stop::Unrunnable { errno, pc };
         if errno != libc::EOPNOTSUPP {
-            return Ok(Next::Stop(unrunnable));
+            return Ok(Some(unrunnable));
         }
         let Some(address) = self.fetched_from_nowhere(read(vcpu, regs::SATP)?, pc) else {
-            return Ok(Next::Stop(unrunnable));
+            return Ok(Some(unrunnable));
         };
         let kvm = self.kvm.get_or_init(host::kvm_module);
         if kvm.as_ref().is_some_and(|kvm| kvm.contains(&pc)) {
-            return Ok(Next::Stop(Stop::LostTrap { pc }));
+            return Ok(Some(Stop::LostTrap { pc }));
         }
         let handler = read(vcpu, regs::STVEC)? & BASE;
         if pc == handler {
-            return Ok(Next::Stop(Stop::NoTrapHandler { pc }));
+            return Ok(Some(Stop::NoTrapHandler { pc }));
         }
         if self.limit.admit().is_none() {
-            return Ok(Next::Stop(Stop::FetchFaults { pc }));
+            return Ok(Some(Stop::FetchFaults { pc }));
         }
         guest_debug!(
             self.lines,
             "the guest fetched from {pc:#x}, where nothing is: an instruction access fault"
         );
         enter_handler(vcpu, pc, address, handler)?;
-        Ok(Next::Enter(VmEntry::Run))
+        Ok(None)
     }
 
     /// The part of the instruction at `pc` that lies outside RAM, by its virtual address. None where all of

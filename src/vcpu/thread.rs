@@ -9,7 +9,7 @@ use std::time::Instant;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::Stop;
-use super::exits::{Exits, Next};
+use super::exits::{Exits, Next, Rare};
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
@@ -182,7 +182,7 @@ impl Hart {
     /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
     fn run(&mut self, vcpu: &mut dyn Vcpu, stats: Option<&mut ExitStats>) -> Result<Option<Stop>> {
         // A hart that has not been started waits here.
-        let entry = match self.settle(vcpu, Next::Look)? {
+        let entry = match self.settle(vcpu, Rare::Look)? {
             Ok(entry) => entry,
             Err(stop) => return Ok(Some(stop)),
         };
@@ -206,7 +206,7 @@ impl Hart {
         while !self.restarts.shared.is_stopping() {
             entry = match vcpu.run_and(entry, server)? {
                 Next::Enter(next) => next,
-                next => match self.settle(vcpu.as_vcpu(), next)? {
+                Next::Rare(rare) => match self.settle(vcpu.as_vcpu(), rare)? {
                     Ok(entry) => entry,
                     Err(stop) => return Ok(Some(stop)),
                 },
@@ -215,37 +215,39 @@ impl Hart {
         Ok(None)
     }
 
-    /// What comes of `next` where that takes the vCPU's registers or its time: how it runs on, or why it
-    /// does not.
+    /// What comes of `rare`: how the vCPU runs on, or why it does not.
     #[cold]
     #[inline(never)]
     fn settle(
         &mut self,
         vcpu: &mut dyn Vcpu,
-        mut next: Next,
+        mut rare: Rare,
     ) -> Result<std::result::Result<VmEntry, Stop>> {
         loop {
-            let early = match next {
-                Next::Enter(entry) => return Ok(Ok(entry)),
-                Next::Look if self.follow_restarts => self.restarts.look(vcpu)?,
-                Next::Look => None,
-                Next::Suspend => self
-                    .exits
-                    .suspend
-                    .sleep(self.id, vcpu, &mut self.restarts)?,
-                Next::Stop(Stop::Unrunnable { errno, pc }) => {
-                    match self.exits.fetch_faults.answer(vcpu, errno, pc)? {
-                        Next::Stop(stop) => return Ok(Err(stop)),
-                        answered => next = answered,
-                    }
-                    continue;
+            let unserved = match rare {
+                Rare::Look => match self.follow_restarts {
+                    true => self.restarts.look(vcpu)?,
+                    false => None,
+                },
+                Rare::Suspend => {
+                    let suspend = &self.exits.suspend;
+                    suspend.sleep(self.id, vcpu, &mut self.restarts)?
                 }
-                Next::Stop(stop) => return Ok(Err(stop)),
+                Rare::Stop(stop) => match *stop {
+                    Stop::Unrunnable { errno, pc } => {
+                        match self.exits.fetch_faults.answer(vcpu, errno, pc)? {
+                            Some(stop) => return Ok(Err(stop)),
+                            None => None,
+                        }
+                    }
+                    stop => return Ok(Err(stop)),
+                },
             };
-            let Some(exit) = early else {
-                return Ok(Ok(VmEntry::Run));
-            };
-            next = self.exits.handle(exit);
+            match unserved.map(|exit| self.exits.handle(exit)) {
+                None => return Ok(Ok(VmEntry::Run)),
+                Some(Next::Enter(entry)) => return Ok(Ok(entry)),
+                Some(Next::Rare(next)) => rare = next,
+            }
         }
     }
 }

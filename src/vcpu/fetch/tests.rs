@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::config::MemConfig;
-use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmExit, Waiting};
+use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmEntry, VmExit, Waiting};
 use crate::memory;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
@@ -79,15 +79,15 @@ fn hart(status: u64, mode: u64, satp: u64) -> Hart {
     ])
 }
 
-fn answer(faults: &FetchFaults, hart: &Hart, pc: u64) -> Next {
+fn answer(faults: &FetchFaults, hart: &Hart, pc: u64) -> Option<Stop> {
     faults.answer(hart, libc::EOPNOTSUPP, pc).unwrap()
 }
 
-const GOES_ON: Next = Next::Enter(VmEntry::Run);
+const GOES_ON: Option<Stop> = None;
 
-fn unrunnable(pc: u64) -> Next {
+fn unrunnable(pc: u64) -> Option<Stop> {
     let errno = libc::EOPNOTSUPP;
-    Next::Stop(Stop::Unrunnable { errno, pc })
+    Some(Stop::Unrunnable { errno, pc })
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn what_is_no_fetch_ends_the_machine() {
     assert_eq!(answer(&faults, &hart, RAM), unrunnable(RAM));
     for errno in [libc::EIO, libc::EFAULT] {
         let stop = faults.answer(&hart, errno, NOWHERE).unwrap();
-        assert_eq!(stop, Next::Stop(Stop::Unrunnable { errno, pc: NOWHERE }));
+        assert_eq!(stop, Some(Stop::Unrunnable { errno, pc: NOWHERE }));
     }
 }
 
@@ -176,7 +176,7 @@ fn hostile_a_handler_that_is_nowhere() {
     hart.set_reg(regs::STVEC, NOWHERE).unwrap();
     assert_eq!(answer(&faults, &hart, NOWHERE + 8), GOES_ON);
     let stop = Stop::NoTrapHandler { pc: NOWHERE };
-    assert_eq!(answer(&faults, &hart, NOWHERE), Next::Stop(stop));
+    assert_eq!(answer(&faults, &hart, NOWHERE), Some(stop));
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn hostile_faults_without_end() {
     let ends = |_| {
         // A reset makes these anew, and the limit not.
         let faults = faults("flood");
-        answer(&faults, &hart, NOWHERE) == Next::Stop(Stop::FetchFaults { pc: NOWHERE })
+        answer(&faults, &hart, NOWHERE) == Some(Stop::FetchFaults { pc: NOWHERE })
     };
     let first = (0..=FAULTS_MAX).position(ends);
     assert_eq!(first, usize::try_from(FAULTS_MAX).ok());
@@ -197,5 +197,5 @@ fn an_address_of_the_hosts_kvm_is_no_fetch() {
     let hart = hart(0, MODE_SUPERVISOR, 0);
     let pc = 0xffff_ffff_01a3_0000;
     let stop = Stop::LostTrap { pc };
-    assert_eq!(answer(&faults, &hart, pc), Next::Stop(stop));
+    assert_eq!(answer(&faults, &hart, pc), Some(stop));
 }
