@@ -11,14 +11,19 @@ use crate::util::text;
 use crate::vcpu::restart::{KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
 
-/// A machine that has run for so long may run for longer.
-const SETTLED: Duration = Duration::from_millis(500);
+/// A machine that has run for so long may run for longer: the code that only starting needed is given back.
+/// Code that later work needed is given back twice more, each time after ten times as long.
+const SETTLED: [Duration; 3] = [
+    Duration::from_millis(500),
+    Duration::from_secs(5),
+    Duration::from_secs(50),
+];
 
 /// One life of a machine, seen from its own thread.
 pub(super) struct Meantime<'a> {
     vcpus: &'a [VcpuHandle],
-    /// When the code that only starting needed is given back; none when it is.
-    settles: Option<Instant>,
+    /// When code is given back, the next time last.
+    settles: Vec<Instant>,
     /// When vCPUs are looked at.
     looks: Option<Instant>,
 }
@@ -29,7 +34,7 @@ impl<'a> Meantime<'a> {
         let now = Instant::now();
         Self {
             vcpus,
-            settles: now.checked_add(SETTLED),
+            settles: SETTLED.iter().rev().map(|time| now + *time).collect(),
             looks: now.checked_add(LOOK_EVERY),
         }
     }
@@ -56,7 +61,7 @@ impl<'a> Meantime<'a> {
         }
         let looks = self.looks.filter(|_| self.must_look());
         let now = Instant::now();
-        let times = [self.settles, looks].into_iter().flatten();
+        let times = self.settles.last().copied().into_iter().chain(looks);
         let next = times.map(|time| time.saturating_duration_since(now)).min();
         next.unwrap_or(Duration::MAX)
     }
@@ -68,10 +73,10 @@ impl<'a> Meantime<'a> {
 
     fn act(&mut self) {
         let now = Instant::now();
-        if self.settles.is_some_and(|time| time <= now) {
-            self.settles = None;
+        if self.settles.last().is_some_and(|time| *time <= now) {
+            self.settles.pop();
             if let Err(error) = text::release() {
-                debug!("the code that only starting needed stays in memory: {error}");
+                debug!("code that is not needed any more stays in memory: {error}");
             }
         }
         let looks = self.must_look() && self.looks.is_some_and(|time| time <= now);

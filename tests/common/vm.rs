@@ -11,12 +11,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::set_socket_send_buffer_size;
+
 use super::files;
 
 /// How long one process may take, emulated on a busy machine. Only a case that hangs gets there.
 const DEADLINE: Duration = Duration::from_secs(180);
 /// How often to look at what gives no notice (the end of a process, the fill of a pipe).
 const POLL: Duration = Duration::from_millis(10);
+/// Bytes that fit a standard output which is often full. The kernel takes at least 4 KiB.
+const SMALL_BUFFER: usize = 4 << 10;
 
 /// A command line of rvmm, and what its standard streams are.
 pub(crate) struct Rvmm {
@@ -114,7 +118,7 @@ impl Rvmm {
         self
     }
 
-    /// Give it an output that is non-blocking, as another program may have left it.
+    /// Give it an output that is non-blocking, as another program may have left it, and often full.
     pub(crate) fn stdout_nonblocking(mut self) -> Self {
         self.stdout_blocks = false;
         self
@@ -153,6 +157,8 @@ impl Rvmm {
             command.stdout(Stdio::piped());
         } else {
             theirs.set_nonblocking(true).expect("O_NONBLOCK");
+            // However fast the console is read: a write of more than this does not fit.
+            set_socket_send_buffer_size(&theirs, SMALL_BUFFER).expect("SO_SNDBUF");
             command.stdout(OwnedFd::from(theirs));
         }
         let mut child = command
