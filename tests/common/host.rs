@@ -76,6 +76,15 @@ fn probe() -> Kind {
     }
 }
 
+/// Whether KVM has the SBI's system suspend (Linux 7.x).
+pub(crate) fn has_suspend() -> bool {
+    // KVM_REG_RISCV, 64 bits, group SBI_EXT, KVM_RISCV_SBI_EXT_SUSP.
+    const SUSP: u64 = 0x8030_0000_0800_000b;
+    let vm = Kvm::new().expect("/dev/kvm").create_vm().expect("a VM");
+    let vcpu = vm.create_vcpu(0).expect("a vCPU");
+    vcpu.get_one_reg(SUSP, &mut [0; 8]).is_ok()
+}
+
 /// Which of `enables` an emulated IMSIC keeps: `eie0` of a VM of one vCPU, written and read.
 pub(crate) fn imsic_enables_kept(enables: u64) -> u64 {
     const APLIC: u64 = 0x0d00_0000;

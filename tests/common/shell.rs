@@ -49,7 +49,12 @@ impl Shell {
 
     /// The guest was started again, and has said so since the last command.
     pub(crate) fn restarted(&mut self) {
-        self.commands += 1;
+        self.answered(1);
+    }
+
+    /// So many commands have ended that were sent without [`Shell::run`].
+    pub(crate) fn answered(&mut self, commands: usize) {
+        self.commands += commands;
         self.vm.wait_for_times(READY, self.commands + 1);
     }
 
