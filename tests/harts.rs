@@ -6,8 +6,8 @@ mod common;
 
 use std::fs;
 
-use common::host;
-use common::{Rvmm, Shell, nonce};
+use common::host::{self, Kind};
+use common::{HOST_FAILED, Rvmm, Shell, TERMINATED, nonce};
 
 const CPUS: u32 = 4;
 
@@ -119,6 +119,17 @@ fn the_system_sleeps_with_a_plic() {
     sleeps(&["--irqchip", "plic"]);
 }
 
+/// The file of an emulated IMSIC is as lost in a reset as one of hardware.
+#[test]
+fn the_system_sleeps_with_an_emulated_aia() {
+    if host::kind() == Kind::NoAia {
+        let end = Rvmm::virtio("").args(["--irqchip", "aia-emul"]).run();
+        end.assert_refused(HOST_FAILED, &["AIA", "--irqchip plic"]);
+    } else {
+        sleeps(&["--irqchip", "aia-emul"]);
+    }
+}
+
 /// A guest that sleeps ends as one that runs.
 #[test]
 fn sigterm_to_a_system_that_sleeps() {
@@ -128,5 +139,5 @@ fn sigterm_to_a_system_that_sleeps() {
         shell.vm.wait_for(&format!("CPU{}: off", CPUS - 1));
     }
     shell.vm.terminate();
-    shell.vm.finish().assert_status(common::TERMINATED);
+    shell.vm.finish().assert_status(TERMINATED);
 }
