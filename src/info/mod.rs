@@ -193,8 +193,8 @@ fn bugs(found: &Found) -> Vec<Bug> {
         bug(
             "scounteren-zero",
             found.scounteren.map(|value| value == 0),
-            "a hart starts with scounteren 0, so that processes may not read time; rvmm sets it on \
-             the hart that boots",
+            "a hart starts and resumes with scounteren 0, so that processes may not read time; rvmm \
+             sets it",
         ),
     ]
 }
