@@ -18,6 +18,22 @@ fn json() -> Value {
     serde_json::from_str(&info(&["--json"]).console).expect("JSON")
 }
 
+#[track_caller]
+fn bug(info: &Value, name: &str) -> Value {
+    let bugs = info["bugs"].as_array().expect("bugs");
+    let found = bugs.iter().find(|bug| bug["name"] == name);
+    found.expect("looked for").clone()
+}
+
+/// What the probe says of illegal instructions is what becomes of a guest that runs some.
+#[test]
+fn it_knows_where_illegal_instructions_go() {
+    let lost = bug(&json(), "lost-illegal")["present"].as_bool();
+    let end = Rvmm::guest("illegal").run();
+    let traps = end.console.contains("csr write: trap cause=2\n");
+    assert_eq!(lost, Some(!traps), "{}", end.console);
+}
+
 #[test]
 fn it_knows_the_host() {
     let info = json();
@@ -28,10 +44,7 @@ fn it_knows_the_host() {
         kind => {
             assert_eq!(info["aia"]["guest_files"], kind == Kind::Aia);
             let kept = host::imsic_enables_kept(1 << 40);
-            let lossy = info["bugs"]
-                .as_array()
-                .and_then(|bugs| bugs.iter().find(|bug| bug["name"] == "imsic-upper-half"));
-            assert_eq!(lossy.expect("looked for")["present"], kept == 0);
+            assert_eq!(bug(&info, "imsic-upper-half")["present"], kept == 0);
         }
     }
     assert!(info["max_vcpus"].as_u64() >= Some(8));

@@ -153,6 +153,7 @@ impl Info {
                 lossy,
                 legacy_unsafe: probed.legacy_console && !legacy_console,
                 sign_extends: probed.sign_extends,
+                loses_illegal: probed.loses_illegal,
                 scounteren,
             }),
         })
@@ -164,6 +165,7 @@ struct Found {
     lossy: Option<bool>,
     legacy_unsafe: bool,
     sign_extends: bool,
+    loses_illegal: bool,
     scounteren: Option<u64>,
 }
 
@@ -189,6 +191,12 @@ fn bugs(found: &Found) -> Vec<Bug> {
             "legacy-ipi",
             Some(found.legacy_unsafe),
             "a guest's legacy SBI call can crash this kernel; rvmm keeps those calls off",
+        ),
+        bug(
+            "lost-illegal",
+            Some(found.loses_illegal),
+            "an instruction that is illegal on this host, or vector's while it is off, loses the hart \
+             that runs it; emulated hosts do so",
         ),
         bug(
             "scounteren-zero",

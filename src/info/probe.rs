@@ -19,14 +19,29 @@ use crate::util::ByteSize;
 /// ecall
 /// lb   t0, 0(zero)      reads 0x80
 /// sd   t0, 0(zero)      tells what became of it
+/// auipc t1, 0
+/// addi t1, t1, 16
+/// csrw stvec, t1        the csrr below
+/// (0)                   an illegal instruction
+/// csrr t0, scause
+/// sd   t0, 0(zero)      tells which trap came
 /// ```
-const CODE: [u32; 5] = [
+const CODE: [u32; 11] = [
     0x0010_0893,
     0x0000_0513,
     0x0000_0073,
     0x0000_0283,
     0x0050_3023,
+    0x0000_0317,
+    0x0103_0313,
+    0x1053_1073,
+    0,
+    0x1420_22f3,
+    0x0050_3023,
 ];
+
+/// `scause` of an illegal instruction.
+const ILLEGAL_INSTRUCTION: u64 = 2;
 
 /// The legacy extension's putchar.
 const LEGACY_PUTCHAR: u64 = 1;
@@ -39,6 +54,8 @@ pub(super) struct Probed {
     pub(super) legacy_console: bool,
     /// A byte load from a device extends the sign.
     pub(super) sign_extends: bool,
+    /// The trap of an illegal instruction does not reach the guest.
+    pub(super) loses_illegal: bool,
 }
 
 /// Runs the probe.
@@ -53,22 +70,36 @@ pub(super) fn run(hypervisor: &dyn Hypervisor) -> Result<Probed> {
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.set_reg(regs::PC, RAM_BASE)?;
     let mut legacy_console = false;
+    let mut sign_extends = None;
     let mut entry = VmEntry::Run;
     for _ in 0..EXITS_MAX {
-        entry = match vcpu.run(entry)? {
-            VmExit::Sbi(call) => {
+        let exit = vcpu.run(entry)?;
+        entry = match (exit, sign_extends) {
+            // Unrunnable: the guest is where only the host's kernel should be.
+            (VmExit::MmioWrite { .. } | VmExit::Unrunnable { .. }, Some(sign_extends)) => {
+                let trap = match exit {
+                    VmExit::MmioWrite { data, .. } => Some(u64::from_le_bytes(data)),
+                    _ => None,
+                };
+                return Ok(Probed {
+                    legacy_console,
+                    sign_extends,
+                    loses_illegal: trap != Some(ILLEGAL_INSTRUCTION),
+                });
+            }
+            (VmExit::Sbi(call), _) => {
                 legacy_console |= call.extension == LEGACY_PUTCHAR;
                 VmEntry::Sbi(SbiRet { error: 0, value: 0 })
             }
-            VmExit::MmioRead { .. } => VmEntry::MmioRead(0x80),
-            VmExit::MmioWrite { data, .. } => {
-                return Ok(Probed {
-                    legacy_console,
-                    sign_extends: u64::from_le_bytes(data) == u64::MAX << 7,
-                });
+            (VmExit::MmioRead { .. }, _) => VmEntry::MmioRead(0x80),
+            (VmExit::MmioWrite { data, .. }, None) => {
+                sign_extends = Some(u64::from_le_bytes(data) == u64::MAX << 7);
+                VmEntry::Run
             }
-            VmExit::Interrupted => VmEntry::Run,
-            other => bail!("Failed to probe this host: its KVM ended the probe with {other:?}"),
+            (VmExit::Interrupted, _) => VmEntry::Run,
+            (other, _) => {
+                bail!("Failed to probe this host: its KVM ended the probe with {other:?}")
+            }
         };
     }
     bail!("Failed to probe this host: its KVM does not run the probe to its end")

@@ -55,6 +55,7 @@ fn text_tells_all_of_it() {
             lossy: None,
             legacy_unsafe: false,
             sign_extends: false,
+            loses_illegal: true,
             scounteren: Some(7),
         }),
     };
@@ -68,6 +69,7 @@ fn text_tells_all_of_it() {
         "that stay:\n  zbb\n",
         "imsic-upper-half     does not apply",
         "mmio-zero-extends    FOUND",
+        "lost-illegal         FOUND",
         "scounteren-zero      not here",
     ] {
         assert!(text.contains(part), "{part:?} in {text}");

@@ -6,7 +6,7 @@
 //!
 //! The reset is a request that KVM_RUN serves on its way into the guest, which leaves no moment between the
 //! two. But a stopped hart serves it too (kvm_riscv_check_vcpu_requests in `arch/riscv/kvm/vcpu.c`), and
-//! sleeps until a signal comes. So [`Restarts::take_reset`] stops the hart, begins KVM_RUN, has it ended by a
+//! sleeps until a signal comes. So `Restarts::take_reset` stops the hart, begins KVM_RUN, has it ended by a
 //! kick, writes the register, and starts the hart.
 //!
 //! ```text
@@ -18,7 +18,7 @@
 //!
 //! For that the vCPU of a stopped hart must be outside KVM_RUN. It is from the start. A running hart that
 //! stops itself does so inside KVM_RUN: the machine kicks each vCPU on such a host every [`LOOK_EVERY`], and
-//! [`Restarts::look`] finds it stopped.
+//! `Restarts::look` finds it stopped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
