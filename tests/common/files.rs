@@ -53,6 +53,20 @@ pub(crate) fn debian() -> PathBuf {
         .into()
 }
 
+/// The program with which a guest loads another kernel, `resources/kexec`.
+pub(crate) fn kexec_loader() -> PathBuf {
+    let loader = env::var_os("RVMM_TEST_KEXEC").map_or_else(
+        || Path::new(env!("CARGO_BIN_EXE_rvmm")).with_file_name("examples/guest-kexec"),
+        PathBuf::from,
+    );
+    assert!(
+        loader.is_file(),
+        "{} is missing: cargo build --example guest-kexec",
+        loader.display()
+    );
+    loader
+}
+
 fn built(name: &str) -> PathBuf {
     let dir = env::var_os("RVMM_TEST_GUESTS").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"),

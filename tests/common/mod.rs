@@ -11,6 +11,7 @@
 //! | `RVMM_TEST_KERNEL`   | a Linux `Image`                                           | `/boot/vmlinux-$(uname -r)`   |
 //! | `RVMM_TEST_GUESTS`   | what `scripts/guests` built                               | `target/guests`               |
 //! | `RVMM_TEST_DEBIAN`   | a disk with a Debian for guests                           | none: those cases fail        |
+//! | `RVMM_TEST_KEXEC`    | the guests' loader for kexec, `resources/kexec`           | the one cargo built           |
 #![allow(
     dead_code,
     unused_imports,

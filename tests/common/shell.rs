@@ -21,7 +21,11 @@ impl Shell {
 
     /// The same of a command line that has that action.
     pub(crate) fn of(rvmm: Rvmm) -> Self {
-        let vm = rvmm.spawn();
+        Self::on(rvmm.spawn())
+    }
+
+    /// The same of a guest that has not been ready before.
+    pub(crate) fn on(vm: Vm) -> Self {
         vm.wait_for(READY);
         Self { vm, commands: 0 }
     }
