@@ -11,13 +11,18 @@ const OPTION: &str = "--section-ordering-file";
 fn main() {
     println!("cargo:rerun-if-changed={ORDER}");
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=RUSTC_LINKER");
     let is_riscv64 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "riscv64");
     if !is_riscv64 || !linker_orders() {
         return;
     }
     let root = env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
     let order = Path::new(&root).join(ORDER);
-    println!("cargo:rustc-link-arg-bins=-Wl,{OPTION}={}", order.display());
+    // Not by -Wl, which splits at commas.
+    for argument in [OPTION, &order.to_string_lossy()] {
+        println!("cargo:rustc-link-arg-bins=-Xlinker");
+        println!("cargo:rustc-link-arg-bins={argument}");
+    }
 }
 
 /// Whether the linker behind the compiler knows the option.

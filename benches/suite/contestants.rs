@@ -15,6 +15,7 @@ pub(crate) struct Job<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) initrd: Option<&'a Path>,
     pub(crate) cmdline: &'a str,
+    pub(crate) cpus: u32,
     pub(crate) hugepages: bool,
     /// An image for its first disk.
     pub(crate) disk: Option<&'a Path>,
@@ -121,8 +122,11 @@ impl Contestant {
     pub(crate) fn can(&self, job: &Job) -> bool {
         match self.kind {
             Kind::Rvmm { .. } | Kind::Qemu(_) => true,
-            Kind::Floor { .. } => job.link.is_none(),
-            Kind::Peer(_) => job.disk.is_none() && job.link.is_none() && !job.hugepages,
+            Kind::Floor { .. } => job.link.is_none() && job.cpus == 1,
+            Kind::Peer(ref words) => {
+                let cpus = job.cpus == 1 || words.iter().any(|word| word.contains("{cpus}"));
+                cpus && job.disk.is_none() && job.link.is_none() && !job.hugepages
+            }
         }
     }
 
@@ -171,6 +175,7 @@ fn add_flags(command: &mut Command, job: &Job) {
     command.arg("--kernel").arg(job.kernel);
     command.args(["--mem", &format!("{MEM_MIB}M{pages}")]);
     command.args(["--cmdline", job.cmdline]);
+    command.args(["--cpus", &job.cpus.to_string()]);
     if let Some(initrd) = job.initrd {
         command.arg("--initrd").arg(initrd);
     }
@@ -185,7 +190,8 @@ fn add_flags(command: &mut Command, job: &Job) {
 
 fn qemu(machine: &str, job: &Job) -> Command {
     let mut command = Command::new("qemu-system-riscv64");
-    command.args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
+    command.args(["-M", machine, "-accel", "kvm", "-cpu", "host"]);
+    command.args(["-smp", &job.cpus.to_string()]);
     command.args(["-m", &format!("{MEM_MIB}M"), "-no-reboot"]);
     command.args([
         "-nodefaults",
@@ -260,6 +266,7 @@ fn peer(words: &[String], job: &Job) -> Result<Command> {
         ("{initrd}", path(job.initrd.unwrap_or(job.kernel))),
         ("{cmdline}", job.cmdline.to_owned()),
         ("{mem}", MEM_MIB.to_string()),
+        ("{cpus}", job.cpus.to_string()),
     ];
     let filled = words.iter().map(|word| {
         let fill = |word: String, (place, value): &(&str, String)| word.replace(place, value);

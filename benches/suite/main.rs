@@ -68,7 +68,7 @@ fn words(name: &str) -> Vec<String> {
 type Measure = fn(&Lab, &Contestant, &mut Figures) -> Result<()>;
 
 /// Groups, how often each is measured in a round, and how.
-const MEASUREMENTS: [(&str, usize, Measure); 10] = [
+const MEASUREMENTS: [(&str, usize, Measure); 11] = [
     ("boot", 1, measure::boot),
     ("hugeboot", 1, measure::boot_in_hugepages),
     ("log", 1, measure::boot_with_log),
@@ -77,6 +77,7 @@ const MEASUREMENTS: [(&str, usize, Measure); 10] = [
     ("firstbyte", 1, measure::first_byte),
     ("exits", 1, measure::exits),
     ("pages", 1, measure::pages),
+    ("processes", 1, measure::processes),
     ("memory", 1, measure::memory_and_term),
     ("blk", 1, wire::blk),
     ("net", 1, wire::net),

@@ -17,6 +17,7 @@ use crate::memory;
 const QUIET: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/poweroff -- -f";
 const LOGGING: &str = "console=ttyS0 panic=-1 rdinit=/bin/poweroff -- -f";
 const CLOCK: &str = "console=ttyS0 quiet panic=-1 rvmm.action=clock";
+const PROCESSES: &str = "console=ttyS0 quiet panic=-1 rvmm.action=processes";
 const WAITING: &str = "console=ttyS0 quiet panic=-1 rvmm.action=echo";
 
 /// Bytes of the kernel file whose first byte of output is awaited: about what Debian's has.
@@ -71,6 +72,7 @@ impl Lab {
             kernel: &self.linux,
             initrd: Some(&self.initrd),
             cmdline,
+            cpus: 1,
             hugepages: false,
             disk: None,
             link: None,
@@ -254,12 +256,36 @@ fn init_stamp(output: &str) -> Option<f64> {
     stamp.trim().parse().ok()
 }
 
+/// Short processes, one after the other, in a guest of four vCPUs, by its own clock.
+pub(crate) fn processes(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let job = Job {
+        cpus: 4,
+        ..lab.linux(PROCESSES)
+    };
+    if !contestant.is_machine() || !contestant.can(&job) {
+        return Ok(());
+    }
+    let (_, output) = run(contestant, &job)?;
+    let line = output
+        .lines()
+        .find_map(|line| line.strip_prefix("rvmm-guest: processes "));
+    let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
+    let [count, from, to] = words[..] else {
+        bail!("it wrote {:?}", tail(&output));
+    };
+    let seconds = to.parse::<f64>()? - from.parse::<f64>()?;
+    let each = seconds * 1e3 / count.parse::<f64>()?;
+    figures.add("a short process, 4 vCPUs", "ms", &contestant.name, each);
+    Ok(())
+}
+
 /// Process start to the first byte of a guest that stores one at once, of a kernel as large as Debian's.
 pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let job = Job {
         kernel: &lab.padded,
         initrd: None,
         cmdline: "",
+        cpus: 1,
         hugepages: false,
         disk: None,
         link: None,
@@ -330,6 +356,7 @@ fn guest(kernel: &Path, hugepages: bool) -> Job<'_> {
         kernel,
         initrd: None,
         cmdline: "",
+        cpus: 1,
         hugepages,
         disk: None,
         link: None,

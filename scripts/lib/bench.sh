@@ -5,7 +5,7 @@
 BENCH_CLOCK=(-icount "shift=0,sleep=off")
 BENCH_HARTS=1
 BENCH_L1='1 hart'
-readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages memory blk net)
+readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net)
 readonly BENCH_LIMIT=5400
 # Where the user is: the scripts work in the repository.
 BENCH_CALLER=$OLDPWD

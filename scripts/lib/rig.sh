@@ -71,7 +71,10 @@ rig_next() {
 }
 
 rig_next_key() {
-    { printf '%s\n' "$ENV_NAME" "${RVMM_NEXT_KERNEL-}" && cat scripts/lib/next-kernel; } | sha256sum | cut -c1-12
+    {
+        printf '%s\n' "$ENV_NAME" "${RVMM_NEXT_KERNEL-}" && cat scripts/lib/next-kernel
+        [[ -z ${RVMM_NEXT_KERNEL-} ]] || sha256sum "$RVMM_NEXT_KERNEL"/*.deb
+    } | sha256sum | cut -c1-12
 }
 
 rig_get_next() {

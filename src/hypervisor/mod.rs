@@ -225,8 +225,8 @@ pub trait Serve {
     fn serve(&mut self, exit: VmExit) -> Self::Next;
 }
 
-/// The step of a vCPU's loop: run the guest, and serve its exit. For KVM's vCPU each frequent kind of exit has its own copy
-/// of [`Serve::serve`], so that no exit is written to memory and read back.
+/// The step of a vCPU's loop: run the guest, and serve its exit. For KVM's vCPU each frequent kind of exit has
+/// its own copy of [`Serve::serve`], so that no exit is written to memory and read back.
 pub trait RunAnd {
     /// [`Vcpu::run`], and what `server` makes of the exit.
     ///

@@ -195,8 +195,8 @@ fn bugs(found: &Found) -> Vec<Bug> {
         bug(
             "lost-illegal",
             Some(found.loses_illegal),
-            "an instruction that is illegal on this host, or vector's while it is off, loses the hart \
-             that runs it; emulated hosts do so",
+            "an instruction that is illegal on this host, or a vector instruction while vector is off, \
+             loses the hart that runs it; emulated hosts do so",
         ),
         bug(
             "scounteren-zero",

@@ -253,8 +253,11 @@ impl HartSide for InKernelAia {
     fn is_pending(&self, hart: u32, saved: &[SavedRegister]) -> Result<bool> {
         let of = |number| saved.iter().find(|(register, _)| *register == number);
         let value = |number| of(number).map_or(0, |(_, value)| *value);
+        if value(EIDELIVERY) != DELIVERS {
+            return Ok(false);
+        }
         let threshold = value(EITHRESHOLD);
-        for word in self.words().take_while(|_| value(EIDELIVERY) == DELIVERS) {
+        for word in self.words() {
             let enabled = value(EIE0 + word);
             // A register costs a call of the kernel, and most words have nothing enabled.
             if enabled == 0 {
@@ -278,9 +281,9 @@ impl HartSide for InKernelAia {
     }
 
     fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()> {
-        for (register, value) in saved {
-            // Not over what came meanwhile.
+        for (register, value) in saved.iter().filter(|(_, value)| *value != 0) {
             let is_pending = (EIP0..EIE0).contains(register);
+            // Beside what came since the reset.
             let now = if is_pending {
                 self.aia.imsic(hart, *register)?
             } else {

@@ -20,8 +20,8 @@ pub struct IrqChip {
     sources: u32,
 }
 
-/// What a controller keeps for each hart. A hart that suspends the system waits for it, and KVM resets it
-/// then. The hart's vCPU is not in KVM_RUN when these are called.
+/// What a controller keeps for each hart. A hart that suspends the system waits for its interrupts, and KVM
+/// resets the hart then. The hart's vCPU is not in KVM_RUN when these are called.
 pub trait HartSide: Send + Sync {
     /// Whether an interrupt is pending for `hart` that the guest has enabled in the controller. What is enabled
     /// has not changed since [`HartSide::save`] returned `saved`.

@@ -8,7 +8,7 @@ use log::debug;
 
 use super::{Deadline, Event};
 use crate::util::text;
-use crate::vcpu::restart::{KICK_EVERY, LOOK_EVERY};
+use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
 
 /// A machine that has run for so long may run for longer: the code that only starting needed is given back.
@@ -24,8 +24,9 @@ pub(super) struct Meantime<'a> {
     vcpus: &'a [VcpuHandle],
     /// When code is given back, the next time last.
     settles: Vec<Instant>,
-    /// When vCPUs are looked at.
+    /// When vCPUs are looked at next, and how often they have been.
     looks: Option<Instant>,
+    looked: u32,
 }
 
 impl<'a> Meantime<'a> {
@@ -36,6 +37,7 @@ impl<'a> Meantime<'a> {
             vcpus,
             settles: SETTLED.iter().rev().map(|time| now + *time).collect(),
             looks: now.checked_add(LOOK_EVERY),
+            looked: 0,
         }
     }
 
@@ -82,9 +84,11 @@ impl<'a> Meantime<'a> {
         let looks = self.must_look() && self.looks.is_some_and(|time| time <= now);
         if looks {
             self.looks = now.checked_add(LOOK_EVERY);
+            self.looked = self.looked.wrapping_add(1);
         }
+        let all = self.looked % ALL_OF_LOOKS == 0;
         for vcpu in self.vcpus {
-            if vcpu.wants_kick() || (looks && vcpu.may_have_stopped()) {
+            if vcpu.wants_kick() || (looks && (all || vcpu.may_have_stopped())) {
                 vcpu.kick();
             }
         }

@@ -7,10 +7,10 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::Stop;
 use super::fetch::FetchFaults;
 use super::sbi::Sbi;
-use super::suspend::{SUSP, Suspend};
+use super::suspend::{SUSP, SYSTEM_SUSPEND, Suspend};
 use crate::bus::Bus;
 use crate::devices::sifive_test::PowerSwitch;
-use crate::hypervisor::{SystemEvent, VmEntry, VmExit};
+use crate::hypervisor::{SbiCall, SystemEvent, VmEntry, VmExit};
 use crate::irqchip::HartSide;
 use crate::util::{RateLimit, guest_warn};
 
@@ -84,7 +84,7 @@ impl Exits {
                     Some(request) => stop(request.into()),
                 }
             }
-            VmExit::Sbi(call) if call.extension == SUSP => Next::Rare(Rare::Suspend),
+            VmExit::Sbi(call) if is_suspend(&call) => Next::Rare(Rare::Suspend),
             VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
             VmExit::System(event) => stop(system_event(event)),
@@ -106,6 +106,11 @@ impl Exits {
         );
         0
     }
+}
+
+#[inline(always)]
+fn is_suspend(call: &SbiCall) -> bool {
+    call.extension == SUSP && call.function == SYSTEM_SUSPEND
 }
 
 #[cold]
@@ -138,7 +143,6 @@ mod tests {
     use crate::bus::MmioDevice;
     use crate::config::MemConfig;
     use crate::devices::console::Console;
-    use crate::hypervisor::SbiCall;
     use crate::irqchip::plic::Plic;
     use crate::memory;
     use crate::util::{ByteSize, sync::lock};
@@ -205,12 +209,18 @@ mod tests {
 
     #[test]
     fn a_suspend_is_the_harts() {
-        let call = SbiCall {
+        let call = |function| SbiCall {
             extension: SUSP,
-            function: 0,
+            function,
             args: [0; 6],
         };
-        assert_eq!(exits().handle(VmExit::Sbi(call)), Next::Rare(Rare::Suspend));
+        let exits = exits();
+        let suspend = exits.handle(VmExit::Sbi(call(0)));
+        assert_eq!(suspend, Next::Rare(Rare::Suspend));
+        let Next::Enter(VmEntry::Sbi(ret)) = exits.handle(VmExit::Sbi(call(1))) else {
+            panic!("not answered");
+        };
+        assert_eq!(ret.error, -2);
     }
 
     #[test]

@@ -17,8 +17,13 @@
 //! ```
 //!
 //! For that the vCPU of a stopped hart must be outside KVM_RUN. It is from the start. A running hart that
-//! stops itself does so inside KVM_RUN: the machine kicks each vCPU on such a host every [`LOOK_EVERY`], and
-//! `Restarts::look` finds it stopped.
+//! stops itself does so inside KVM_RUN: the machine kicks each vCPU on such a host every [`LOOK_EVERY`], or a
+//! twentieth as often while it waits for an interrupt, and `Restarts::look` finds it stopped.
+//!
+//! What is left. A hart that is stopped and started again between two looks runs without its clocks until
+//! the next one. A guest cannot keep the register at 0. While a reset is taken, which lasts a millisecond or two,
+//! other harts see a hart that was started as stopped: HART_GET_STATUS says so, and a second HART_START
+//! succeeds.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +31,7 @@ use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
 use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit, regs};
+use crate::util::{RateLimit, guest_warn};
 
 /// `scounteren` with CY, TM and IR: processes may read `cycle`, `time` and `instret`. KVM before Linux 7.x
 /// starts harts so.
@@ -34,15 +40,21 @@ pub const CYCLE_TIME_INSTRET: u64 = 0b111;
 /// No reset leaves this in `scounteren`, whatever the host.
 const MARK: u64 = (1 << 31) | CYCLE_TIME_INSTRET;
 
-/// How often the machine kicks vCPUs for a look.
+/// How often the machine kicks vCPUs for a look, those that wait for an interrupt each twentieth time.
 pub const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Of so many looks one is at the vCPUs that wait for an interrupt too.
+pub const ALL_OF_LOOKS: u32 = 20;
 
 /// How often it kicks a vCPU that waits for its kick.
 pub const KICK_EVERY: Duration = Duration::from_millis(1);
 
-/// A stopped hart's state is read again after a sixteenth of the time for which it has been read, and within
-/// these.
-const POLL_AFTER: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
+/// The pause between two reads of a stopped hart's state is a sixteenth of the time for which the hart has been
+/// stopped, but no less and no more than these.
+const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(100));
+
+/// Every KVM has served a reset long before.
+const RESET_TAKES: Duration = Duration::from_secs(2);
 
 /// Calls the machine to kick this vCPU.
 pub type Call = Box<dyn Fn() + Send>;
@@ -76,44 +88,50 @@ impl Shared {
 pub(super) struct Restarts {
     pub(super) shared: Arc<Shared>,
     call: Call,
-    /// `scounteren` at the last look since the hart started.
-    seen: u64,
 }
 
 impl Restarts {
     /// Those of a vCPU whose kicks begin at a `call`.
     pub(super) fn new(shared: Arc<Shared>, call: Call) -> Self {
-        Self {
-            shared,
-            call,
-            seen: 0,
-        }
+        Self { shared, call }
     }
 
-    /// Waits while the hart is stopped. When it is started it has its `scounteren`. The vCPU is outside
-    /// KVM_RUN. An exit is one that still is to be served.
+    /// Looks after the hart of a vCPU that came out of KVM_RUN: waits while it is stopped, and gives it its
+    /// `scounteren`. Returns the exit that still has to be served, if there is one.
     ///
     /// # Errors
     /// KVM refused.
     pub(super) fn look(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<VmExit>> {
-        if vcpu.hart_state()? == HartState::Started {
-            self.mend(vcpu)?;
-            return Ok(None);
+        if vcpu.hart_state()? == HartState::Stopped {
+            return self.wait_for_start(vcpu);
         }
+        // It may have been stopped and started since the last look.
+        if vcpu.reg(regs::SCOUNTEREN)? == Some(0) {
+            vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
+        }
+        Ok(None)
+    }
+
+    /// Waits until the hart of a vCPU that has not run yet, or was found stopped, is started, and takes the reset
+    /// that comes with it. Returns the exit that still has to be served, if there is one.
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub(super) fn wait_for_start(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<VmExit>> {
         let began = Instant::now();
         while vcpu.hart_state()? == HartState::Stopped {
             if self.shared.is_stopping() {
                 return Ok(None);
             }
-            let (least, most) = POLL_AFTER;
+            let (least, most) = PAUSES;
             self.shared.sleep((began.elapsed() / 16).clamp(least, most));
         }
         self.take_reset(vcpu, VmEntry::Run)
     }
 
     /// Has KVM serve the reset that waits for the vCPU, which completes its last exit with `entry`. No
-    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more: the exit of that is
-    /// returned.
+    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more. Returns the exit
+    /// of that, which still has to be served.
     ///
     /// # Errors
     /// KVM refused.
@@ -127,37 +145,33 @@ impl Restarts {
         vcpu.set_hart_state(HartState::Stopped)?;
         self.shared.wants_kick.store(true, Ordering::Release);
         (self.call)();
-        let mut early = None;
+        let began = Instant::now();
+        let mut unserved = None;
         while !self.shared.is_stopping() {
             let exit = vcpu.run(entry)?;
             entry = VmEntry::Run;
             if exit != VmExit::Interrupted {
-                early = Some(exit);
+                unserved = Some(exit);
                 break;
             }
             if vcpu.reg(regs::SCOUNTEREN)? != Some(MARK) {
                 break;
             }
+            if began.elapsed() > RESET_TAKES {
+                let limit = RateLimit::named("resets of harts");
+                guest_warn!(
+                    limit,
+                    "this host's KVM does not reset a hart that starts or resumes"
+                );
+                break;
+            }
         }
         self.shared.wants_kick.store(false, Ordering::Release);
         vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
-        self.seen = 0;
-        if early.is_none() {
+        if unserved.is_none() {
             vcpu.set_hart_state(HartState::Started)?;
         }
-        Ok(early)
-    }
-
-    /// A hart can be stopped and started between two looks, and is reset then: what was 7 at the last look
-    /// is 0. A guest's own 0, which is there at the first look, stays.
-    fn mend(&mut self, vcpu: &mut dyn Vcpu) -> Result<()> {
-        let now = vcpu.reg(regs::SCOUNTEREN)?.unwrap_or_default();
-        if now == 0 && self.seen == CYCLE_TIME_INSTRET {
-            vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
-        } else {
-            self.seen = now;
-        }
-        Ok(())
+        Ok(unserved)
     }
 }
 

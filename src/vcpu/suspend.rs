@@ -11,8 +11,10 @@ use super::restart::Restarts;
 use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, VmExit, regs};
 use crate::irqchip::{HartSide, SavedRegister};
 
-/// Extension id of the call.
+/// Extension id of the call, and its one function.
 pub const SUSP: u64 = 0x5355_5350;
+/// SYSTEM_SUSPEND.
+pub const SYSTEM_SUSPEND: u64 = 0;
 
 /// How often a suspended hart's interrupts are looked at. KVM has nothing to wait for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -35,8 +37,8 @@ impl Suspend {
         Self { irqs }
     }
 
-    /// Hart `hart`, whose `vcpu` made the call, sleeps until it wakes or is to end. An exit is one that still is to be
-    /// served.
+    /// Hart `hart`, whose `vcpu` made the call, sleeps until it wakes or is to end. Returns the exit that still
+    /// has to be served, if there is one.
     ///
     /// # Errors
     /// KVM refused.
@@ -58,11 +60,12 @@ impl Suspend {
             }
             restarts.shared.sleep(LOOK_EVERY);
         }
-        // The reset clears the hart's IMSIC, and the interrupt that woke it with it.
+        // The reset clears the hart's IMSIC, and the interrupt that woke it with it. What comes between this and
+        // the reset, in the next millisecond or two, is lost.
         let saved = self.irqs.save(hart)?;
-        let early = restarts.take_reset(vcpu, OK)?;
+        let unserved = restarts.take_reset(vcpu, OK)?;
         self.irqs.restore(hart, &saved)?;
-        Ok(early)
+        Ok(unserved)
     }
 
     /// Whether an interrupt is pending and enabled. `sstatus.SIE` does not matter, as with WFI.

@@ -181,8 +181,7 @@ impl Serve for Counting<'_> {
 impl Hart {
     /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
     fn run(&mut self, vcpu: &mut dyn Vcpu, stats: Option<&mut ExitStats>) -> Result<Option<Stop>> {
-        // A hart that has not been started waits here.
-        let entry = match self.settle(vcpu, Rare::Look)? {
+        let entry = match self.begin(vcpu)? {
             Ok(entry) => entry,
             Err(stop) => return Ok(Some(stop)),
         };
@@ -215,42 +214,54 @@ impl Hart {
         Ok(None)
     }
 
-    /// What comes of `rare`: how the vCPU runs on, or why it does not.
+    /// Where KVM resets harts that are started, all but the one that boots wait for it here.
+    fn begin(&mut self, vcpu: &mut dyn Vcpu) -> Result<Settled> {
+        if !self.follow_restarts || self.id == BOOT_HART {
+            return Ok(Ok(VmEntry::Run));
+        }
+        let unserved = self.restarts.wait_for_start(vcpu)?;
+        self.serve_rest(vcpu, unserved)
+    }
+
+    /// What comes of `rare`.
     #[cold]
     #[inline(never)]
-    fn settle(
-        &mut self,
-        vcpu: &mut dyn Vcpu,
-        mut rare: Rare,
-    ) -> Result<std::result::Result<VmEntry, Stop>> {
-        loop {
-            let unserved = match rare {
-                Rare::Look => match self.follow_restarts {
-                    true => self.restarts.look(vcpu)?,
-                    false => None,
-                },
-                Rare::Suspend => {
-                    let suspend = &self.exits.suspend;
-                    suspend.sleep(self.id, vcpu, &mut self.restarts)?
-                }
-                Rare::Stop(stop) => match *stop {
-                    Stop::Unrunnable { errno, pc } => {
-                        match self.exits.fetch_faults.answer(vcpu, errno, pc)? {
-                            Some(stop) => return Ok(Err(stop)),
-                            None => None,
-                        }
-                    }
-                    stop => return Ok(Err(stop)),
-                },
-            };
-            match unserved.map(|exit| self.exits.handle(exit)) {
-                None => return Ok(Ok(VmEntry::Run)),
-                Some(Next::Enter(entry)) => return Ok(Ok(entry)),
-                Some(Next::Rare(next)) => rare = next,
+    fn settle(&mut self, vcpu: &mut dyn Vcpu, rare: Rare) -> Result<Settled> {
+        let unserved = match rare {
+            Rare::Look if self.follow_restarts => self.restarts.look(vcpu)?,
+            Rare::Look => None,
+            Rare::Suspend => {
+                let suspend = &self.exits.suspend;
+                suspend.sleep(self.id, vcpu, &mut self.restarts)?
             }
+            Rare::Stop(stop) => {
+                let Stop::Unrunnable { errno, pc } = *stop else {
+                    return Ok(Err(*stop));
+                };
+                if let Some(stop) = self.exits.fetch_faults.answer(vcpu, errno, pc)? {
+                    return Ok(Err(stop));
+                }
+                None
+            }
+        };
+        self.serve_rest(vcpu, unserved)
+    }
+
+    /// Serves the exit that something else than the loop brought, if it did.
+    fn serve_rest(&mut self, vcpu: &mut dyn Vcpu, unserved: Option<VmExit>) -> Result<Settled> {
+        match unserved.map(|exit| self.exits.handle(exit)) {
+            None => Ok(Ok(VmEntry::Run)),
+            Some(Next::Enter(entry)) => Ok(Ok(entry)),
+            Some(Next::Rare(rare)) => self.settle(vcpu, rare),
         }
     }
 }
+
+/// How a vCPU runs on, or why it does not.
+type Settled = std::result::Result<VmEntry, Stop>;
+
+/// The hart that runs from the start.
+const BOOT_HART: u32 = 0;
 
 #[cfg(test)]
 mod tests;

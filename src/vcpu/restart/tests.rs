@@ -150,32 +150,45 @@ fn a_stopped_hart_ends_with_its_machine() {
     assert_eq!(calls.load(Ordering::Acquire), 0);
 }
 
+/// At a look's turn, and right after a reset was taken.
 #[test]
 fn what_a_restart_between_two_looks_cleared_is_back() {
-    let (mut restarts, ..) = restarts();
+    let (mut restarts, _) = restarts();
     let mut vcpu = fake(State {
-        scounteren: CYCLE_TIME_INSTRET,
+        stopped: true,
+        starts_after: Some(1),
         ..State::default()
     });
-    restarts.look(&mut vcpu).unwrap();
-    lock(&vcpu.0).scounteren = 0;
-    restarts.look(&mut vcpu).unwrap();
-    assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
+    restarts.wait_for_start(&mut vcpu).unwrap();
+    for _ in 0..3 {
+        lock(&vcpu.0).scounteren = 0;
+        restarts.look(&mut vcpu).unwrap();
+        assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
+    }
 }
 
 #[test]
 fn a_guests_own_value_stays() {
-    for own in [0, 2] {
-        let (mut restarts, ..) = restarts();
-        let mut vcpu = fake(State {
-            scounteren: own,
-            ..State::default()
-        });
-        for _ in 0..3 {
-            restarts.look(&mut vcpu).unwrap();
-            assert_eq!(lock(&vcpu.0).scounteren, own);
-        }
-    }
+    let (mut restarts, _) = restarts();
+    let mut vcpu = fake(State {
+        scounteren: 2,
+        ..State::default()
+    });
+    restarts.look(&mut vcpu).unwrap();
+    assert_eq!(lock(&vcpu.0).scounteren, 2);
+}
+
+/// Started before its vCPU's thread had a look.
+#[test]
+fn a_hart_that_was_started_early_begins_with_its_counters() {
+    let (mut restarts, _) = restarts();
+    let mut vcpu = fake(State {
+        reset_waits: true,
+        ..State::default()
+    });
+    assert_eq!(restarts.wait_for_start(&mut vcpu).unwrap(), None);
+    vcpu.run(VmEntry::Run).unwrap();
+    assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
 }
 
 /// Two harts that start a third at once: the second call should fail. Whatever comes of it, no exit is lost.
