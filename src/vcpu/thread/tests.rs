@@ -13,7 +13,9 @@ use super::*;
 use crate::bus::Bus;
 use crate::config::MemConfig;
 use crate::devices::console::Console;
-use crate::hypervisor::{Counter, ExternalIrq, HartState, RegId, SbiCall, SbiRet, SystemEvent};
+use crate::hypervisor::{
+    Counter, ExternalIrq, HartState, RegId, SbiCall, SbiRet, SystemEvent, regs,
+};
 use crate::irqchip::plic::Plic;
 use crate::memory;
 use crate::util::ByteSize;
@@ -29,6 +31,17 @@ struct Script {
     kicked: Arc<AtomicBool>,
     /// Signals that its thread blocks.
     blocked: Arc<Mutex<Vec<i32>>>,
+    /// Its hart, on a host that resets harts.
+    hart: Arc<Mutex<FakeHart>>,
+}
+
+/// A hart as Linux 7.x keeps it.
+#[derive(Default)]
+struct FakeHart {
+    stopped: bool,
+    /// Another hart has started it.
+    reset_waits: bool,
+    scounteren: u64,
 }
 
 struct Flag(Arc<AtomicBool>);
@@ -39,35 +52,62 @@ impl Kicker for Flag {
     }
 }
 
+/// A vCPU that waits for no interrupt.
+struct Awake;
+
+impl Waiting for Awake {
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
 impl Vcpu for Script {
     fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
         *lock(&self.blocked) = get_blocked_signals().unwrap();
+        {
+            let mut hart = lock(&self.hart);
+            if std::mem::take(&mut hart.reset_waits) {
+                hart.scounteren = 0;
+            }
+            if hart.stopped {
+                return Ok(VmExit::Interrupted);
+            }
+        }
         lock(&self.entries).push(entry);
         if let Some(exit) = self.exits.pop_front() {
             return Ok(exit);
         }
-        while !self.kicked.load(Ordering::SeqCst) {
+        // Or a kick finds the hart stopped.
+        while !self.kicked.load(Ordering::SeqCst) && !lock(&self.hart).stopped {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(VmExit::Interrupted)
     }
-    fn reg(&self, _: RegId) -> Result<Option<u64>> {
-        Ok(None)
+    fn reg(&self, id: RegId) -> Result<Option<u64>> {
+        let scounteren = lock(&self.hart).scounteren;
+        Ok((id == regs::SCOUNTEREN).then_some(scounteren))
     }
-    fn set_reg(&self, _: RegId, _: u64) -> Result<()> {
+    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
+        if id == regs::SCOUNTEREN {
+            lock(&self.hart).scounteren = value;
+        }
         Ok(())
     }
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
         unreachable!("has none")
     }
     fn hart_state(&self) -> Result<HartState> {
-        Ok(HartState::Started)
+        Ok(match lock(&self.hart).stopped {
+            true => HartState::Stopped,
+            false => HartState::Started,
+        })
     }
-    fn set_hart_state(&self, _: HartState) -> Result<()> {
+    fn set_hart_state(&self, state: HartState) -> Result<()> {
+        lock(&self.hart).stopped = state == HartState::Stopped;
         Ok(())
     }
     fn waiting(&self) -> Result<Box<dyn Waiting>> {
-        unreachable!("is not looked at")
+        Ok(Box::new(Awake))
     }
     fn counters(&self) -> Result<Vec<Counter>> {
         let (name, value) = ("exits".into(), 8);
@@ -84,6 +124,17 @@ struct Started {
     stops: mpsc::Receiver<Result<Stop>>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
     blocked: Arc<Mutex<Vec<i32>>>,
+    hart: Arc<Mutex<FakeHart>>,
+    calls: mpsc::Receiver<()>,
+}
+
+/// The script of a hart that is stopped at first, on a host that resets harts.
+fn start_stopped(exits: &[VmExit]) -> Started {
+    let hart = FakeHart {
+        stopped: true,
+        ..FakeHart::default()
+    };
+    start_as(exits, None, Some(hart))
 }
 
 fn start(exits: &[VmExit]) -> Started {
@@ -91,23 +142,31 @@ fn start(exits: &[VmExit]) -> Started {
 }
 
 fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
+    start_as(exits, stats, None)
+}
+
+fn start_as(exits: &[VmExit], stats: Option<ExitStats>, hart: Option<FakeHart>) -> Started {
+    let follow_restarts = hart.is_some();
     let ram = memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
     let sbi = Sbi::new(ram, Arc::new(Console::default()));
     let script = Script {
         exits: exits.iter().copied().collect(),
+        hart: Arc::new(Mutex::new(hart.unwrap_or_default())),
         ..Script::default()
     };
     let (entries, blocked) = (Arc::clone(&script.entries), Arc::clone(&script.blocked));
+    let hart = Arc::clone(&script.hart);
+    let (called, calls) = mpsc::channel();
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
     let irqs = Arc::new(Plic::new(0, Vec::new()));
     let exits = Exits::new(Arc::new(Bus::default()), sbi, Arc::default(), irqs);
     let start = Start {
-        id: 0,
+        id: u32::from(follow_restarts),
         on_stop,
-        on_call: Box::new(|| {}),
+        on_call: Box::new(move || called.send(()).unwrap()),
         stats,
-        follow_restarts: false,
+        follow_restarts,
     };
     let handle = VcpuHandle::start(Box::new(script), Arc::new(exits), start).unwrap();
     Started {
@@ -115,6 +174,8 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
         stops,
         entries,
         blocked,
+        hart,
+        calls,
     }
 }
 
@@ -124,6 +185,53 @@ fn the_simplest_guest_there_is() {
     let vcpu = start(&[shutdown]);
     assert!(matches!(vcpu.stops.recv().unwrap(), Ok(Stop::PowerOff)));
     assert_eq!(*lock(&vcpu.entries), [VmEntry::Run]);
+}
+
+/// On a host that resets harts it does not run before another hart starts it.
+#[test]
+fn a_stopped_hart_runs_when_it_is_started() {
+    let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
+    let vcpu = start_stopped(&[shutdown]);
+    assert!(vcpu.handle.follows_restarts());
+    {
+        let mut hart = lock(&vcpu.hart);
+        assert!(lock(&vcpu.entries).is_empty());
+        (hart.stopped, hart.reset_waits) = (false, true);
+    }
+    assert!(matches!(vcpu.stops.recv().unwrap(), Ok(Stop::PowerOff)));
+    vcpu.calls.recv().unwrap();
+    assert_eq!(lock(&vcpu.hart).scounteren, 7);
+    assert_eq!(*lock(&vcpu.entries), [VmEntry::Run]);
+}
+
+#[test]
+fn a_stopped_hart_ends_with_its_handle() {
+    let vcpu = start_stopped(&[]);
+    drop(vcpu.handle);
+    assert!(vcpu.stops.recv().is_err(), "nothing is told");
+    assert!(lock(&vcpu.entries).is_empty());
+}
+
+/// A running hart that stops itself is found when it is kicked, and waits as one that never ran.
+#[test]
+fn a_hart_that_stops_itself_is_found() {
+    let vcpu = start_stopped(&[]);
+    for start in 1..=3 {
+        let mut hart = lock(&vcpu.hart);
+        (hart.stopped, hart.reset_waits) = (false, true);
+        drop(hart);
+        vcpu.calls.recv().unwrap();
+        while lock(&vcpu.entries).len() < start {
+            std::thread::yield_now();
+        }
+        assert_eq!(lock(&vcpu.hart).scounteren, 7);
+        assert!(vcpu.handle.may_have_stopped());
+        lock(&vcpu.hart).stopped = true;
+        // Asleep outside KVM_RUN it needs no look.
+        while vcpu.handle.may_have_stopped() {
+            std::thread::yield_now();
+        }
+    }
 }
 
 #[test]
