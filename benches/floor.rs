@@ -6,8 +6,8 @@
 //!
 //! One thread, one vCPU, RAM, the kernel 2 MiB into it, initrd and device tree where rvmm puts them, and a loop on
 //! KVM_RUN: every load reads 0x60 (a UART that is ready), a byte stored to the UART goes to standard output, every SBI
-//! call succeeds, and the first system event or store to sifive_test ends it. No interrupt is raised. With `--aia` the in-kernel AIA is
-//! there, as rvmm sets it up.
+//! call succeeds, and the first system event or store to sifive_test ends it. No interrupt is raised. With `--aia` the
+//! in-kernel AIA is there, as rvmm sets it up.
 #![allow(unsafe_code)]
 
 #[cfg(not(target_arch = "riscv64"))]

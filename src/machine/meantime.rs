@@ -12,18 +12,13 @@ use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
 
 /// A machine that has run for so long may run for longer: the code that only starting needed is given back.
-/// Code that later work needed is given back twice more, each time after ten times as long.
-const SETTLED: [Duration; 3] = [
-    Duration::from_millis(500),
-    Duration::from_secs(5),
-    Duration::from_secs(50),
-];
+const SETTLED: Duration = Duration::from_millis(500);
 
 /// One life of a machine, seen from its own thread.
 pub(super) struct Meantime<'a> {
     vcpus: &'a [VcpuHandle],
-    /// When code is given back, the next time last.
-    settles: Vec<Instant>,
+    /// When code is given back; none when it is.
+    settles: Option<Instant>,
     /// When vCPUs are looked at next, and how often they have been.
     looks: Option<Instant>,
     looked: u32,
@@ -35,7 +30,7 @@ impl<'a> Meantime<'a> {
         let now = Instant::now();
         Self {
             vcpus,
-            settles: SETTLED.iter().rev().map(|time| now + *time).collect(),
+            settles: now.checked_add(SETTLED),
             looks: now.checked_add(LOOK_EVERY),
             looked: 0,
         }
@@ -63,7 +58,7 @@ impl<'a> Meantime<'a> {
         }
         let looks = self.looks.filter(|_| self.must_look());
         let now = Instant::now();
-        let times = self.settles.last().copied().into_iter().chain(looks);
+        let times = self.settles.into_iter().chain(looks);
         let next = times.map(|time| time.saturating_duration_since(now)).min();
         next.unwrap_or(Duration::MAX)
     }
@@ -75,10 +70,10 @@ impl<'a> Meantime<'a> {
 
     fn act(&mut self) {
         let now = Instant::now();
-        if self.settles.last().is_some_and(|time| *time <= now) {
-            self.settles.pop();
+        if self.settles.is_some_and(|time| time <= now) {
+            self.settles = None;
             if let Err(error) = text::release() {
-                debug!("code that is not needed any more stays in memory: {error}");
+                debug!("the code that only starting needed stays in memory: {error}");
             }
         }
         let looks = self.must_look() && self.looks.is_some_and(|time| time <= now);
