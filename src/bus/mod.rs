@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use serde_json::Value;
 use thiserror::Error;
 pub use vm_fdt::{Error as FdtError, FdtWriter};
 
@@ -23,9 +24,15 @@ pub trait MmioDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// A part of the machine that the device tree describes.
+/// A part of the machine with a name: it has nodes in the device tree, can stand still, and can be described.
+///
+/// The machine's own thread calls [`Device::pause`] and [`Device::resume`], in turns, while no vCPU runs. All
+/// other methods may be called at any time, by any thread, with no lock held.
 pub trait Device: Send + Sync {
-    /// Adds its node to the tree, inside `/soc`.
+    /// The name, which no other device of the machine has: `uart`, `disk0`.
+    fn id(&self) -> &str;
+
+    /// Adds its nodes to the tree, inside `/soc`. One that is found by other means has none.
     ///
     /// # Errors
     /// The writer refused a name or value: a fault of rvmm's.
@@ -36,6 +43,18 @@ pub trait Device: Send + Sync {
     fn registers_at(&self, _gpa: u64) -> Option<String> {
         None
     }
+
+    /// Stands still. What was begun is complete when this returns. Until [`Device::resume`] the device writes no
+    /// guest RAM, changes no interrupt and takes nothing from the host. It loses nothing: what the guest asked
+    /// for meanwhile, and before, is done later. It may wait for the host's disk.
+    fn pause(&self) {}
+
+    /// Goes on where [`Device::pause`] left off. A device that cannot go on says so to its driver
+    /// (DEVICE_NEEDS_RESET), or logs it.
+    fn resume(&self) {}
+
+    /// What people may want to know of its state, as a JSON object: `{"kind": "uart"}` and more.
+    fn describe(&self) -> Value;
 }
 
 /// Two devices that claim the same address: a fault of the machine's layout.

@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde_json::{Value, json};
+
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
@@ -244,6 +246,20 @@ impl MmioDevice for GoldfishRtc {
 }
 
 impl Device for GoldfishRtc {
+    fn id(&self) -> &str {
+        "rtc"
+    }
+
+    fn describe(&self) -> Value {
+        let state = lock(&self.shared.state);
+        json!({
+            "kind": "goldfish_rtc",
+            "registers": self.base,
+            "alarm_ns": state.clock.alarm,
+            "interrupt": state.level,
+        })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let node = fdt.begin_node(&format!("rtc@{:x}", self.base))?;
         fdt.property_string("compatible", "google,goldfish-rtc")?;

@@ -10,6 +10,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde_json::{Value, json};
+
 use crate::bus::{Device, FdtError, FdtWriter, MmioDevice};
 
 /// The range on the bus, as QEMU's virt machine has it.
@@ -106,6 +108,14 @@ impl MmioDevice for SifiveTest {
 }
 
 impl Device for SifiveTest {
+    fn id(&self) -> &str {
+        "sifive_test"
+    }
+
+    fn describe(&self) -> Value {
+        json!({ "kind": "sifive_test", "registers": self.base })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let compatible = ["sifive,test1", "sifive,test0", "syscon"].map(String::from);
         let node = fdt.begin_node(&format!("test@{:x}", self.base))?;

@@ -26,6 +26,8 @@ mod modem;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use serde_json::{Value, json};
+
 use self::fifo::{Fifo, Received};
 use self::modem::{MCR_OUT2, MCR_RTS, Modem};
 use super::console::{Console, LOW_ROOM, Listener};
@@ -437,6 +439,20 @@ impl Listener for Uart {
 }
 
 impl Device for Uart {
+    fn id(&self) -> &str {
+        "uart"
+    }
+
+    fn describe(&self) -> Value {
+        let chip = lock(&self.chip);
+        json!({
+            "kind": "uart16550",
+            "registers": self.base,
+            "interrupt": chip.level,
+            "input_bytes": self.console.input_len(),
+        })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let node = fdt.begin_node(&format!("serial@{:x}", self.base))?;
         fdt.property_string("compatible", "ns16550a")?;

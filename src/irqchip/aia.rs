@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value, json};
 use vm_memory::GuestAddress;
 
 use super::msi::MsiRouter;
@@ -296,6 +297,22 @@ impl HartSide for InKernelAia {
 }
 
 impl Device for InKernelAia {
+    fn id(&self) -> &str {
+        "aia"
+    }
+
+    fn describe(&self) -> Value {
+        json!({
+            "kind": "aia",
+            "aplic": self.placement.aplic.0,
+            "imsic": self.placement.imsic.0,
+            "harts": self.harts,
+            "identities": self.ids,
+            "guest_files": self.guest_files,
+            "sources": self.sources,
+        })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
         self.aplic_node(fdt)?;
         self.imsic_node(fdt)

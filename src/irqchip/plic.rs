@@ -9,6 +9,8 @@ mod core;
 
 use std::sync::{Arc, Mutex};
 
+use serde_json::{Value, json};
+
 use self::core::Core;
 pub use self::core::SOURCES;
 
@@ -132,6 +134,15 @@ impl HartSide for Plic {
 }
 
 impl Device for Plic {
+    fn id(&self) -> &str {
+        "plic"
+    }
+
+    fn describe(&self) -> Value {
+        let harts = lock(&self.state).harts.len();
+        json!({ "kind": "plic", "registers": self.base, "harts": harts, "sources": SOURCES })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let harts = (0..).take(lock(&self.state).harts.len());
         let contexts: Vec<u32> = harts

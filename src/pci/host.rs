@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use anyhow::{Result, bail};
+use serde_json::{Value, json};
 
 use super::config::{ConfigSpace, Identity};
 use super::function::{BAR_SIZE, Function};
@@ -265,6 +266,25 @@ impl MmioDevice for Window {
 
 /// `pci-host-ecam-generic` (the binding `pci/host-generic-pci.yaml`; PCI Bus Binding to IEEE 1275).
 impl Device for HostBridge {
+    fn id(&self) -> &str {
+        "pci"
+    }
+
+    fn describe(&self) -> Value {
+        let placed = self.placed();
+        let bars: Vec<Value> = placed
+            .iter()
+            .map(|(bar, _)| json!([bar.start, bar.end]))
+            .collect();
+        json!({
+            "kind": "pci_host_bridge",
+            "registers": self.ecam.start,
+            "window": [self.window.start, self.window.end],
+            "functions": self.functions.len(),
+            "bars": bars,
+        })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         /// ss = 10: 32-bit memory.
         const MEMORY_32: u32 = 0x0200_0000;

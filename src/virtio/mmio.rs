@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde_json::{Value, json};
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,6 +28,7 @@ pub struct MmioTransport {
     core: Mutex<Core>,
     interrupt: Arc<WiredInterrupt>,
     base: u64,
+    name: String,
     _doorbells: Doorbells,
 }
 
@@ -51,6 +53,7 @@ impl MmioTransport {
             core: Mutex::new(core),
             interrupt,
             base,
+            name,
             _doorbells: doorbells,
         }))
     }
@@ -130,6 +133,14 @@ impl MmioDevice for MmioTransport {
 }
 
 impl Device for MmioTransport {
+    fn id(&self) -> &str {
+        &self.name
+    }
+
+    fn describe(&self) -> Value {
+        json!({ "kind": "virtio_mmio", "registers": self.base })
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let node = fdt.begin_node(&format!("virtio_mmio@{:x}", self.base))?;
         fdt.property_string("compatible", "virtio,mmio")?;
@@ -142,7 +153,7 @@ impl Device for MmioTransport {
 
     fn registers_at(&self, gpa: u64) -> Option<String> {
         let is_here = (self.base..self.base + SIZE).contains(&gpa);
-        is_here.then(|| lock(&self.core).name().to_owned())
+        is_here.then(|| self.name.clone())
     }
 }
 

@@ -6,6 +6,14 @@ use super::*;
 struct Lamp;
 
 impl Device for Lamp {
+    fn id(&self) -> &str {
+        "lamp"
+    }
+
+    fn describe(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         let node = fdt.begin_node("lamp@1000")?;
         fdt.property_array_u64("reg", &[0x1000, 0x10])?;
