@@ -58,6 +58,8 @@ mod floor {
             timeout: None,
             reboot: false,
             stats_from: None,
+            control: None,
+            paused: false,
         })?;
         std::process::exit(outcome.exit_status().into());
     }

@@ -16,6 +16,7 @@ const STOREYS: &[&str] = &[
     "virtio",
     "boot",
     "vcpu",
+    "control",
     "machine",
     "info",
     "cli",

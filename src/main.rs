@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 use log::LevelFilter;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::boot::fdt;
-use rvmm::cli::{self, Cli, Command, Request, STATUS_HOST};
+use rvmm::cli::{self, Act, Cli, Command, Request, STATUS_HOST};
+use rvmm::control::{Hex, Reply, client};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
@@ -18,6 +19,7 @@ use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
 use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
+use serde_json::Value;
 
 fn main() -> ExitCode {
     let began = Instant::now();
@@ -25,17 +27,41 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os()) {
         Request::Run(cli) => run(&cli, began),
         Request::Do(Command::Info { json }) => match info(json) {
-            Ok(text) => print(&text),
+            Ok(text) => print(text),
             Err(error) => failed(&error),
         },
-        Request::Print(text) => print(&text),
+        Request::Do(Command::Ctl { path, act }) => match ctl(&path, &act) {
+            Ok(text) => print(text),
+            Err(error) => failed(&error),
+        },
+        Request::Print(text) => print(text),
         Request::Refuse(message, status) => end(&message, status),
     }
 }
 
+/// `rvmm ctl`: what is printed on standard output.
+fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
+    let reply = client::ask(path, act.command())?;
+    let json = |value: &Value| serde_json::to_string_pretty(value).map(|text| text + "\n");
+    Ok(match (reply, act) {
+        (Reply::Status(status), Act::Status { json: true }) => {
+            json(&serde_json::to_value(status)?)?.into()
+        }
+        (Reply::Status(status), _) => status.to_string().into(),
+        (Reply::Stats(stats), _) => json(&stats)?.into(),
+        (Reply::DeviceTree(Hex(tree)), Act::DumpDtb { file: Some(file) }) => {
+            dump_tree(file, &tree)
+                .with_context(|| format!("Failed to write device tree {file:?}"))?;
+            Vec::new()
+        }
+        (Reply::DeviceTree(Hex(tree)), _) => tree,
+        (Reply::Done | Reply::Refused(_), _) => Vec::new(),
+    })
+}
+
 /// Prints what was asked for on standard output. A reader that has gone wants no more of it.
-fn print(text: &str) -> ExitCode {
-    match output::write_whole(io::stdout(), text.as_bytes()) {
+fn print(bytes: impl AsRef<[u8]>) -> ExitCode {
+    match output::write_whole(io::stdout(), bytes.as_ref()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let message = format!("Failed to write to standard output: {error}");
             end(&message, STATUS_HOST)
@@ -156,6 +182,8 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         timeout: cli.timeout.map(|time| time.0),
         reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
+        control: cli.ctl.as_deref(),
+        paused: cli.pause,
     })?;
     if let Some(stats) = stats {
         tell_stats(&stats, statistics)?;

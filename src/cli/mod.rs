@@ -10,6 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{ConfigError, Time, VmConfig};
+use crate::control;
 use crate::machine::harts;
 
 /// Exit status of wrong usage.
@@ -80,6 +81,15 @@ pub struct Cli {
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub stats: Option<Option<PathBuf>>,
 
+    /// Listen on a Unix socket at PATH for rvmm ctl, whose commands pause, resume, reset and end the
+    /// machine
+    #[arg(long, value_name = "PATH")]
+    pub ctl: Option<PathBuf>,
+
+    /// Do not run the guest before rvmm ctl resumes it; needs --ctl
+    #[arg(long, requires = "ctl")]
+    pub pause: bool,
+
     /// Write the guest's device tree to FILE, and do not run it; FILE must be new, empty or an earlier
     /// tree of rvmm's
     #[arg(long, value_name = "FILE")]
@@ -104,6 +114,56 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Control a machine that was started with --ctl PATH, as in rvmm ctl PATH pause
+    Ctl {
+        /// The machine's socket
+        path: PathBuf,
+        /// What it is to do
+        #[command(subcommand)]
+        act: Act,
+    },
+}
+
+/// What `rvmm ctl` asks for.
+#[derive(Debug, Subcommand)]
+pub enum Act {
+    /// Tell whether the guest runs, and the state of its devices
+    Status {
+        /// For scripts
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop the guest's vCPUs and devices; nothing is lost
+    Pause,
+    /// Let a paused guest go on
+    Resume,
+    /// End the machine, as Ctrl-A X does
+    Stop,
+    /// Restart the guest, as after power was off for a moment
+    Reset,
+    /// Tell what the guest's exits were until now and how long they took, as JSON; the machine needs
+    /// --stats
+    Stats,
+    /// Write the guest's device tree to FILE, or to standard output
+    DumpDtb {
+        /// It must be new, empty or an earlier tree of rvmm's
+        file: Option<PathBuf>,
+    },
+}
+
+impl Act {
+    /// The command that is sent.
+    pub fn command(&self) -> control::Command {
+        match self {
+            Act::Status { .. } => control::Command::Status,
+            Act::Pause => control::Command::Pause,
+            Act::Resume => control::Command::Resume,
+            Act::Stop => control::Command::Stop,
+            Act::Reset => control::Command::Reset,
+            Act::Stats => control::Command::Stats,
+            Act::DumpDtb { .. } => control::Command::DumpDtb,
+        }
+    }
 }
 
 /// What a command line asks for.
@@ -296,7 +356,8 @@ mod tests {
                 clap::ArgAction::SetTrue | clap::ArgAction::Count => format!("--{long}"),
                 _ => format!("--{long}={value}"),
             };
-            let twice = ["rvmm", "--kernel", "k", &one, &one].map(OsString::from);
+            // --pause needs it.
+            let twice = ["rvmm", "--kernel", "k", "--ctl=x", &one, &one].map(OsString::from);
             let matches = Cli::command().try_get_matches_from(twice);
             assert!(matches.is_ok(), "{one}: {}", matches.unwrap_err());
         }

@@ -62,6 +62,7 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
         ("--console", file(Some(&vm.console)), true),
         ("--virtio-console", file(vm.virtio_console.as_ref()), true),
         ("--log-file", cli.log_file.as_deref(), true),
+        ("--ctl", cli.ctl.as_deref(), true),
         (
             "--stats",
             cli.stats.as_ref().and_then(|path| path.as_deref()),

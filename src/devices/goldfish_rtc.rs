@@ -2,17 +2,18 @@
 //! (`drivers/rtc/rtc-goldfish.c`; `hw/rtc/goldfish_rtc.c` of QEMU).
 //!
 //! `Clock` is the chip, pure: it is told the host's time. [`GoldfishRtc`] attaches it to the bus, to
-//! a wire, and, once a guest sets an alarm, to a thread that waits for it.
+//! a wire, and to a timer of the host's that the machine's main loop waits for.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::thread::JoinHandle;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
-use crate::util::thread::{Kind, spawn};
 use crate::util::{RateLimit, guest_warn};
 
 /// The range on the bus, as QEMU's virt machine has it.
@@ -126,29 +127,53 @@ fn host_time() -> u64 {
 
 /// The RTC on the bus.
 pub struct GoldfishRtc {
-    shared: Arc<Shared>,
+    state: Mutex<State>,
+    line: IrqLine,
     base: u64,
     failures: RateLimit,
+    /// Of the timer, which lives as long as this.
+    timer: RawFd,
 }
 
-struct Shared {
-    state: Mutex<State>,
-    /// The alarm was set or cleared, or the RTC is gone.
-    changed: Condvar,
-    line: IrqLine,
-}
-
-#[derive(Default)]
 struct State {
     clock: Clock,
     /// The level the wire has now.
     level: bool,
-    /// The thread that waits for alarms.
-    waits: Option<JoinHandle<()>>,
-    gone: bool,
+    /// Runs out when the alarm rings.
+    timer: TimerFd,
+    is_paused: bool,
 }
 
-impl Shared {
+impl GoldfishRtc {
+    /// An RTC at guest-physical address `base`, on `line`, that shows the host's time.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn new(base: u64, line: IrqLine) -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        Ok(Self {
+            timer: timer.as_raw_fd(),
+            state: Mutex::new(State {
+                clock: Clock::default(),
+                level: false,
+                timer,
+                is_paused: false,
+            }),
+            line,
+            base,
+            failures: RateLimit::named("RTC"),
+        })
+    }
+
+    /// The timer is over: rings the alarm if its time has come, and sets the timer anew.
+    pub fn timer_is_over(&self) {
+        let mut state = lock(&self.state);
+        if !state.is_paused {
+            self.with_clock(&mut state, |clock| clock.tick(host_time()));
+        }
+        self.set_timer(&mut state);
+    }
+
     /// Accesses the chip, then moves the wire if its level has changed.
     fn with_clock<T>(&self, state: &mut State, access: impl FnOnce(&mut Clock) -> T) -> T {
         let result = access(&mut state.clock);
@@ -159,65 +184,28 @@ impl Shared {
         }
         result
     }
-}
 
-impl GoldfishRtc {
-    /// An RTC at guest-physical address `base`, on `line`, that shows the host's time.
-    pub fn new(base: u64, line: IrqLine) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                state: Mutex::default(),
-                changed: Condvar::new(),
-                line,
-            }),
-            base,
-            failures: RateLimit::named("RTC"),
-        }
-    }
-
-    /// Most guests never set an alarm: the thread starts with the first.
-    fn await_alarm(&self, state: &mut State) {
-        if state.clock.alarm.is_none() || state.waits.is_some() {
-            return;
-        }
-        let shared = Arc::downgrade(&self.shared);
-        match spawn(Kind::Rtc, "alarm", move || wait_for_alarms(&shared)) {
-            Ok(thread) => state.waits = Some(thread),
-            Err(error) => guest_warn!(self.failures, "Failed to start the RTC's alarm: {error}"),
-        }
-    }
-}
-
-fn wait_for_alarms(shared: &Weak<Shared>) {
-    while let Some(shared) = shared.upgrade() {
-        let mut state = lock(&shared.state);
-        if state.gone {
-            return;
-        }
-        let host = host_time();
-        shared.with_clock(&mut state, |clock| clock.tick(host));
-        let Some(wait) = state.clock.wait(host) else {
-            let woken = shared.changed.wait(state);
-            drop(woken.unwrap_or_else(PoisonError::into_inner));
-            continue;
+    /// Setting the timer takes its signal too: nobody reads it.
+    fn set_timer(&self, state: &mut State) {
+        let wait = state.clock.wait(host_time()).filter(|_| !state.is_paused);
+        let set = match wait {
+            // Zero would switch it off.
+            Some(wait) => {
+                let wait = wait.clamp(Duration::from_nanos(1), LOOK_AGAIN);
+                state.timer.reset(wait, None)
+            }
+            None => state.timer.clear(),
         };
-        let woken = shared.changed.wait_timeout(state, wait.min(LOOK_AGAIN));
-        drop(woken.unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = set {
+            guest_warn!(self.failures, "Failed to set the RTC's timer: {error}");
+        }
     }
 }
 
-/// Waits for the thread, which holds the wire to a controller of this machine's.
-impl Drop for GoldfishRtc {
-    fn drop(&mut self) {
-        let thread = {
-            let mut state = lock(&self.shared.state);
-            state.gone = true;
-            state.waits.take()
-        };
-        self.shared.changed.notify_all();
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
+/// The timer's descriptor: readable when [`GoldfishRtc::timer_is_over`] is to be called.
+impl AsRawFd for GoldfishRtc {
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer
     }
 }
 
@@ -225,9 +213,9 @@ impl Drop for GoldfishRtc {
 impl MmioDevice for GoldfishRtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            let mut state = lock(&self.shared.state);
+            let mut state = lock(&self.state);
             let read = |clock: &mut Clock| clock.read(offset, host_time());
-            *data = self.shared.with_clock(&mut state, read).to_le_bytes();
+            *data = self.with_clock(&mut state, read).to_le_bytes();
         }
     }
 
@@ -235,12 +223,12 @@ impl MmioDevice for GoldfishRtc {
         let Ok(data) = <[u8; 4]>::try_from(data) else {
             return;
         };
-        let mut state = lock(&self.shared.state);
+        let mut state = lock(&self.state);
+        let had_alarm = state.clock.alarm.is_some();
         let write = |clock: &mut Clock| clock.write(offset, u32::from_le_bytes(data), host_time());
-        self.shared.with_clock(&mut state, write);
-        self.await_alarm(&mut state);
-        if state.waits.is_some() {
-            self.shared.changed.notify_all();
+        self.with_clock(&mut state, write);
+        if had_alarm || state.clock.alarm.is_some() {
+            self.set_timer(&mut state);
         }
     }
 }
@@ -251,7 +239,7 @@ impl Device for GoldfishRtc {
     }
 
     fn describe(&self) -> Value {
-        let state = lock(&self.shared.state);
+        let state = lock(&self.state);
         json!({
             "kind": "goldfish_rtc",
             "registers": self.base,
@@ -264,9 +252,22 @@ impl Device for GoldfishRtc {
         let node = fdt.begin_node(&format!("rtc@{:x}", self.base))?;
         fdt.property_string("compatible", "google,goldfish-rtc")?;
         fdt.property_array_u64("reg", &[self.base, SIZE])?;
-        let line = &self.shared.line;
-        fdt.property_array_u32("interrupts-extended", &line.fdt_interrupt())?;
+        fdt.property_array_u32("interrupts-extended", &self.line.fdt_interrupt())?;
         fdt.end_node(node)
+    }
+
+    /// An alarm whose time comes meanwhile rings later.
+    fn pause(&self) {
+        let mut state = lock(&self.state);
+        state.is_paused = true;
+        self.set_timer(&mut state);
+    }
+
+    fn resume(&self) {
+        let mut state = lock(&self.state);
+        state.is_paused = false;
+        self.with_clock(&mut state, |clock| clock.tick(host_time()));
+        self.set_timer(&mut state);
     }
 }
 

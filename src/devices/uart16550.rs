@@ -362,6 +362,8 @@ struct Chip {
     registers: Registers,
     /// The level the wire has now.
     level: bool,
+    /// The wire stays as it is.
+    is_paused: bool,
 }
 
 impl Uart {
@@ -371,6 +373,7 @@ impl Uart {
             chip: Mutex::new(Chip {
                 registers: Registers::default(),
                 level: false,
+                is_paused: false,
             }),
             console: Arc::clone(&console),
             line,
@@ -405,7 +408,7 @@ impl Uart {
     fn with_chip<T>(&self, chip: &mut Chip, access: impl FnOnce(&mut Registers) -> T) -> T {
         let result = access(&mut chip.registers);
         let level = chip.registers.interrupt(&self.console);
-        if level != chip.level {
+        if level != chip.level && !chip.is_paused {
             chip.level = level;
             self.line.set_level(level);
         }
@@ -451,6 +454,17 @@ impl Device for Uart {
             "interrupt": chip.level,
             "input_bytes": self.console.input_len(),
         })
+    }
+
+    /// What comes from the console meanwhile raises the wire later.
+    fn pause(&self) {
+        lock(&self.chip).is_paused = true;
+    }
+
+    fn resume(&self) {
+        let mut chip = lock(&self.chip);
+        chip.is_paused = false;
+        self.with_chip(&mut chip, |_| ());
     }
 
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {

@@ -77,7 +77,7 @@ impl Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Makes virtual machines. One per process: `kvm::Kvm`, or a fake.
-pub trait Hypervisor {
+pub trait Hypervisor: Send + Sync {
     /// Capabilities by name (KVM_CHECK_EXTENSION), 0 where there is none.
     fn capabilities(&self) -> Vec<(&'static str, i32)>;
 
@@ -184,6 +184,13 @@ pub trait Vcpu: Send {
     /// # Errors
     /// The kernel failed in a way no guest can cause.
     fn run(&mut self, entry: VmEntry) -> Result<VmExit>;
+
+    /// Completes the last exit with `entry` without running the guest: after this the registers are what the
+    /// guest will see. The vCPU is then kicked ([`Kicker::set_immediate_exit`]) until its kicker says otherwise.
+    ///
+    /// # Errors
+    /// The kernel failed in a way no guest can cause.
+    fn complete(&mut self, entry: VmEntry) -> Result<()>;
 
     /// Reads a register; `None` where this host has no such register.
     fn reg(&self, id: RegId) -> Result<Option<u64>>;

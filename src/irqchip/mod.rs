@@ -117,8 +117,8 @@ impl IrqChip {
     }
 
     /// Its nodes in the device tree.
-    pub fn device(&self) -> &dyn Device {
-        self.device.as_ref()
+    pub fn device(&self) -> Arc<dyn Device> {
+        Arc::clone(&self.device)
     }
 }
 

@@ -98,9 +98,9 @@ impl Machine {
         self.assemble(&vm, &plan)
     }
 
-    /// Ends the devices, with what they have begun.
-    pub(super) fn power_off(&mut self) {
-        self.hardware = None;
+    /// Takes the hardware: dropping it ends the devices, with what they have begun.
+    pub(super) fn power_off(&mut self) -> Option<Hardware> {
+        self.hardware.take()
     }
 
     /// What runs now.

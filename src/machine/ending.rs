@@ -2,13 +2,13 @@
 //! [`GRACE`], whatever guest and host do meanwhile.
 
 use std::process::exit;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Event, Outcome};
+use super::Outcome;
+use super::mainloop::{Event, Post};
 use crate::devices::console::terminal;
 use crate::util::stderr::tell;
 use crate::util::sync::lock;
@@ -23,7 +23,7 @@ pub(super) const GRACE: Duration = Duration::from_secs(5);
 pub(super) struct Ending(Arc<Shared>);
 
 struct Shared {
-    tell: Sender<Event>,
+    post: Post,
     state: Mutex<State>,
     changed: Condvar,
     grace: Duration,
@@ -42,14 +42,14 @@ struct State {
 }
 
 impl Ending {
-    /// Nobody has asked for the end. `tell` is told when somebody does.
-    pub(super) fn new(tell: Sender<Event>) -> Self {
-        Self::with(tell, GRACE, give_up)
+    /// Nobody has asked for the end. `post` is told when somebody does.
+    pub(super) fn new(post: Post) -> Self {
+        Self::with(post, GRACE, give_up)
     }
 
-    pub(super) fn with(tell: Sender<Event>, grace: Duration, give_up: fn(Outcome)) -> Self {
+    pub(super) fn with(post: Post, grace: Duration, give_up: fn(Outcome)) -> Self {
         Self(Arc::new(Shared {
-            tell,
+            post,
             state: Mutex::default(),
             changed: Condvar::new(),
             grace,
@@ -57,21 +57,15 @@ impl Ending {
         }))
     }
 
-    /// Where the machine's events go.
-    pub(super) fn sender(&self) -> Sender<Event> {
-        self.0.tell.clone()
-    }
-
     /// Asks for the end now.
     pub(super) fn ask(&self, outcome: Outcome) {
-        // Nobody listens once the machine has ended.
-        let _ = self.0.tell.send(Event::Asked(outcome));
+        self.0.post.send(Event::Asked(outcome));
         self.expect(outcome, Instant::now());
     }
 
     /// Asks for the guest's power key to be pressed.
     pub(super) fn press(&self) {
-        let _ = self.0.tell.send(Event::Pressed);
+        self.0.post.send(Event::Pressed);
     }
 
     /// From now on makes sure of an end that is asked for at `at`.
@@ -87,7 +81,7 @@ impl Ending {
         self.0.changed.notify_all();
         if !state.watched {
             let shared = Arc::clone(&self.0);
-            match spawn(Kind::Signals, "end", move || shared.watch()) {
+            match spawn(Kind::Main, "end", move || shared.watch()) {
                 Ok(_) => state.watched = true,
                 Err(error) => warn!("Failed to watch that rvmm ends in time: {error}"),
             }
@@ -138,14 +132,14 @@ mod tests {
     use super::*;
     use crate::vcpu::Stop;
     use std::sync::OnceLock;
-    use std::sync::mpsc::{Receiver, channel};
+    use std::sync::mpsc::{Receiver, Sender, channel};
 
     static GIVEN_UP: OnceLock<Sender<Outcome>> = OnceLock::new();
 
     fn ending(grace: Duration) -> (Ending, Receiver<Event>) {
-        let (tell, events) = channel();
+        let (post, events) = Post::new().unwrap();
         let give_up = |outcome| GIVEN_UP.get().unwrap().send(outcome).unwrap();
-        (Ending::with(tell, grace, give_up), events)
+        (Ending::with(post, grace, give_up), events)
     }
 
     /// The earliest end counts; one that came is left alone.

@@ -7,6 +7,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::builder::{BootFiles, LoadPlan};
+use super::devices::Devices;
 use super::harts;
 use super::irqchip;
 use super::layout::{self, RAM_BASE};
@@ -44,8 +45,9 @@ pub(super) struct Hardware {
     /// KVM resets harts so that they lose `scounteren`.
     pub(super) resets_harts: bool,
     pub(super) device_tree: Vec<u8>,
-    virtio: Vec<Arc<dyn Device>>,
+    pub(super) devices: Devices,
     uart: Arc<Uart>,
+    pub(super) rtc: Arc<GoldfishRtc>,
 }
 
 impl Hardware {
@@ -71,7 +73,8 @@ impl Hardware {
         let uart_line = irqchip.line(layout::UART_IRQ);
         let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
         let rtc_line = irqchip.line(layout::RTC_IRQ);
-        let rtc = Arc::new(GoldfishRtc::new(layout::RTC.start, rtc_line));
+        let rtc = GoldfishRtc::new(layout::RTC.start, rtc_line);
+        let rtc = Arc::new(rtc.context("Failed to create the clock's timer")?);
         let power = Arc::new(PowerSwitch::default());
         let finisher = SifiveTest::new(layout::SIFIVE_TEST.start, Arc::clone(&power));
         let finisher = Arc::new(finisher);
@@ -82,16 +85,17 @@ impl Hardware {
         if let Some(registers) = irqchip.mmio() {
             bus.insert(layout::PLIC, registers)?;
         }
-        let virtio = virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)?;
+        let mut devices = Devices::default();
+        devices.add(irqchip.device())?;
+        devices.add(Arc::clone(&uart) as _)?;
+        devices.add(Arc::clone(&rtc) as _)?;
+        devices.add(finisher)?;
+        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)? {
+            devices.add(device)?;
+        }
         files.load(ram, plan)?;
-        let mut devices: Vec<&dyn Device> = vec![
-            irqchip.device(),
-            uart.as_ref(),
-            rtc.as_ref(),
-            finisher.as_ref(),
-        ];
-        devices.extend(virtio.iter().map(Arc::as_ref));
-        let device_tree = build_tree(config, &facts, placement, &devices)?;
+        let nodes: Vec<&dyn Device> = devices.iter().collect();
+        let device_tree = build_tree(config, &facts, placement, &nodes)?;
         load_tree(ram, placement, &device_tree)?;
         boot_hart(harts::first(&vcpus)?, placement)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
@@ -102,8 +106,9 @@ impl Hardware {
             resets_harts,
             exits,
             device_tree,
-            virtio,
+            devices,
             uart,
+            rtc,
         })
     }
 
@@ -114,8 +119,7 @@ impl Hardware {
 
     /// What people call the registers at `gpa` just now.
     pub(super) fn registers_at(&self, gpa: u64) -> Option<String> {
-        let mut devices = self.virtio.iter();
-        let by_device = devices.find_map(|device| device.registers_at(gpa));
+        let by_device = self.devices.registers_at(gpa);
         by_device.or_else(|| layout::owner(gpa).map(Into::into))
     }
 }

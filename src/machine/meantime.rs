@@ -1,12 +1,13 @@
 //! What the machine's own thread does while the guest runs: it waits for events, gives memory back, and kicks
 //! vCPUs where the host makes that necessary.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use log::debug;
 
-use super::{Deadline, Event};
+use super::Deadline;
+use super::mainloop::{Event, MainLoop};
 use crate::util::text;
 use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
@@ -14,9 +15,8 @@ use crate::vcpu::thread::VcpuHandle;
 /// A machine that has run for so long may run for longer: the code that only starting needed is given back.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// One life of a machine, seen from its own thread.
-pub(super) struct Meantime<'a> {
-    vcpus: &'a [VcpuHandle],
+/// What one life of a machine has to have done, and when.
+pub(super) struct Meantime {
     /// When code is given back; none when it is.
     settles: Option<Instant>,
     /// When vCPUs are looked at next, and how often they have been.
@@ -24,51 +24,51 @@ pub(super) struct Meantime<'a> {
     looked: u32,
 }
 
-impl<'a> Meantime<'a> {
-    /// Of a life of `vcpus` that begins now.
-    pub(super) fn of(vcpus: &'a [VcpuHandle]) -> Self {
+/// Of a life that begins now.
+impl Default for Meantime {
+    fn default() -> Self {
         let now = Instant::now();
         Self {
-            vcpus,
             settles: now.checked_add(SETTLED),
             looks: now.checked_add(LOOK_EVERY),
             looked: 0,
         }
     }
+}
 
-    /// Waits for an event; none when the time of `deadline` is over.
+impl Meantime {
+    /// Waits for an event while `vcpus` run; none when the time of `deadline` is over.
+    ///
+    /// # Errors
+    /// The host cannot wait.
     pub(super) fn next_event(
         &mut self,
-        events: &Receiver<Event>,
+        main: &mut MainLoop,
+        vcpus: &[VcpuHandle],
         deadline: &Deadline,
-    ) -> Option<Event> {
+    ) -> Result<Option<Event>> {
         loop {
-            let patience = deadline.left();
-            match events.recv_timeout(patience.min(self.next_act())) {
-                Err(RecvTimeoutError::Timeout) if !deadline.left().is_zero() => self.act(),
-                event => return event.ok(),
+            let time = deadline.left().min(self.next_act(vcpus));
+            match main.next(time)? {
+                None if !deadline.left().is_zero() => self.act(vcpus),
+                event => return Ok(event),
             }
         }
     }
 
     /// The time until [`Meantime::act`] has something to do.
-    fn next_act(&self) -> Duration {
-        if self.vcpus.iter().any(VcpuHandle::wants_kick) {
+    fn next_act(&self, vcpus: &[VcpuHandle]) -> Duration {
+        if vcpus.iter().any(VcpuHandle::wants_kick) {
             return KICK_EVERY;
         }
-        let looks = self.looks.filter(|_| self.must_look());
+        let looks = self.looks.filter(|_| must_look(vcpus));
         let now = Instant::now();
         let times = self.settles.into_iter().chain(looks);
         let next = times.map(|time| time.saturating_duration_since(now)).min();
         next.unwrap_or(Duration::MAX)
     }
 
-    /// Whether harts of this machine may stop and start unseen. One that is alone is started by nobody.
-    fn must_look(&self) -> bool {
-        self.vcpus.len() > 1 && self.vcpus.iter().any(VcpuHandle::follows_restarts)
-    }
-
-    fn act(&mut self) {
+    fn act(&mut self, vcpus: &[VcpuHandle]) {
         let now = Instant::now();
         if self.settles.is_some_and(|time| time <= now) {
             self.settles = None;
@@ -76,16 +76,21 @@ impl<'a> Meantime<'a> {
                 debug!("the code that only starting needed stays in memory: {error}");
             }
         }
-        let looks = self.must_look() && self.looks.is_some_and(|time| time <= now);
+        let looks = must_look(vcpus) && self.looks.is_some_and(|time| time <= now);
         if looks {
             self.looks = now.checked_add(LOOK_EVERY);
             self.looked = self.looked.wrapping_add(1);
         }
         let all = self.looked % ALL_OF_LOOKS == 0;
-        for vcpu in self.vcpus {
+        for vcpu in vcpus {
             if vcpu.wants_kick() || (looks && (all || vcpu.may_have_stopped())) {
                 vcpu.kick();
             }
         }
     }
+}
+
+/// Whether harts of `vcpus` may stop and start unseen. One that is alone is started by nobody.
+fn must_look(vcpus: &[VcpuHandle]) -> bool {
+    vcpus.len() > 1 && vcpus.iter().any(VcpuHandle::follows_restarts)
 }

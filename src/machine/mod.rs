@@ -1,26 +1,30 @@
 //! The machine: built by [`builder`], laid out by [`layout`], run here.
 //!
 //! ```text
-//! Machine::build --> live --> a signal, Ctrl-A X, --timeout,      --> console drained,
-//!                    ^   |    power-off, or what cannot go on         terminal restored
-//!                    |   v
-//!                    reset: the guest asked for one
+//! Machine::build --> running <--> paused     --> a signal, Ctrl-A X, --timeout, --> console drained,
+//!                    ^   |    by a command       a command, power-off,              terminal restored
+//!                    |   v                       or what cannot go on
+//!                    reset: the guest or a command asked for one
 //! ```
 
 pub mod builder;
+mod command;
+mod devices;
 mod ending;
 mod hardware;
 pub(crate) mod harts;
 mod irqchip;
 pub mod layout;
+mod life;
+mod mainloop;
 mod meantime;
 mod outcome;
 pub mod signals;
 pub mod stats;
 mod virtio;
 
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -28,14 +32,15 @@ use log::info;
 use signal_hook::consts::SIGTERM;
 
 use crate::config::ConsoleConfig;
+use crate::control::server::{Client, Server};
+use crate::control::{Reply, State};
 use crate::devices::console::host::Host;
-use crate::hypervisor;
 use crate::util::{RateLimit, guest_info};
 use crate::vcpu::Stop;
-use crate::vcpu::stats::ExitStats;
-use crate::vcpu::thread::{Start, VcpuHandle};
 pub use builder::Machine;
 use ending::Ending;
+use life::Vcpus;
+use mainloop::{Event, MainLoop, Post};
 use meantime::Meantime;
 pub use outcome::Outcome;
 use signals::Signals;
@@ -45,18 +50,6 @@ pub use virtio::MakeDevice;
 /// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
 /// for it like any program that writes to a pipe.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
-
-/// What ends a running machine.
-enum Event {
-    /// A vCPU's thread ended.
-    Vcpu(hypervisor::Result<Stop>),
-    /// Somebody asked for the end.
-    Asked(Outcome),
-    /// Somebody asked the guest for its end.
-    Pressed,
-    /// A vCPU wants to be kicked.
-    Called,
-}
 
 /// When a machine ends at the latest, and how.
 #[derive(Clone, Copy)]
@@ -101,6 +94,31 @@ pub struct Run<'a> {
     pub reboot: bool,
     /// Keep [`Stats`], and count the time to the guest's start from here.
     pub stats_from: Option<Instant>,
+    /// Where to listen for commands.
+    pub control: Option<&'a Path>,
+    /// Do not run the guest before a command says so.
+    pub paused: bool,
+}
+
+/// A machine under way, and what it is run with.
+struct Running<'a> {
+    how: &'a Run<'a>,
+    machine: Machine,
+    main: MainLoop,
+    post: Post,
+    ending: Ending,
+    deadline: Deadline,
+    stats: Option<Stats>,
+    /// Resets so far.
+    resets: u64,
+}
+
+/// How a life ended.
+enum End {
+    /// The guest is to be restarted. If a client asked for that, it is told when it is done.
+    Reset(Option<Client>),
+    /// The machine has ended.
+    Over(Outcome),
 }
 
 impl Machine {
@@ -111,58 +129,21 @@ impl Machine {
     /// # Errors
     /// The host failed; a guest's failure is an [`Outcome`].
     pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
-        let (tell, events) = channel();
-        let ending = Ending::new(tell);
-        let result = self.run_until(how, &ending, &events);
+        let (post, arrived) = Post::new().context("Failed to create an eventfd")?;
+        let ending = Ending::new(post.clone());
+        let running = Running {
+            how,
+            machine: self,
+            main: MainLoop::new(&post, arrived)?,
+            post,
+            ending: ending.clone(),
+            deadline: Deadline::after(how.timeout),
+            stats: how.stats_from.map(Stats::since),
+            resets: 0,
+        };
+        let result = running.run();
         ending.came();
         result
-    }
-
-    fn run_until(
-        mut self,
-        how: &Run,
-        ending: &Ending,
-        events: &Receiver<Event>,
-    ) -> Result<(Outcome, Option<Stats>)> {
-        let mut deadline = Deadline::after(how.timeout);
-        if let Some(at) = deadline.at {
-            ending.expect(deadline.outcome, at);
-        }
-        let resized = self.backends.console.clone();
-        let on_resize = move || resized.iter().for_each(|console| console.resized());
-        let presses = self.backends.button.is_some();
-        let signals = Signals::start(ending.clone(), presses, on_resize);
-        let signals = signals.context("Failed to wait for signals")?;
-        let hosts = self.connect_consoles(how.console, ending)?;
-        let mut stats = how.stats_from.map(Stats::since);
-        let outcome = loop {
-            match self.live(ending, events, &mut deadline, stats.as_mut()) {
-                Ok(Outcome::Guest(Stop::Reset)) if how.reboot => match self.reset() {
-                    Ok(()) => {}
-                    Err(error) => break Err(error),
-                },
-                outcome => break outcome,
-            }
-        };
-        if let Ok(outcome) = outcome {
-            ending.settle(outcome);
-        }
-        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
-        // have it.
-        self.power_off();
-        let mut hurried = !matches!(outcome, Ok(Outcome::Guest(_)));
-        for host in hosts {
-            host.finish(|idle| {
-                hurried |= meanwhile(events).is_some();
-                hurried |= deadline.left().is_zero();
-                !hurried || idle < DRAIN_PATIENCE
-            });
-        }
-        drop(signals);
-        if let Some(stats) = &mut stats {
-            stats.put_away();
-        }
-        Ok((outcome?, stats))
     }
 
     /// Connects the console, and the second one where there is one, to the host.
@@ -179,111 +160,170 @@ impl Machine {
         };
         consoles.into_iter().map(connect).collect()
     }
+}
 
-    /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the
-    /// console holds is the last of it.
-    fn live(
-        &mut self,
-        ending: &Ending,
-        events: &Receiver<Event>,
-        deadline: &mut Deadline,
-        mut stats: Option<&mut Stats>,
-    ) -> Result<Outcome> {
-        if let Some(stats) = &mut stats {
-            stats.guest_starts();
+impl Running<'_> {
+    fn run(mut self) -> Result<(Outcome, Option<Stats>)> {
+        if let Some(at) = self.deadline.at {
+            self.ending.expect(self.deadline.outcome, at);
         }
-        let vcpus = self.start_vcpus(&ending.sender(), stats.is_some())?;
-        guest_info!(RateLimit::named("lives"), "the guest runs");
-        let mut meantime = Meantime::of(&vcpus);
-        let outcome = loop {
-            match meantime.next_event(events, deadline) {
-                Some(Event::Called) => {}
-                Some(Event::Pressed) => self.press(ending, deadline)?,
-                Some(Event::Vcpu(end)) => break end.map(Outcome::Guest),
-                Some(Event::Asked(outcome)) => break Ok(outcome),
-                None => break Ok(deadline.outcome),
-            }
-        };
-        if let Some(stats) = &mut stats {
-            stats.guest_ended();
+        // First: its name in the file system needs a process without other threads.
+        if let Some(path) = self.how.control {
+            let post = self.post.clone();
+            let on_command = move |command, client| post.send(Event::Command(command, client));
+            self.main
+                .add_server(Server::listen(path, Box::new(on_command))?);
         }
-        // All of them at once: none shall run on while another's thread ends.
-        vcpus.iter().for_each(VcpuHandle::ask_to_stop);
-        let exits: Vec<_> = vcpus.into_iter().map(VcpuHandle::stop).collect();
-        if let Some(stats) = &mut stats {
-            let hardware = self.hardware()?;
-            stats.add(exits, |gpa| hardware.registers_at(gpa));
+        let resized = self.machine.backends.console.clone();
+        let on_resize = move || resized.iter().for_each(|console| console.resized());
+        let presses = self.machine.backends.button.is_some();
+        let signals = Signals::new(self.ending.clone(), presses, on_resize);
+        self.main
+            .add(Box::new(signals.context("Failed to wait for signals")?));
+        let consoles = self
+            .machine
+            .connect_consoles(self.how.console, &self.ending)?;
+        let outcome = self.live_all();
+        if let Ok(outcome) = outcome {
+            self.ending.settle(outcome);
         }
-        let outcome = match meanwhile(events) {
-            Some(Event::Asked(asked)) => asked,
-            Some(_) => {
-                self.press(ending, deadline)?;
-                outcome?
-            }
-            None => outcome?,
-        };
-        match outcome {
-            Outcome::Guest(Stop::Reset) => guest_info!(RateLimit::named("resets"), "{outcome}"),
-            // Before the console is drained, which may take its time.
-            _ => info!("{outcome}"),
+        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
+        // have it.
+        self.main.set_clock(None);
+        let hardware = self.machine.power_off();
+        self.main.while_serving(move || drop(hardware))?;
+        self.drain(consoles, !matches!(outcome, Ok(Outcome::Guest(_))));
+        // The signals' source goes with the loop.
+        drop(self.main);
+        if let Some(stats) = &mut self.stats {
+            stats.put_away();
         }
-        Ok(outcome)
+        Ok((outcome?, self.stats))
     }
 
-    /// Asks the guest to power off, which it has to do before a new `deadline`.
-    fn press(&mut self, ending: &Ending, deadline: &mut Deadline) -> Result<()> {
-        let Some(patience) = self.config.on_sigterm.patience() else {
+    /// Writes the last output. If `hurried`, or once somebody wants the end, its reader has little time.
+    fn drain(&mut self, consoles: Vec<Host>, mut hurried: bool) {
+        for console in consoles {
+            console.finish(|idle| {
+                hurried |= self.main.asked_meanwhile().is_some();
+                hurried |= self.deadline.left().is_zero();
+                !hurried || idle < DRAIN_PATIENCE
+            });
+        }
+    }
+
+    /// All lives, to the end of the last one.
+    fn live_all(&mut self) -> Result<Outcome> {
+        let mut state = match self.how.paused {
+            true => State::Paused,
+            false => State::Running,
+        };
+        loop {
+            match self.live(&mut state)? {
+                End::Over(outcome) => return Ok(outcome),
+                End::Reset(client) => {
+                    let machine = &mut self.machine;
+                    self.main.set_clock(None);
+                    self.main.while_serving(|| machine.reset())??;
+                    self.resets += 1;
+                    if let Some(client) = client {
+                        self.main.answer(client, &Reply::Done);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the
+    /// console holds is the last of it. The guest runs, or not, as `state` says, and as commands change it.
+    fn live(&mut self, state: &mut State) -> Result<End> {
+        if let Some(stats) = &mut self.stats {
+            stats.guest_starts();
+        }
+        let hardware = self.machine.hardware()?;
+        self.main.set_clock(Some(Arc::clone(&hardware.rtc)));
+        let mut vcpus = Vcpus::of_new(hardware, self.stats.is_some());
+        match state {
+            State::Running => {
+                vcpus.start(hardware, &self.post)?;
+                guest_info!(RateLimit::named("lives"), "the guest runs");
+            }
+            State::Paused => {
+                hardware.devices.pause();
+                info!("the guest is paused: rvmm ctl resumes it");
+            }
+        }
+        let end = self.watch(&mut vcpus);
+        *state = vcpus.state();
+        if let Some(stats) = &mut self.stats {
+            stats.guest_ended();
+        }
+        vcpus.park()?;
+        if let Some(stats) = &mut self.stats {
+            let hardware = self.machine.hardware()?;
+            stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
+        }
+        drop(vcpus);
+        let end = match self.main.asked_meanwhile() {
+            Some(Event::Asked(asked)) => End::Over(asked),
+            Some(_) => {
+                self.press()?;
+                end?
+            }
+            None => end?,
+        };
+        match end {
+            End::Reset(_) => guest_info!(RateLimit::named("resets"), "the guest is reset"),
+            // Before the console is drained, which may take its time.
+            End::Over(outcome) => info!("{outcome}"),
+        }
+        Ok(end)
+    }
+
+    /// Does what events ask for, until one of them ends this life.
+    fn watch(&mut self, vcpus: &mut Vcpus) -> Result<End> {
+        let mut meantime = Meantime::default();
+        loop {
+            match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
+                Some(Event::Called) => {}
+                Some(Event::Pressed) => self.press()?,
+                Some(Event::Vcpu(Ok(Stop::Reset))) if self.how.reboot => {
+                    return Ok(End::Reset(None));
+                }
+                Some(Event::Vcpu(end)) => return Ok(End::Over(Outcome::Guest(end?))),
+                Some(Event::Asked(outcome)) => return Ok(End::Over(outcome)),
+                Some(Event::Command(command, client)) => {
+                    if let Some(end) = self.obey(command, client, vcpus)? {
+                        return Ok(end);
+                    }
+                }
+                None => return Ok(End::Over(self.deadline.outcome)),
+            }
+        }
+    }
+
+    /// Asks the guest to power off, which it has to do before a new deadline.
+    fn press(&mut self) -> Result<()> {
+        let machine = &mut self.machine;
+        let Some(patience) = machine.config.on_sigterm.patience() else {
             return Ok(());
         };
         let last = Deadline {
             outcome: Outcome::Overdue(SIGTERM),
             ..Deadline::after(Some(patience))
         };
-        *deadline = deadline.or(last);
-        if let Some(at) = deadline.at {
-            ending.expect(deadline.outcome, at);
+        self.deadline = self.deadline.or(last);
+        if let Some(at) = self.deadline.at {
+            self.ending.expect(self.deadline.outcome, at);
         }
-        if self.backends.button.iter().any(|button| button.press()) {
+        if machine.backends.button.iter().any(|button| button.press()) {
             info!("SIGTERM: the guest's power key is pressed");
         } else {
             info!("SIGTERM: the guest has no power key: SysRq on its UART");
-            self.hardware()?.sysrq_power_off();
+            machine.hardware()?.sysrq_power_off();
         }
         Ok(())
     }
-
-    fn start_vcpus(&mut self, tell: &Sender<Event>, count: bool) -> Result<Vec<VcpuHandle>> {
-        let hardware = self.hardware()?;
-        let mut handles = Vec::new();
-        for (id, vcpu) in (0u32..).zip(std::mem::take(&mut hardware.vcpus)) {
-            let (stopped, called) = (tell.clone(), tell.clone());
-            let exits = Arc::clone(&hardware.exits);
-            let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
-            let start = Start {
-                id,
-                on_stop: Box::new(move |end| send(&stopped, Event::Vcpu(end))),
-                on_call: Box::new(move || send(&called, Event::Called)),
-                stats: count.then(|| ExitStats::by_page(registers)),
-                follow_restarts: hardware.resets_harts,
-            };
-            handles.push(VcpuHandle::start(vcpu, exits, start)?);
-        }
-        Ok(handles)
-    }
-}
-
-/// What a person asked for while the vCPUs were stopped: the end, or else the guest's. What other vCPUs
-/// told is dropped: they stopped because the first one did.
-fn meanwhile(events: &Receiver<Event>) -> Option<Event> {
-    let asked = events
-        .try_iter()
-        .filter(|event| !matches!(event, Event::Vcpu(_) | Event::Called));
-    asked.min_by_key(|event| matches!(event, Event::Pressed))
-}
-
-/// Tells an event. Nobody listens after the first one, and that is fine.
-fn send(tell: &Sender<Event>, event: Event) {
-    let _ = tell.send(event);
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ pub enum Outcome {
     Overdue(i32),
     /// The user typed Ctrl-A X.
     Left,
+    /// A command on the control socket ended it.
+    Commanded,
     /// The time given to the machine is over.
     TimedOut,
 }
@@ -26,7 +28,7 @@ impl Outcome {
     /// rvmm's exit status, as `--help` documents it.
     pub fn exit_status(self) -> u8 {
         match self {
-            Outcome::Guest(Stop::PowerOff) | Outcome::Left => 0,
+            Outcome::Guest(Stop::PowerOff) | Outcome::Left | Outcome::Commanded => 0,
             Outcome::Guest(Stop::Exit(code)) => exit_status(code),
             Outcome::Guest(Stop::Reset) => 120,
             Outcome::Guest(Stop::Failure(_)) => 121,
@@ -43,7 +45,7 @@ impl Outcome {
     pub fn is_expected(self) -> bool {
         matches!(
             self,
-            Outcome::Guest(Stop::PowerOff | Stop::Exit(_)) | Outcome::Left
+            Outcome::Guest(Stop::PowerOff | Stop::Exit(_)) | Outcome::Left | Outcome::Commanded
         )
     }
 }
@@ -64,6 +66,7 @@ impl fmt::Display for Outcome {
                 "the guest did not power off in time; ended as by signal {number}"
             ),
             Outcome::Left => write!(f, "ended by Ctrl-A X"),
+            Outcome::Commanded => write!(f, "ended by a command"),
             Outcome::TimedOut => write!(f, "the time of --timeout is over"),
         }
     }
@@ -79,6 +82,7 @@ mod tests {
         for (outcome, status) in [
             (Outcome::Guest(Stop::PowerOff), 0),
             (Outcome::Left, 0),
+            (Outcome::Commanded, 0),
             (Outcome::Guest(Stop::Exit(42)), 42),
             (Outcome::Guest(Stop::Exit(119)), 119),
             (Outcome::Guest(Stop::Exit(300)), 119),

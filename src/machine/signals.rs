@@ -23,10 +23,11 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use signal_hook::consts::{
     SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU,
     SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH, SIGXCPU, SIGXFSZ,
@@ -34,15 +35,16 @@ use signal_hook::consts::{
 use signal_hook::flag::{
     register_conditional_default, register_conditional_shutdown, register_usize,
 };
-use signal_hook::iterator;
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
 use signal_hook::low_level::emulate_default_handler;
 use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN, block_signal, unblock_signal};
 
 use super::Outcome;
 use super::ending::Ending;
+use super::mainloop::watch;
 use crate::devices::console::terminal;
 use crate::util::sync::lock;
-use crate::util::thread::{Kind, spawn};
 
 /// Those that end rvmm in order.
 const ENDS: [i32; 13] = [
@@ -86,25 +88,25 @@ pub fn prepare() {
     }
 }
 
-/// A thread that waits for signals, until it is dropped.
-pub(super) struct Signals {
-    handle: iterator::Handle,
-    thread: Option<JoinHandle<()>>,
+/// What hears signals, on the main loop. Once it is dropped they act as before.
+pub(super) struct Signals<F> {
+    delivery: SignalDelivery<UnixStream, SignalOnly>,
+    ending: Ending,
+    /// The first SIGTERM presses the power key.
+    presses: bool,
+    on_resize: F,
+    stopping: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
 }
 
-impl Signals {
-    /// Starts to tell `ending` of signals that end rvmm; if `presses`, the first SIGTERM presses the power
-    /// key instead. SIGTSTP and SIGCONT give the terminal back and take it again; of SIGWINCH `on_resize`
-    /// is told.
+impl<F: Fn()> Signals<F> {
+    /// Hears signals from now on: those that end rvmm are passed to `ending`; if `presses`, the first SIGTERM
+    /// presses the power key instead. SIGTSTP and SIGCONT give the terminal back and take it again; SIGWINCH calls
+    /// `on_resize`.
     ///
     /// # Errors
-    /// The host has no resources for a thread.
-    pub(super) fn start(
-        ending: Ending,
-        mut presses: bool,
-        on_resize: impl Fn() + Send + 'static,
-    ) -> io::Result<Self> {
+    /// The host has no descriptors left.
+    pub(super) fn new(ending: Ending, presses: bool, on_resize: F) -> io::Result<Self> {
         let ignored = ignored_signals();
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
         let wanted = wanted.filter(|signal| !ignored.contains(signal));
@@ -112,26 +114,37 @@ impl Signals {
         let stopping = Arc::new(AtomicUsize::new(GOING));
         register_usize(SIGCONT, Arc::clone(&stopping), GOING)?;
         register_usize(SIGTSTP, Arc::clone(&stopping), STOPPING)?;
-        let mut signals = iterator::Signals::new(wanted.chain([SIGCONT, SIGWINCH]))?;
-        let handle = signals.handle();
+        let (read, write) = UnixStream::pair()?;
+        let wanted = wanted.chain([SIGCONT, SIGWINCH]);
+        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, wanted)?;
         // Somebody listens now.
         over.store(false, Ordering::Release);
-        let thread = spawn(Kind::Signals, "wait", move || {
-            for signal in signals.forever() {
-                match signal {
-                    SIGTSTP => suspend(&stopping),
-                    SIGCONT => terminal::resume(),
-                    SIGWINCH => on_resize(),
-                    SIGTERM if std::mem::take(&mut presses) => ending.press(),
-                    _ => ending.ask(Outcome::Signal(signal)),
-                }
-            }
-        })?;
         Ok(Self {
-            handle,
-            thread: Some(thread),
+            delivery,
+            ending,
+            presses,
+            on_resize,
+            stopping,
             over,
         })
+    }
+}
+
+impl<F: Fn()> MutEventSubscriber for Signals<F> {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.delivery.get_read(), "signals");
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        for signal in self.delivery.pending() {
+            match signal {
+                SIGTSTP => suspend(&self.stopping),
+                SIGCONT => terminal::resume(),
+                SIGWINCH => (self.on_resize)(),
+                SIGTERM if std::mem::take(&mut self.presses) => self.ending.press(),
+                _ => self.ending.ask(Outcome::Signal(signal)),
+            }
+        }
     }
 }
 
@@ -179,22 +192,18 @@ fn suspend(stopping: &AtomicUsize) {
     }
 }
 
-impl Drop for Signals {
+impl<F> Drop for Signals<F> {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        self.handle.close();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.delivery.handle().close();
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::machine::Event;
+    use crate::machine::mainloop::{Event, MainLoop, Post};
     use signal_hook::low_level::raise;
-    use std::sync::mpsc::channel;
     use std::time::Duration;
 
     /// Held by whoever hears signals: each of them is the whole process's.
@@ -206,17 +215,20 @@ pub(super) mod tests {
     #[test]
     fn what_ends_a_process_ends_the_machine_in_order() {
         let _alone = lock(&ALONE);
-        let (tell, events) = channel();
-        let ending = Ending::with(tell, LONG, |_| ());
-        let signals = Signals::start(ending.clone(), false, || ()).unwrap();
+        let (post, arrived) = Post::new().unwrap();
+        let mut main = MainLoop::new(&post, arrived).unwrap();
+        let ending = Ending::with(post, LONG, |_| ());
+        main.add(Box::new(
+            Signals::new(ending.clone(), false, || ()).unwrap(),
+        ));
         for signal in ENDS {
             raise(signal).unwrap();
-            let Ok(Event::Asked(outcome)) = events.recv() else {
+            let Ok(Some(Event::Asked(outcome))) = main.next(LONG) else {
                 panic!("signal {signal}: nothing was told");
             };
             assert_eq!(outcome, Outcome::Signal(signal));
         }
-        drop(signals);
+        drop(main);
         ending.came();
     }
 

@@ -13,8 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::hypervisor::{
-    Aia, AiaConfig, Counter, Doorbell, ExternalIrq, HartState, Hypervisor, Kicker, MsiMessage,
-    RegId, Result as HvResult, SystemEvent, Vcpu, Vm, VmEntry, VmExit, Waiting, regs,
+    self, Aia, AiaConfig, Counter, Doorbell, ExternalIrq, HartState, Hypervisor, Kicker,
+    MsiMessage, RegId, Result as HvResult, SystemEvent, Vcpu, Vm, VmEntry, VmExit, Waiting, regs,
 };
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
@@ -168,6 +168,9 @@ impl Vcpu for FakeVcpu {
             Ok(_) => SystemEvent::Reset { reason: 0 },
             Err(_) => SystemEvent::Shutdown { reason: 0 },
         }))
+    }
+    fn complete(&mut self, _: VmEntry) -> HvResult<()> {
+        Ok(())
     }
     fn reg(&self, id: RegId) -> HvResult<Option<u64>> {
         let isa_i = RegId::isa_ext(5);

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::layout;
 use crate::bus::{Bus, Device};
-use crate::config::{ConsoleConfig, Mac, NetConfig, Transport, VmConfig};
+use crate::config::{ConsoleConfig, DiskConfig, Mac, NetConfig, Transport, VmConfig};
 use crate::devices::console::{Console, terminal};
 use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
@@ -30,102 +30,102 @@ const DISK_QUEUES_MAX: u32 = 16;
 /// More pairs of queues than this do not make an interface faster.
 const NET_PAIRS_MAX: u32 = 8;
 
-/// A tap, opened.
-struct Interface {
-    name: String,
-    config: NetConfig,
-    queues: Vec<Arc<TapQueue>>,
-}
+/// Makes a device as after power-on.
+pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
 
-/// The host's side of the devices, which outlives a reset: files stay open and locked.
+/// The host's side of the devices, which outlives a reset: files stay open and locked. A new kind of device
+/// is one more function like [`disks`].
 pub(super) struct Backends {
-    disks: Vec<(String, Arc<Image>)>,
-    interfaces: Vec<Interface>,
+    /// In the order in which the devices are attached.
+    make: Vec<MakeDevice>,
     /// The second console.
     pub(super) console: Option<Arc<Console>>,
     /// The power key, where SIGTERM is to press it.
     pub(super) button: Option<Arc<Button>>,
-    /// A device of the library's user.
-    other: Option<MakeDevice>,
 }
 
-/// Makes a device as after power-on.
-pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
-
 impl Backends {
-    /// Opens everything that `config` names.
+    /// Opens everything that `config` names. A device of the library's user, `other`, comes last.
     ///
     /// # Errors
     /// One line that names the file.
     pub(super) fn open(config: &VmConfig, other: Option<MakeDevice>) -> Result<Self> {
-        let mut disks = Vec::new();
-        for (index, disk) in config.disk.iter().enumerate() {
-            let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
-            disks.push((name, Arc::new(Image::open(disk)?)));
-        }
-        let interfaces = config.net.iter().enumerate();
-        let interfaces = interfaces.map(|(index, net)| Interface::open(index, net, config.cpus));
+        let console: Option<Arc<Console>> = config.virtio_console.is_some().then(Arc::default);
+        let button: Option<Arc<Button>> = config.on_sigterm.patience().map(|_| Arc::default());
+        let mut make = disks(config)?;
+        make.extend(interfaces(config)?);
+        make.extend(console.clone().map(|console| port(config, console)));
+        make.extend(config.rng.then(rng));
+        make.extend(button.clone().map(power_key));
+        make.extend(other);
         Ok(Self {
-            disks,
-            interfaces: interfaces.collect::<Result<_>>()?,
-            console: config.virtio_console.is_some().then(Arc::default),
-            button: config.on_sigterm.patience().map(|_| Arc::default()),
-            other,
+            make,
+            console,
+            button,
         })
     }
 
     /// The devices, as after power-on.
-    fn devices(&self, config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>> {
-        let queues = config.cpus.min(DISK_QUEUES_MAX);
-        let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-        for (name, image) in &self.disks {
-            devices.push(Box::new(Disk::new(name, Arc::clone(image), queues)));
-        }
-        for interface in &self.interfaces {
-            devices.push(Box::new(interface.device()));
-        }
-        if let Some(console) = &self.console {
-            let is_terminal = config.virtio_console == Some(ConsoleConfig::Stdio);
-            let size = move || is_terminal.then(terminal::size).flatten();
-            devices.push(Box::new(ConsolePort::new(
-                Arc::clone(console),
-                Arc::new(size),
-            )));
-        }
-        if config.rng {
-            devices.push(Box::<Rng>::default());
-        }
-        if let Some(button) = &self.button {
-            devices.push(Box::new(PowerKey::new(Arc::clone(button))));
-        }
-        if let Some(make) = &self.other {
-            devices.push(make()?);
-        }
-        Ok(devices)
+    fn devices(&self) -> Result<Vec<Box<dyn VirtioDevice>>> {
+        let made = self.make.iter().map(|make| make());
+        Ok(made.collect::<io::Result<_>>()?)
     }
 }
 
-impl Interface {
-    fn open(index: usize, config: &NetConfig, cpus: u32) -> Result<Self> {
-        if config.vhost {
+fn disks(config: &VmConfig) -> Result<Vec<MakeDevice>> {
+    let queues = config.cpus.min(DISK_QUEUES_MAX);
+    let queues = u16::try_from(queues).unwrap_or(u16::MAX);
+    let open = |(index, disk): (usize, &DiskConfig)| -> Result<MakeDevice> {
+        let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+        let image = Arc::new(Image::open(disk)?);
+        Ok(Box::new(move || {
+            Ok(Box::new(Disk::new(&name, Arc::clone(&image), queues)))
+        }))
+    };
+    config.disk.iter().enumerate().map(open).collect()
+}
+
+fn interfaces(config: &VmConfig) -> Result<Vec<MakeDevice>> {
+    let pairs = usize::try_from(config.cpus.min(NET_PAIRS_MAX))?;
+    let open = |(index, net): (usize, &NetConfig)| -> Result<MakeDevice> {
+        let NetConfig { tap, mac, vhost } = net.clone();
+        if vhost {
             vhost::check()?;
         }
-        let pairs = cpus.min(NET_PAIRS_MAX);
-        let queues = TapQueue::open(&config.tap, usize::try_from(pairs)?)?;
-        Ok(Self {
-            name: format!("net{index}"),
-            config: config.clone(),
-            queues: queues.into_iter().map(Arc::new).collect(),
-        })
-    }
+        let queues = TapQueue::open(&tap, pairs)?;
+        let queues: Vec<_> = queues.into_iter().map(Arc::new).collect();
+        let name = format!("net{index}");
+        let mac = mac.unwrap_or_else(|| default_mac(&tap));
+        Ok(Box::new(move || {
+            let mtu = queues.first().and_then(|queue| queue.mtu());
+            Ok(Box::new(Net::new(
+                &name,
+                &tap,
+                queues.clone(),
+                mac,
+                mtu,
+                vhost,
+            )))
+        }))
+    };
+    config.net.iter().enumerate().map(open).collect()
+}
 
-    fn device(&self) -> Net {
-        let NetConfig { tap, mac, vhost } = &self.config;
-        let mac = mac.unwrap_or_else(|| default_mac(tap));
-        let mtu = self.queues.first().and_then(|queue| queue.mtu());
-        Net::new(&self.name, tap, self.queues.clone(), mac, mtu, *vhost)
-    }
+fn port(config: &VmConfig, console: Arc<Console>) -> MakeDevice {
+    let is_terminal = config.virtio_console == Some(ConsoleConfig::Stdio);
+    let size = Arc::new(move || is_terminal.then(terminal::size).flatten());
+    Box::new(move || {
+        let (console, size) = (Arc::clone(&console), Arc::clone(&size));
+        Ok(Box::new(ConsolePort::new(console, size)))
+    })
+}
+
+fn rng() -> MakeDevice {
+    Box::new(|| Ok(Box::<Rng>::default()))
+}
+
+fn power_key(button: Arc<Button>) -> MakeDevice {
+    Box::new(move || Ok(Box::new(PowerKey::new(Arc::clone(&button)))))
 }
 
 /// An address of this host's own for this tap, the same at every start: locally administered, with the
@@ -150,7 +150,7 @@ pub(super) fn attach(
     irqchip: &IrqChip,
     bus: &mut Bus,
 ) -> Result<Vec<Arc<dyn Device>>> {
-    let devices = backends.devices(config)?;
+    let devices = backends.devices()?;
     match config.transport {
         Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
         Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus),

@@ -1,7 +1,7 @@
 //! The one place where threads start.
 
 use std::io;
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 /// What a thread is for. Its name starts with this, and a sandbox can be chosen by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,10 +16,8 @@ pub enum Kind {
     Net,
     /// Serves another virtio device.
     Virtio,
-    /// Waits for an alarm of the guest's clock.
-    Rtc,
-    /// Waits for the process's signals.
-    Signals,
+    /// Does what would hold the main loop up, or makes sure that rvmm ends.
+    Main,
 }
 
 impl Kind {
@@ -30,8 +28,7 @@ impl Kind {
             Kind::Disk => "disk",
             Kind::Net => "net",
             Kind::Virtio => "virtio",
-            Kind::Rtc => "rtc",
-            Kind::Signals => "signals",
+            Kind::Main => "main",
         }
     }
 }
@@ -48,6 +45,24 @@ where
     Builder::new()
         .name(format!("{}-{name}", kind.prefix()))
         .spawn(body)
+}
+
+/// The same for a thread that ends before `scope` does, and may borrow until then.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_scoped<'scope, T, F>(
+    scope: &'scope Scope<'scope, '_>,
+    kind: Kind,
+    name: &str,
+    body: F,
+) -> io::Result<ScopedJoinHandle<'scope, T>>
+where
+    T: Send + 'scope,
+    F: FnOnce() -> T + Send + 'scope,
+{
+    let name = format!("{}-{name}", kind.prefix());
+    Builder::new().name(name).spawn_scoped(scope, body)
 }
 
 #[cfg(test)]

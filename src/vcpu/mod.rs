@@ -2,6 +2,7 @@
 
 pub mod exits;
 pub mod fetch;
+pub mod first;
 pub mod paging;
 pub mod restart;
 pub mod sbi;

@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
+use super::first::{First, Waited};
 use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit, regs};
 use crate::util::{RateLimit, guest_warn};
 
@@ -62,7 +63,7 @@ pub type Call = Box<dyn Fn() + Send>;
 /// What a vCPU's thread and its handle tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// The machine ends. A signal comes with it.
+    /// The thread is to end. A signal comes with it.
     pub(super) stopping: AtomicBool,
     /// The thread is to be kicked until this is false.
     pub(super) wants_kick: AtomicBool,
@@ -97,11 +98,11 @@ impl Restarts {
     }
 
     /// Looks after the hart of a vCPU that came out of KVM_RUN: waits while it is stopped, and gives it its
-    /// `scounteren`. Returns the exit that still has to be served, if there is one.
+    /// `scounteren`.
     ///
     /// # Errors
     /// KVM refused.
-    pub(super) fn look(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<VmExit>> {
+    pub(super) fn look(&mut self, vcpu: &mut dyn Vcpu) -> Result<Waited> {
         if vcpu.hart_state()? == HartState::Stopped {
             return self.wait_for_start(vcpu);
         }
@@ -109,19 +110,19 @@ impl Restarts {
         if vcpu.reg(regs::SCOUNTEREN)? == Some(0) {
             vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
         }
-        Ok(None)
+        Ok(Waited::DONE)
     }
 
     /// Waits until the hart of a vCPU that has not run yet, or was found stopped, is started, and takes the reset
-    /// that comes with it. Returns the exit that still has to be served, if there is one.
+    /// that comes with it.
     ///
     /// # Errors
     /// KVM refused.
-    pub(super) fn wait_for_start(&mut self, vcpu: &mut dyn Vcpu) -> Result<Option<VmExit>> {
+    pub(super) fn wait_for_start(&mut self, vcpu: &mut dyn Vcpu) -> Result<Waited> {
         let began = Instant::now();
         while vcpu.hart_state()? == HartState::Stopped {
             if self.shared.is_stopping() {
-                return Ok(None);
+                return Ok(Waited::Asked(First::WaitForStart));
             }
             let (least, most) = PAUSES;
             self.shared.sleep((began.elapsed() / 16).clamp(least, most));
@@ -130,31 +131,28 @@ impl Restarts {
     }
 
     /// Has KVM serve the reset that waits for the vCPU, which completes its last exit with `entry`. No
-    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more. Returns the exit
-    /// of that, which still has to be served.
+    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more: then an exit of
+    /// the hart still has to be served.
     ///
     /// # Errors
     /// KVM refused.
-    pub(super) fn take_reset(
-        &mut self,
-        vcpu: &mut dyn Vcpu,
-        mut entry: VmEntry,
-    ) -> Result<Option<VmExit>> {
+    pub(super) fn take_reset(&mut self, vcpu: &mut dyn Vcpu, mut entry: VmEntry) -> Result<Waited> {
         // The reset is over when this has gone.
         vcpu.set_reg(regs::SCOUNTEREN, MARK)?;
         vcpu.set_hart_state(HartState::Stopped)?;
         self.shared.wants_kick.store(true, Ordering::Release);
         (self.call)();
         let began = Instant::now();
-        let mut unserved = None;
+        let mut waited = Waited::Asked(First::TakeReset);
         while !self.shared.is_stopping() {
             let exit = vcpu.run(entry)?;
             entry = VmEntry::Run;
             if exit != VmExit::Interrupted {
-                unserved = Some(exit);
+                waited = Waited::Over(Some(exit));
                 break;
             }
             if vcpu.reg(regs::SCOUNTEREN)? != Some(MARK) {
+                waited = Waited::DONE;
                 break;
             }
             if began.elapsed() > RESET_TAKES {
@@ -163,15 +161,16 @@ impl Restarts {
                     limit,
                     "this host's KVM does not reset a hart that starts or resumes"
                 );
+                waited = Waited::DONE;
                 break;
             }
         }
         self.shared.wants_kick.store(false, Ordering::Release);
         vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
-        if unserved.is_none() {
+        if !matches!(waited, Waited::Over(Some(_))) {
             vcpu.set_hart_state(HartState::Started)?;
         }
-        Ok(unserved)
+        Ok(waited)
     }
 }
 

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::first::{First, Waited};
 use super::restart::Restarts;
-use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, VmExit, regs};
+use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, regs};
 use crate::irqchip::{HartSide, SavedRegister};
 
 /// Extension id of the call, and its one function.
@@ -37,8 +38,20 @@ impl Suspend {
         Self { irqs }
     }
 
-    /// Hart `hart`, whose `vcpu` made the call, sleeps until it wakes or is to end. Returns the exit that still
-    /// has to be served, if there is one.
+    /// What hart `hart`, whose `vcpu` made the call, is to sleep with.
+    ///
+    /// # Errors
+    /// KVM refused.
+    #[cold]
+    pub(super) fn begin(&self, hart: u32, vcpu: &dyn Vcpu) -> Result<Sleeper> {
+        Ok(Sleeper {
+            enabled: read(vcpu, regs::SIE)?,
+            compare: read(vcpu, regs::TIMER_COMPARE)?,
+            saved: self.irqs.save(hart)?,
+        })
+    }
+
+    /// Hart `hart` sleeps until it wakes, or its thread is to end.
     ///
     /// # Errors
     /// KVM refused.
@@ -48,24 +61,24 @@ impl Suspend {
         hart: u32,
         vcpu: &mut dyn Vcpu,
         restarts: &mut Restarts,
-    ) -> Result<Option<VmExit>> {
-        let sleeper = Sleeper {
-            enabled: read(vcpu, regs::SIE)?,
-            compare: read(vcpu, regs::TIMER_COMPARE)?,
-            saved: self.irqs.save(hart)?,
-        };
+        sleeper: Sleeper,
+    ) -> Result<Waited> {
         while !self.wakes(hart, vcpu, &sleeper)? {
             if restarts.shared.is_stopping() {
-                return Ok(None);
+                return Ok(Waited::Asked(First::Sleep(sleeper)));
             }
             restarts.shared.sleep(LOOK_EVERY);
         }
         // The reset clears the hart's IMSIC, and the interrupt that woke it with it. What comes between this and
         // the reset, in the next millisecond or two, is lost.
         let saved = self.irqs.save(hart)?;
-        let unserved = restarts.take_reset(vcpu, OK)?;
+        let waited = restarts.take_reset(vcpu, OK)?;
+        if let Waited::Asked(_) = waited {
+            // Without the reset nothing is lost: what woke the hart wakes it again.
+            return Ok(Waited::Asked(First::Sleep(sleeper)));
+        }
         self.irqs.restore(hart, &saved)?;
-        Ok(unserved)
+        Ok(waited)
     }
 
     /// Whether an interrupt is pending and enabled. `sstatus.SIE` does not matter, as with WFI.
@@ -82,7 +95,8 @@ impl Suspend {
 }
 
 /// What does not change while a hart sleeps.
-struct Sleeper {
+#[derive(Debug, PartialEq, Eq)]
+pub struct Sleeper {
     /// `sie`.
     enabled: u64,
     compare: u64,

@@ -10,12 +10,14 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::Stop;
 use super::exits::{Exits, Next, Rare};
+use super::first::{First, Waited};
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
+use super::suspend::Sleeper;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
 use crate::util::thread::{Kind, spawn};
 
-/// How a vCPU's thread ends by itself; nothing is told when it was stopped from outside.
+/// How a vCPU's thread ends by itself; it is not called when the thread was stopped from outside.
 pub type OnStop = Box<dyn FnOnce(Result<Stop>) + Send>;
 
 /// A running vCPU. Dropping it stops the vCPU and waits for its thread.
@@ -24,7 +26,32 @@ pub struct VcpuHandle {
     kicker: Box<dyn Kicker>,
     /// On a host that resets harts unseen.
     waiting: Option<Box<dyn Waiting>>,
-    thread: Option<JoinHandle<Option<ExitStats>>>,
+    thread: Option<JoinHandle<Parked>>,
+}
+
+/// A vCPU without a thread. What its last exit was to give the guest is in its registers, and
+/// [`VcpuHandle::start`] goes on from there.
+pub struct Parked {
+    /// The vCPU.
+    pub vcpu: Box<dyn Vcpu>,
+    /// What its next thread does first.
+    pub first: First,
+    /// The exits counted so far, if they are.
+    pub stats: Option<ExitStats>,
+}
+
+impl Parked {
+    /// The vCPU of hart `hart` before it ran, on a host that resets harts or not. Its exits are counted in
+    /// `stats`, if given.
+    pub fn of_new(
+        vcpu: Box<dyn Vcpu>,
+        hart: u32,
+        host_resets_harts: bool,
+        stats: Option<ExitStats>,
+    ) -> Self {
+        let first = First::of_new(hart, host_resets_harts);
+        Self { vcpu, first, stats }
+    }
 }
 
 /// How to run a vCPU.
@@ -35,8 +62,6 @@ pub struct Start {
     pub on_stop: OnStop,
     /// Called when it wants to be kicked, by [`VcpuHandle::kick`].
     pub on_call: Call,
-    /// Counts its exits for [`VcpuHandle::stop`].
-    pub stats: Option<ExitStats>,
     /// The host resets harts as [`restart`](super::restart) tells.
     pub follow_restarts: bool,
 }
@@ -49,41 +74,33 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
-    /// Runs `vcpu` on a thread of its own until `exits` ends it or the handle is dropped.
+    /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops it.
     ///
     /// # Errors
     /// The host refused the thread, its signal, or the vCPU's run page.
-    pub fn start(mut vcpu: Box<dyn Vcpu>, exits: Arc<Exits>, how: Start) -> Result<Self> {
+    pub fn start(parked: Parked, exits: Arc<Exits>, how: Start) -> Result<Self> {
         let id = how.id;
         let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
         register_signal_handler(kick_signal(), on_kick)
             .map_err(|e| refused("set the signal of", e.into()))?;
-        let kicker = vcpu.kicker()?;
+        let kicker = parked.vcpu.kicker()?;
+        // The thread before was stopped by it.
+        kicker.set_immediate_exit(false);
         let waiting = match how.follow_restarts {
-            true => Some(vcpu.waiting()?),
+            true => Some(parked.vcpu.waiting()?),
             false => None,
         };
         let shared = Arc::<Shared>::default();
-        let mut hart = Hart {
+        let hart = Hart {
             id,
             exits,
             restarts: Restarts::new(Arc::clone(&shared), how.on_call),
             follow_restarts: how.follow_restarts,
         };
-        let mut stats = how.stats;
-        let body = move || {
-            // Whatever mask came over exec; it fails for numbers that are no signals.
-            let _ = unblock_signal(kick_signal());
-            if let Some(end) = hart.run(vcpu.as_mut(), stats.as_mut()).transpose() {
-                (how.on_stop)(end);
-            }
-            if let Some(stats) = &mut stats {
-                stats.read_counters(vcpu.as_ref());
-            }
-            stats
-        };
-        let thread = spawn(Kind::Vcpu, &id.to_string(), body)
-            .map_err(|e| refused("start the thread of", e))?;
+        let thread = spawn(Kind::Vcpu, &id.to_string(), || {
+            hart.live(parked, how.on_stop)
+        })
+        .map_err(|e| refused("start the thread of", e))?;
         Ok(Self {
             shared,
             kicker,
@@ -94,8 +111,9 @@ impl VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Stops the vCPU and waits for its thread: what it counted, if it did.
-    pub fn stop(mut self) -> Option<ExitStats> {
+    /// Stops the vCPU, waits for its thread, and takes the vCPU back. None where the thread panicked, which
+    /// ends the process.
+    pub fn stop(mut self) -> Option<Parked> {
         self.join()
     }
 
@@ -132,9 +150,9 @@ impl VcpuHandle {
         }
     }
 
-    fn join(&mut self) -> Option<ExitStats> {
+    fn join(&mut self) -> Option<Parked> {
         self.ask_to_stop();
-        self.thread.take()?.join().ok().flatten()
+        self.thread.take()?.join().ok()
     }
 }
 
@@ -179,11 +197,42 @@ impl Serve for Counting<'_> {
 }
 
 impl Hart {
-    /// Runs until the machine ends (`Some`) or the vCPU is stopped from outside (`None`).
-    fn run(&mut self, vcpu: &mut dyn Vcpu, stats: Option<&mut ExitStats>) -> Result<Option<Stop>> {
-        let entry = match self.begin(vcpu)? {
+    /// The life of the thread: runs the vCPU, and hands it back.
+    fn live(mut self, parked: Parked, on_stop: OnStop) -> Parked {
+        let Parked {
+            mut vcpu,
+            first,
+            mut stats,
+        } = parked;
+        // Whatever mask came over exec; it fails for numbers that are no signals.
+        let _ = unblock_signal(kick_signal());
+        let first = match self.run(vcpu.as_mut(), stats.as_mut(), first) {
+            Ok(Leave::Park(first)) => first,
+            Ok(Leave::End(stop)) => {
+                on_stop(Ok(stop));
+                First::Enter
+            }
+            Err(error) => {
+                on_stop(Err(error));
+                First::Enter
+            }
+        };
+        if let Some(stats) = &mut stats {
+            stats.read_counters(vcpu.as_ref());
+        }
+        Parked { vcpu, first, stats }
+    }
+
+    /// Runs until the vCPU ends the machine, or is stopped from outside.
+    fn run(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        stats: Option<&mut ExitStats>,
+        first: First,
+    ) -> Result<Leave> {
+        let entry = match self.begin(vcpu, first)? {
             Ok(entry) => entry,
-            Err(stop) => return Ok(Some(stop)),
+            Err(leave) => return Ok(leave),
         };
         let exits = Arc::clone(&self.exits);
         if let Some(stats) = stats {
@@ -201,54 +250,66 @@ impl Hart {
         vcpu: &mut V,
         server: &mut S,
         mut entry: VmEntry,
-    ) -> Result<Option<Stop>> {
+    ) -> Result<Leave> {
         while !self.restarts.shared.is_stopping() {
             entry = match vcpu.run_and(entry, server)? {
                 Next::Enter(next) => next,
                 Next::Rare(rare) => match self.settle(vcpu.as_vcpu(), rare)? {
                     Ok(entry) => entry,
-                    Err(stop) => return Ok(Some(stop)),
+                    Err(leave) => return Ok(leave),
                 },
             };
         }
-        Ok(None)
+        // A load, an SBI call or a CSR access may still wait for its result.
+        vcpu.as_vcpu().complete(entry)?;
+        Ok(Leave::Park(First::Enter))
     }
 
-    /// Where KVM resets harts that are started, all but the one that boots wait for it here.
-    fn begin(&mut self, vcpu: &mut dyn Vcpu) -> Result<Settled> {
-        if !self.follow_restarts || self.id == BOOT_HART {
-            return Ok(Ok(VmEntry::Run));
-        }
-        let unserved = self.restarts.wait_for_start(vcpu)?;
-        self.serve_rest(vcpu, unserved)
+    fn begin(&mut self, vcpu: &mut dyn Vcpu, first: First) -> Result<Settled> {
+        let waited = match first {
+            First::Enter => Waited::DONE,
+            First::WaitForStart => self.restarts.wait_for_start(vcpu)?,
+            First::TakeReset => self.restarts.take_reset(vcpu, VmEntry::Run)?,
+            First::Sleep(sleeper) => self.sleep(vcpu, sleeper)?,
+        };
+        self.after(vcpu, waited)
     }
 
     /// What comes of `rare`.
     #[cold]
     #[inline(never)]
     fn settle(&mut self, vcpu: &mut dyn Vcpu, rare: Rare) -> Result<Settled> {
-        let unserved = match rare {
+        let waited = match rare {
             Rare::Look if self.follow_restarts => self.restarts.look(vcpu)?,
-            Rare::Look => None,
+            Rare::Look => Waited::DONE,
             Rare::Suspend => {
-                let suspend = &self.exits.suspend;
-                suspend.sleep(self.id, vcpu, &mut self.restarts)?
+                let sleeper = self.exits.suspend.begin(self.id, vcpu)?;
+                self.sleep(vcpu, sleeper)?
             }
             Rare::Stop(stop) => {
                 let Stop::Unrunnable { errno, pc } = *stop else {
-                    return Ok(Err(*stop));
+                    return Ok(Err(Leave::End(*stop)));
                 };
                 if let Some(stop) = self.exits.fetch_faults.answer(vcpu, errno, pc)? {
-                    return Ok(Err(stop));
+                    return Ok(Err(Leave::End(stop)));
                 }
-                None
+                Waited::DONE
             }
         };
-        self.serve_rest(vcpu, unserved)
+        self.after(vcpu, waited)
     }
 
-    /// Serves the exit that something else than the loop brought, if it did.
-    fn serve_rest(&mut self, vcpu: &mut dyn Vcpu, unserved: Option<VmExit>) -> Result<Settled> {
+    fn sleep(&mut self, vcpu: &mut dyn Vcpu, sleeper: Sleeper) -> Result<Waited> {
+        let suspend = &self.exits.suspend;
+        suspend.sleep(self.id, vcpu, &mut self.restarts, sleeper)
+    }
+
+    /// What comes after a wait: the exit that it brought, if it did, is served.
+    fn after(&mut self, vcpu: &mut dyn Vcpu, waited: Waited) -> Result<Settled> {
+        let unserved = match waited {
+            Waited::Over(unserved) => unserved,
+            Waited::Asked(first) => return Ok(Err(Leave::Park(first))),
+        };
         match unserved.map(|exit| self.exits.handle(exit)) {
             None => Ok(Ok(VmEntry::Run)),
             Some(Next::Enter(entry)) => Ok(Ok(entry)),
@@ -258,10 +319,15 @@ impl Hart {
 }
 
 /// How a vCPU runs on, or why it does not.
-type Settled = std::result::Result<VmEntry, Stop>;
+type Settled = std::result::Result<VmEntry, Leave>;
 
-/// The hart that runs from the start.
-const BOOT_HART: u32 = 0;
+/// Why a vCPU's thread ends.
+enum Leave {
+    /// The machine ends.
+    End(Stop),
+    /// The thread was stopped from outside; the next one begins with this.
+    Park(First),
+}
 
 #[cfg(test)]
 mod tests;

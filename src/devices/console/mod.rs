@@ -214,8 +214,14 @@ impl Console {
             if queues.writes != writes {
                 (writes, since) = (queues.writes, Instant::now());
             }
+            // It may look after other things, which use the console.
+            drop(queues);
             if !patience(since.elapsed()) {
                 return false;
+            }
+            queues = lock(&self.queues);
+            if queues.output.is_empty() && queues.in_flight == 0 {
+                break;
             }
             let wait = self.output_drained.wait_timeout(queues, ASK);
             (queues, _) = wait.unwrap_or_else(PoisonError::into_inner);

@@ -1,9 +1,13 @@
 //! The chip as its driver uses it, and the wire.
 
-use std::sync::mpsc;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, mpsc};
+
+use rustix::event::PollFlags;
 
 use super::*;
 use crate::bus::IrqSink;
+use crate::util::poll::{poll_now, wait_readable_for};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -72,29 +76,67 @@ impl IrqSink for Told {
     }
 }
 
-#[test]
-fn the_wire_rises_by_itself_and_the_thread_ends_with_the_clock() {
+fn rtc() -> (GoldfishRtc, mpsc::Receiver<bool>) {
     let (tell, told) = mpsc::channel();
     let line = IrqLine::new(Arc::new(Told(Mutex::new(tell))), 11);
-    let rtc = GoldfishRtc::new(0x10_1000, line);
+    (GoldfishRtc::new(0x10_1000, line).unwrap(), told)
+}
+
+/// Sets an alarm that rings a fiftieth of a second from now.
+fn set_soon(rtc: &GoldfishRtc) {
     let store = |offset, value: u32| rtc.write(offset, &value.to_le_bytes());
-    store(reg::IRQ_ENABLED, 1);
     let soon = host_time() + SECOND / 50;
+    store(reg::IRQ_ENABLED, 1);
     store(reg::ALARM_HIGH, high(soon));
     store(reg::ALARM_LOW, low(soon));
-    assert!(told.recv().unwrap());
-    store(reg::CLEAR_INTERRUPT, 1);
+}
+
+#[allow(unsafe_code)]
+fn timer(rtc: &GoldfishRtc) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as `rtc`.
+    unsafe { BorrowedFd::borrow_raw(rtc.as_raw_fd()) }
+}
+
+fn wait_for_timer(rtc: &GoldfishRtc) {
+    let is_over = wait_readable_for(timer(rtc), Duration::from_secs(60));
+    assert!(is_over, "the timer does not run out");
+    rtc.timer_is_over();
+}
+
+#[test]
+fn the_timer_raises_the_wire() {
+    let (rtc, told) = rtc();
+    assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
+    set_soon(&rtc);
+    while told.try_recv().is_err() {
+        wait_for_timer(&rtc);
+    }
+    rtc.write(reg::CLEAR_INTERRUPT, &1u32.to_le_bytes());
     assert!(!told.recv().unwrap());
-    drop(rtc);
-    // The thread held the last of the line.
-    assert!(told.recv().is_err());
+    // It has rung once, and nobody waits for it any more.
+    rtc.timer_is_over();
+    assert!(told.try_recv().is_err());
+    assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
+}
+
+#[test]
+fn an_alarm_of_a_pause_rings_after_it() {
+    let (rtc, told) = rtc();
+    rtc.pause();
+    set_soon(&rtc);
+    while host_time() < rtc.state.lock().unwrap().clock.alarm.unwrap() {
+        std::thread::yield_now();
+    }
+    assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
+    rtc.timer_is_over();
+    assert!(told.try_recv().is_err());
+    rtc.resume();
+    assert!(told.recv().unwrap());
 }
 
 #[test]
 fn odd_accesses_do_nothing() {
-    let (tell, _told) = mpsc::channel();
-    let line = IrqLine::new(Arc::new(Told(Mutex::new(tell))), 11);
-    let rtc = GoldfishRtc::new(0x10_1000, line);
+    let (rtc, _told) = rtc();
     for size in [1, 2, 8] {
         let mut data = vec![0; size];
         rtc.read(reg::TIME_LOW, &mut data);

@@ -161,6 +161,18 @@ impl Vcpu for KvmVcpu {
         self.run_and(entry, &mut AsItIs)
     }
 
+    fn complete(&mut self, entry: VmEntry) -> Result<()> {
+        // KVM_RUN does this first, and then looks at the flag (kvm_arch_vcpu_ioctl_run).
+        self.fd.set_kvm_immediate_exit(1);
+        match self.run(entry)? {
+            VmExit::Interrupted => Ok(()),
+            exit => {
+                let act = format!("complete the last exit of vCPU {}", self.id);
+                Err(Error::refused(act, io::Error::other(format!("{exit:?}"))))
+            }
+        }
+    }
+
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         let mut bytes = [0; 8];
         match self.fd.get_one_reg(id.0, &mut bytes) {

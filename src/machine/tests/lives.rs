@@ -89,6 +89,8 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
         timeout: None,
         reboot: true,
         stats_from: Some(began),
+        control: None,
+        paused: false,
     };
     std::fs::remove_file(image).unwrap();
     let _alone = lock(&ALONE);

@@ -32,6 +32,9 @@ impl Vcpu for Hart {
     fn run(&mut self, _: VmEntry) -> Result<VmExit> {
         unreachable!("does not run")
     }
+    fn complete(&mut self, _: VmEntry) -> Result<()> {
+        unreachable!("is not parked")
+    }
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         Ok(lock(&self.0).get(&id).copied())
     }

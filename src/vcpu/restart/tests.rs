@@ -46,6 +46,9 @@ impl Vcpu for Fake {
         state.entered_with.push(value);
         Ok(VmExit::Csr { number: 1 })
     }
+    fn complete(&mut self, _: VmEntry) -> Result<()> {
+        unreachable!("is not parked")
+    }
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         assert_eq!(id, regs::SCOUNTEREN);
         Ok(Some(lock(&self.0).scounteren))
@@ -118,7 +121,7 @@ fn a_started_hart_begins_with_its_counters() {
         early_signals: 2,
         ..State::default()
     });
-    assert_eq!(restarts.look(&mut vcpu).unwrap(), None);
+    assert_eq!(restarts.look(&mut vcpu).unwrap(), Waited::DONE);
     assert_eq!(calls.load(Ordering::Acquire), 1);
     assert!(!wants_kick(&restarts));
     vcpu.run(VmEntry::Run).unwrap();
@@ -146,7 +149,8 @@ fn a_stopped_hart_ends_with_its_machine() {
         ..State::default()
     });
     restarts.shared.stopping.store(true, Ordering::Release);
-    assert_eq!(restarts.look(&mut vcpu).unwrap(), None);
+    let waits = Waited::Asked(First::WaitForStart);
+    assert_eq!(restarts.look(&mut vcpu).unwrap(), waits);
     assert_eq!(calls.load(Ordering::Acquire), 0);
 }
 
@@ -186,7 +190,7 @@ fn a_hart_that_was_started_early_begins_with_its_counters() {
         reset_waits: true,
         ..State::default()
     });
-    assert_eq!(restarts.wait_for_start(&mut vcpu).unwrap(), None);
+    assert_eq!(restarts.wait_for_start(&mut vcpu).unwrap(), Waited::DONE);
     vcpu.run(VmEntry::Run).unwrap();
     assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
 }
@@ -202,7 +206,26 @@ fn hostile_a_hart_that_is_started_twice() {
         ..State::default()
     });
     let exit = restarts.look(&mut vcpu).unwrap();
-    assert_eq!(exit, Some(VmExit::Csr { number: 1 }));
+    assert_eq!(exit, Waited::Over(Some(VmExit::Csr { number: 1 })));
     assert!(!wants_kick(&restarts));
     assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
+}
+
+/// The thread is stopped before KVM has served the reset: the next one finds it still to come.
+#[test]
+fn a_reset_that_was_not_taken_is_taken_later() {
+    let (mut stopped, _) = restarts();
+    let mut vcpu = fake(State {
+        reset_waits: true,
+        ..State::default()
+    });
+    stopped.shared.stopping.store(true, Ordering::Release);
+    let waited = stopped.take_reset(&mut vcpu, VmEntry::Run).unwrap();
+    assert_eq!(waited, Waited::Asked(First::TakeReset));
+    assert!(lock(&vcpu.0).reset_waits && !lock(&vcpu.0).stopped);
+    let (mut next, _) = restarts();
+    let waited = next.take_reset(&mut vcpu, VmEntry::Run).unwrap();
+    assert_eq!(waited, Waited::DONE);
+    vcpu.run(VmEntry::Run).unwrap();
+    assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
 }

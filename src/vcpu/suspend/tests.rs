@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
-use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, Waiting};
+use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmExit, Waiting};
 use crate::util::sync::lock;
 
 /// The controller's register, and how often it is asked before an interrupt is pending.
@@ -42,6 +42,9 @@ impl Vcpu for Hart {
         lock(&self.registers).clear();
         *lock(&self.controller.register) = 0;
         Ok(VmExit::Interrupted)
+    }
+    fn complete(&mut self, _: VmEntry) -> Result<()> {
+        unreachable!("is not parked")
     }
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         Ok(Some(lock(&self.registers).get(&id).copied().unwrap_or(0)))
@@ -100,9 +103,15 @@ impl Fixture {
         stopping.store(true, Ordering::Release);
     }
 
-    fn sleep(&mut self) {
-        let early = self.suspend.sleep(3, &mut self.hart, &mut self.restarts);
-        assert_eq!(early.unwrap(), None);
+    /// Sleeps until the hart wakes, or its thread is to end.
+    fn sleep(&mut self) -> Waited {
+        let sleeper = self.suspend.begin(3, &self.hart).unwrap();
+        self.sleep_on(sleeper)
+    }
+
+    fn sleep_on(&mut self, sleeper: Sleeper) -> Waited {
+        let (suspend, hart) = (&self.suspend, &mut self.hart);
+        suspend.sleep(3, hart, &mut self.restarts, sleeper).unwrap()
     }
 }
 
@@ -113,7 +122,7 @@ fn what_is_pending_and_enabled_wakes() {
     let with = |registers: &[(RegId, u64)], pending_at| {
         let mut fixture = fixture(registers, pending_at);
         fixture.stop();
-        fixture.sleep();
+        assert!(matches!(fixture.sleep(), Waited::Asked(First::Sleep(_))));
         // The last step of waking.
         fixture.hart.reg(regs::SCOUNTEREN).unwrap() == Some(7)
     };
@@ -136,7 +145,7 @@ fn what_is_pending_and_enabled_wakes() {
 #[test]
 fn the_hart_sleeps_until_its_interrupt_and_keeps_it() {
     let mut fixture = fixture(&[(regs::SIE, 0x200)], 3);
-    fixture.sleep();
+    assert_eq!(fixture.sleep(), Waited::DONE);
     let controller = &fixture.hart.controller;
     assert_eq!(controller.asked.load(Ordering::Acquire), 4);
     assert_eq!(*lock(&controller.register), 77);
@@ -148,5 +157,31 @@ fn the_hart_sleeps_until_its_interrupt_and_keeps_it() {
 fn a_suspended_hart_ends_with_its_machine() {
     let mut fixture = fixture(&[], 0);
     fixture.stop();
-    fixture.sleep();
+    assert!(matches!(fixture.sleep(), Waited::Asked(First::Sleep(_))));
+}
+
+/// The thread is stopped while the hart sleeps, and once more when it is about to wake: it sleeps on, and keeps
+/// the interrupt that wakes it.
+#[test]
+fn a_sleep_goes_on_in_the_next_thread() {
+    let mut fixture = fixture(&[(regs::SIE, 0x200)], 2);
+    fixture.stop();
+    let mut waited = fixture.sleep();
+    for _ in 0..3 {
+        let Waited::Asked(First::Sleep(sleeper)) = waited else {
+            panic!("{waited:?}");
+        };
+        waited = fixture.sleep_on(sleeper);
+    }
+    assert_eq!(*lock(&fixture.hart.controller.register), 77, "no reset yet");
+    let Waited::Asked(First::Sleep(sleeper)) = waited else {
+        panic!("{waited:?}");
+    };
+    fixture
+        .restarts
+        .shared
+        .stopping
+        .store(false, Ordering::Release);
+    assert_eq!(fixture.sleep_on(sleeper), Waited::DONE);
+    assert_eq!(*lock(&fixture.hart.controller.register), 77);
 }

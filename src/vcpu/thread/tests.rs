@@ -28,6 +28,8 @@ use crate::vcpu::stats::ExitKind;
 struct Script {
     exits: VecDeque<VmExit>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
+    /// The entries that completed an exit without running.
+    completed: Arc<Mutex<Vec<VmEntry>>>,
     kicked: Arc<AtomicBool>,
     /// Signals that its thread blocks.
     blocked: Arc<Mutex<Vec<i32>>>,
@@ -83,6 +85,10 @@ impl Vcpu for Script {
         }
         Ok(VmExit::Interrupted)
     }
+    fn complete(&mut self, entry: VmEntry) -> Result<()> {
+        lock(&self.completed).push(entry);
+        Ok(())
+    }
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         let scounteren = lock(&self.hart).scounteren;
         Ok((id == regs::SCOUNTEREN).then_some(scounteren))
@@ -123,8 +129,10 @@ struct Started {
     handle: VcpuHandle,
     stops: mpsc::Receiver<Result<Stop>>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
+    completed: Arc<Mutex<Vec<VmEntry>>>,
     blocked: Arc<Mutex<Vec<i32>>>,
     hart: Arc<Mutex<FakeHart>>,
+    exits: Arc<Exits>,
     calls: mpsc::Receiver<()>,
 }
 
@@ -155,26 +163,31 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, hart: Option<FakeHart>) 
         ..Script::default()
     };
     let (entries, blocked) = (Arc::clone(&script.entries), Arc::clone(&script.blocked));
+    let completed = Arc::clone(&script.completed);
     let hart = Arc::clone(&script.hart);
     let (called, calls) = mpsc::channel();
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
     let irqs = Arc::new(Plic::new(0, Vec::new()));
     let exits = Exits::new(Arc::new(Bus::default()), sbi, Arc::default(), irqs);
+    let exits = Arc::new(exits);
+    let id = u32::from(follow_restarts);
     let start = Start {
-        id: u32::from(follow_restarts),
+        id,
         on_stop,
         on_call: Box::new(move || called.send(()).unwrap()),
-        stats,
         follow_restarts,
     };
-    let handle = VcpuHandle::start(Box::new(script), Arc::new(exits), start).unwrap();
+    let parked = Parked::of_new(Box::new(script), id, follow_restarts, stats);
+    let handle = VcpuHandle::start(parked, Arc::clone(&exits), start).unwrap();
     Started {
         handle,
         stops,
         entries,
+        completed,
         blocked,
         hart,
+        exits,
         calls,
     }
 }
@@ -296,12 +309,85 @@ fn exits_are_counted_when_asked() {
     while lock(&vcpu.entries).len() < 3 {
         std::thread::yield_now();
     }
-    let stats = vcpu.handle.stop().unwrap();
+    let stats = vcpu.handle.stop().unwrap().stats.unwrap();
     let reads = stats
         .kinds()
         .into_iter()
         .find(|(kind, _)| *kind == ExitKind::MmioRead(9));
     assert_eq!(reads.unwrap().1.count, 2);
     assert_eq!(stats.counters[0].value, 8);
-    assert!(start(&[]).handle.stop().is_none());
+    assert!(start(&[]).handle.stop().unwrap().stats.is_none());
+}
+
+/// Starts the vCPU again, as [`start`] does.
+fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc::Receiver<()>) {
+    let (called, calls) = mpsc::channel();
+    let start = Start {
+        id,
+        on_stop: Box::new(|_| {}),
+        on_call: Box::new(move || called.send(()).unwrap()),
+        follow_restarts: id > 0,
+    };
+    let handle = VcpuHandle::start(parked, Arc::clone(exits), start).unwrap();
+    (handle, calls)
+}
+
+/// Whatever the exit was, its result is in the registers before the vCPU is handed back.
+#[test]
+fn no_entry_is_lost_when_a_vcpu_is_parked() {
+    let (read, write) = (
+        VmExit::MmioRead { gpa: 0, len: 2 },
+        VmExit::MmioWrite {
+            gpa: 0,
+            len: 8,
+            data: [0; 8],
+        },
+    );
+    let exits = [read, write, VmExit::Csr { number: 7 }];
+    let mut vcpu = start(&exits.repeat(300));
+    let mut rounds = 0;
+    let total = 3 * 300;
+    while lock(&vcpu.entries).len() <= total {
+        let parked = vcpu.handle.stop().unwrap();
+        assert_eq!(parked.first, First::Enter);
+        rounds += 1;
+        (vcpu.handle, _) = start_again(parked, &vcpu.exits, 0);
+    }
+    drop(vcpu.handle);
+    // Each exit was completed once: by the entry into the guest, or without one.
+    let mut all: Vec<VmEntry> = lock(&vcpu.entries).clone();
+    all.extend(lock(&vcpu.completed).iter());
+    let count = |wanted: VmEntry| all.iter().filter(|entry| **entry == wanted).count();
+    assert_eq!(count(VmEntry::MmioRead(0xffff)), 300, "in {rounds} rounds");
+    assert_eq!(count(VmEntry::Csr(0)), 300);
+}
+
+/// A hart that nobody started before, and one that was found stopped.
+#[test]
+fn a_stopped_hart_waits_on_in_the_next_thread() {
+    let mut vcpu = start_stopped(&[]);
+    for start in 1..=3 {
+        let parked = vcpu.handle.stop().unwrap();
+        assert_eq!(parked.first, First::WaitForStart);
+        // Started while it is parked, every other time.
+        if start % 2 == 0 {
+            let mut hart = lock(&vcpu.hart);
+            (hart.stopped, hart.reset_waits) = (false, true);
+        }
+        let calls;
+        (vcpu.handle, calls) = start_again(parked, &vcpu.exits, 1);
+        if start % 2 == 1 {
+            let mut hart = lock(&vcpu.hart);
+            (hart.stopped, hart.reset_waits) = (false, true);
+        }
+        calls.recv().unwrap();
+        while lock(&vcpu.entries).len() < start {
+            std::thread::yield_now();
+        }
+        assert_eq!(lock(&vcpu.hart).scounteren, 7);
+        lock(&vcpu.hart).stopped = true;
+        while vcpu.handle.may_have_stopped() {
+            std::thread::yield_now();
+        }
+    }
 }

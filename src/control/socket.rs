@@ -1,0 +1,148 @@
+//! The socket's name in the file system: who may have it, and who takes it over.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::Mode;
+use rustix::process::umask;
+
+/// A socket that listens at a path; the path is removed with it.
+pub(super) struct Listening {
+    pub(super) listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode: another process may have taken the path over.
+    identity: Option<(u64, u64)>,
+}
+
+impl Listening {
+    /// Listens at `path`, for the user of this process alone. Takes over a socket whose owner has ended. No other
+    /// thread may create files meanwhile.
+    ///
+    /// # Errors
+    /// One line that names the path, the reason and the way out.
+    pub(super) fn at(path: &Path) -> Result<Self> {
+        make_room(path)?;
+        let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+        let bound = UnixListener::bind(path);
+        umask(before);
+        let listener = bound.with_context(|| {
+            format!("Failed to listen on control socket {path:?}{}", hint(path))
+        })?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            identity: identity(path),
+        })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // It stays where the directory has become another's: the next one finds it stale.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let there = fs::symlink_metadata(path).ok()?;
+    Some((there.dev(), there.ino()))
+}
+
+/// Removes a socket that nobody listens on.
+fn make_room(path: &Path) -> Result<()> {
+    let Ok(there) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !there.file_type().is_socket() {
+        bail!("Failed to listen on control socket {path:?}: a file is there: choose another name");
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => bail!(
+            "Failed to listen on control socket {path:?}: another process listens on it: choose another name"
+        ),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
+            .with_context(|| format!("Failed to remove the stale control socket {path:?}")),
+        // Such as no permission: binding fails too, and says why.
+        Err(_) => Ok(()),
+    }
+}
+
+fn hint(path: &Path) -> String {
+    /// sockaddr_un's, without the NUL (unix(7)).
+    const LONGEST: usize = 107;
+    match path.as_os_str().len() {
+        length @ 108.. => {
+            format!(": a socket's path has at most {LONGEST} bytes, and this has {length}")
+        }
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A path of this test's own.
+    pub(crate) fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("rvmm-{}-{name}", std::process::id()))
+    }
+
+    fn refused(path: &Path) -> String {
+        let error = Listening::at(path).err().expect("is refused");
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn a_live_socket_is_refused_and_a_stale_one_taken_over() {
+        let path = path("owner");
+        let first = Listening::at(&path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(refused(&path).contains("another process listens"));
+        // Its owner is killed: the name stays.
+        let Listening { listener, .. } = &first;
+        let copy = listener.try_clone().unwrap();
+        std::mem::forget(first);
+        drop(copy);
+        let stale = self::path("stale");
+        drop(UnixListener::bind(&stale).unwrap());
+        let second = Listening::at(&stale).unwrap();
+        assert!(UnixStream::connect(&stale).is_ok());
+        drop(second);
+        assert!(!stale.exists());
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let path = path("file");
+        fs::write(&path, "mine").unwrap();
+        assert!(refused(&path).contains("a file is there"));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        fs::remove_file(&path).unwrap();
+        let long = Path::new("/tmp").join("x".repeat(120));
+        assert!(refused(&long).contains("at most 107 bytes"));
+        assert!(refused(Path::new("/nowhere/socket")).contains("No such file"));
+    }
+
+    /// The name was given to another socket meanwhile: that one stays.
+    #[test]
+    fn anothers_socket_stays() {
+        let path = path("taken");
+        let first = Listening::at(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let second = UnixListener::bind(&path).unwrap();
+        drop(first);
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(second);
+        fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,84 @@
+//! Commands: what each of them does to the machine.
+
+use anyhow::Result;
+
+use super::life::Vcpus;
+use super::{End, Outcome, Running};
+use crate::control::server::Client;
+use crate::control::{Command, Hex, Reply, State, Status};
+use log::info;
+
+impl Running<'_> {
+    /// Does what `client` wants, and answers it. Returns the end of this life where the command is one.
+    ///
+    /// # Errors
+    /// The host failed, so that the machine cannot go on.
+    pub(super) fn obey(
+        &mut self,
+        command: Command,
+        client: Client,
+        vcpus: &mut Vcpus,
+    ) -> Result<Option<End>> {
+        let reply = match command {
+            Command::Status => Reply::Status(self.status(vcpus)?),
+            Command::Pause => self.pause(vcpus)?,
+            Command::Resume => self.resume(vcpus)?,
+            Command::Stop => {
+                self.main.answer(client, &Reply::Done);
+                return Ok(Some(End::Over(Outcome::Commanded)));
+            }
+            // The answer comes when it is done.
+            Command::Reset => return Ok(Some(End::Reset(Some(client)))),
+            Command::Stats => self.stats(vcpus)?,
+            Command::DumpDtb => Reply::DeviceTree(Hex(self.machine.device_tree().to_vec())),
+        };
+        self.main.answer(client, &reply);
+        Ok(None)
+    }
+
+    fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
+        if vcpus.state() == State::Running {
+            vcpus.pause(self.machine.hardware()?, &mut self.main)?;
+            info!("paused by a command");
+        }
+        Ok(Reply::Done)
+    }
+
+    fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
+        if vcpus.state() == State::Paused {
+            vcpus.resume(self.machine.hardware()?, &self.post)?;
+            info!("resumed by a command");
+        }
+        Ok(Reply::Done)
+    }
+
+    fn status(&mut self, vcpus: &Vcpus) -> Result<Status> {
+        let devices = self.machine.hardware()?.devices.describe();
+        let config = &self.machine.config;
+        Ok(Status {
+            state: vcpus.state(),
+            vcpus: config.cpus,
+            ram: config.mem.size.bytes(),
+            resets: self.resets,
+            devices,
+        })
+    }
+
+    /// What was counted until now. Without `--stats` there are only the times.
+    fn stats(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
+        let Some(mut stats) = self.stats.clone() else {
+            let reason = "this machine does not count: start it with --stats";
+            return Ok(Reply::Refused(reason.into()));
+        };
+        // A vCPU counts on its own thread, and hands over what it has when it is parked.
+        let state = vcpus.state();
+        vcpus.park()?;
+        let hardware = self.machine.hardware()?;
+        stats.guest_ended();
+        stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
+        if state == State::Running {
+            vcpus.start(hardware, &self.post)?;
+        }
+        Ok(Reply::Stats(stats.json()))
+    }
+}

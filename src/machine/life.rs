@@ -1,0 +1,129 @@
+//! One life of a machine, from the first instruction to a reset or the end: its vCPUs, which run or stand still.
+
+use std::mem::take;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::hardware::Hardware;
+use super::layout;
+use super::mainloop::{Event, MainLoop, Post};
+use crate::control::State;
+use crate::vcpu::stats::ExitStats;
+use crate::vcpu::thread::{Parked, Start, VcpuHandle};
+
+/// The vCPUs of a life, in the order of their harts.
+pub(super) enum Vcpus {
+    /// Each has a thread.
+    Running(Vec<VcpuHandle>),
+    /// None has one, and all devices stand still.
+    Paused(Vec<Parked>),
+}
+
+impl Vcpus {
+    /// Those of `hardware` before they have run, which count their exits if so.
+    pub(super) fn of_new(hardware: &mut Hardware, count: bool) -> Self {
+        let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
+        let resets_harts = hardware.resets_harts;
+        let park = |(hart, vcpu)| {
+            let stats = count.then(|| ExitStats::by_page(registers.clone()));
+            Parked::of_new(vcpu, hart, resets_harts, stats)
+        };
+        let vcpus = (0u32..).zip(take(&mut hardware.vcpus));
+        Vcpus::Paused(vcpus.map(park).collect())
+    }
+
+    /// Whether they run.
+    pub(super) fn state(&self) -> State {
+        match self {
+            Vcpus::Running(_) => State::Running,
+            Vcpus::Paused(_) => State::Paused,
+        }
+    }
+
+    /// Those that run.
+    pub(super) fn running(&self) -> &[VcpuHandle] {
+        match self {
+            Vcpus::Running(vcpus) => vcpus,
+            Vcpus::Paused(_) => &[],
+        }
+    }
+
+    /// Starts a thread for each vCPU of `hardware`. Its devices run already.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub(super) fn start(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
+        let Vcpus::Paused(parked) = self else {
+            return Ok(());
+        };
+        let mut running = Vec::new();
+        for (id, parked) in (0u32..).zip(take(parked)) {
+            let (stopped, called) = (post.clone(), post.clone());
+            let start = Start {
+                id,
+                on_stop: Box::new(move |end| stopped.send(Event::Vcpu(end))),
+                on_call: Box::new(move || called.send(Event::Called)),
+                follow_restarts: hardware.resets_harts,
+            };
+            running.push(VcpuHandle::start(
+                parked,
+                Arc::clone(&hardware.exits),
+                start,
+            )?);
+        }
+        *self = Vcpus::Running(running);
+        Ok(())
+    }
+
+    /// Stops all vCPUs: they run no instruction, and what their last exits were to give the guest is in their
+    /// registers. Devices go on.
+    ///
+    /// # Errors
+    /// A vCPU's thread panicked, which ends the process.
+    pub(super) fn park(&mut self) -> Result<()> {
+        let Vcpus::Running(running) = self else {
+            return Ok(());
+        };
+        let running = take(running);
+        // All of them at once: none shall run on while another's thread ends.
+        running.iter().for_each(VcpuHandle::ask_to_stop);
+        let parked = running.into_iter().map(VcpuHandle::stop);
+        let parked = parked.collect::<Option<_>>();
+        *self = Vcpus::Paused(parked.context("a vCPU's thread panicked")?);
+        Ok(())
+    }
+
+    /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub(super) fn pause(&mut self, hardware: &Hardware, main: &mut MainLoop) -> Result<()> {
+        if self.state() == State::Paused {
+            return Ok(());
+        }
+        self.park()?;
+        let devices = &hardware.devices;
+        main.while_serving(|| devices.pause())
+    }
+
+    /// Lets devices, then vCPUs go on.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub(super) fn resume(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
+        if self.state() == State::Running {
+            return Ok(());
+        }
+        hardware.devices.resume();
+        self.start(hardware, post)
+    }
+
+    /// What the vCPUs counted, which stand still.
+    pub(super) fn counted(&self) -> Vec<Option<ExitStats>> {
+        match self {
+            Vcpus::Running(_) => Vec::new(),
+            Vcpus::Paused(vcpus) => vcpus.iter().map(|vcpu| vcpu.stats.clone()).collect(),
+        }
+    }
+}
