@@ -18,6 +18,7 @@
     reason = "every test file uses a part of this"
 )]
 
+pub(crate) mod ctl;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod disk;
 pub(crate) mod files;
@@ -25,6 +26,8 @@ pub(crate) mod files;
 pub(crate) mod host;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod net;
+#[cfg(target_arch = "riscv64")]
+pub(crate) mod pausing;
 mod shell;
 mod vm;
 

@@ -1,0 +1,91 @@
+//! A Linux guest that is paused and resumed again and again, while its harts, disk and network are busy.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+use super::Shell;
+use super::ctl::Ctl;
+use super::disk::{MIB, disk, md5};
+use super::files::TempDir;
+use super::net::{Tap, transfer};
+
+/// Pauses and resumes until `is_over`, and counts the rounds. In each pause nothing moves.
+fn pause_and_resume(socket: &Path, tap: &Tap, rounds: &AtomicU32, is_over: &AtomicBool) {
+    let mut ctl = Ctl::connect(socket);
+    while !is_over.load(Ordering::Acquire) {
+        ctl.done("pause");
+        let before = (ctl.status(), packets_of(&tap.name));
+        let after = (ctl.status(), packets_of(&tap.name));
+        assert_eq!(before.0["state"], "paused");
+        assert_eq!(before, after, "something moves in a pause");
+        ctl.done("resume");
+        rounds.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Packets that the host got from the guest by this tap.
+fn packets_of(tap: &str) -> String {
+    let path = format!("/sys/class/net/{tap}/statistics/rx_packets");
+    std::fs::read_to_string(&path).expect(&path)
+}
+
+/// At least `least` rounds under load, after which all sums agree.
+pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
+    let (scratch, tap) = (TempDir::new(), Tap::new(true));
+    let socket = scratch.path().join("ctl");
+    let image = scratch.file("image", vec![0; 8 * MIB]);
+    let [flag, value] = disk(&image, "");
+    let net = format!("tap={}", tap.name);
+    let control = socket.display().to_string();
+    let flags = [&flag, &value, "--net", &net, "--ctl", &control];
+    let mut guest = Shell::start(flags.iter().chain(more).chain(&["--cpus", "4"]));
+    tap.configure(&mut guest);
+    // A hart that stops and starts, and one that counts.
+    guest.ok("(while :; do for to in 0 1; do echo $to >/sys/devices/system/cpu/cpu3/online; done; done) &");
+    guest.ok("(i=0; while :; do i=$((i+1)); echo $i >/tmp/count; done) &");
+    let (rounds, is_over) = (AtomicU32::new(0), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let pauser = scope.spawn(|| pause_and_resume(&socket, &tap, &rounds, &is_over));
+        while rounds.load(Ordering::Acquire) < least && !pauser.is_finished() {
+            guest.vm.allow_seconds(120);
+            write_and_read(&mut guest);
+            transfer(&tap, &mut guest, 1);
+        }
+        is_over.store(true, Ordering::Release);
+        pauser.join().expect("no round fails");
+    });
+    let counts = [0, 1].map(|_| {
+        let count = guest.ok("cat /tmp/count");
+        guest.ok("sleep 1");
+        count
+    });
+    assert_ne!(counts[0], counts[1], "a process has stopped");
+    let sum = guest.ok("cut -c1-32 /tmp/sum-of-disk");
+    guest.power_off();
+    assert_eq!(md5(&image), sum);
+}
+
+/// Fresh bytes to the disk, past the guest's cache; they come back as they were written.
+fn write_and_read(guest: &mut Shell) {
+    guest.ok("dd if=/dev/urandom of=/tmp/bytes bs=1M count=8 2>/dev/null; md5sum </tmp/bytes >/tmp/sum-of-disk");
+    guest.ok("dd if=/tmp/bytes of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches");
+    guest.ok("md5sum </dev/vda | cmp - /tmp/sum-of-disk");
+}
+
+/// Nanoseconds that each thread of `pid` has run.
+pub(crate) fn cpu_time(pid: u32) -> Vec<(String, u64)> {
+    let path = format!("/proc/{pid}/task");
+    let tasks = std::fs::read_dir(&path).expect(&path);
+    let mut times: Vec<_> = tasks
+        .map(|task| {
+            let task = task.expect("a thread").path();
+            let name = std::fs::read_to_string(task.join("comm")).expect("its name");
+            let times = std::fs::read_to_string(task.join("schedstat")).expect("its time");
+            let ran = times.split(' ').next().expect("a number");
+            (name.trim().to_owned(), ran.parse().expect("a number"))
+        })
+        .collect();
+    times.sort();
+    times
+}

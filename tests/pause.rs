@@ -1,0 +1,220 @@
+//! A machine that stands still and goes on: `--ctl`, `--pause` and `rvmm ctl`.
+#![cfg(target_arch = "riscv64")]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::ctl::Ctl;
+use common::files::{TempDir, rvmm};
+use common::host::{self, Kind};
+use common::pausing::{cpu_time, nothing_is_lost};
+use common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, USAGE, nonce};
+
+/// Rounds in the ordinary run; `long_pause` has more.
+const ROUNDS: u32 = 100;
+
+/// `rvmm ctl` with these words.
+fn ctl(socket: &Path, words: &[&str]) -> Output {
+    let mut command = Command::new(rvmm());
+    command.arg("ctl").arg(socket).args(words);
+    command.output().expect("run rvmm ctl")
+}
+
+/// What it prints where it succeeds.
+#[track_caller]
+fn told(socket: &Path, words: &[&str]) -> String {
+    let output = ctl(socket, words);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The one line it says where it does not.
+#[track_caller]
+fn refused(socket: &Path, words: &[&str], status: i32) -> String {
+    let output = ctl(socket, words);
+    assert_eq!(output.status.code(), Some(status), "{words:?}");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(error.lines().count(), 1, "{error}");
+    error
+}
+
+/// Every command, as a user types it.
+#[test]
+fn the_commands_of_ctl() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let vm = Rvmm::guest("echo").args(["--ctl", &at]).spawn();
+    vm.wait_for("ready");
+    assert!(told(&socket, &["status"]).starts_with("running: 1 vCPUs, 128 MiB of RAM, 0 resets\n"));
+    for _ in 0..2 {
+        assert_eq!(told(&socket, &["pause"]), "");
+        assert!(told(&socket, &["status"]).starts_with("paused: "));
+    }
+    let json = told(&socket, &["status", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(json["devices"]["uart"]["kind"], "uart16550");
+    for _ in 0..2 {
+        assert_eq!(told(&socket, &["resume"]), "");
+    }
+    let tree = scratch.path().join("tree");
+    told(&socket, &["dump-dtb", &tree.display().to_string()]);
+    let bytes = std::fs::read(&tree).expect("the tree");
+    assert_eq!(bytes[..4], [0xd0, 0x0d, 0xfe, 0xed]);
+    assert!(refused(&socket, &["stats"], HOST_FAILED).contains("--stats"));
+    refused(&socket, &["fly"], USAGE);
+    // A second machine does not take the name.
+    let second = Rvmm::guest("echo").args(["--ctl", &at]).run();
+    second.assert_status(HOST_FAILED);
+    assert!(
+        second.log.contains("another process listens"),
+        "{}",
+        second.log
+    );
+    told(&socket, &["stop"]);
+    vm.finish().assert_status(POWERED_OFF);
+    assert!(!socket.exists());
+    assert!(refused(&socket, &["status"], HOST_FAILED).contains("No such file"));
+}
+
+/// Statistics of a machine that runs, again and again.
+#[test]
+fn statistics_are_told_meanwhile() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let mut vm = Rvmm::guest("pause").args(["--ctl", &at, "--stats"]).spawn();
+    vm.wait_for("ready");
+    let mut ctl = Ctl::connect(&socket);
+    let mut loads = || {
+        let stats = ctl.ask("stats");
+        let exits = &stats["stats"]["vcpus"][0]["exits"];
+        let exits = exits.as_array().expect("exits").iter();
+        let counts = exits.map(|exit| exit["count"].as_u64().expect("a count"));
+        counts.sum::<u64>()
+    };
+    let first = loads();
+    assert!(loads() > first);
+    vm.send("x");
+    let end = vm.finish();
+    end.assert_console(POWERED_OFF, &["ready", "no result is lost"]);
+    assert!(end.log.contains("exits to rvmm"), "{}", end.log);
+}
+
+/// Pauses between an exit and the next entry: its result is not lost.
+#[track_caller]
+fn no_result_is_lost(guest: &str, more: &[&str]) {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let mut vm = Rvmm::guest(guest).args(["--ctl", &at]).args(more).spawn();
+    vm.wait_for("ready");
+    let mut ctl = Ctl::connect(&socket);
+    for _ in 0..4 * ROUNDS {
+        ctl.done("pause");
+        ctl.done("resume");
+    }
+    vm.send("x");
+    let end = vm.finish();
+    end.assert_console(POWERED_OFF, &["ready", "no result is lost"]);
+}
+
+#[test]
+fn no_load_and_no_call_is_lost() {
+    no_result_is_lost("pause", &[]);
+}
+
+/// On a host with AIA a guest without one has CSRs that rvmm answers.
+#[test]
+fn no_csr_is_lost() {
+    if host::kind() == Kind::NoAia {
+        // Its guests have no such CSR: what they have is shown all the same.
+        return no_result_is_lost("pause", &["--irqchip", "plic"]);
+    }
+    no_result_is_lost("pausecsr", &["--irqchip", "plic"]);
+}
+
+/// While it is paused no thread of rvmm's runs, and no process of the guest's.
+#[test]
+fn a_paused_machine_stands_still() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let mut guest = Shell::start(["--cpus", "4", "--rng", "--ctl", &at]);
+    guest.ok("(while :; do :; done) & (while :; do date >/tmp/date; done) &");
+    let mut ctl = Ctl::connect(&socket);
+    ctl.done("pause");
+    let pid = guest.vm.pid();
+    // The threads that answered have come to rest once two looks agree; each look takes time of another process'.
+    let mut before = cpu_time(pid);
+    loop {
+        common::disk::host_runs("head -c 4000000 /dev/urandom | md5sum");
+        let after = cpu_time(pid);
+        if after == before {
+            break;
+        }
+        before = after;
+    }
+    guest.vm.send("echo typed meanwhile\n");
+    ctl.done("resume");
+    guest.answered(1);
+    assert!(guest.vm.console().contains("typed meanwhile"));
+    guest.power_off();
+}
+
+/// The guest does not begin before it is resumed; after a reset by a command neither.
+#[test]
+fn a_machine_can_begin_paused() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let word = nonce();
+    let mut vm = Rvmm::guest("echo")
+        .args(["--cpus", "2", "--ctl", &at, "--pause"])
+        .spawn();
+    vm.wait_for_log("the guest is paused");
+    let mut ctl = Ctl::connect(&socket);
+    assert_eq!(ctl.status()["state"], "paused");
+    ctl.done("reset");
+    assert_eq!(ctl.status()["state"], "paused");
+    assert_eq!(ctl.status()["resets"], 1);
+    assert_eq!(vm.console(), "", "it has not run");
+    ctl.done("resume");
+    vm.wait_for("ready");
+    ctl.done("reset");
+    assert_eq!(ctl.status()["state"], "running");
+    vm.send(format!("{word}\n"));
+    vm.wait_for(&word);
+    vm.terminate();
+    vm.finish().assert_status(common::TERMINATED);
+}
+
+/// SIGTERM, and the time of --timeout, end a paused machine too.
+#[test]
+fn a_paused_machine_ends() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let guest = |more: &[&str]| {
+        let vm = Rvmm::guest("spin")
+            .args(["--ctl", &at, "--pause"])
+            .args(more)
+            .spawn();
+        vm.wait_for_log("the guest is paused");
+        vm
+    };
+    let vm = guest(&[]);
+    vm.terminate();
+    vm.finish().assert_status(common::TERMINATED);
+    guest(&["--timeout", "1s"])
+        .finish()
+        .assert_status(common::TIMED_OUT);
+}
+
+#[test]
+fn nothing_is_lost_under_load() {
+    nothing_is_lost(ROUNDS, &[]);
+}
