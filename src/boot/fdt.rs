@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::bus::{Device, FdtError, FdtWriter};
+use crate::irqchip::hart_intc_phandle;
 use crate::util::ByteSize;
 
 use super::isa::HartFacts;
@@ -31,8 +32,6 @@ pub struct Machine<'a> {
     pub hart: &'a HartFacts,
     /// Number of harts, ids from 0.
     pub harts: u32,
-    /// Phandle of the interrupt controller in a hart's node.
-    pub hart_intc_phandle: fn(u32) -> u32,
     /// Everything in `/soc`, in this order.
     pub devices: &'a [&'a dyn Device],
 }
@@ -130,7 +129,7 @@ fn cpu(machine: &Machine, hart: u32, fdt: &mut FdtWriter) -> Result<(), FdtError
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;
     fdt.property_u32("#address-cells", 0)?;
-    fdt.property_phandle((machine.hart_intc_phandle)(hart))?;
+    fdt.property_phandle(hart_intc_phandle(hart))?;
     fdt.end_node(intc)?;
     fdt.end_node(node)
 }

@@ -4,4 +4,6 @@ pub mod fdt;
 pub mod files;
 pub mod isa;
 pub mod kernel;
+pub(crate) mod load;
 pub mod placement;
+pub(crate) mod plan;

@@ -46,7 +46,6 @@ fn blob_with(harts: u32, cmdline: &str) -> Vec<u8> {
         ram_size: ByteSize::mib(128),
         hart: &facts(),
         harts,
-        hart_intc_phandle: |hart| 1 + hart,
         devices: &[&Lamp],
     })
     .unwrap()
@@ -102,7 +101,6 @@ fn a_command_line_with_a_nul_byte_is_refused() {
         ram_size: ByteSize(0),
         hart: &facts(),
         harts: 1,
-        hart_intc_phandle: |hart| hart,
         devices: &[],
     };
     assert!(build(&machine).is_err());
