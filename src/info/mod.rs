@@ -9,15 +9,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use rustix::system::uname;
 use serde::Serialize;
-use vm_memory::GuestAddress;
 
 use crate::boot::isa::HartFacts;
-use crate::hypervisor::host::legacy_sbi_is_safe;
+use crate::hypervisor::host::{kernel_release, legacy_sbi_is_safe};
 use crate::hypervisor::{Hypervisor, RegId, Vcpu, extensions, regs};
-use crate::irqchip::aia::{InKernelAia, Placement};
-use crate::machine::layout;
+use crate::irqchip::aia::InKernelAia;
+use crate::machine::{harts, layout};
 use crate::util::ByteSize;
 
 /// All of it. The text is for people, the JSON for scripts.
@@ -135,7 +133,7 @@ impl Info {
         drop((vcpu, vm));
         let (aia, lossy) = aia(hypervisor)?;
         let probed = probe::run(hypervisor)?;
-        let kernel = uname().release().to_string_lossy().into_owned();
+        let kernel = kernel_release();
         let legacy_console = probed.legacy_console && legacy_sbi_is_safe(&kernel);
         Ok(Self {
             rvmm: env!("CARGO_PKG_VERSION"),
@@ -235,22 +233,18 @@ fn isa(vcpu: &dyn Vcpu, facts: &HartFacts) -> Result<Vec<ExtensionInfo>> {
 
 fn sbi(vcpu: &dyn Vcpu) -> Result<Vec<ExtensionInfo>> {
     let mut infos = Vec::new();
-    let release = uname().release().to_string_lossy().into_owned();
+    let choices = harts::sbi_choices();
     for name in extensions::SBI {
         let Some(register) = extensions::sbi_register(name) else {
             continue;
         };
-        let Some(on) = vcpu.reg(register)? else {
+        let Some(value) = vcpu.reg(register)? else {
             continue;
         };
+        let choice = choices.iter().find(|(chosen, _)| *chosen == register);
         infos.push(ExtensionInfo {
             name,
-            on: match register {
-                regs::SBI_DBCN | regs::SBI_SUSP => true,
-                regs::SBI_EXPERIMENTAL | regs::SBI_VENDOR => false,
-                regs::SBI_V01 => legacy_sbi_is_safe(&release),
-                _ => on == 1,
-            },
+            on: choice.map_or(value == 1, |(_, on)| *on),
             can_be_off: can_be_off(vcpu, register)?,
         });
     }
@@ -274,11 +268,7 @@ fn aia(hypervisor: &dyn Hypervisor) -> Result<(Option<AiaInfo>, Option<bool>)> {
         return Ok((None, None));
     };
     let _vcpu = vm.create_vcpu(0)?;
-    let placement = Placement {
-        aplic: GuestAddress(layout::APLIC.start),
-        imsic: GuestAddress(layout::IMSIC.start),
-    };
-    let aia = InKernelAia::start(Arc::clone(&vm), device, placement, 1, false)?;
+    let aia = InKernelAia::start(Arc::clone(&vm), device, layout::AIA, 1, false)?;
     let info = AiaInfo {
         guest_files: aia.has_guest_files(),
         identities: aia.identities(),

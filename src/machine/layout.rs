@@ -10,6 +10,8 @@
 
 use std::ops::Range;
 
+use vm_memory::GuestAddress;
+
 use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
 use crate::pci::host;
@@ -27,6 +29,11 @@ pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// IMSIC pages, for as many harts as QEMU's virt machine has room for.
 pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_SIZE);
+/// Where the AIA's parts are.
+pub(crate) const AIA: aia::Placement = aia::Placement {
+    aplic: GuestAddress(APLIC.start),
+    imsic: GuestAddress(IMSIC.start),
+};
 /// Slots of virtio-mmio devices, and their wired interrupts from [`VIRTIO_MMIO_IRQ`].
 pub const VIRTIO_MMIO: Range<u64> = range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
 /// How many there are.
