@@ -17,6 +17,7 @@ mod meantime;
 mod outcome;
 pub mod signals;
 pub mod stats;
+pub mod status;
 mod virtio;
 
 use std::sync::Arc;
