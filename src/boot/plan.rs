@@ -5,9 +5,9 @@ use anyhow::{Context, Result};
 use log::warn;
 
 use super::files::BootFile;
-use super::kernel::{Kernel, LINUX_CMDLINE_MAX};
+use super::kernel::Kernel;
 use super::placement::{Placement, fdt_room, scarce};
-use crate::config::VmConfig;
+use crate::config::{VmConfig, cmdline};
 use crate::util::{RateLimit, guest_debug};
 
 /// Kernel and initrd, open. They stay so, because a reset loads them again.
@@ -61,7 +61,8 @@ impl BootFiles {
 impl Plan {
     /// Warns of what the guest may not bear, although rvmm does.
     pub(crate) fn warn_of_limits(&self, config: &VmConfig) {
-        let warnings = [self.little_ram(config), self.long_cmdline(config)];
+        let long_cmdline = cmdline::warning(&config.cmdline, self.kernel.is_linux);
+        let warnings = [self.little_ram(config), long_cmdline];
         warnings.iter().flatten().for_each(|line| warn!("{line}"));
     }
 
@@ -74,16 +75,6 @@ impl Plan {
             size.as_flag(),
             enough.as_flag()
         ))
-    }
-
-    fn long_cmdline(&self, config: &VmConfig) -> Option<String> {
-        let length = config.cmdline.len();
-        (self.kernel.is_linux && length > LINUX_CMDLINE_MAX).then(|| {
-            format!(
-                "--cmdline has {length} bytes, and a RISC-V Linux keeps {LINUX_CMDLINE_MAX}: it cuts \
-                 off the rest"
-            )
-        })
     }
 }
 
@@ -133,7 +124,7 @@ mod tests {
     }
 
     /// A kernel of 30 MiB.
-    fn large(is_linux: bool) -> Plan {
+    fn large() -> Plan {
         let segment = Segment {
             source: 0..30 << 20,
             at: 2 << 20,
@@ -142,7 +133,7 @@ mod tests {
         let kernel = Kernel {
             segments: vec![segment],
             entry: 2 << 20,
-            is_linux,
+            is_linux: true,
             expanded: None,
         };
         let size = ByteSize::mib(128);
@@ -159,25 +150,11 @@ mod tests {
             mem: MemConfig::new(ByteSize::mib(mib)),
             ..VmConfig::default()
         };
-        assert_eq!(large(true).little_ram(&with(128)), None);
+        assert_eq!(large().little_ram(&with(128)), None);
         assert_eq!(
-            large(true).little_ram(&with(64)).unwrap(),
+            large().little_ram(&with(64)).unwrap(),
             "--mem 64M is little for this kernel and initrd: the guest may end without a word; --mem \
              128M is likely to do"
-        );
-    }
-
-    #[test]
-    fn a_long_command_line_is_warned_of_where_linux_reads_it() {
-        let with = |length| VmConfig {
-            cmdline: "x".repeat(length),
-            ..VmConfig::default()
-        };
-        assert_eq!(large(true).long_cmdline(&with(1023)), None);
-        assert_eq!(large(false).long_cmdline(&with(1024)), None);
-        assert_eq!(
-            large(true).long_cmdline(&with(1024)).unwrap(),
-            "--cmdline has 1024 bytes, and a RISC-V Linux keeps 1023: it cuts off the rest"
         );
     }
 }

@@ -196,6 +196,7 @@ pub fn help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::cmdline;
     use crate::util::ByteSize;
     use std::time::Duration;
 
@@ -340,6 +341,15 @@ mod tests {
             assert!(message.contains(part), "{line}: {message}");
             assert!(!message.contains('\n'), "{message}");
         }
+    }
+
+    #[test]
+    fn help_tells_the_limits_of_the_command_line() {
+        let help = help();
+        let words: Vec<&str> = help.split_whitespace().collect();
+        let (linux, all) = (cmdline::LINUX_MAX, cmdline::MAX);
+        let told = format!("keeps {linux} bytes, the device tree takes {all}");
+        assert!(words.join(" ").contains(&told));
     }
 
     #[test]

@@ -82,7 +82,7 @@ fn harts_and_command_line_add_less_than_their_room() {
     let room = crate::boot::placement::fdt_room;
     for harts in [1, 2, 512] {
         assert!((blob(harts).len() as u64) < room(harts, 19));
-        let longest = "x".repeat(crate::config::CMDLINE_MAX);
+        let longest = "x".repeat(crate::config::cmdline::MAX);
         let blob = blob_with(harts, &longest);
         assert!((blob.len() as u64) < room(harts, longest.len()));
         // Linux maps 2 MiB (MAX_FDT_SIZE in `arch/riscv/include/asm/fixmap.h`).

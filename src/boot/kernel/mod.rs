@@ -25,10 +25,6 @@ pub const HEAD_SIZE: usize = 4096;
 /// Where a flat binary goes, from the start of RAM: where a RISC-V boot loader puts S-mode.
 const FLAT_OFFSET: u64 = 2 << 20;
 
-/// Bytes of command line that a RISC-V Linux keeps, without the NUL; it cuts off the rest in silence
-/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h`: 1024, and 512 in older kernels).
-pub const LINUX_CMDLINE_MAX: usize = 1023;
-
 /// Why a file is no kernel that rvmm can load.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum KernelError {
