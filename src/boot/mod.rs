@@ -2,8 +2,8 @@
 
 pub mod fdt;
 pub mod files;
-pub mod isa;
-pub mod kernel;
+pub(crate) mod isa;
+pub(crate) mod kernel;
 pub(crate) mod load;
 pub mod placement;
 pub(crate) mod plan;

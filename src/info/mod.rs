@@ -22,93 +22,93 @@ use crate::util::ByteSize;
 #[derive(Debug, Serialize)]
 pub struct Info {
     /// This rvmm.
-    pub rvmm: &'static str,
+    rvmm: &'static str,
     /// The host kernel's release.
-    pub kernel: String,
+    kernel: String,
     /// KVM's capabilities by name, 0 where it has none.
-    pub kvm: BTreeMap<&'static str, i32>,
+    kvm: BTreeMap<&'static str, i32>,
     /// Bits of a guest-physical address.
-    pub gpa_bits: u32,
+    gpa_bits: u32,
     /// The G-stage's page tables.
-    pub g_stage: &'static str,
+    g_stage: &'static str,
     /// The most vCPUs of one guest.
-    pub max_vcpus: u32,
+    max_vcpus: u32,
     /// The AIA in the kernel, if there is one.
-    pub aia: Option<AiaInfo>,
+    aia: Option<AiaInfo>,
     /// What a guest's hart has.
-    pub hart: HartInfo,
+    hart: HartInfo,
     /// SBI extensions.
-    pub sbi: Vec<ExtensionInfo>,
+    sbi: Vec<ExtensionInfo>,
     /// A legacy console call reaches rvmm; elsewhere such guests need DBCN or the UART.
-    pub legacy_sbi_console: bool,
+    legacy_sbi_console: bool,
     /// Huge pages.
-    pub hugepages: HugePageInfo,
+    hugepages: HugePageInfo,
     /// Bugs of this host's kernel that rvmm looked for.
-    pub bugs: Vec<Bug>,
+    bugs: Vec<Bug>,
 }
 
 /// The in-kernel AIA.
 #[derive(Debug, Serialize)]
-pub struct AiaInfo {
+struct AiaInfo {
     /// The host has guest interrupt files (mode AUTO), so that MSIs need no exit.
-    pub guest_files: bool,
+    guest_files: bool,
     /// Interrupt identities of a guest's IMSIC.
-    pub identities: u32,
+    identities: u32,
 }
 
 /// A guest's hart.
 #[derive(Debug, Serialize)]
-pub struct HartInfo {
+struct HartInfo {
     /// As a device tree has it.
-    pub isa: String,
+    isa: String,
     /// The largest page tables of the guest's own.
-    pub mmu: &'static str,
+    mmu: &'static str,
     /// Ticks a second of the `time` CSR.
-    pub timebase: u64,
+    timebase: u64,
     /// ISA extensions.
-    pub extensions: Vec<ExtensionInfo>,
+    extensions: Vec<ExtensionInfo>,
 }
 
 /// An extension that a guest can have.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct ExtensionInfo {
+struct ExtensionInfo {
     /// As --cpu and --sbi name it.
-    pub name: &'static str,
+    name: &'static str,
     /// On in a machine of rvmm's, unless it is asked for otherwise.
-    pub on: bool,
+    on: bool,
     /// KVM can switch it off.
-    pub can_be_off: bool,
+    can_be_off: bool,
 }
 
 /// Huge pages for guest RAM.
 #[derive(Debug, Default, Serialize)]
-pub struct HugePageInfo {
+struct HugePageInfo {
     /// Transparent ones: "always", "madvise" or "never"; none without the kernel's support.
-    pub transparent: Option<String>,
+    transparent: Option<String>,
     /// Reserved ones.
-    pub reserved: Vec<Pool>,
+    reserved: Vec<Pool>,
 }
 
 /// Reserved huge pages of one size.
 #[derive(Debug, Serialize)]
-pub struct Pool {
+struct Pool {
     /// Bytes of a page.
-    pub size: ByteSize,
+    size: ByteSize,
     /// Pages.
-    pub total: u64,
+    total: u64,
     /// Those that nobody has.
-    pub free: u64,
+    free: u64,
 }
 
 /// A bug that was looked for.
 #[derive(Debug, Serialize)]
-pub struct Bug {
+struct Bug {
     /// A short name.
-    pub name: &'static str,
+    name: &'static str,
     /// It was found; none where it could not be looked for.
-    pub present: Option<bool>,
+    present: Option<bool>,
     /// What it does, and what rvmm does about it.
-    pub meaning: &'static str,
+    meaning: &'static str,
 }
 
 impl Info {

@@ -1,4 +1,4 @@
-//! The machine: built by [`builder`], laid out by [`layout`], run here.
+//! The machine: built by `builder`, laid out by [`layout`], run here.
 //!
 //! ```text
 //! Machine::build --> live --> a signal, Ctrl-A X, --timeout,      --> console drained,
@@ -7,7 +7,7 @@
 //!                    reset: the guest asked for one
 //! ```
 
-pub mod builder;
+mod builder;
 mod ending;
 mod hardware;
 pub(crate) mod harts;
@@ -16,7 +16,7 @@ pub mod layout;
 mod meantime;
 mod outcome;
 pub mod signals;
-pub mod stats;
+mod stats;
 pub mod status;
 mod virtio;
 

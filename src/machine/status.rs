@@ -14,7 +14,7 @@ pub const HOST_FAILED: u8 = 123;
 /// The time of `--timeout` is over.
 pub(crate) const TIMED_OUT: u8 = 124;
 /// Wrong usage.
-pub const USAGE: u8 = 125;
+pub(crate) const USAGE: u8 = 125;
 /// What a signal's number is added to.
 pub(crate) const SIGNAL: u8 = 128;
 
