@@ -26,8 +26,8 @@ pub(crate) struct Board<'a> {
 }
 
 impl BootFiles {
-    /// Loads them into `ram`, which is zero, with a device tree of `board`, and has `boot_hart` begin
-    /// with the kernel's first instruction. Returns the tree.
+    /// Loads them into `ram`, which is zero, with a device tree of `board`, and has `boot_hart`
+    /// begin with the kernel's first instruction. Returns the tree.
     ///
     /// # Errors
     /// A file has changed, the tree does not fit, or the host refused.

@@ -70,8 +70,8 @@ impl Plan {
         let size = config.mem.size;
         let enough = scarce(size, &self.placement, self.ram_base)?;
         Some(format!(
-            "--mem {} is little for this kernel and initrd: the guest may end without a word; --mem {} \
-             is likely to do",
+            "--mem {} is little for this kernel and initrd: the guest may end without a word; \
+             --mem {} is likely to do",
             size.as_flag(),
             enough.as_flag()
         ))
@@ -153,8 +153,8 @@ mod tests {
         assert_eq!(large().little_ram(&with(128)), None);
         assert_eq!(
             large().little_ram(&with(64)).unwrap(),
-            "--mem 64M is little for this kernel and initrd: the guest may end without a word; --mem \
-             128M is likely to do"
+            "--mem 64M is little for this kernel and initrd: the guest may end without a word; \
+             --mem 128M is likely to do"
         );
     }
 }

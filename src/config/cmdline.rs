@@ -36,7 +36,8 @@ pub(crate) fn warning(cmdline: &str, is_linux: bool) -> Option<String> {
     let length = cmdline.len();
     (is_linux && length > LINUX_MAX).then(|| {
         format!(
-            "--cmdline has {length} bytes, and a RISC-V Linux keeps {LINUX_MAX}: it cuts off the rest"
+            "--cmdline has {length} bytes, and a RISC-V Linux keeps {LINUX_MAX}: it cuts off \
+             the rest"
         )
     })
 }

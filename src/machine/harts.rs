@@ -65,8 +65,8 @@ pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>
     Ok(vcpus)
 }
 
-/// The SBI extensions for which rvmm, and not KVM, chooses whether a guest has them: those that rvmm
-/// serves, and off what nothing here serves or the host serves badly. `--sbi` comes after this.
+/// The SBI extensions that rvmm switches on or off, whatever KVM's default: on, what rvmm serves;
+/// off, what nothing here serves or the host serves badly. `--sbi` comes after this.
 pub(crate) fn sbi_choices() -> [(RegId, bool); 5] {
     [
         (regs::SBI_DBCN, true),
