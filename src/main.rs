@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 use log::LevelFilter;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::boot::fdt;
-use rvmm::cli::{self, Act, Cli, Command, Request, STATUS_HOST};
+use rvmm::cli::{self, Act, Cli, Command, Request};
 use rvmm::control::{Hex, Reply, client};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats, signals};
+use rvmm::machine::{Machine, Outcome, Run, Stats, signals, status};
 use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
@@ -64,7 +64,7 @@ fn print(bytes: impl AsRef<[u8]>) -> ExitCode {
     match output::write_whole(io::stdout(), bytes.as_ref()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let message = format!("Failed to write to standard output: {error}");
-            end(&message, STATUS_HOST)
+            end(&message, status::HOST_FAILED)
         }
         _ => ExitCode::SUCCESS,
     }
@@ -99,7 +99,7 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
             return ExitCode::from(outcome.exit_status());
         }
         Ok(Some(outcome)) => (outcome.to_string(), outcome.exit_status()),
-        Err(error) => (with_way_out(&error), STATUS_HOST),
+        Err(error) => (with_way_out(&error), status::HOST_FAILED),
     };
     if cli.log_file.is_some() {
         // It goes there alone.
@@ -110,7 +110,7 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
 
 /// The end that the host, or one of its files, brought about.
 fn failed(error: &anyhow::Error) -> ExitCode {
-    end(&with_way_out(error), STATUS_HOST)
+    end(&with_way_out(error), status::HOST_FAILED)
 }
 
 /// The line of `error`; where many places can meet it, with what helps.
@@ -159,7 +159,7 @@ fn end_on_panic() {
         tell(format_args!(
             "rvmm: internal error at {place}: {message}; please report it"
         ));
-        std::process::exit(STATUS_HOST.into());
+        std::process::exit(status::HOST_FAILED.into());
     }));
 }
 

@@ -6,42 +6,41 @@
 use std::ops::Range;
 
 use crate::bus::{Device, FdtError, FdtWriter};
+use crate::irqchip::hart_intc_phandle;
 use crate::util::ByteSize;
 
 use super::isa::HartFacts;
 
 /// Bytes of entropy the guest's kernel gets.
-pub const RNG_SEED_SIZE: usize = 64;
+pub(crate) const RNG_SEED_SIZE: usize = 64;
 
 /// What the tree tells of the machine.
-pub struct Machine<'a> {
+pub(crate) struct Machine<'a> {
     /// Kernel command line.
-    pub cmdline: &'a str,
+    pub(crate) cmdline: &'a str,
     /// Path of the console's node.
-    pub stdout_path: &'a str,
+    pub(crate) stdout_path: &'a str,
     /// Where the initrd is.
-    pub initrd: Option<&'a Range<u64>>,
+    pub(crate) initrd: Option<&'a Range<u64>>,
     /// Fresh entropy for the guest.
-    pub rng_seed: [u8; RNG_SEED_SIZE],
+    pub(crate) rng_seed: [u8; RNG_SEED_SIZE],
     /// Guest-physical start of RAM.
-    pub ram_base: u64,
+    pub(crate) ram_base: u64,
     /// Size of RAM.
-    pub ram_size: ByteSize,
+    pub(crate) ram_size: ByteSize,
     /// What each hart offers.
-    pub hart: &'a HartFacts,
+    pub(crate) hart: &'a HartFacts,
     /// Number of harts, ids from 0.
-    pub harts: u32,
-    /// Phandle of the interrupt controller in a hart's node.
-    pub hart_intc_phandle: fn(u32) -> u32,
+    pub(crate) harts: u32,
     /// Everything in `/soc`, in this order.
-    pub devices: &'a [&'a dyn Device],
+    pub(crate) devices: &'a [&'a dyn Device],
 }
 
 /// Writes the tree as a flattened blob.
 ///
 /// # Errors
 /// The writer refused a name or value, such as a NUL byte in the command line.
-pub fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
+pub(crate) fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
     fdt.property_u32("#address-cells", 2)?;
@@ -56,7 +55,7 @@ pub fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
     fdt.finish()
 }
 
-/// Whether `bytes` are what [`build`] once gave, and not another machine's tree.
+/// Whether `bytes` are what `build` once gave, and not another machine's tree.
 pub fn is_ours(bytes: &[u8]) -> bool {
     /// Specification 0.4, section 5.2: the magic number, all bytes, where the structure begins.
     const MAGIC: u32 = 0xd00d_feed;
@@ -130,7 +129,7 @@ fn cpu(machine: &Machine, hart: u32, fdt: &mut FdtWriter) -> Result<(), FdtError
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;
     fdt.property_u32("#address-cells", 0)?;
-    fdt.property_phandle((machine.hart_intc_phandle)(hart))?;
+    fdt.property_phandle(hart_intc_phandle(hart))?;
     fdt.end_node(intc)?;
     fdt.end_node(node)
 }

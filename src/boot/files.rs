@@ -100,12 +100,12 @@ impl BootFile {
     }
 
     /// The name it was opened by.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Bytes of the file.
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.size
     }
 
@@ -132,7 +132,7 @@ impl BootFile {
     ///
     /// # Errors
     /// The file cannot be read, has shrunk, or leaves RAM.
-    pub fn load_kernel(
+    pub(crate) fn load_kernel(
         &self,
         kernel: &Kernel,
         ram: &GuestMemory,
@@ -154,7 +154,7 @@ impl BootFile {
     ///
     /// # Errors
     /// The file has no bytes.
-    pub fn not_empty(self) -> Result<Self, FileError> {
+    pub(crate) fn not_empty(self) -> Result<Self, FileError> {
         match self.size {
             0 => Err(FileError::EmptyInitrd(self.path)),
             _ => Ok(self),
@@ -165,7 +165,7 @@ impl BootFile {
     ///
     /// # Errors
     /// The file cannot be read, has shrunk, or leaves RAM.
-    pub fn load(&self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
+    pub(crate) fn load(&self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
         self.read_to(ram, GuestAddress(range.start), &(0..self.size))
             .map_err(|source| self.failed_read(source))
     }

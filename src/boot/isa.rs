@@ -8,19 +8,19 @@ const CANONICAL: &str = "iemafdqlcbkjtpvnh";
 
 /// What one hart offers the guest. All harts are alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HartFacts {
+pub(crate) struct HartFacts {
     /// Extensions in canonical order: single letters, then Z, then S.
-    pub extensions: Vec<&'static str>,
+    pub(crate) extensions: Vec<&'static str>,
     /// `satp.MODE`: 8 Sv39, 9 Sv48, 10 Sv57, 0 none.
-    pub satp_mode: u64,
+    pub(crate) satp_mode: u64,
     /// Ticks a second of the `time` CSR.
-    pub timebase: u64,
+    pub(crate) timebase: u64,
     /// Bytes a cbo.clean, cbo.flush or cbo.inval acts on.
-    pub cbom_block: Option<u64>,
+    pub(crate) cbom_block: Option<u64>,
     /// Bytes a cbo.zero acts on.
-    pub cboz_block: Option<u64>,
+    pub(crate) cboz_block: Option<u64>,
     /// Bytes a prefetch acts on.
-    pub cbop_block: Option<u64>,
+    pub(crate) cbop_block: Option<u64>,
 }
 
 impl HartFacts {
@@ -28,7 +28,7 @@ impl HartFacts {
     ///
     /// # Errors
     /// A register every host has could not be read.
-    pub fn of(vcpu: &dyn Vcpu) -> Result<Self> {
+    pub(crate) fn of(vcpu: &dyn Vcpu) -> Result<Self> {
         let mut names = Vec::new();
         for (index, name) in (0u64..).zip(extensions::ISA) {
             if vcpu.reg(RegId::isa_ext(index))? == Some(1) {
@@ -56,7 +56,7 @@ impl HartFacts {
     }
 
     /// Keeps extension `name` from the guest's device tree, and those that cannot be without it.
-    pub fn hide(&mut self, name: &str) {
+    pub(crate) fn hide(&mut self, name: &str) {
         let goes = |known: &&str| *known == name || needs(known, name);
         let gone: Vec<&str> = self.extensions.iter().copied().filter(goes).collect();
         self.extensions.retain(|known| !gone.contains(known));
@@ -75,7 +75,7 @@ impl HartFacts {
     }
 
     /// The `riscv,isa` string: `rv64imafdc_zicsr_sstc`.
-    pub fn isa_string(&self) -> String {
+    pub(crate) fn isa_string(&self) -> String {
         let mut isa = String::from("rv64");
         for name in &self.extensions {
             if name.len() > 1 {
@@ -87,7 +87,7 @@ impl HartFacts {
     }
 
     /// The `mmu-type` string.
-    pub fn mmu_type(&self) -> &'static str {
+    pub(crate) fn mmu_type(&self) -> &'static str {
         match self.satp_mode {
             8 => "riscv,sv39",
             9 => "riscv,sv48",

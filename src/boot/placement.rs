@@ -33,7 +33,7 @@ pub struct Placement {
     /// The kernel with its BSS.
     pub kernel: Range<u64>,
     /// The kernel's first instruction.
-    pub entry: u64,
+    pub(crate) entry: u64,
     /// The initrd, exactly.
     pub initrd: Option<Range<u64>>,
     /// Room for the device tree; it starts on a page.
@@ -53,7 +53,7 @@ pub struct TooSmall {
     kernel: ByteSize,
     initrd: Option<ByteSize>,
     /// A size that would do, for the guest's work too.
-    pub enough: ByteSize,
+    pub(crate) enough: ByteSize,
 }
 
 impl Placement {
@@ -127,7 +127,7 @@ const SMALL: u64 = 8 << 20;
 
 /// What a guest with these boot files is likely to need, if `ram` is less: such a guest may end before it
 /// has a console to say so.
-pub fn scarce(ram: ByteSize, placement: &Placement, base: u64) -> Option<ByteSize> {
+pub(crate) fn scarce(ram: ByteSize, placement: &Placement, base: u64) -> Option<ByteSize> {
     let initrd = placement.initrd.as_ref().map_or(0, |at| at.end - at.start);
     let needed = placement.kernel.end - base + initrd;
     let is_scarce = needed >= SMALL && ram.bytes() < with_work(needed);

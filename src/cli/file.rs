@@ -10,8 +10,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::{STATUS_HOST, STATUS_USAGE};
 use crate::config::VmConfig;
+use crate::machine::status;
 
 /// Why a configuration file cannot be used.
 #[derive(Debug, Error)]
@@ -26,8 +26,8 @@ impl FileError {
     /// The exit status it leads to.
     pub(super) fn status(&self) -> u8 {
         match self {
-            FileError::Read(..) => STATUS_HOST,
-            FileError::Json(..) => STATUS_USAGE,
+            FileError::Read(..) => status::HOST_FAILED,
+            FileError::Json(..) => status::USAGE,
         }
     }
 }

@@ -11,30 +11,14 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{ConfigError, Time, VmConfig};
 use crate::control;
-use crate::machine::harts;
+use crate::machine::{harts, status};
 
-/// Exit status of wrong usage.
-pub const STATUS_USAGE: u8 = 125;
-/// Exit status when the host or one of its files failed.
-pub const STATUS_HOST: u8 = 123;
-
-const AFTER_HELP: &str = "\
+const NOTES: &str = "\
 Example:
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 256M
 
 On a terminal, Ctrl-A X ends rvmm and Ctrl-A H shows the other keys.
-If a flag is given twice, the last one counts; each --disk and --net adds one.
-
-Exit status:
-  0         the guest powered off, or Ctrl-A X
-  1-119     chosen by the guest (sifive_test; larger codes are 119)
-  120       the guest asked for a reset, with --no-reboot
-  121       the guest powered off and reported a failure
-  122       the guest cannot go on
-  123       the host or one of its files failed
-  124       the time of --timeout is over
-  125       wrong usage
-  128+n     ended by signal n";
+If a flag is given twice, the last one counts; each --disk and --net adds one.";
 
 const BARE_HELP: &str = "\
 rvmm runs a RISC-V virtual machine on KVM.
@@ -46,7 +30,7 @@ rvmm info tells what this host offers, rvmm --help every flag.
 
 /// Runs a RISC-V virtual machine on KVM
 #[derive(Debug, Parser)]
-#[command(name = "rvmm", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(name = "rvmm", version, after_help = after_help(), max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 // Of a flag that is given twice the last wins; a list gathers all.
 #[command(args_override_self = true)]
@@ -194,7 +178,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
                 return Request::Print(error.render().to_string());
             }
-            _ => return Request::Refuse(one_line(&error), STATUS_USAGE),
+            _ => return Request::Refuse(one_line(&error), status::USAGE),
         },
     };
     if let Some(command) = cli.command {
@@ -213,7 +197,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     };
     let valid = valid.and_then(|()| harts::check(&cli.vm));
     if let Err(message) = valid.and_then(|()| names::check(&cli)) {
-        return Request::Refuse(message, STATUS_USAGE);
+        return Request::Refuse(message, status::USAGE);
     }
     if cli.print_config {
         return match file::print(&cli.vm) {
@@ -223,7 +207,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
                     "Failed to write the machine as JSON, which holds UTF-8 only: {error}: rename \
                      what has another name"
                 );
-                Request::Refuse(message, STATUS_USAGE)
+                Request::Refuse(message, status::USAGE)
             }
         };
     }
@@ -257,6 +241,13 @@ fn one_line(error: &clap::Error) -> String {
     format!("{message}; rvmm --help tells every flag")
 }
 
+/// What stands below the flags.
+fn after_help() -> String {
+    let table = status::table().into_iter();
+    let rows = table.map(|(status, meaning)| format!("\n  {status:<10}{meaning}"));
+    format!("{NOTES}\n\nExit status:{}", rows.collect::<String>())
+}
+
 /// The whole of `--help`.
 pub fn help() -> String {
     Cli::command().render_help().to_string()
@@ -265,6 +256,7 @@ pub fn help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::cmdline;
     use crate::util::ByteSize;
     use std::time::Duration;
 
@@ -274,7 +266,7 @@ mod tests {
 
     fn refused(line: &str) -> String {
         match parsed(line) {
-            Request::Refuse(message, STATUS_USAGE) => message,
+            Request::Refuse(message, status::USAGE) => message,
             other => panic!("{line}: {other:?}"),
         }
     }
@@ -413,13 +405,23 @@ mod tests {
     }
 
     #[test]
+    fn help_tells_the_limits_of_the_command_line() {
+        let help = help();
+        let words: Vec<&str> = help.split_whitespace().collect();
+        let (linux, all) = (cmdline::LINUX_MAX, cmdline::MAX);
+        let told = format!("keeps {linux} bytes, the device tree takes {all}");
+        assert!(words.join(" ").contains(&told));
+    }
+
+    #[test]
     fn help_tells_every_exit_status() {
         let Request::Print(short) = parsed("rvmm") else {
             panic!("bare rvmm helps");
         };
         assert!(short.lines().count() < 10);
-        for status in ["120", "121", "122", "123", "124", "125", "128+n"] {
-            assert!(help().contains(status));
+        for (status, meaning) in status::table() {
+            assert!(help().contains(&format!("\n  {status:<9} {meaning}\n")));
         }
+        assert!(help().contains(&format!("with status {}", status::RESET)));
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 
+use rustix::system::uname;
 use thiserror::Error;
 
 /// A host that cannot run guests. Each is one line: what is missing, and what to do.
@@ -63,7 +64,12 @@ fn has_h_extension(cpuinfo: &str) -> bool {
     letters.trim_start_matches("rv64").contains('h')
 }
 
-/// Whether a guest may have the legacy SBI calls of a host with this kernel release (uname -r).
+/// The release of the host's kernel, as uname -r tells it.
+pub(crate) fn kernel_release() -> String {
+    uname().release().to_string_lossy().into_owned()
+}
+
+/// Whether a guest may have the legacy SBI calls of a host with this kernel release.
 ///
 /// Where KVM is built with them (CONFIG_RISCV_SBI_V01), kernels before 7.2 follow a null pointer
 /// when a guest sends a legacy IPI to a hart that is not there (`vcpu_sbi_v01.c`).

@@ -87,6 +87,9 @@ pub const SIP: RegId = RegId::csr(7);
 pub const SATP: RegId = RegId::csr(8);
 /// `scounteren`.
 pub const SCOUNTEREN: RegId = RegId::csr(9);
+/// `scounteren` with CY, TM and IR: processes may read `cycle`, `time` and `instret`. KVM before
+/// Linux 7.x starts harts so.
+pub const CYCLE_TIME_INSTRET: u64 = 0b111;
 
 /// Ticks a second of the `time` CSR.
 pub const TIMER_FREQUENCY: RegId = RegId::timer(0);

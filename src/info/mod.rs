@@ -9,108 +9,106 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use rustix::system::uname;
 use serde::Serialize;
-use vm_memory::GuestAddress;
 
 use crate::boot::isa::HartFacts;
-use crate::hypervisor::host::legacy_sbi_is_safe;
+use crate::hypervisor::host::{kernel_release, legacy_sbi_is_safe};
 use crate::hypervisor::{Hypervisor, RegId, Vcpu, extensions, regs};
-use crate::irqchip::aia::{InKernelAia, Placement};
-use crate::machine::layout;
+use crate::irqchip::aia::InKernelAia;
+use crate::machine::{harts, layout};
 use crate::util::ByteSize;
 
 /// All of it. The text is for people, the JSON for scripts.
 #[derive(Debug, Serialize)]
 pub struct Info {
     /// This rvmm.
-    pub rvmm: &'static str,
+    rvmm: &'static str,
     /// The host kernel's release.
-    pub kernel: String,
+    kernel: String,
     /// KVM's capabilities by name, 0 where it has none.
-    pub kvm: BTreeMap<&'static str, i32>,
+    kvm: BTreeMap<&'static str, i32>,
     /// Bits of a guest-physical address.
-    pub gpa_bits: u32,
+    gpa_bits: u32,
     /// The G-stage's page tables.
-    pub g_stage: &'static str,
+    g_stage: &'static str,
     /// The most vCPUs of one guest.
-    pub max_vcpus: u32,
+    max_vcpus: u32,
     /// The AIA in the kernel, if there is one.
-    pub aia: Option<AiaInfo>,
+    aia: Option<AiaInfo>,
     /// What a guest's hart has.
-    pub hart: HartInfo,
+    hart: HartInfo,
     /// SBI extensions.
-    pub sbi: Vec<ExtensionInfo>,
+    sbi: Vec<ExtensionInfo>,
     /// A legacy console call reaches rvmm; elsewhere such guests need DBCN or the UART.
-    pub legacy_sbi_console: bool,
+    legacy_sbi_console: bool,
     /// Huge pages.
-    pub hugepages: HugePageInfo,
+    hugepages: HugePageInfo,
     /// Bugs of this host's kernel that rvmm looked for.
-    pub bugs: Vec<Bug>,
+    bugs: Vec<Bug>,
 }
 
 /// The in-kernel AIA.
 #[derive(Debug, Serialize)]
-pub struct AiaInfo {
+struct AiaInfo {
     /// The host has guest interrupt files (mode AUTO), so that MSIs need no exit.
-    pub guest_files: bool,
+    guest_files: bool,
     /// Interrupt identities of a guest's IMSIC.
-    pub identities: u32,
+    identities: u32,
 }
 
 /// A guest's hart.
 #[derive(Debug, Serialize)]
-pub struct HartInfo {
+struct HartInfo {
     /// As a device tree has it.
-    pub isa: String,
+    isa: String,
     /// The largest page tables of the guest's own.
-    pub mmu: &'static str,
+    mmu: &'static str,
     /// Ticks a second of the `time` CSR.
-    pub timebase: u64,
+    timebase: u64,
     /// ISA extensions.
-    pub extensions: Vec<ExtensionInfo>,
+    extensions: Vec<ExtensionInfo>,
 }
 
 /// An extension that a guest can have.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct ExtensionInfo {
+struct ExtensionInfo {
     /// As --cpu and --sbi name it.
-    pub name: &'static str,
+    name: &'static str,
     /// On in a machine of rvmm's, unless it is asked for otherwise.
-    pub on: bool,
+    on: bool,
     /// KVM can switch it off.
-    pub can_be_off: bool,
+    can_be_off: bool,
 }
 
 /// Huge pages for guest RAM.
 #[derive(Debug, Default, Serialize)]
-pub struct HugePageInfo {
+struct HugePageInfo {
     /// Transparent ones: "always", "madvise" or "never"; none without the kernel's support.
-    pub transparent: Option<String>,
+    transparent: Option<String>,
     /// Reserved ones.
-    pub reserved: Vec<Pool>,
+    reserved: Vec<Pool>,
 }
 
 /// Reserved huge pages of one size.
 #[derive(Debug, Serialize)]
-pub struct Pool {
+struct Pool {
     /// Bytes of a page.
-    pub size: ByteSize,
+    size: ByteSize,
     /// Pages.
-    pub total: u64,
+    total: u64,
     /// Those that nobody has.
-    pub free: u64,
+    free: u64,
 }
 
 /// A bug that was looked for.
 #[derive(Debug, Serialize)]
-pub struct Bug {
+struct Bug {
     /// A short name.
-    pub name: &'static str,
+    name: &'static str,
     /// It was found; none where it could not be looked for.
-    pub present: Option<bool>,
+    present: Option<bool>,
     /// What it does, and what rvmm does about it.
-    pub meaning: &'static str,
+    meaning: &'static str,
 }
 
 impl Info {
@@ -135,7 +133,7 @@ impl Info {
         drop((vcpu, vm));
         let (aia, lossy) = aia(hypervisor)?;
         let probed = probe::run(hypervisor)?;
-        let kernel = uname().release().to_string_lossy().into_owned();
+        let kernel = kernel_release();
         let legacy_console = probed.legacy_console && legacy_sbi_is_safe(&kernel);
         Ok(Self {
             rvmm: env!("CARGO_PKG_VERSION"),
@@ -235,22 +233,18 @@ fn isa(vcpu: &dyn Vcpu, facts: &HartFacts) -> Result<Vec<ExtensionInfo>> {
 
 fn sbi(vcpu: &dyn Vcpu) -> Result<Vec<ExtensionInfo>> {
     let mut infos = Vec::new();
-    let release = uname().release().to_string_lossy().into_owned();
+    let choices = harts::sbi_choices();
     for name in extensions::SBI {
         let Some(register) = extensions::sbi_register(name) else {
             continue;
         };
-        let Some(on) = vcpu.reg(register)? else {
+        let Some(value) = vcpu.reg(register)? else {
             continue;
         };
+        let choice = choices.iter().find(|(chosen, _)| *chosen == register);
         infos.push(ExtensionInfo {
             name,
-            on: match register {
-                regs::SBI_DBCN | regs::SBI_SUSP => true,
-                regs::SBI_EXPERIMENTAL | regs::SBI_VENDOR => false,
-                regs::SBI_V01 => legacy_sbi_is_safe(&release),
-                _ => on == 1,
-            },
+            on: choice.map_or(value == 1, |(_, on)| *on),
             can_be_off: can_be_off(vcpu, register)?,
         });
     }
@@ -274,11 +268,7 @@ fn aia(hypervisor: &dyn Hypervisor) -> Result<(Option<AiaInfo>, Option<bool>)> {
         return Ok((None, None));
     };
     let _vcpu = vm.create_vcpu(0)?;
-    let placement = Placement {
-        aplic: GuestAddress(layout::APLIC.start),
-        imsic: GuestAddress(layout::IMSIC.start),
-    };
-    let aia = InKernelAia::start(Arc::clone(&vm), device, placement, 1, false)?;
+    let aia = InKernelAia::start(Arc::clone(&vm), device, layout::AIA, 1, false)?;
     let info = AiaInfo {
         guest_files: aia.has_guest_files(),
         identities: aia.identities(),

@@ -3,20 +3,16 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use log::warn;
 use vm_memory::GuestAddress;
 
 use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
 use super::virtio::{Backends, MakeDevice};
-use crate::boot::files::BootFile;
-use crate::boot::kernel::{Kernel, LINUX_CMDLINE_MAX};
-use crate::boot::placement::{Placement, fdt_room, scarce};
+use crate::boot::plan::{BootFiles, Plan};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vm};
 use crate::memory::{self, GuestMemory};
-use crate::util::{RateLimit, guest_debug};
 
 /// A machine that is ready to run its first instruction.
 pub struct Machine {
@@ -59,8 +55,8 @@ impl Machine {
     ) -> Result<Self> {
         let files = BootFiles::open(config)?;
         // Before anything is asked of the host.
-        let plan = files.plan(config)?;
-        warn_of_limits(config, &plan);
+        let plan = files.plan(config, RAM_BASE)?;
+        plan.warn_of_limits(config);
         let backends = Backends::open(config, device)?;
         let vm = hypervisor.create_vm()?;
         let ram = create_ram(config, vm.as_ref())?;
@@ -93,7 +89,7 @@ impl Machine {
         self.hardware = None;
         memory::clear(&self.ram, self.config.mem)
             .context("Failed to clear guest RAM for a reset")?;
-        let plan = self.files.plan(&self.config)?;
+        let plan = self.files.plan(&self.config, RAM_BASE)?;
         let vm = self.hypervisor.create_vm()?;
         self.assemble(&vm, &plan)
     }
@@ -110,7 +106,7 @@ impl Machine {
             .context("the machine has no hardware")
     }
 
-    fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &LoadPlan) -> Result<()> {
+    fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<()> {
         let kept = Kept {
             config: &self.config,
             files: &self.files,
@@ -123,69 +119,8 @@ impl Machine {
     }
 }
 
-/// Tells what the guest may not bear, although rvmm does.
-fn warn_of_limits(config: &VmConfig, plan: &LoadPlan) {
-    if let Some(enough) = scarce(config.mem.size, &plan.placement, RAM_BASE) {
-        warn!(
-            "--mem {} is little for this kernel and initrd: the guest may end without a word; --mem {} \
-             is likely to do",
-            config.mem.size.as_flag(),
-            enough.as_flag()
-        );
-    }
-    let length = config.cmdline.len();
-    if plan.kernel.is_linux && length > LINUX_CMDLINE_MAX {
-        warn!(
-            "--cmdline has {length} bytes, and a RISC-V Linux keeps {LINUX_CMDLINE_MAX}: it cuts off \
-             the rest"
-        );
-    }
-}
-
 fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
     let base = GuestAddress(RAM_BASE);
     vm.check_ram(base, config.mem.size)?;
     Ok(memory::create(base, config.mem)?)
-}
-
-/// Kernel and initrd, opened and checked before anything is asked of the host.
-pub(super) struct BootFiles {
-    kernel: BootFile,
-    initrd: Option<BootFile>,
-}
-
-/// What goes where, of files that are in it or still to be read.
-pub(super) struct LoadPlan {
-    kernel: Kernel,
-    pub(super) placement: Placement,
-}
-
-impl BootFiles {
-    fn open(config: &VmConfig) -> Result<Self> {
-        let kernel = BootFile::open("kernel", config.kernel()?)?;
-        let initrd = match &config.initrd {
-            Some(path) => Some(BootFile::open("initrd", path)?.not_empty()?),
-            None => None,
-        };
-        Ok(Self { kernel, initrd })
-    }
-
-    pub(super) fn plan(&self, config: &VmConfig) -> Result<LoadPlan> {
-        let size = config.mem.size;
-        let kernel = self.kernel.kernel(config.kernel_format, RAM_BASE, size)?;
-        let initrd = self.initrd.as_ref().map(BootFile::size);
-        let room = fdt_room(config.cpus, config.cmdline.len());
-        let placement = Placement::plan(RAM_BASE, size, &kernel, initrd, room)
-            .with_context(|| format!("Failed to load kernel {:?}", self.kernel.path()))?;
-        guest_debug!(RateLimit::named("placement"), "placement: {placement:x?}");
-        Ok(LoadPlan { kernel, placement })
-    }
-
-    pub(super) fn load(&self, ram: &GuestMemory, plan: &LoadPlan) -> Result<()> {
-        self.kernel.load_kernel(&plan.kernel, ram, RAM_BASE)?;
-        if let (Some(initrd), Some(range)) = (&self.initrd, &plan.placement.initrd) {
-            initrd.load(ram, range)?;
-        }
-        Ok(())
-    }
 }

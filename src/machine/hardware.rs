@@ -2,19 +2,15 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
-use rustix::rand::{GetRandomFlags, getrandom};
-use vm_memory::{Bytes, GuestAddress};
+use anyhow::{Context, Result};
 
-use super::builder::{BootFiles, LoadPlan};
 use super::devices::Devices;
 use super::harts;
 use super::irqchip;
-use super::layout::{self, RAM_BASE};
+use super::layout;
 use super::virtio::{self, Backends};
-use crate::boot::fdt::{self, RNG_SEED_SIZE};
-use crate::boot::isa::HartFacts;
-use crate::boot::placement::Placement;
+use crate::boot::load::Board;
+use crate::boot::plan::{BootFiles, Plan};
 use crate::bus::{Bus, Device};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
@@ -22,11 +18,8 @@ use crate::devices::goldfish_rtc::GoldfishRtc;
 use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
 use crate::hypervisor::{Vcpu, Vm, regs};
-use crate::irqchip::hart_intc_phandle;
 use crate::memory::GuestMemory;
-use crate::util::{RateLimit, guest_info};
 use crate::vcpu::exits::Exits;
-use crate::vcpu::restart::CYCLE_TIME_INSTRET;
 use crate::vcpu::sbi::Sbi;
 
 /// What outlives a reset.
@@ -55,7 +48,7 @@ impl Hardware {
     ///
     /// # Errors
     /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
-    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, plan: &LoadPlan) -> Result<Self> {
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<Self> {
         let Kept {
             config,
             files,
@@ -63,7 +56,6 @@ impl Hardware {
             ram,
             console,
         } = kept;
-        let placement = &plan.placement;
         vm.map_ram(Arc::clone(ram))?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let vcpus = harts::create(config, vm.as_ref())?;
@@ -93,11 +85,13 @@ impl Hardware {
         for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)? {
             devices.add(device)?;
         }
-        files.load(ram, plan)?;
         let nodes: Vec<&dyn Device> = devices.iter().collect();
-        let device_tree = build_tree(config, &facts, placement, &nodes)?;
-        load_tree(ram, placement, &device_tree)?;
-        boot_hart(harts::first(&vcpus)?, placement)?;
+        let board = Board {
+            stdout_path: layout::UART_PATH,
+            hart: &facts,
+            devices: &nodes,
+        };
+        let device_tree = files.load(plan, config, ram, &board, harts::first(&vcpus)?)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
         let exits = Exits::new(Arc::new(bus), sbi, power, irqchip.hart_side());
         let exits = Arc::new(exits);
@@ -122,66 +116,4 @@ impl Hardware {
         let by_device = self.devices.registers_at(gpa);
         by_device.or_else(|| layout::owner(gpa).map(Into::into))
     }
-}
-
-fn build_tree(
-    config: &VmConfig,
-    facts: &HartFacts,
-    placement: &Placement,
-    devices: &[&dyn Device],
-) -> Result<Vec<u8>> {
-    guest_info!(
-        RateLimit::named("harts"),
-        "harts: {}, {}",
-        facts.isa_string(),
-        facts.mmu_type()
-    );
-    let tree = fdt::build(&fdt::Machine {
-        cmdline: &config.cmdline,
-        stdout_path: layout::UART_PATH,
-        initrd: placement.initrd.as_ref(),
-        rng_seed: rng_seed()?,
-        ram_base: RAM_BASE,
-        ram_size: config.mem.size,
-        hart: facts,
-        harts: config.cpus,
-        hart_intc_phandle,
-        devices,
-    });
-    tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
-}
-
-fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
-    let mut seed = [0; RNG_SEED_SIZE];
-    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
-    let count = getrandom(&mut seed, GetRandomFlags::empty());
-    match count.context("Failed to read entropy for the guest")? {
-        RNG_SEED_SIZE => Ok(seed),
-        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
-    }
-}
-
-fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
-    let room = placement.fdt.end - placement.fdt.start;
-    if tree.len() as u64 > room {
-        bail!("the device tree has {} bytes, its room {room}", tree.len());
-    }
-    ram.write_slice(tree, GuestAddress(placement.fdt.start))
-        .context("Failed to write the device tree to guest RAM")
-}
-
-/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
-/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
-/// processes read `time`.
-fn boot_hart(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
-    const HART_ID: u64 = 0;
-    for (register, value) in [
-        (regs::PC, placement.entry),
-        (regs::A0, HART_ID),
-        (regs::A1, placement.fdt.start),
-        (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
-    ] {
-        vcpu.set_reg(register, value)?;
-    }
-    Ok(())
 }

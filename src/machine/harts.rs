@@ -1,13 +1,12 @@
 //! The machine's vCPUs, as the configuration wants them, and what the guest is told of them.
 
 use anyhow::{Context, Error, Result, bail};
-use rustix::system::uname;
 
 use super::irqchip::Choice;
 use super::layout::MAX_HARTS;
 use crate::boot::isa::HartFacts;
 use crate::config::{Hex, IsaSwitch, VmConfig};
-use crate::hypervisor::host::legacy_sbi_is_safe;
+use crate::hypervisor::host::{kernel_release, legacy_sbi_is_safe};
 use crate::hypervisor::{RegId, Vcpu, Vm, extensions, regs};
 use crate::util::{RateLimit, guest_warn};
 
@@ -55,30 +54,34 @@ pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>
             config.cpus
         );
     }
+    let sbi = sbi_choices();
     let mut vcpus = Vec::new();
     for id in 0..config.cpus {
         let vcpu = vm.create_vcpu(id)?;
-        choose_sbi(vcpu.as_ref())?;
+        choose_sbi(vcpu.as_ref(), &sbi)?;
         switch_off(config, vcpu.as_ref())?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
 }
 
-/// DBCN and, where there is one, SUSP on, and off what nothing here serves or the host serves badly. A host without an extension
-/// has no such register.
-fn choose_sbi(vcpu: &dyn Vcpu) -> Result<()> {
-    let release = uname();
-    let legacy = legacy_sbi_is_safe(&release.release().to_string_lossy());
-    for (register, on) in [
-        (regs::SBI_DBCN, 1),
-        (regs::SBI_SUSP, 1),
-        (regs::SBI_V01, u64::from(legacy)),
-        (regs::SBI_EXPERIMENTAL, 0),
-        (regs::SBI_VENDOR, 0),
-    ] {
+/// The SBI extensions that rvmm switches on or off, whatever KVM's default: on, what rvmm serves;
+/// off, what nothing here serves or the host serves badly. `--sbi` comes after this.
+pub(crate) fn sbi_choices() -> [(RegId, bool); 5] {
+    [
+        (regs::SBI_DBCN, true),
+        (regs::SBI_SUSP, true),
+        (regs::SBI_V01, legacy_sbi_is_safe(&kernel_release())),
+        (regs::SBI_EXPERIMENTAL, false),
+        (regs::SBI_VENDOR, false),
+    ]
+}
+
+/// Sets what `choices` says. A host without an extension has no such register.
+fn choose_sbi(vcpu: &dyn Vcpu, choices: &[(RegId, bool)]) -> Result<()> {
+    for &(register, on) in choices {
         match vcpu.reg(register)? {
-            Some(_) => vcpu.set_reg(register, on)?,
+            Some(_) => vcpu.set_reg(register, on.into())?,
             None if register == regs::SBI_DBCN => {
                 let limit = RateLimit::named("no DBCN");
                 guest_warn!(limit, "this host's KVM has no SBI debug console");

@@ -4,13 +4,12 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use vm_memory::GuestAddress;
 
 use super::layout;
 use crate::config::IrqchipKind;
 use crate::hypervisor::{Aia, Vcpu, Vm};
 use crate::irqchip::IrqChip;
-use crate::irqchip::aia::{self, InKernelAia};
+use crate::irqchip::aia::InKernelAia;
 use crate::irqchip::plic::{self, Plic};
 use crate::util::{RateLimit, guest_info};
 
@@ -51,7 +50,7 @@ impl Choice {
         match self {
             Choice::Aia { device, emulate } => {
                 let (vm, harts) = (Arc::clone(vm), u32::try_from(vcpus.len())?);
-                let aia = InKernelAia::start(vm, device, AIA_PLACEMENT, harts, emulate)?;
+                let aia = InKernelAia::start(vm, device, layout::AIA, harts, emulate)?;
                 let (sources, messages) = (aia.sources(), aia.messages());
                 Ok(IrqChip::in_kernel(aia, sources, messages))
             }
@@ -65,8 +64,3 @@ impl Choice {
         }
     }
 }
-
-const AIA_PLACEMENT: aia::Placement = aia::Placement {
-    aplic: GuestAddress(layout::APLIC.start),
-    imsic: GuestAddress(layout::IMSIC.start),
-};

@@ -10,6 +10,8 @@
 
 use std::ops::Range;
 
+use vm_memory::GuestAddress;
+
 use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
 use crate::pci::host;
@@ -18,47 +20,53 @@ use crate::virtio::mmio;
 /// How a guest ends the machine by a store.
 pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);
 /// The clock.
-pub const RTC: Range<u64> = range(0x0010_1000, goldfish_rtc::SIZE);
+pub(crate) const RTC: Range<u64> = range(0x0010_1000, goldfish_rtc::SIZE);
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
 /// The PLIC.
-pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
+pub(crate) const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 /// The UART.
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// IMSIC pages, for as many harts as QEMU's virt machine has room for.
 pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_SIZE);
+/// Where the AIA's parts are.
+pub(crate) const AIA: aia::Placement = aia::Placement {
+    aplic: GuestAddress(APLIC.start),
+    imsic: GuestAddress(IMSIC.start),
+};
 /// Slots of virtio-mmio devices, and their wired interrupts from [`VIRTIO_MMIO_IRQ`].
-pub const VIRTIO_MMIO: Range<u64> = range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
+pub(crate) const VIRTIO_MMIO: Range<u64> =
+    range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
 /// How many there are.
-pub const VIRTIO_MMIO_SLOTS: u32 = 8;
+pub(crate) const VIRTIO_MMIO_SLOTS: u32 = 8;
 /// PCI configuration space.
-pub const PCI_ECAM: Range<u64> = range(0x3000_0000, host::ECAM_SIZE);
+pub(crate) const PCI_ECAM: Range<u64> = range(0x3000_0000, host::ECAM_SIZE);
 /// Where the guest places PCI BARs.
-pub const PCI_WINDOW: Range<u64> = range(0x4000_0000, 0x4000_0000);
+pub(crate) const PCI_WINDOW: Range<u64> = range(0x4000_0000, 0x4000_0000);
 /// Guest RAM starts here.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
 /// Harts the map has room for.
-pub const MAX_HARTS: u32 = 512;
+pub(crate) const MAX_HARTS: u32 = 512;
 
 /// The first virtio-mmio slot's wired interrupt; the others follow.
-pub const VIRTIO_MMIO_IRQ: u32 = 1;
+pub(crate) const VIRTIO_MMIO_IRQ: u32 = 1;
 /// The UART's wired interrupt.
-pub const UART_IRQ: u32 = 10;
+pub(crate) const UART_IRQ: u32 = 10;
 /// The clock's wired interrupt.
-pub const RTC_IRQ: u32 = 11;
+pub(crate) const RTC_IRQ: u32 = 11;
 
 /// The first of PCI's four wired interrupts, on a controller whose last source is `sources`: as QEMU's
 /// virt machine has it, or lower where the guest is told of fewer.
-pub const fn pci_irq(sources: u32) -> u32 {
+pub(crate) const fn pci_irq(sources: u32) -> u32 {
     if sources >= 35 { 32 } else { 20 }
 }
 
 /// The UART's node in the device tree.
-pub const UART_PATH: &str = "/soc/serial@10000000";
+pub(crate) const UART_PATH: &str = "/soc/serial@10000000";
 
 /// Whose registers the guest-physical address `gpa` holds.
-pub fn owner(gpa: u64) -> Option<&'static str> {
+pub(crate) fn owner(gpa: u64) -> Option<&'static str> {
     let owners = [
         (APLIC, "APLIC"),
         (PLIC, "PLIC"),

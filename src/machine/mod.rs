@@ -1,4 +1,4 @@
-//! The machine: built by [`builder`], laid out by [`layout`], run here.
+//! The machine: built by `builder`, laid out by [`layout`], run here.
 //!
 //! ```text
 //! Machine::build --> running <--> paused     --> a signal, Ctrl-A X, --timeout, --> console drained,
@@ -7,7 +7,7 @@
 //!                    reset: the guest or a command asked for one
 //! ```
 
-pub mod builder;
+mod builder;
 mod command;
 mod devices;
 mod ending;
@@ -20,7 +20,8 @@ mod mainloop;
 mod meantime;
 mod outcome;
 pub mod signals;
-pub mod stats;
+mod stats;
+pub mod status;
 mod virtio;
 
 use std::path::Path;

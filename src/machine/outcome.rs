@@ -2,10 +2,8 @@
 
 use std::fmt;
 
+use super::status;
 use crate::vcpu::Stop;
-
-/// The largest exit status that a guest chooses.
-const GUEST_STATUS_MAX: u16 = 119;
 
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,18 +23,18 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// rvmm's exit status, as `--help` documents it.
+    /// rvmm's exit status, one of [`status`]'s table.
     pub fn exit_status(self) -> u8 {
         match self {
             Outcome::Guest(Stop::PowerOff) | Outcome::Left | Outcome::Commanded => 0,
             Outcome::Guest(Stop::Exit(code)) => exit_status(code),
-            Outcome::Guest(Stop::Reset) => 120,
-            Outcome::Guest(Stop::Failure(_)) => 121,
-            Outcome::Guest(_) => 122,
-            Outcome::TimedOut => 124,
+            Outcome::Guest(Stop::Reset) => status::RESET,
+            Outcome::Guest(Stop::Failure(_)) => status::GUEST_FAILED,
+            Outcome::Guest(_) => status::CANNOT_GO_ON,
+            Outcome::TimedOut => status::TIMED_OUT,
             // Signal numbers end at 64.
             Outcome::Signal(number) | Outcome::Overdue(number) => {
-                128u8.saturating_add(u8::try_from(number).unwrap_or(127))
+                status::SIGNAL.saturating_add(u8::try_from(number).unwrap_or(127))
             }
         }
     }
@@ -53,7 +51,7 @@ impl Outcome {
 /// The guest's code as an exit status: what is above the guest's range is its end. A failure has no
 /// code 0.
 fn exit_status(code: u16) -> u8 {
-    u8::try_from(code.clamp(1, GUEST_STATUS_MAX)).unwrap_or(u8::MAX)
+    u8::try_from(code.clamp(1, status::GUEST_MAX.into())).unwrap_or(u8::MAX)
 }
 
 impl fmt::Display for Outcome {

@@ -31,12 +31,9 @@ use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
 use super::first::{First, Waited};
-use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit, regs};
+use crate::hypervisor::regs::{self, CYCLE_TIME_INSTRET};
+use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit};
 use crate::util::{RateLimit, guest_warn};
-
-/// `scounteren` with CY, TM and IR: processes may read `cycle`, `time` and `instret`. KVM before Linux 7.x
-/// starts harts so.
-pub const CYCLE_TIME_INSTRET: u64 = 0b111;
 
 /// No reset leaves this in `scounteren`, whatever the host.
 const MARK: u64 = (1 << 31) | CYCLE_TIME_INSTRET;

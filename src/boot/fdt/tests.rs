@@ -46,7 +46,6 @@ fn blob_with(harts: u32, cmdline: &str) -> Vec<u8> {
         ram_size: ByteSize::mib(128),
         hart: &facts(),
         harts,
-        hart_intc_phandle: |hart| 1 + hart,
         devices: &[&Lamp],
     })
     .unwrap()
@@ -83,7 +82,7 @@ fn harts_and_command_line_add_less_than_their_room() {
     let room = crate::boot::placement::fdt_room;
     for harts in [1, 2, 512] {
         assert!((blob(harts).len() as u64) < room(harts, 19));
-        let longest = "x".repeat(crate::config::CMDLINE_MAX);
+        let longest = "x".repeat(crate::config::cmdline::MAX);
         let blob = blob_with(harts, &longest);
         assert!((blob.len() as u64) < room(harts, longest.len()));
         // Linux maps 2 MiB (MAX_FDT_SIZE in `arch/riscv/include/asm/fixmap.h`).
@@ -102,7 +101,6 @@ fn a_command_line_with_a_nul_byte_is_refused() {
         ram_size: ByteSize(0),
         hart: &facts(),
         harts: 1,
-        hart_intc_phandle: |hart| hart,
         devices: &[],
     };
     assert!(build(&machine).is_err());

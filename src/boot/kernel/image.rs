@@ -17,13 +17,13 @@ const SIZE_LIMIT: u64 = 1 << 59;
 
 /// A kernel Image whose header was found true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Image {
+pub(crate) struct Image {
     /// Where the kernel wants to be, from the start of RAM. A multiple of 2 MiB.
-    pub text_offset: u64,
+    pub(crate) text_offset: u64,
     /// Bytes the kernel occupies once it runs, its BSS included; at least `file_size`.
-    pub image_size: u64,
+    pub(crate) image_size: u64,
     /// Bytes of the file.
-    pub file_size: u64,
+    pub(crate) file_size: u64,
 }
 
 impl Image {
@@ -37,7 +37,7 @@ impl Image {
     ///
     /// # Errors
     /// What the file is instead, or what is wrong with its header.
-    pub fn parse(head: &[u8], file_size: u64) -> Result<Self, KernelError> {
+    pub(crate) fn parse(head: &[u8], file_size: u64) -> Result<Self, KernelError> {
         if head.len() < HEADER_SIZE {
             return Err(KernelError::Truncated {
                 promised: HEADER_SIZE as u64,

@@ -16,18 +16,14 @@ use thiserror::Error;
 
 use crate::config::KernelFormat;
 use crate::util::ByteSize;
-pub use image::Image;
+use image::Image;
 
 /// Bytes at the start of a file that tell what it is: an Image's header and, of an EFI-stub kernel,
 /// the PE section table.
-pub const HEAD_SIZE: usize = 4096;
+pub(crate) const HEAD_SIZE: usize = 4096;
 
 /// Where a flat binary goes, from the start of RAM: where a RISC-V boot loader puts S-mode.
 const FLAT_OFFSET: u64 = 2 << 20;
-
-/// Bytes of command line that a RISC-V Linux keeps, without the NUL; it cuts off the rest in silence
-/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h`: 1024, and 512 in older kernels).
-pub const LINUX_CMDLINE_MAX: usize = 1023;
 
 /// Why a file is no kernel that rvmm can load.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -100,32 +96,32 @@ pub enum KernelError {
 
 /// Bytes of the source that go to one place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub(crate) struct Segment {
     /// Where they are in the file, or in what it expanded to.
-    pub source: Range<u64>,
+    pub(crate) source: Range<u64>,
     /// Where they go, from the start of RAM.
-    pub at: u64,
+    pub(crate) at: u64,
     /// Bytes they take in RAM: what is more than the source's is zero.
-    pub size: u64,
+    pub(crate) size: u64,
 }
 
 /// What to load where, and where to begin. Offsets are from the start of RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// At least one; none is outside [`Kernel::extent`].
-    pub segments: Vec<Segment>,
+    pub(crate) segments: Vec<Segment>,
     /// The first instruction.
-    pub entry: u64,
+    pub(crate) entry: u64,
     /// An Image or a vmlinux: it boots as `Documentation/arch/riscv/boot.rst` says, and takes no RAM
     /// behind its extent before it has read the device tree.
-    pub is_linux: bool,
+    pub(crate) is_linux: bool,
     /// What the file expanded to, if it was compressed: the segments' source.
-    pub expanded: Option<Vec<u8>>,
+    pub(crate) expanded: Option<Vec<u8>>,
 }
 
 impl Kernel {
     /// From the first byte of the kernel to its last, BSS included.
-    pub fn extent(&self) -> Range<u64> {
+    pub(crate) fn extent(&self) -> Range<u64> {
         let start = self.segments.iter().map(|segment| segment.at).min();
         let ends = self.segments.iter().map(|s| s.at.saturating_add(s.size));
         start.unwrap_or(0)..ends.max().unwrap_or(0)
@@ -147,7 +143,7 @@ impl Kernel {
 }
 
 /// A kernel's file, as far as telling its format needs it.
-pub trait Source {
+pub(crate) trait Source {
     /// Bytes of the file.
     fn size(&self) -> u64;
     /// Its first [`HEAD_SIZE`] bytes, or all it has.
@@ -158,7 +154,7 @@ pub trait Source {
 
 /// Why there is no kernel: the file, or the host that should read it.
 #[derive(Debug, Error)]
-pub enum LoadError {
+pub(crate) enum LoadError {
     /// The host could not read it.
     #[error(transparent)]
     Read(#[from] std::io::Error),
@@ -172,7 +168,7 @@ pub enum LoadError {
 ///
 /// # Errors
 /// What the file is instead, or what is wrong with it.
-pub fn open(
+pub(crate) fn open(
     source: &dyn Source,
     format: KernelFormat,
     base: u64,

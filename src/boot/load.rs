@@ -1,0 +1,145 @@
+//! How a guest gets into RAM: kernel, initrd and device tree, and the registers that its first
+//! instruction finds.
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::fdt::{self, RNG_SEED_SIZE};
+use super::isa::HartFacts;
+use super::placement::Placement;
+use super::plan::{BootFiles, Plan};
+use crate::bus::Device;
+use crate::config::VmConfig;
+use crate::hypervisor::{Vcpu, regs};
+use crate::memory::GuestMemory;
+use crate::util::{RateLimit, guest_info};
+
+/// What the guest is told of its machine, beside what the configuration says.
+pub(crate) struct Board<'a> {
+    /// Path of the console's node in the device tree.
+    pub(crate) stdout_path: &'a str,
+    /// What each hart offers.
+    pub(crate) hart: &'a HartFacts,
+    /// Everything in `/soc`, in this order.
+    pub(crate) devices: &'a [&'a dyn Device],
+}
+
+impl BootFiles {
+    /// Loads them into `ram`, which is zero, with a device tree of `board`, and has `boot_hart`
+    /// begin with the kernel's first instruction. Returns the tree.
+    ///
+    /// # Errors
+    /// A file has changed, the tree does not fit, or the host refused.
+    pub(crate) fn load(
+        &self,
+        plan: &Plan,
+        config: &VmConfig,
+        ram: &GuestMemory,
+        board: &Board,
+        boot_hart: &dyn Vcpu,
+    ) -> Result<Vec<u8>> {
+        self.load_files(plan, ram)?;
+        let tree = build_tree(plan, config, board)?;
+        load_tree(ram, &plan.placement, &tree)?;
+        set_registers(boot_hart, &plan.placement)?;
+        Ok(tree)
+    }
+
+    fn load_files(&self, plan: &Plan, ram: &GuestMemory) -> Result<()> {
+        self.kernel.load_kernel(&plan.kernel, ram, plan.ram_base)?;
+        if let (Some(initrd), Some(range)) = (&self.initrd, &plan.placement.initrd) {
+            initrd.load(ram, range)?;
+        }
+        Ok(())
+    }
+}
+
+fn build_tree(plan: &Plan, config: &VmConfig, board: &Board) -> Result<Vec<u8>> {
+    guest_info!(
+        RateLimit::named("harts"),
+        "harts: {}, {}",
+        board.hart.isa_string(),
+        board.hart.mmu_type()
+    );
+    let tree = fdt::build(&fdt::Machine {
+        cmdline: &config.cmdline,
+        stdout_path: board.stdout_path,
+        initrd: plan.placement.initrd.as_ref(),
+        rng_seed: rng_seed()?,
+        ram_base: plan.ram_base,
+        ram_size: config.mem.size,
+        hart: board.hart,
+        harts: config.cpus,
+        devices: board.devices,
+    });
+    tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
+}
+
+fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
+    let mut seed = [0; RNG_SEED_SIZE];
+    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
+    let count = getrandom(&mut seed, GetRandomFlags::empty());
+    match count.context("Failed to read entropy for the guest")? {
+        RNG_SEED_SIZE => Ok(seed),
+        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
+    }
+}
+
+fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
+    let room = placement.fdt.end - placement.fdt.start;
+    if tree.len() as u64 > room {
+        bail!("the device tree has {} bytes, its room {room}", tree.len());
+    }
+    ram.write_slice(tree, GuestAddress(placement.fdt.start))
+        .context("Failed to write the device tree to guest RAM")
+}
+
+/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
+/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
+/// processes read `time`.
+fn set_registers(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
+    const HART_ID: u64 = 0;
+    for (register, value) in [
+        (regs::PC, placement.entry),
+        (regs::A0, HART_ID),
+        (regs::A1, placement.fdt.start),
+        (regs::SCOUNTEREN, regs::CYCLE_TIME_INSTRET),
+    ] {
+        vcpu.set_reg(register, value)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MemConfig;
+    use crate::memory;
+    use crate::util::ByteSize;
+
+    const BASE: u64 = 0x8000_0000;
+
+    #[test]
+    fn a_tree_that_leaves_its_room_is_refused() {
+        let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let placement = Placement {
+            kernel: BASE..BASE + 0x1000,
+            entry: BASE,
+            initrd: None,
+            fdt: BASE + 0x1000..BASE + 0x1004,
+        };
+        load_tree(&ram, &placement, b"tree").unwrap();
+        let mut loaded = [0; 4];
+        ram.read_slice(&mut loaded, GuestAddress(placement.fdt.start))
+            .unwrap();
+        assert_eq!(&loaded, b"tree");
+        let error = load_tree(&ram, &placement, b"trees").unwrap_err();
+        assert_eq!(error.to_string(), "the device tree has 5 bytes, its room 4");
+    }
+
+    #[test]
+    fn each_seed_is_another() {
+        assert_ne!(rng_seed().unwrap(), rng_seed().unwrap());
+    }
+}
