@@ -1,5 +1,6 @@
 //! Guest RAM as the host sees it: one private mapping, populated on first touch.
 
+mod dirty;
 mod flat;
 mod pieces;
 mod ring;
@@ -18,12 +19,19 @@ use vm_memory::{
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
+pub use dirty::{DirtyLog, DirtySlice, dirty_log, merge_vhost, pages_of, words_of};
 pub use flat::FlatRam;
 pub use pieces::{Byte, NotRam, Pieces};
 pub use ring::{Ended, Op, Ring};
 
-/// Guest RAM, as every part of rvmm names it.
-pub type GuestMemory = GuestMemoryMmap<()>;
+/// Guest RAM, as every part of rvmm names it. What is written to it is marked in its [`DirtyLog`].
+pub type GuestMemory = GuestMemoryMmap<DirtyLog>;
+
+/// One piece of it.
+pub type Region = GuestRegionMmap<DirtyLog>;
+
+/// Memory of the host's that a guest can be given.
+pub type Mapping = MmapRegion<DirtyLog>;
 
 /// The page size of RISC-V hosts and guests, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -102,7 +110,7 @@ pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>,
         Some(pages) => map_huge(size, length, pages)?,
         None => map_ordinary(length).map_err(|e| failed(e.to_string()))?,
     };
-    let region = GuestRegionMmap::new(mapping, base)
+    let region = Region::new(mapping, base)
         .ok_or_else(|| failed("it would end beyond the last address".into()))?;
     let ram = GuestMemory::from_regions(vec![region]).map_err(|e| failed(e.to_string()))?;
     Ok(Arc::new(ram))
@@ -126,11 +134,12 @@ pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
         // SAFETY: the range is that of a private mapping without a file, whose bytes are the
         // guest's alone: nothing holds a reference to them.
         unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+        Mapping::bitmap(region).mark(0, region.size());
     }
     Ok(())
 }
 
-fn zero(region: &GuestRegionMmap) -> io::Result<()> {
+fn zero(region: &Region) -> io::Result<()> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = 0;
     while at < region.size() {
@@ -147,15 +156,15 @@ const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
 /// as much then.
-fn map_ordinary(length: usize) -> Result<MmapRegion, MmapRegionError> {
+fn map_ordinary(length: usize) -> Result<Mapping, MmapRegionError> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let mapping = MmapRegion::build(None, length, ACCESS, flags)?;
+    let mapping = Mapping::build(None, length, ACCESS, flags)?;
     advise_huge(&mapping);
     Ok(mapping)
 }
 
 #[allow(unsafe_code)]
-fn advise_huge(mapping: &MmapRegion) {
+fn advise_huge(mapping: &Mapping) {
     use rustix::mm::{Advice, madvise};
     let (start, length) = (mapping.as_ptr().cast(), mapping.size());
     // SAFETY: the range is that of a mapping, and the advice changes no byte of it.
@@ -165,14 +174,14 @@ fn advise_huge(mapping: &MmapRegion) {
 }
 
 /// Reserved pages: all of them are the guest's from now on, so that no touch can fail later.
-fn map_huge(size: ByteSize, length: usize, pages: HugePages) -> Result<MmapRegion, Error> {
+fn map_huge(size: ByteSize, length: usize, pages: HugePages) -> Result<Mapping, Error> {
     let page = pages.size();
     let kind = match pages {
         HugePages::TwoMib => libc::MAP_HUGE_2MB,
         HugePages::OneGib => libc::MAP_HUGE_1GB,
     };
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | kind;
-    MmapRegion::build(None, length, ACCESS, flags).map_err(|error| match &error {
+    Mapping::build(None, length, ACCESS, flags).map_err(|error| match &error {
         MmapRegionError::Mmap(source) if source.kind() == io::ErrorKind::OutOfMemory => {
             Error::TooFewHugePages {
                 wanted: size,

@@ -119,6 +119,20 @@ fn dbcn_reads_what_was_typed() {
 }
 
 #[test]
+fn what_is_read_is_marked() {
+    let sbi = sbi();
+    let log = memory::dirty_log(&sbi.ram);
+    log.start().unwrap();
+    sbi.console.push_input(&[b'k'; 300]);
+    assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE + 0x3f00, 0]), (0, 300));
+    assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [3, 4]);
+    // Nothing was typed, and a write only reads.
+    assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE, 0]), (0, 0));
+    assert_eq!(sbi.dbcn(DBCN_WRITE, [300, BASE, 0]), (0, 300));
+    assert_eq!(memory::pages_of(&log.take()).count(), 0);
+}
+
+#[test]
 fn legacy_calls_preserve_a1() {
     let sbi = sbi();
     let answer = |extension, a0| {
