@@ -239,8 +239,12 @@ mod tests {
     fn a_file_lands_where_it_should() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
         let file = BootFile::open("initrd", &path).unwrap();
-        let ram =
-            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            GuestAddress(0x8000_0000),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let log = memory::dirty_log(&ram);
         log.start().unwrap();
         file.load(&ram, &(0x8000_1000..0x8008_0000)).unwrap();

@@ -62,7 +62,11 @@ pub(super) struct Probed {
 pub(super) fn run(hypervisor: &dyn Hypervisor) -> Result<Probed> {
     let vm = hypervisor.create_vm()?;
     let base = GuestAddress(RAM_BASE);
-    let ram = memory::create(base, MemConfig::new(ByteSize(memory::PAGE_SIZE)))?;
+    let ram = memory::create(
+        base,
+        MemConfig::new(ByteSize(memory::PAGE_SIZE)),
+        memory::Backing::Private,
+    )?;
     let code: Vec<u8> = CODE.iter().flat_map(|word| word.to_le_bytes()).collect();
     ram.write_slice(&code, base)
         .context("Failed to write the probe")?;

@@ -145,7 +145,7 @@ fn warn_of_limits(config: &VmConfig, plan: &LoadPlan) {
 fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
     let base = GuestAddress(RAM_BASE);
     vm.check_ram(base, config.mem.size)?;
-    Ok(memory::create(base, config.mem)?)
+    Ok(memory::create(base, config.mem, memory::Backing::Private)?)
 }
 
 /// Kernel and initrd, opened and checked before anything is asked of the host.

@@ -11,6 +11,7 @@
 //! whatever the call says: a direct read that fails, or is short, may have written more than it says.
 //!
 //! While tracking is off, a write costs one relaxed load and a branch, and there are no bits.
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::io;
@@ -42,7 +43,7 @@ pub fn words_of(size: usize) -> usize {
 pub fn pages_of(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
     let of_word = |(index, word): (usize, &u64)| {
         let word = *word;
-        let marked = (0..WORD_PAGES).filter(move |bit| word >> bit & 1 == 1);
+        let marked = (0..WORD_PAGES).filter(move |bit| (word >> bit) & 1 == 1);
         marked.map(move |bit| index * WORD_PAGES + bit)
     };
     let words = words.iter().enumerate();
@@ -150,21 +151,21 @@ impl Log {
         if first > last {
             return;
         }
-        for word in first / WORD_PAGES..=last / WORD_PAGES {
+        let (first_word, last_word) = (first / WORD_PAGES, last / WORD_PAGES);
+        for (index, word) in (first_word..).zip(&words[first_word..=last_word]) {
             let mut marks = u64::MAX;
-            if word == first / WORD_PAGES {
+            if index == first_word {
                 marks &= u64::MAX << (first % WORD_PAGES);
             }
-            if word == last / WORD_PAGES {
+            if index == last_word {
                 marks &= u64::MAX >> (WORD_PAGES - 1 - last % WORD_PAGES);
             }
             // Release: who takes the mark sees the bytes. So a bit that is set is set again.
-            words[word].fetch_or(marks, Ordering::Release);
+            word.fetch_or(marks, Ordering::Release);
         }
     }
 
     /// The bits, while tracking is on.
-    #[allow(unsafe_code)]
     fn words(&self) -> Option<&[AtomicU64]> {
         let start = NonNull::new(self.on.load(Ordering::Acquire))?;
         let count = self.pages.div_ceil(WORD_PAGES);
@@ -181,10 +182,8 @@ struct Bits {
 }
 
 // SAFETY: the mapping is of this process, and belongs to nobody else.
-#[allow(unsafe_code)]
 unsafe impl Send for Bits {}
 
-#[allow(unsafe_code)]
 impl Bits {
     fn map(words: usize) -> io::Result<Self> {
         let bytes = words * size_of::<AtomicU64>();
@@ -206,7 +205,6 @@ impl Bits {
 }
 
 impl Drop for Bits {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: mapped by `map` with this length. The log goes with it, so nobody can mark. A failure
         // could only leak it.
@@ -282,7 +280,7 @@ impl Bitmap for DirtySlice<'_> {
         let page = self.base.wrapping_add(offset) / PAGE;
         let words = self.log.words().unwrap_or_default();
         let word = words.get(page / WORD_PAGES);
-        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (page % WORD_PAGES) & 1 == 1)
+        word.is_some_and(|word| (word.load(Ordering::Relaxed) >> (page % WORD_PAGES)) & 1 == 1)
     }
 
     #[inline(always)]

@@ -131,7 +131,11 @@ mod tests {
     const END: u64 = START + (1 << 20);
 
     fn flat() -> Arc<FlatRam> {
-        let ram = memory::create(GuestAddress(START), MemConfig::new(ByteSize::mib(1)));
+        let ram = memory::create(
+            GuestAddress(START),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        );
         FlatRam::of(&ram.unwrap())
     }
 

@@ -1,9 +1,10 @@
-//! Guest RAM as the host sees it: one private mapping, populated on first touch.
+//! Guest RAM as the host sees it: one mapping, private or of a memfd, populated on first touch.
 
 mod dirty;
 mod flat;
 mod pieces;
 mod ring;
+mod shared;
 
 use std::io;
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use rustix::system::sysinfo;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MemoryRegionAddress,
-    MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::config::{HugePages, MemConfig};
@@ -87,12 +88,25 @@ pub enum Error {
     },
 }
 
+/// What is behind guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Memory of this process alone.
+    Private,
+    /// A memfd, sealed in its size, which another process can map too.
+    Shared,
+}
+
 /// Maps guest RAM as `config` says, at guest-physical address `base`.
 ///
 /// # Errors
 /// The size is no multiple of the page size, is more than the host's RAM and swap together, or
-/// the host refuses the mapping.
-pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>, Error> {
+/// the host refuses the memory or the mapping.
+pub fn create(
+    base: GuestAddress,
+    config: MemConfig,
+    backing: Backing,
+) -> Result<Arc<GuestMemory>, Error> {
     let size = config.size;
     let page = config
         .hugepages
@@ -106,14 +120,25 @@ pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>,
     }
     let failed = |reason: String| Error::Map { size, reason };
     let length = usize::try_from(size.bytes()).map_err(|e| failed(e.to_string()))?;
+    let file = match backing {
+        Backing::Private => None,
+        Backing::Shared => Some(shared::file(size, config.hugepages).map_err(no_file(size))?),
+    };
     let mapping = match config.hugepages {
-        Some(pages) => map_huge(size, length, pages)?,
-        None => map_ordinary(length).map_err(|e| failed(e.to_string()))?,
+        Some(pages) => map_huge(size, length, pages, file)?,
+        None => map_ordinary(length, file).map_err(|e| failed(e.to_string()))?,
     };
     let region = Region::new(mapping, base)
         .ok_or_else(|| failed("it would end beyond the last address".into()))?;
     let ram = GuestMemory::from_regions(vec![region]).map_err(|e| failed(e.to_string()))?;
     Ok(Arc::new(ram))
+}
+
+fn no_file(size: ByteSize) -> impl FnOnce(io::Error) -> Error {
+    move |error| Error::Map {
+        size,
+        reason: format!("no memfd: {error}"),
+    }
 }
 
 /// Zeroes all of `ram`, which was made as `config` says. Ordinary memory goes back to the host until
@@ -130,10 +155,16 @@ pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
             zero(region)?;
             continue;
         }
-        let (start, length) = (region.as_ptr().cast(), region.size());
-        // SAFETY: the range is that of a private mapping without a file, whose bytes are the
-        // guest's alone: nothing holds a reference to them.
-        unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+        match region.file_offset() {
+            // MADV_DONTNEED would leave the bytes in the file.
+            Some(file) => shared::clear(file.file(), region.size())?,
+            None => {
+                let (start, length) = (region.as_ptr().cast(), region.size());
+                // SAFETY: the range is that of a private mapping without a file, whose bytes are
+                // the guest's alone: nothing holds a reference to them.
+                unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+            }
+        }
         Mapping::bitmap(region).mark(0, region.size());
     }
     Ok(())
@@ -154,11 +185,19 @@ fn zero(region: &Region) -> io::Result<()> {
 
 const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
+/// Flags of a mapping of this file, or of none.
+fn mapping_flags(file: Option<&FileOffset>) -> i32 {
+    match file {
+        Some(_) => libc::MAP_SHARED,
+        None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    }
+}
+
 /// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
 /// as much then.
-fn map_ordinary(length: usize) -> Result<Mapping, MmapRegionError> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let mapping = Mapping::build(None, length, ACCESS, flags)?;
+fn map_ordinary(length: usize, file: Option<FileOffset>) -> Result<Mapping, MmapRegionError> {
+    let flags = mapping_flags(file.as_ref()) | libc::MAP_NORESERVE;
+    let mapping = Mapping::build(file, length, ACCESS, flags)?;
     advise_huge(&mapping);
     Ok(mapping)
 }
@@ -174,14 +213,24 @@ fn advise_huge(mapping: &Mapping) {
 }
 
 /// Reserved pages: all of them are the guest's from now on, so that no touch can fail later.
-fn map_huge(size: ByteSize, length: usize, pages: HugePages) -> Result<Mapping, Error> {
+fn map_huge(
+    size: ByteSize,
+    length: usize,
+    pages: HugePages,
+    file: Option<FileOffset>,
+) -> Result<Mapping, Error> {
     let page = pages.size();
     let kind = match pages {
         HugePages::TwoMib => libc::MAP_HUGE_2MB,
         HugePages::OneGib => libc::MAP_HUGE_1GB,
     };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | kind;
-    Mapping::build(None, length, ACCESS, flags).map_err(|error| match &error {
+    // Of a memfd the pages are known.
+    let kind = match file {
+        Some(_) => 0,
+        None => libc::MAP_HUGETLB | kind,
+    };
+    let flags = mapping_flags(file.as_ref()) | kind;
+    Mapping::build(file, length, ACCESS, flags).map_err(|error| match &error {
         MmapRegionError::Mmap(source) if source.kind() == io::ErrorKind::OutOfMemory => {
             Error::TooFewHugePages {
                 wanted: size,
@@ -212,24 +261,28 @@ mod tests {
 
     #[test]
     fn ram_is_zeroed_and_where_it_was_asked_for() {
-        let ram = create(BASE, MemConfig::new(ByteSize::mib(2))).unwrap();
-        assert_eq!(ram.last_addr().0, 0x801f_ffff);
-        assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
-        assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
-        ram.write_obj(1u64, BASE).unwrap();
-        clear(&ram, MemConfig::new(ByteSize::mib(2))).unwrap();
-        assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
-        let last = GuestAddress(BASE.0 + (2 << 20) - 8);
-        ram.write_obj(1u64, last).unwrap();
-        ram.iter().for_each(|region| zero(region).unwrap());
-        assert_eq!(ram.read_obj::<u64>(last).unwrap(), 0);
+        for backing in [Backing::Private, Backing::Shared] {
+            let ram = create(BASE, MemConfig::new(ByteSize::mib(2)), backing).unwrap();
+            assert_eq!(ram.last_addr().0, 0x801f_ffff);
+            assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
+            assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
+            ram.write_obj(1u64, BASE).unwrap();
+            clear(&ram, MemConfig::new(ByteSize::mib(2))).unwrap();
+            assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
+            let last = GuestAddress(BASE.0 + (2 << 20) - 8);
+            ram.write_obj(1u64, last).unwrap();
+            ram.iter().for_each(|region| zero(region).unwrap());
+            assert_eq!(ram.read_obj::<u64>(last).unwrap(), 0);
+        }
     }
 
     #[test]
     fn absurd_sizes_are_told() {
         let line = |size| {
             let config = MemConfig::new(ByteSize(size));
-            create(BASE, config).unwrap_err().to_string()
+            create(BASE, config, Backing::Shared)
+                .unwrap_err()
+                .to_string()
         };
         assert!(line(5000).contains("multiples of 4K"));
         assert!(line(u64::MAX - 4095).contains("more than this host has"));
@@ -241,7 +294,11 @@ mod tests {
             size,
             hugepages: Some(HugePages::OneGib),
         };
-        let line = |size| create(BASE, huge(size)).unwrap_err().to_string();
+        let line = |size| {
+            create(BASE, huge(size), Backing::Private)
+                .unwrap_err()
+                .to_string()
+        };
         assert!(line(ByteSize::mib(256)).contains("multiples of 1G"));
     }
 }

@@ -208,7 +208,12 @@ mod tests {
     const BASE: GuestAddress = GuestAddress(0x8000_0000);
 
     fn pieces(bytes: &[u8]) -> Pieces {
-        let ram = memory::create(BASE, MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            BASE,
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let mut pieces = Pieces::of(&memory::FlatRam::of(&ram));
         pieces.push(BASE, bytes.len()).unwrap();
         pieces.copy_from(bytes);
@@ -258,7 +263,12 @@ mod tests {
     #[test]
     fn what_is_read_is_marked() {
         let (mut ring, ..) = ring(b"0123456789");
-        let ram = memory::create(BASE, MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            BASE,
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let log = memory::dirty_log(&ram);
         log.start().unwrap();
         let piece = |page: u64, length| {

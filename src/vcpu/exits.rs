@@ -168,8 +168,12 @@ mod tests {
         let mut bus = Bus::default();
         bus.insert(0x1000..0x1008, Arc::new(Cell::default()))
             .unwrap();
-        let ram =
-            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            GuestAddress(0x8000_0000),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let sbi = Sbi::new(ram, Arc::new(Console::default()));
         let plic = Arc::new(Plic::new(0x0c00_0000, Vec::new()));
         Exits::new(Arc::new(bus), sbi, Arc::default(), plic)

@@ -109,7 +109,11 @@ struct Guest {
 
 impl Guest {
     fn new(base: u64, map: &'static Map) -> Self {
-        let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(4)));
+        let ram = memory::create(
+            GuestAddress(RAM),
+            MemConfig::new(ByteSize::mib(4)),
+            memory::Backing::Private,
+        );
         Self {
             bus: Bus::default(),
             vm: Arc::default(),

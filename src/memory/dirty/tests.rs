@@ -16,7 +16,12 @@ const NONE: [usize; 0] = [];
 
 /// RAM that is tracked, and its log.
 fn tracked() -> (Arc<GuestMemory>, DirtyLog) {
-    let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1))).unwrap();
+    let ram = memory::create(
+        GuestAddress(BASE),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     let log = dirty_log(&ram);
     log.start().unwrap();
     (ram, log)

@@ -10,7 +10,11 @@ use std::os::unix::net::UnixDatagram;
 const BASE: u64 = 0x8000_0000;
 
 fn ram() -> Arc<FlatRam> {
-    let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1)));
+    let ram = memory::create(
+        GuestAddress(BASE),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    );
     FlatRam::of(&ram.unwrap())
 }
 

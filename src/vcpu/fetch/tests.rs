@@ -61,7 +61,12 @@ impl Vcpu for Hart {
 
 /// Faults of a guest of their own: each test has a limit by its name.
 fn faults(name: &str) -> FetchFaults {
-    let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(1))).unwrap();
+    let ram = memory::create(
+        GuestAddress(RAM),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     let kvm = 0xffff_ffff_01a2_b000..0xffff_ffff_01a6_0000;
     FetchFaults {
         limit: RateLimit::with_burst(name, FAULTS_MAX),

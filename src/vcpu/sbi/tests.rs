@@ -9,7 +9,12 @@ const SIZE: u64 = 1 << 20;
 const END: u64 = BASE + SIZE;
 
 fn sbi() -> Sbi {
-    let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize(SIZE))).unwrap();
+    let ram = memory::create(
+        GuestAddress(BASE),
+        MemConfig::new(ByteSize(SIZE)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     Sbi::new(ram, Arc::new(Console::default()))
 }
 

@@ -147,7 +147,12 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
 
 fn start_as(exits: &[VmExit], stats: Option<ExitStats>, hart: Option<FakeHart>) -> Started {
     let follow_restarts = hart.is_some();
-    let ram = memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
+    let ram = memory::create(
+        GuestAddress(0x8000_0000),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     let sbi = Sbi::new(ram, Arc::new(Console::default()));
     let script = Script {
         exits: exits.iter().copied().collect(),
