@@ -1,14 +1,15 @@
 //! Which pages of guest RAM rvmm wrote: the part of dirty tracking that KVM does not see.
 //!
-//! KVM logs the guest's own stores (KVM_GET_DIRTY_LOG). Devices, SBI calls and the loader write through
-//! rvmm's mapping, and so do system calls that rvmm makes for them. All of that is marked here, a bit for
-//! each page, while somebody asks for it.
+//! KVM logs the guest's own stores (KVM_GET_DIRTY_LOG). Devices, SBI calls and the loader write
+//! through rvmm's mapping, and so do system calls that rvmm makes for them. All of that is marked
+//! here, a bit for each page, while somebody asks for it.
 //!
-//! **The rule: first the bytes, then the mark.** Whoever copies RAM takes the marks first and reads the pages
-//! then. A mark that is taken comes with its bytes. Bytes whose mark is not there yet are found by the next
-//! take. So the last take has to come after the last write: devices stand still by then. A request that the
-//! kernel serves by itself (io_uring) is marked when it comes back. A read of a file marks all its buffers,
-//! whatever the call says: a direct read that fails, or is short, may have written more than it says.
+//! **The rule: first the bytes, then the mark.** Whoever copies RAM takes the marks first and reads
+//! the pages then. A mark that is taken comes with its bytes. Bytes whose mark is not there yet are
+//! found by the next take. So the last take has to come after the last write: devices stand still
+//! by then. A request that the kernel serves by itself (io_uring) is marked when it comes back. A
+//! read of a file marks all its buffers, whatever the call says: a direct read that fails, or is
+//! short, may have written more than it says.
 //!
 //! While tracking is off, a write costs one relaxed load and a branch, and there are no bits.
 #![allow(unsafe_code)]
@@ -39,7 +40,8 @@ pub fn words_of(size: usize) -> usize {
     size.div_ceil(PAGE * WORD_PAGES)
 }
 
-/// The numbers of the pages that are marked in `words`, in their order. Page 0 is where the RAM starts.
+/// The numbers of the pages that are marked in `words`, in their order. Page 0 is where the RAM
+/// starts.
 pub fn pages_of(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
     let of_word = |(index, word): (usize, &u64)| {
         let word = *word;
@@ -60,14 +62,14 @@ struct Log {
     /// The first word; null while tracking is off.
     on: AtomicPtr<AtomicU64>,
     pages: usize,
-    /// Made by the first start. It stays mapped, without memory behind it while tracking is off: a thread that
-    /// saw the pointer may mark a moment later.
+    /// Made by the first start. It stays mapped, without memory behind it while tracking is off: a
+    /// thread that saw the pointer may mark a moment later.
     bits: Mutex<Option<Bits>>,
 }
 
 impl DirtyLog {
-    /// Tracks writes from now on, with no page marked. What was written before is in RAM when this returns,
-    /// for every thread that reads it then; what is written later is marked.
+    /// Tracks writes from now on, with no page marked. What was written before is in RAM when this
+    /// returns, for every thread that reads it then; what is written later is marked.
     ///
     /// # Errors
     /// The host has no memory for the bits, or no membarrier.
@@ -78,8 +80,8 @@ impl DirtyLog {
         if words == 0 {
             return Ok(());
         }
-        // A writer has no barrier between its bytes and its look at `on`. This call is the barrier, on
-        // each CPU that runs a thread of rvmm.
+        // A writer has no barrier between its bytes and its look at `on`. This call is the barrier,
+        // on each CPU that runs a thread of rvmm.
         membarrier(MembarrierCommand::RegisterPrivateExpedited)?;
         let bits = match bits.take() {
             Some(known) => bits.insert(known),
@@ -109,8 +111,8 @@ impl DirtyLog {
         !self.0.on.load(Ordering::Relaxed).is_null()
     }
 
-    /// The marks since the last take, which are gone then: page 0 is bit 0 of the first word, as in KVM's
-    /// log. No words while tracking is off. The pages are to be read after this, not before.
+    /// The marks since the last take, which are gone then: page 0 is bit 0 of the first word, as in
+    /// KVM's log. No words while tracking is off. The pages are to be read after this, not before.
     pub fn take(&self) -> Vec<u64> {
         let _bits = lock(&self.0.bits);
         let words = self.0.words();
@@ -169,8 +171,8 @@ impl Log {
     fn words(&self) -> Option<&[AtomicU64]> {
         let start = NonNull::new(self.on.load(Ordering::Acquire))?;
         let count = self.pages.div_ceil(WORD_PAGES);
-        // SAFETY: `on` is the start of `bits`, which has that many words and stays mapped until `self` is
-        // dropped. All accesses are atomic; what `Bits::forget` does leaves zeros.
+        // SAFETY: `on` is the start of `bits`, which has that many words and stays mapped until
+        // `self` is dropped. All accesses are atomic; what `Bits::forget` does leaves zeros.
         Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), count) })
     }
 }
@@ -206,8 +208,8 @@ impl Bits {
 
 impl Drop for Bits {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length. The log goes with it, so nobody can mark. A failure
-        // could only leak it.
+        // SAFETY: mapped by `map` with this length. The log goes with it, so nobody can mark. A
+        // failure could only leak it.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
@@ -301,11 +303,12 @@ pub fn dirty_log(ram: &GuestMemory) -> DirtyLog {
 
 /// Marks in the log of `ram` what vhost wrote, and takes that from vhost's log.
 ///
-/// vhost writes to guest RAM inside the host's kernel, and keeps a log of its own: VHOST_SET_LOG_BASE with
-/// VHOST_F_LOG_ALL (`log_write` in `drivers/vhost/vhost.c`). `log` is that bitmap, which vhost sets bits in
-/// meanwhile: bit 0 of the first word is the page of guest-physical address 0, and it has to reach to the end
-/// of RAM. vhost too writes first and marks then. So this is called before each [`DirtyLog::take`], and once
-/// more when vhost has stopped. Nothing in rvmm asks vhost for a log yet.
+/// vhost writes to guest RAM inside the host's kernel, and keeps a log of its own:
+/// VHOST_SET_LOG_BASE with VHOST_F_LOG_ALL (`log_write` in `drivers/vhost/vhost.c`). `log` is that
+/// bitmap, which vhost sets bits in meanwhile: bit 0 of the first word is the page of
+/// guest-physical address 0, and it has to reach to the end of RAM. vhost too writes first and
+/// marks then. So this is called before each [`DirtyLog::take`], and once more when vhost has
+/// stopped. Nothing in rvmm asks vhost for a log yet.
 pub fn merge_vhost(ram: &GuestMemory, log: &[AtomicU64]) {
     for region in ram.iter() {
         let Ok(first) = usize::try_from(region.start_addr().0 / PAGE_SIZE) else {

@@ -47,8 +47,8 @@ impl FlatRam {
         })
     }
 
-    /// Where the host has the `length` bytes at `gpa`, if they are all RAM. Who writes there says so by
-    /// [`FlatRam::wrote`].
+    /// Where the host has the `length` bytes at `gpa`, if they are all RAM. Who writes there says
+    /// so by [`FlatRam::wrote`].
     pub(super) fn host_address(&self, gpa: GuestAddress, length: usize) -> Option<*mut u8> {
         let offset = gpa.0.checked_sub(self.start)?;
         let room = self.size.checked_sub(offset)?;

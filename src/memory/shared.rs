@@ -11,8 +11,8 @@ use vm_memory::FileOffset;
 use crate::config::HugePages;
 use crate::util::ByteSize;
 
-/// A file of `size` bytes, which are 0, in huge pages if asked for. Nobody can change its size any more, so
-/// that no other process can make rvmm fault by cutting it off.
+/// A file of `size` bytes, which are 0, in huge pages if asked for. Nobody can change its size any
+/// more, so that no other process can make rvmm fault by cutting it off.
 pub(super) fn file(size: ByteSize, hugepages: Option<HugePages>) -> io::Result<FileOffset> {
     let kind = match hugepages {
         None => MemfdFlags::empty(),

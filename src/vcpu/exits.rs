@@ -88,6 +88,7 @@ impl Exits {
             VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
             VmExit::System(event) => stop(system_event(event)),
+            VmExit::Breakpoint => stop(Stop::Breakpoint),
             VmExit::Interrupted => Next::Rare(Rare::Look),
             VmExit::Unrunnable { errno, pc } => stop(Stop::Unrunnable { errno, pc }),
             VmExit::FailEntry { reason, cpu } => stop(Stop::FailEntry { reason, cpu }),
@@ -279,6 +280,7 @@ mod tests {
             exits.handle(VmExit::Unknown { reason: 99 }),
             stop(Stop::UnknownExit(99))
         );
+        assert_eq!(exits.handle(VmExit::Breakpoint), stop(Stop::Breakpoint));
         assert_eq!(exits.handle(VmExit::Interrupted), Next::Rare(Rare::Look));
     }
 }

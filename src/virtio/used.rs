@@ -176,7 +176,8 @@ mod tests {
         }
     }
 
-    /// The ring's elements, its index, and what the crate virtio-queue writes there: the device's own pages.
+    /// The ring's elements, its index, and what the crate virtio-queue writes there: the device's
+    /// own pages.
     #[test]
     fn what_is_written_is_marked() {
         for features in [u64::MAX, !EVENT_IDX] {
