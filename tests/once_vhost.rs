@@ -78,7 +78,12 @@ fn uses_vhost() -> bool {
 #[test]
 fn hostile_a_queue_that_vhost_gives_up() {
     let tap = Tap::new(false);
-    let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(4))).expect("RAM");
+    let ram = memory::create(
+        GuestAddress(RAM),
+        MemConfig::new(ByteSize::mib(4)),
+        memory::Backing::Private,
+    )
+    .expect("RAM");
     let queues = TapQueue::open(&tap.name, 1).expect("the tap");
     let queues = queues.into_iter().map(Arc::new).collect();
     let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);

@@ -239,13 +239,28 @@ mod tests {
     fn a_file_lands_where_it_should() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
         let file = BootFile::open("initrd", &path).unwrap();
-        let ram =
-            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            GuestAddress(0x8000_0000),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
+        let log = memory::dirty_log(&ram);
+        log.start().unwrap();
         file.load(&ram, &(0x8000_1000..0x8008_0000)).unwrap();
         let mut loaded = vec![0; usize::try_from(file.size()).unwrap()];
         ram.read_slice(&mut loaded, GuestAddress(0x8000_1000))
             .unwrap();
         assert_eq!(loaded, std::fs::read(&path).unwrap());
+        let pages = loaded.len().div_ceil(4096);
+        let marked: Vec<_> = memory::pages_of(&log.take()).collect();
+        assert_eq!(marked, (1..=pages).collect::<Vec<_>>());
+        // Of an expanded kernel, pages of zeros are left out.
+        let mut bytes = vec![0; 3 << 16];
+        bytes[2 << 16] = 1;
+        write_sparse(&ram, &bytes, GuestAddress(0x8000_0000)).unwrap();
+        let marked: Vec<_> = memory::pages_of(&log.take()).collect();
+        assert_eq!(marked, (32..48).collect::<Vec<_>>());
     }
 
     #[test]

@@ -122,7 +122,12 @@ mod tests {
 
     #[test]
     fn a_tree_that_leaves_its_room_is_refused() {
-        let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            GuestAddress(BASE),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let placement = Placement {
             kernel: BASE..BASE + 0x1000,
             entry: BASE,

@@ -1,26 +1,31 @@
 //! The seam to the kernel: what rvmm needs of a hypervisor, in values that any host can make.
 //!
-//! `kvm` speaks to KVM, on riscv64 only; unit tests bring fakes. Nothing outside this module
+//! `kvm` speaks to KVM, on riscv64 only; unit tests have `fake`. Nothing outside this module
 //! names an ioctl.
 
 pub mod counters;
 pub mod extensions;
 pub mod host;
+pub mod memslot;
 pub mod regs;
 
 #[cfg(target_arch = "riscv64")]
 pub mod kvm;
 
+#[cfg(test)]
+pub(crate) mod fake;
+
 use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
 pub use counters::Counter;
+pub use memslot::Memslot;
 pub use regs::RegId;
 
 /// A request that the kernel refused, or that cannot be made on this host.
@@ -97,8 +102,55 @@ pub trait Vm: Send + Sync {
     /// The most vCPUs the kernel gives one machine.
     fn max_vcpus(&self) -> u32;
 
-    /// Makes `ram` the guest's RAM. The VM keeps it mapped as long as a vCPU lives.
-    fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()>;
+    /// Makes `ram`, which is one region, the guest's RAM: the memslot called [`RAM`].
+    fn map_ram(&self, ram: &GuestMemory) -> Result<()> {
+        ram.iter().try_for_each(|region| {
+            self.add_memslot(Memslot {
+                name: RAM,
+                gpa: region.start_addr(),
+                mapping: region.get_mmap(),
+                readonly: false,
+            })
+        })
+    }
+
+    /// Gives the guest memory. The VM keeps it mapped as long as it has the memslot and a vCPU
+    /// lives.
+    ///
+    /// # Errors
+    /// A memslot has this name or overlaps, or it is not whole pages.
+    fn add_memslot(&self, memslot: Memslot) -> Result<()>;
+
+    /// Takes the memslot `name` away: the guest's accesses are exits from then on.
+    fn remove_memslot(&self, name: &str) -> Result<()>;
+
+    /// Has the kernel log the pages of memslot `name` that the guest writes, or not any more. What
+    /// rvmm itself writes is in [`crate::memory::DirtyLog`] instead.
+    ///
+    /// Linux 6.12 with huge pages reserved for the guest: a page that the guest has touched makes
+    /// its next store fail (`gstage_set_pte`), unless the memslot is removed and added with its log
+    /// on.
+    fn set_dirty_log(&self, name: &str, on: bool) -> Result<()>;
+
+    /// The pages of memslot `name` that the guest wrote since the last call: bit 0 of the first
+    /// word is its first page (KVM_GET_DIRTY_LOG). Where [`Vm::clear_dirty_log_by_hand`] said yes,
+    /// since they were cleared.
+    ///
+    /// # Errors
+    /// Its log is off.
+    fn dirty_log(&self, name: &str) -> Result<Vec<u64>>;
+
+    /// From now on pages stay in the log until [`Vm::clear_dirty_log`]: so a page can be cleared
+    /// right before it is read, and the kernel write-protects few at a time. False where the host
+    /// cannot (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). For good, and for all memslots.
+    fn clear_dirty_log_by_hand(&self) -> Result<bool>;
+
+    /// Clears pages of memslot `name`: the bits of `pages`, whose first word is the word `first` of
+    /// the log (KVM_CLEAR_DIRTY_LOG).
+    ///
+    /// # Errors
+    /// The log is cleared by [`Vm::dirty_log`], is off, or has not that many words.
+    fn clear_dirty_log(&self, name: &str, first: usize, pages: &[u64]) -> Result<()>;
 
     /// Creates the vCPU of hart `id`. The first one created boots; the others start stopped.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>>;
@@ -122,9 +174,16 @@ pub trait Vm: Send + Sync {
     /// Ends what [`Vm::connect_irqfd`] began: signals stay in `fd`.
     fn disconnect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()>;
 
-    /// What each interrupt number is, in place of all that was said before (KVM_SET_GSI_ROUTING). At most 4096.
+    /// What each interrupt number is, in place of all that was said before (KVM_SET_GSI_ROUTING).
+    /// At most [`MSI_ROUTES_MAX`].
     fn set_msi_routes(&self, routes: &[(u32, MsiMessage)]) -> Result<()>;
 }
+
+/// The name of the memslot that is the guest's RAM.
+pub const RAM: &str = "RAM";
+
+/// Interrupt numbers that KVM routes (KVM_MAX_IRQ_ROUTES).
+pub const MSI_ROUTES_MAX: u32 = 4096;
 
 /// A register whose stores only wake somebody up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,12 +219,28 @@ pub trait Aia: Send + Sync {
     fn imsic(&self, hart: u32, select: u64) -> Result<u64>;
     /// Writes it.
     fn set_imsic(&self, hart: u32, select: u64, value: u64) -> Result<()>;
+    /// Reads the APLIC's register at `offset`, as its domain has it in memory, after `init`. A look
+    /// at `in_clrip` tells the inputs of active sources only.
+    fn aplic(&self, offset: u32) -> Result<u32>;
+    /// Writes it. A write to `genmsi` sends a message.
+    fn set_aplic(&self, offset: u32, value: u32) -> Result<()>;
+}
+
+/// Values of [`AiaConfig::Mode`], with KVM's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AiaMode {
+    /// KVM emulates each IMSIC.
+    Emulated = 0,
+    /// Each IMSIC is a guest interrupt file of the host's, or the vCPU cannot run.
+    Hardware = 1,
+    /// A guest interrupt file where one is free, emulation elsewhere.
+    Auto = 2,
 }
 
 /// Attributes of the AIA's CONFIG group, with KVM's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AiaConfig {
-    /// 0 EMUL, 1 HWACCEL, 2 AUTO.
+    /// An [`AiaMode`].
     Mode = 0,
     /// Interrupt identities an IMSIC file has.
     Ids = 1,
@@ -185,18 +260,42 @@ pub trait Vcpu: Send {
     /// The kernel failed in a way no guest can cause.
     fn run(&mut self, entry: VmEntry) -> Result<VmExit>;
 
-    /// Completes the last exit with `entry` without running the guest: after this the registers are what the
-    /// guest will see. The vCPU is then kicked ([`Kicker::set_immediate_exit`]) until its kicker says otherwise.
+    /// Completes the last exit with `entry`, and runs nothing: what the guest gets from its load,
+    /// call or CSR is in its registers then, and the next [`Vcpu::run`] takes [`VmEntry::Run`].
+    /// Registers read before this are not those of a guest between two instructions.
+    ///
+    /// A reset that waits for the hart (SBI HSM or SUSP) still waits: KVM serves it only on its way
+    /// into the guest. It may come at any time, also twice. A kick that another thread sets or
+    /// takes back meanwhile stays as that thread has it: see [`Kicker`].
     ///
     /// # Errors
     /// The kernel failed in a way no guest can cause.
     fn complete(&mut self, entry: VmEntry) -> Result<()>;
 
-    /// Reads a register; `None` where this host has no such register.
+    /// Reads a register of up to 64 bits; `None` where this host has no such register.
     fn reg(&self, id: RegId) -> Result<Option<u64>>;
 
-    /// Writes a register.
+    /// Writes a register of up to 64 bits.
     fn set_reg(&self, id: RegId, value: u64) -> Result<()>;
+
+    /// Reads a register of any width, [`RegId::width`] bytes in the guest's order (little-endian);
+    /// `None` where this host has no such register.
+    fn reg_bytes(&self, id: RegId) -> Result<Option<Vec<u8>>>;
+
+    /// Writes a register of any width.
+    ///
+    /// # Errors
+    /// `bytes` are not as many as the register has; or the host's.
+    fn set_reg_bytes(&self, id: RegId, bytes: &[u8]) -> Result<()>;
+
+    /// The registers that this vCPU has (KVM_GET_REG_LIST), in the kernel's order, which is not one
+    /// they can be restored in. Switches of extensions are among them; those of several at once are
+    /// not.
+    fn reg_list(&self) -> Result<Vec<RegId>>;
+
+    /// From now on each `ebreak` of the guest is [`VmExit::Breakpoint`], or its own trap again
+    /// (KVM_SET_GUEST_DEBUG). There are no watchpoints and no single steps on riscv64.
+    fn set_guest_debug(&self, on: bool) -> Result<()>;
 
     /// The wire to this hart's external interrupt; it may outlive the vCPU.
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>>;
@@ -271,6 +370,10 @@ pub trait Waiting: Send + Sync {
 }
 
 /// Lets another thread interrupt a vCPU: set, then signal the thread.
+///
+/// KVM has one byte for this, `immediate_exit`, and asks only whether it is 0. Bit 0 of it is the
+/// kicker's, bit 1 is [`Vcpu::complete`]'s while that runs. Each changes its own bit alone, so
+/// neither undoes the other.
 pub trait Kicker: Send + Sync {
     /// While true, [`Vcpu::run`] completes the last exit and returns [`VmExit::Interrupted`]
     /// without running the guest (KVM's `immediate_exit`).
@@ -311,6 +414,8 @@ pub enum VmExit {
     },
     /// SRST, or the legacy shutdown call.
     System(SystemEvent),
+    /// An `ebreak`, which the program counter is at: see [`Vcpu::set_guest_debug`].
+    Breakpoint,
     /// A signal, or `immediate_exit`.
     Interrupted,
     /// The guest did what KVM cannot emulate: KVM_RUN failed with this errno.

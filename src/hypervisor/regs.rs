@@ -1,14 +1,55 @@
 //! KVM's ONE_REG ids for rv64 (`arch/riscv/include/uapi/asm/kvm.h`), spelled out here because the
 //! bindings carry them on riscv64 alone, and their index macros nowhere.
 
-/// The id of one register of a vCPU.
+mod names;
+
+use std::io;
+
+use rustix::io::Errno;
+
+/// The id of one register of a vCPU. It displays as a name, `csr.satp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RegId(pub u64);
 
 const RISCV: u64 = 0x8000_0000_0000_0000;
 const SIZE_U64: u64 = 3 << 52;
 
+/// KVM_REG_ARCH_MASK, and the bits above those that it defines.
+const ARCH: u64 = 0xff00_0000_0000_0000;
+/// The largest width that KVM defines: KVM_REG_SIZE_U2048.
+const WIDTH_MAX: u32 = 8;
+
 impl RegId {
+    /// Bytes of the register. None where the id has a width that KVM does not define.
+    pub const fn width(self) -> Option<usize> {
+        let log2 = ((self.0 >> 52) & 0xf) as u32;
+        if log2 <= WIDTH_MAX {
+            Some(1 << log2)
+        } else {
+            None
+        }
+    }
+
+    /// Whether it is a register of a RISC-V vCPU.
+    pub const fn is_riscv(self) -> bool {
+        self.0 & ARCH == RISCV
+    }
+
+    /// KVM_REG_RISCV_TYPE_*, such as 3 for CSRs.
+    pub const fn group(self) -> u64 {
+        (self.0 >> 24) & 0xff
+    }
+
+    /// KVM_REG_RISCV_SUBTYPE_*, such as 1 for the CSRs of the AIA.
+    pub const fn subgroup(self) -> u64 {
+        (self.0 >> 16) & 0xff
+    }
+
+    /// Its number in the group.
+    pub const fn index(self) -> u64 {
+        self.0 & 0xffff
+    }
+
     const fn u64(kind: u64, index: u64) -> Self {
         Self(RISCV | SIZE_U64 | (kind << 24) | index)
     }
@@ -109,9 +150,91 @@ pub const SBI_SUSP: RegId = RegId::sbi_ext(11);
 /// KVM_RISCV_SBI_EXT_DBCN: the debug console.
 pub const SBI_DBCN: RegId = RegId::sbi_ext(9);
 
+/// The ids of a list that the kernel fills by `ask`, as KVM_GET_REG_LIST: the first word is how
+/// many have room behind it, and becomes how many there are, also when they are too many (E2BIG).
+///
+/// # Errors
+/// What `ask` says, or EIO: it tells more than there was room for.
+pub fn read_list(mut ask: impl FnMut(&mut [u64]) -> io::Result<()>) -> io::Result<Vec<RegId>> {
+    let mut list = vec![0];
+    loop {
+        let room = list.len() - 1;
+        list[0] = room as u64;
+        let asked = ask(&mut list);
+        let count = usize::try_from(list[0]).map_err(|_| Errno::IO)?;
+        match asked {
+            Ok(()) => {
+                let ids = list.get(1..).and_then(|ids| ids.get(..count));
+                let ids = ids.ok_or(Errno::IO)?;
+                return Ok(ids.iter().copied().map(RegId).collect());
+            }
+            Err(error) if Errno::from_io_error(&error) != Some(Errno::TOOBIG) => return Err(error),
+            // An extension can bring more of them between two calls.
+            Err(_) if count > room && count <= LIST_MAX => list = vec![0; count + 1],
+            Err(_) => return Err(Errno::IO.into()),
+        }
+    }
+}
+
+/// Far more registers than a vCPU has.
+const LIST_MAX: usize = 1 << 16;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn widths_are_in_the_id() {
+        for (size, width) in [(0, Some(1)), (2, Some(4)), (3, Some(8)), (5, Some(32))] {
+            let id = RegId(RISCV | (size << 52) | 0x0900_0006);
+            assert_eq!(id.width(), width);
+            assert_eq!((id.group(), id.subgroup(), id.index()), (9, 0, 6));
+        }
+        assert_eq!(RegId(RISCV | (8 << 52)).width(), Some(256));
+        assert_eq!(RegId(u64::MAX).width(), None);
+        assert!(SATP.is_riscv() && !RegId(0x6030_0000_0000_0000).is_riscv());
+    }
+
+    /// As the kernel does it, with as many ids as `counts` has it at each call.
+    fn listed(counts: &[u64]) -> (io::Result<Vec<RegId>>, usize) {
+        let mut calls = 0;
+        let list = read_list(|list| {
+            let (room, count) = (list[0], counts[calls]);
+            calls += 1;
+            list[0] = count;
+            if room < count {
+                return Err(Errno::TOOBIG.into());
+            }
+            (1..=count)
+                .zip(&mut list[1..])
+                .for_each(|(id, to)| *to = id);
+            Ok(())
+        });
+        (list, calls)
+    }
+
+    #[test]
+    fn a_list_of_any_length_is_read() {
+        for (counts, calls) in [(vec![0], 1), (vec![267; 2], 2), (vec![3, 5, 5, 9], 3)] {
+            let (list, asked) = listed(&counts);
+            let count = counts[calls - 1];
+            assert_eq!(list.unwrap(), (1..=count).map(RegId).collect::<Vec<_>>());
+            assert_eq!(asked, calls);
+        }
+    }
+
+    #[test]
+    fn a_list_that_makes_no_sense_is_an_error() {
+        assert!(listed(&[u64::MAX]).0.is_err());
+        assert!(listed(&[1 << 30]).0.is_err());
+        let refused = read_list(|_| Err(Errno::PERM.into())).unwrap_err();
+        assert_eq!(Errno::from_io_error(&refused), Some(Errno::PERM));
+        let made_up = read_list(|list| {
+            list[0] = 9;
+            Ok(())
+        });
+        assert!(made_up.is_err());
+    }
 
     #[test]
     fn ids_are_those_of_the_kernel() {

@@ -1,7 +1,5 @@
 //! What only a guest can find out: a few instructions, run on a machine of one page.
 
-use std::sync::Arc;
-
 use anyhow::{Context, Result, bail};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -62,11 +60,15 @@ pub(super) struct Probed {
 pub(super) fn run(hypervisor: &dyn Hypervisor) -> Result<Probed> {
     let vm = hypervisor.create_vm()?;
     let base = GuestAddress(RAM_BASE);
-    let ram = memory::create(base, MemConfig::new(ByteSize(memory::PAGE_SIZE)))?;
+    let ram = memory::create(
+        base,
+        MemConfig::new(ByteSize(memory::PAGE_SIZE)),
+        memory::Backing::Private,
+    )?;
     let code: Vec<u8> = CODE.iter().flat_map(|word| word.to_le_bytes()).collect();
     ram.write_slice(&code, base)
         .context("Failed to write the probe")?;
-    vm.map_ram(Arc::clone(&ram))?;
+    vm.map_ram(&ram)?;
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.set_reg(regs::PC, RAM_BASE)?;
     let mut legacy_console = false;

@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 use super::msi::MsiRouter;
 use super::{HartSide, Messages, SavedRegister, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
-use crate::hypervisor::{Aia, AiaConfig, Result, Vm};
+use crate::hypervisor::{Aia, AiaConfig, AiaMode, Result, Vm};
 use crate::util::{RateLimit, guest_info, guest_warn};
 
 /// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
@@ -42,10 +42,6 @@ const IMSIC_PHANDLE: u32 = 0x1001;
 const S_EXTERNAL: u32 = 9;
 /// IRQ_TYPE_LEVEL_HIGH of the interrupt bindings.
 const LEVEL_HIGH: u32 = 4;
-
-/// KVM_DEV_RISCV_AIA_MODE_EMUL and _AUTO.
-const MODE_EMUL: u32 = 0;
-const MODE_AUTO: u32 = 2;
 
 /// Registers of an IMSIC file, by their numbers in `siselect` (AIA 1.0, section 3.8).
 const EIDELIVERY: u64 = 0x70;
@@ -95,10 +91,11 @@ impl InKernelAia {
         harts: u32,
         emulate: bool,
     ) -> Result<Self> {
+        let set_mode = |mode: AiaMode| aia.set_config(AiaConfig::Mode, mode as u32);
         // KVM takes AUTO only where the host has guest files.
-        let auto = !emulate && aia.set_config(AiaConfig::Mode, MODE_AUTO).is_ok();
+        let auto = !emulate && set_mode(AiaMode::Auto).is_ok();
         if !auto {
-            aia.set_config(AiaConfig::Mode, MODE_EMUL)?;
+            set_mode(AiaMode::Emulated)?;
         }
         aia.set_config(AiaConfig::Sources, SOURCES)?;
         aia.set_config(AiaConfig::GuestBits, 0)?;

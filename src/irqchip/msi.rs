@@ -10,13 +10,10 @@ use std::sync::{Arc, Mutex};
 use rustix::event::PollFlags;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::hypervisor::{self, MsiMessage, Vm};
+use crate::hypervisor::{self, MSI_ROUTES_MAX, MsiMessage, Vm};
 use crate::util::poll::{borrow, poll_now};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_warn};
-
-/// Interrupt numbers that KVM routes (KVM_MAX_IRQ_ROUTES).
-const NUMBERS: u32 = 4096;
 
 /// The routes of one machine.
 pub struct MsiRouter {
@@ -50,7 +47,7 @@ impl MsiRouter {
     pub fn vector(self: &Arc<Self>) -> io::Result<MsiVector> {
         let signal = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
         let mut table = lock(&self.table);
-        let free = (0..NUMBERS).find(|number| !table.routes.contains_key(number));
+        let free = (0..MSI_ROUTES_MAX).find(|number| !table.routes.contains_key(number));
         let number = free.ok_or_else(|| io::Error::other("KVM has no interrupt numbers left"))?;
         table.routes.insert(number, None);
         Ok(MsiVector {

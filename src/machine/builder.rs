@@ -122,5 +122,5 @@ impl Machine {
 fn create_ram(config: &VmConfig, vm: &dyn Vm) -> Result<Arc<GuestMemory>> {
     let base = GuestAddress(RAM_BASE);
     vm.check_ram(base, config.mem.size)?;
-    Ok(memory::create(base, config.mem)?)
+    Ok(memory::create(base, config.mem, memory::Backing::Private)?)
 }

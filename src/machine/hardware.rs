@@ -56,7 +56,7 @@ impl Hardware {
             ram,
             console,
         } = kept;
-        vm.map_ram(Arc::clone(ram))?;
+        vm.map_ram(ram)?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);

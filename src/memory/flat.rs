@@ -7,19 +7,22 @@
 use std::iter::FusedIterator;
 use std::sync::Arc;
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
-    Permissions, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, Permissions,
+    VolatileSlice,
 };
 
-use super::GuestMemory;
+use super::dirty::{DirtyLog, DirtySlice, dirty_log};
+use super::{GuestMemory, Region};
 
 /// All of guest RAM, which stays mapped as long as this lives.
 pub struct FlatRam {
     start: u64,
     size: u64,
     host: *mut u8,
+    log: DirtyLog,
     ram: Arc<GuestMemory>,
 }
 
@@ -33,19 +36,20 @@ impl FlatRam {
     pub fn of(ram: &Arc<GuestMemory>) -> Arc<Self> {
         debug_assert_eq!(ram.num_regions(), 1);
         let region = ram.iter().next();
-        let place =
-            |region: &GuestRegionMmap| (region.start_addr().0, region.len(), region.as_ptr());
+        let place = |region: &Region| (region.start_addr().0, region.len(), region.as_ptr());
         let (start, size, host) = region.map_or((0, 0, std::ptr::null_mut()), place);
         Arc::new(Self {
             start,
             size,
             host,
+            log: dirty_log(ram),
             ram: Arc::clone(ram),
         })
     }
 
-    /// Where the host has the `length` bytes at `gpa`, if they are all RAM.
-    pub fn host_address(&self, gpa: GuestAddress, length: usize) -> Option<*mut u8> {
+    /// Where the host has the `length` bytes at `gpa`, if they are all RAM. Who writes there says
+    /// so by [`FlatRam::wrote`].
+    pub(super) fn host_address(&self, gpa: GuestAddress, length: usize) -> Option<*mut u8> {
         let offset = gpa.0.checked_sub(self.start)?;
         let room = self.size.checked_sub(offset)?;
         let fits = length as u64 <= room;
@@ -56,9 +60,24 @@ impl FlatRam {
     }
 }
 
+impl FlatRam {
+    /// The `length` bytes of RAM that the host has at `host` were written, not by the guest.
+    #[inline(always)]
+    pub(super) fn wrote(&self, host: *const u8, length: usize) {
+        let offset = host.addr().wrapping_sub(self.host.addr());
+        self.log.mark(offset, length);
+    }
+
+    /// Whether anybody wants to know what is written.
+    #[inline(always)]
+    pub(super) fn is_tracked(&self) -> bool {
+        self.log.is_on()
+    }
+}
+
 impl vm_memory::GuestMemory for FlatRam {
     type PhysicalMemory = GuestMemory;
-    type Bitmap = ();
+    type Bitmap = DirtyLog;
 
     fn check_range(&self, gpa: GuestAddress, length: usize, _: Permissions) -> bool {
         self.host_address(gpa, length).is_some()
@@ -69,11 +88,14 @@ impl vm_memory::GuestMemory for FlatRam {
         gpa: GuestAddress,
         length: usize,
         _: Permissions,
-    ) -> Result<impl GuestMemorySliceIterator<'_, ()>, GuestMemoryError> {
+    ) -> Result<impl GuestMemorySliceIterator<'_, DirtySlice<'_>>, GuestMemoryError> {
         let host = self.host_address(gpa, length);
         let host = host.ok_or(GuestMemoryError::InvalidGuestAddress(gpa))?;
+        let marks = self
+            .log
+            .slice_at(host.addr().wrapping_sub(self.host.addr()));
         // SAFETY: the range is mapped RAM, for as long as `self` is borrowed at least.
-        let slice = unsafe { VolatileSlice::new(host, length) };
+        let slice = unsafe { VolatileSlice::with_bitmap(host, length, marks, None) };
         Ok(OneSlice(Some(slice).filter(|_| length > 0)))
     }
 
@@ -83,10 +105,10 @@ impl vm_memory::GuestMemory for FlatRam {
 }
 
 /// All of a range in one piece.
-struct OneSlice<'a>(Option<VolatileSlice<'a>>);
+struct OneSlice<'a>(Option<VolatileSlice<'a, DirtySlice<'a>>>);
 
 impl<'a> Iterator for OneSlice<'a> {
-    type Item = Result<VolatileSlice<'a>, GuestMemoryError>;
+    type Item = Result<VolatileSlice<'a, DirtySlice<'a>>, GuestMemoryError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.0.take().map(Ok)
@@ -95,7 +117,7 @@ impl<'a> Iterator for OneSlice<'a> {
 
 impl FusedIterator for OneSlice<'_> {}
 
-impl<'a> GuestMemorySliceIterator<'a, ()> for OneSlice<'a> {}
+impl<'a> GuestMemorySliceIterator<'a, DirtySlice<'a>> for OneSlice<'a> {}
 
 #[cfg(test)]
 mod tests {
@@ -109,7 +131,11 @@ mod tests {
     const END: u64 = START + (1 << 20);
 
     fn flat() -> Arc<FlatRam> {
-        let ram = memory::create(GuestAddress(START), MemConfig::new(ByteSize::mib(1)));
+        let ram = memory::create(
+            GuestAddress(START),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        );
         FlatRam::of(&ram.unwrap())
     }
 

@@ -1,8 +1,10 @@
-//! Guest RAM as the host sees it: one private mapping, populated on first touch.
+//! Guest RAM as the host sees it: one mapping, private or of a memfd, populated on first touch.
 
+mod dirty;
 mod flat;
 mod pieces;
 mod ring;
+mod shared;
 
 use std::io;
 use std::sync::Arc;
@@ -12,18 +14,25 @@ use rustix::system::sysinfo;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MemoryRegionAddress,
-    MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::config::{HugePages, MemConfig};
 use crate::util::ByteSize;
+pub use dirty::{DirtyLog, DirtySlice, dirty_log, merge_vhost, pages_of, words_of};
 pub use flat::FlatRam;
 pub use pieces::{Byte, NotRam, Pieces};
 pub use ring::{Ended, Op, Ring};
 
-/// Guest RAM, as every part of rvmm names it.
-pub type GuestMemory = GuestMemoryMmap<()>;
+/// Guest RAM, as every part of rvmm names it. What is written to it is marked in its [`DirtyLog`].
+pub type GuestMemory = GuestMemoryMmap<DirtyLog>;
+
+/// One piece of it.
+pub type Region = GuestRegionMmap<DirtyLog>;
+
+/// Memory of the host's that a guest can be given.
+pub type Mapping = MmapRegion<DirtyLog>;
 
 /// The page size of RISC-V hosts and guests, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -79,12 +88,25 @@ pub enum Error {
     },
 }
 
+/// What is behind guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Memory of this process alone.
+    Private,
+    /// A memfd, sealed in its size, which another process can map too.
+    Shared,
+}
+
 /// Maps guest RAM as `config` says, at guest-physical address `base`.
 ///
 /// # Errors
 /// The size is no multiple of the page size, is more than the host's RAM and swap together, or
-/// the host refuses the mapping.
-pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>, Error> {
+/// the host refuses the memory or the mapping.
+pub fn create(
+    base: GuestAddress,
+    config: MemConfig,
+    backing: Backing,
+) -> Result<Arc<GuestMemory>, Error> {
     let size = config.size;
     let page = config
         .hugepages
@@ -98,14 +120,25 @@ pub fn create(base: GuestAddress, config: MemConfig) -> Result<Arc<GuestMemory>,
     }
     let failed = |reason: String| Error::Map { size, reason };
     let length = usize::try_from(size.bytes()).map_err(|e| failed(e.to_string()))?;
-    let mapping = match config.hugepages {
-        Some(pages) => map_huge(size, length, pages)?,
-        None => map_ordinary(length).map_err(|e| failed(e.to_string()))?,
+    let file = match backing {
+        Backing::Private => None,
+        Backing::Shared => Some(shared::file(size, config.hugepages).map_err(no_file(size))?),
     };
-    let region = GuestRegionMmap::new(mapping, base)
+    let mapping = match config.hugepages {
+        Some(pages) => map_huge(size, length, pages, file)?,
+        None => map_ordinary(length, file).map_err(|e| failed(e.to_string()))?,
+    };
+    let region = Region::new(mapping, base)
         .ok_or_else(|| failed("it would end beyond the last address".into()))?;
     let ram = GuestMemory::from_regions(vec![region]).map_err(|e| failed(e.to_string()))?;
     Ok(Arc::new(ram))
+}
+
+fn no_file(size: ByteSize) -> impl FnOnce(io::Error) -> Error {
+    move |error| Error::Map {
+        size,
+        reason: format!("no memfd: {error}"),
+    }
 }
 
 /// Zeroes all of `ram`, which was made as `config` says. Ordinary memory goes back to the host until
@@ -122,15 +155,22 @@ pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
             zero(region)?;
             continue;
         }
-        let (start, length) = (region.as_ptr().cast(), region.size());
-        // SAFETY: the range is that of a private mapping without a file, whose bytes are the
-        // guest's alone: nothing holds a reference to them.
-        unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+        match region.file_offset() {
+            // MADV_DONTNEED would leave the bytes in the file.
+            Some(file) => shared::clear(file.file(), region.size())?,
+            None => {
+                let (start, length) = (region.as_ptr().cast(), region.size());
+                // SAFETY: the range is that of a private mapping without a file, whose bytes are
+                // the guest's alone: nothing holds a reference to them.
+                unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
+            }
+        }
+        Mapping::bitmap(region).mark(0, region.size());
     }
     Ok(())
 }
 
-fn zero(region: &GuestRegionMmap) -> io::Result<()> {
+fn zero(region: &Region) -> io::Result<()> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut at = 0;
     while at < region.size() {
@@ -145,17 +185,25 @@ fn zero(region: &GuestRegionMmap) -> io::Result<()> {
 
 const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
+/// Flags of a mapping of this file, or of none.
+fn mapping_flags(file: Option<&FileOffset>) -> i32 {
+    match file {
+        Some(_) => libc::MAP_SHARED,
+        None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    }
+}
+
 /// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
 /// as much then.
-fn map_ordinary(length: usize) -> Result<MmapRegion, MmapRegionError> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let mapping = MmapRegion::build(None, length, ACCESS, flags)?;
+fn map_ordinary(length: usize, file: Option<FileOffset>) -> Result<Mapping, MmapRegionError> {
+    let flags = mapping_flags(file.as_ref()) | libc::MAP_NORESERVE;
+    let mapping = Mapping::build(file, length, ACCESS, flags)?;
     advise_huge(&mapping);
     Ok(mapping)
 }
 
 #[allow(unsafe_code)]
-fn advise_huge(mapping: &MmapRegion) {
+fn advise_huge(mapping: &Mapping) {
     use rustix::mm::{Advice, madvise};
     let (start, length) = (mapping.as_ptr().cast(), mapping.size());
     // SAFETY: the range is that of a mapping, and the advice changes no byte of it.
@@ -165,14 +213,24 @@ fn advise_huge(mapping: &MmapRegion) {
 }
 
 /// Reserved pages: all of them are the guest's from now on, so that no touch can fail later.
-fn map_huge(size: ByteSize, length: usize, pages: HugePages) -> Result<MmapRegion, Error> {
+fn map_huge(
+    size: ByteSize,
+    length: usize,
+    pages: HugePages,
+    file: Option<FileOffset>,
+) -> Result<Mapping, Error> {
     let page = pages.size();
     let kind = match pages {
         HugePages::TwoMib => libc::MAP_HUGE_2MB,
         HugePages::OneGib => libc::MAP_HUGE_1GB,
     };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | kind;
-    MmapRegion::build(None, length, ACCESS, flags).map_err(|error| match &error {
+    // Of a memfd the pages are known.
+    let kind = match file {
+        Some(_) => 0,
+        None => libc::MAP_HUGETLB | kind,
+    };
+    let flags = mapping_flags(file.as_ref()) | kind;
+    Mapping::build(file, length, ACCESS, flags).map_err(|error| match &error {
         MmapRegionError::Mmap(source) if source.kind() == io::ErrorKind::OutOfMemory => {
             Error::TooFewHugePages {
                 wanted: size,
@@ -203,24 +261,28 @@ mod tests {
 
     #[test]
     fn ram_is_zeroed_and_where_it_was_asked_for() {
-        let ram = create(BASE, MemConfig::new(ByteSize::mib(2))).unwrap();
-        assert_eq!(ram.last_addr().0, 0x801f_ffff);
-        assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
-        assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
-        ram.write_obj(1u64, BASE).unwrap();
-        clear(&ram, MemConfig::new(ByteSize::mib(2))).unwrap();
-        assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
-        let last = GuestAddress(BASE.0 + (2 << 20) - 8);
-        ram.write_obj(1u64, last).unwrap();
-        ram.iter().for_each(|region| zero(region).unwrap());
-        assert_eq!(ram.read_obj::<u64>(last).unwrap(), 0);
+        for backing in [Backing::Private, Backing::Shared] {
+            let ram = create(BASE, MemConfig::new(ByteSize::mib(2)), backing).unwrap();
+            assert_eq!(ram.last_addr().0, 0x801f_ffff);
+            assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
+            assert!(ram.read_obj::<u8>(GuestAddress(0x7fff_ffff)).is_err());
+            ram.write_obj(1u64, BASE).unwrap();
+            clear(&ram, MemConfig::new(ByteSize::mib(2))).unwrap();
+            assert_eq!(ram.read_obj::<u64>(BASE).unwrap(), 0);
+            let last = GuestAddress(BASE.0 + (2 << 20) - 8);
+            ram.write_obj(1u64, last).unwrap();
+            ram.iter().for_each(|region| zero(region).unwrap());
+            assert_eq!(ram.read_obj::<u64>(last).unwrap(), 0);
+        }
     }
 
     #[test]
     fn absurd_sizes_are_told() {
         let line = |size| {
             let config = MemConfig::new(ByteSize(size));
-            create(BASE, config).unwrap_err().to_string()
+            create(BASE, config, Backing::Shared)
+                .unwrap_err()
+                .to_string()
         };
         assert!(line(5000).contains("multiples of 4K"));
         assert!(line(u64::MAX - 4095).contains("more than this host has"));
@@ -232,7 +294,11 @@ mod tests {
             size,
             hugepages: Some(HugePages::OneGib),
         };
-        let line = |size| create(BASE, huge(size)).unwrap_err().to_string();
+        let line = |size| {
+            create(BASE, huge(size), Backing::Private)
+                .unwrap_err()
+                .to_string()
+        };
         assert!(line(ByteSize::mib(256)).contains("multiples of 1G"));
     }
 }

@@ -32,7 +32,7 @@ pub struct Ring<T> {
     ring: IoUring,
     file: Arc<File>,
     /// Requests in flight, each in the slot whose number is its user data.
-    slots: Vec<Option<(Pieces, T)>>,
+    slots: Vec<Option<(Op, Pieces, T)>>,
     free: Vec<usize>,
     /// Of all requests in flight.
     bytes: usize,
@@ -96,7 +96,7 @@ impl<T> Ring<T> {
             return Err((pieces, request));
         }
         self.bytes += pieces.len();
-        self.slots[slot] = Some((pieces, request));
+        self.slots[slot] = Some((op, pieces, request));
         Ok(())
     }
 
@@ -124,7 +124,10 @@ impl<T> Ring<T> {
     pub fn reap(&mut self) -> Option<Ended<T>> {
         let entry = self.ring.completion().next()?;
         let slot = usize::try_from(entry.user_data()).ok()?;
-        let (pieces, request) = self.slots.get_mut(slot)?.take()?;
+        let (op, pieces, request) = self.slots.get_mut(slot)?.take()?;
+        if let Op::Read(_) = op {
+            pieces.wrote(pieces.len());
+        }
         self.free.push(slot);
         self.bytes -= pieces.len();
         Some((pieces, request, result(&entry)))
@@ -205,7 +208,12 @@ mod tests {
     const BASE: GuestAddress = GuestAddress(0x8000_0000);
 
     fn pieces(bytes: &[u8]) -> Pieces {
-        let ram = memory::create(BASE, MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            BASE,
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let mut pieces = Pieces::of(&memory::FlatRam::of(&ram));
         pieces.push(BASE, bytes.len()).unwrap();
         pieces.copy_from(bytes);
@@ -249,6 +257,37 @@ mod tests {
         ring.push(Op::Read(99), pieces(b"."), 'e').ok().unwrap();
         ring.wait().unwrap();
         assert_eq!(ring.reap().unwrap().2.unwrap(), 0, "the file ends before");
+    }
+
+    /// When they come back, however they ended. What was only written to the file is not.
+    #[test]
+    fn what_is_read_is_marked() {
+        let (mut ring, ..) = ring(b"0123456789");
+        let ram = memory::create(
+            BASE,
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
+        let log = memory::dirty_log(&ram);
+        log.start().unwrap();
+        let piece = |page: u64, length| {
+            let mut pieces = Pieces::of(&memory::FlatRam::of(&ram));
+            let at = GuestAddress(BASE.0 + page * memory::PAGE_SIZE);
+            pieces.push(at, length).unwrap();
+            pieces
+        };
+        ring.push(Op::Read(0), piece(3, 4097), 'r').ok().unwrap();
+        ring.push(Op::Write(20), piece(9, 3), 'w').ok().unwrap();
+        while ring.in_flight() > 0 {
+            ring.wait().unwrap();
+            while ring.reap().is_some() {}
+        }
+        assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [3, 4]);
+        ring.push(Op::Read(0), piece(7, 1), 'r').ok().unwrap();
+        ring.submit().unwrap();
+        ring.stop();
+        assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [7]);
     }
 
     #[test]

@@ -209,7 +209,7 @@ fn words(offset: u64, length: usize, mut word: impl FnMut(u64, std::ops::Range<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::irqchip::msi::tests::FakeVm;
+    use crate::hypervisor::fake::FakeVm;
 
     fn msix(count: u16) -> (Arc<FakeVm>, Msix) {
         let vm = Arc::new(FakeVm::default());

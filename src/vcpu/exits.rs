@@ -88,6 +88,7 @@ impl Exits {
             VmExit::Sbi(call) => Next::Enter(VmEntry::Sbi(self.sbi.call(call))),
             VmExit::Csr { number } => Next::Enter(VmEntry::Csr(self.csr(number))),
             VmExit::System(event) => stop(system_event(event)),
+            VmExit::Breakpoint => stop(Stop::Breakpoint),
             VmExit::Interrupted => Next::Rare(Rare::Look),
             VmExit::Unrunnable { errno, pc } => stop(Stop::Unrunnable { errno, pc }),
             VmExit::FailEntry { reason, cpu } => stop(Stop::FailEntry { reason, cpu }),
@@ -168,8 +169,12 @@ mod tests {
         let mut bus = Bus::default();
         bus.insert(0x1000..0x1008, Arc::new(Cell::default()))
             .unwrap();
-        let ram =
-            memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
+        let ram = memory::create(
+            GuestAddress(0x8000_0000),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let sbi = Sbi::new(ram, Arc::new(Console::default()));
         let plic = Arc::new(Plic::new(0x0c00_0000, Vec::new()));
         Exits::new(Arc::new(bus), sbi, Arc::default(), plic)
@@ -275,6 +280,7 @@ mod tests {
             exits.handle(VmExit::Unknown { reason: 99 }),
             stop(Stop::UnknownExit(99))
         );
+        assert_eq!(exits.handle(VmExit::Breakpoint), stop(Stop::Breakpoint));
         assert_eq!(exits.handle(VmExit::Interrupted), Next::Rare(Rare::Look));
     }
 }

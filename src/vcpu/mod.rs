@@ -54,6 +54,8 @@ pub enum Stop {
         /// The host CPU.
         cpu: u32,
     },
+    /// The guest came to a breakpoint, and nobody debugs it.
+    Breakpoint,
     /// KVM ended with what this rvmm does not know.
     UnknownExit(u32),
     /// KVM reported a system event that this rvmm does not know.
@@ -103,6 +105,10 @@ impl fmt::Display for Stop {
             Stop::FailEntry { reason, cpu } => write!(
                 f,
                 "the guest cannot go on: host CPU {cpu} cannot enter it (reason {reason:#x})"
+            ),
+            Stop::Breakpoint => write!(
+                f,
+                "the guest cannot go on: it came to a breakpoint, and nobody debugs it"
             ),
             Stop::UnknownExit(reason) => {
                 write!(

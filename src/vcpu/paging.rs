@@ -119,7 +119,12 @@ mod tests {
     const READ: u64 = entry::VALID | entry::READ;
 
     fn ram() -> std::sync::Arc<GuestMemory> {
-        memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(1))).unwrap()
+        memory::create(
+            GuestAddress(RAM),
+            MemConfig::new(ByteSize::mib(1)),
+            memory::Backing::Private,
+        )
+        .unwrap()
     }
 
     fn entry_of(physical: u64, flags: u64) -> u64 {

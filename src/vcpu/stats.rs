@@ -45,6 +45,7 @@ impl ExitKind {
             VmExit::Csr { number } => Self::Csr(number),
             VmExit::Interrupted => Self::Interrupted,
             VmExit::System(_)
+            | VmExit::Breakpoint
             | VmExit::Unrunnable { .. }
             | VmExit::FailEntry { .. }
             | VmExit::Unknown { .. } => Self::End,

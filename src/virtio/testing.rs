@@ -185,7 +185,12 @@ pub(crate) struct Driver {
 impl Driver {
     /// The device after power-on.
     pub(crate) fn of(device: Box<dyn VirtioDevice>) -> Self {
-        let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(4))).unwrap();
+        let ram = memory::create(
+            GuestAddress(RAM),
+            MemConfig::new(ByteSize::mib(4)),
+            memory::Backing::Private,
+        )
+        .unwrap();
         let interrupts = Arc::new(Counter::default());
         let core = Core::new(device, Arc::clone(&ram), Arc::clone(&interrupts) as _).unwrap();
         let avail = vec![0; core.queues().len()];

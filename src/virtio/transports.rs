@@ -13,10 +13,10 @@ use super::pci::PciTransport;
 use super::testing::*;
 use crate::bus::{Bus, IrqLine, IrqSink};
 use crate::config::MemConfig;
+use crate::hypervisor::fake::FakeVm;
 use crate::hypervisor::{Doorbell, Vm};
 use crate::irqchip::Messages;
 use crate::irqchip::msi::MsiRouter;
-use crate::irqchip::msi::tests::FakeVm;
 use crate::memory::{self, GuestMemory};
 use crate::pci::HostBridge;
 use crate::pci::host::ECAM_SIZE;
@@ -109,7 +109,11 @@ struct Guest {
 
 impl Guest {
     fn new(base: u64, map: &'static Map) -> Self {
-        let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(4)));
+        let ram = memory::create(
+            GuestAddress(RAM),
+            MemConfig::new(ByteSize::mib(4)),
+            memory::Backing::Private,
+        );
         Self {
             bus: Bus::default(),
             vm: Arc::default(),

@@ -111,6 +111,7 @@ mod tests {
     use super::super::queue::Virtq;
     use super::super::testing::*;
     use super::*;
+    use crate::memory::{dirty_log, pages_of};
 
     const EVENT_IDX: u64 = 1 << 29;
 
@@ -172,6 +173,27 @@ mod tests {
             queue.tell().unwrap();
             let told = driver.interrupts.queues.load(Ordering::Acquire);
             assert_eq!(told, u32::from(flags == 0));
+        }
+    }
+
+    /// The ring's elements, its index, and what the crate virtio-queue writes there: the device's
+    /// own pages.
+    #[test]
+    fn what_is_written_is_marked() {
+        for features in [u64::MAX, !EVENT_IDX] {
+            let (driver, mut queue) = with_requests(features, 2);
+            let log = dirty_log(&driver.ram);
+            log.start().unwrap();
+            let marked = || pages_of(&log.take()).collect::<Vec<_>>();
+            queue.push(0, 4).unwrap();
+            assert_eq!(marked(), [0], "element and index");
+            queue.tell().unwrap();
+            assert!(marked().is_empty(), "only read");
+            queue.mute_kicks().unwrap();
+            queue.ask_for_kick().unwrap();
+            assert_eq!(marked(), [0], "flags or avail_event");
+            queue.pop().unwrap();
+            assert!(marked().is_empty(), "only read");
         }
     }
 }

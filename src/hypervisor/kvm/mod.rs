@@ -16,18 +16,23 @@ use kvm_bindings::{
     KVM_CAP_MAX_VCPUS, KVM_CAP_MP_STATE, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS, KVM_CAP_ONE_REG,
     KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_SIGNAL_MSI, KVM_CAP_VM_GPA_BITS,
     KVM_DEV_RISCV_AIA_ADDR_APLIC, KVM_DEV_RISCV_AIA_CTRL_INIT, KVM_DEV_RISCV_AIA_GRP_ADDR,
-    KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_GRP_IMSIC,
-    KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_create_device,
-    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
+    KVM_DEV_RISCV_AIA_GRP_APLIC, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL,
+    KVM_DEV_RISCV_AIA_GRP_IMSIC, KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, KVMIO, KvmIrqRouting, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, NoDatamatch, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::host::{Unfit, explain_open};
-use super::{Aia, AiaConfig, Doorbell, Error, Hypervisor, MsiMessage, Result, Vcpu, Vm};
-use crate::memory::{GuestMemory, PAGE_SIZE};
+use super::memslot::{Memslots, Placed};
+use super::{Aia, AiaConfig, Doorbell, Error, Hypervisor, Memslot, MsiMessage, Result, Vcpu, Vm};
+use crate::memory::PAGE_SIZE;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
 
@@ -98,17 +103,50 @@ impl Hypervisor for Kvm {
             .map_err(|e| Error::refused("create a virtual machine (KVM_CREATE_VM)", e))?;
         let inner = VmInner {
             fd,
-            ram: Mutex::new(Vec::new()),
+            memslots: Mutex::default(),
         };
         Ok(Arc::new(KvmVm(Arc::new(inner))))
     }
 }
 
-/// The VM's descriptor, and the RAM that the kernel reaches through it.
+/// The VM's descriptor, and the memory that the kernel reaches through it.
 struct VmInner {
     fd: VmFd,
     /// Kept mapped until the last vCPU is gone.
-    ram: Mutex<Vec<Arc<GuestMemory>>>,
+    memslots: Mutex<Memslots>,
+}
+
+impl VmInner {
+    /// Tells the kernel of `placed`, or that it is gone.
+    fn set_memslot(&self, placed: &Placed, is_there: bool) -> io::Result<()> {
+        let Memslot { gpa, mapping, .. } = &placed.memslot;
+        let flag = |flag, is_set| if is_set { flag } else { 0 };
+        let region = kvm_userspace_memory_region {
+            slot: placed.number,
+            flags: flag(KVM_MEM_LOG_DIRTY_PAGES, placed.logged)
+                | flag(KVM_MEM_READONLY, placed.memslot.readonly),
+            guest_phys_addr: gpa.0,
+            memory_size: if is_there { mapping.size() as u64 } else { 0 },
+            userspace_addr: mapping.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is as long as that. `self.memslots` keeps it until the memslot is
+        // removed, or the VM and all its vCPUs, which hold `self`, are gone.
+        unsafe { self.fd.set_user_memory_region(region) }?;
+        Ok(())
+    }
+}
+
+/// The memslot `name`, for `act`.
+fn find(memslots: &Memslots, name: &str, act: &str) -> Result<Placed> {
+    let found = memslots.find(name).cloned();
+    found.map_err(|e| Error::refused(format!("{act} memslot {name}"), e))
+}
+
+/// What kvm-ioctls has not.
+mod ioctls {
+    use super::{KVMIO, kvm_clear_dirty_log};
+
+    vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
 
 struct KvmVm(Arc<VmInner>);
@@ -138,26 +176,86 @@ impl Vm for KvmVm {
         u32::try_from(max).unwrap_or(0).max(1)
     }
 
-    fn map_ram(&self, ram: Arc<GuestMemory>) -> Result<()> {
-        for (slot, region) in (0u32..).zip(ram.iter()) {
-            let act = || format!("give the guest its RAM (memslot {slot})");
-            let hva = region
-                .get_host_address(vm_memory::MemoryRegionAddress(0))
-                .map_err(|e| Error::refused(act(), io::Error::other(e)))?;
-            let memslot = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: hva as u64,
-            };
-            // SAFETY: the region is mapped for its whole length, and `self.0.ram` keeps it so
-            // until the VM and all its vCPUs, which hold `self.0`, are gone.
-            unsafe { self.0.fd.set_user_memory_region(memslot) }
-                .map_err(|e| Error::refused(act(), e))?;
-        }
-        lock(&self.0.ram).push(ram);
+    fn add_memslot(&self, memslot: Memslot) -> Result<()> {
+        let name = memslot.name;
+        let mut memslots = lock(&self.0.memslots);
+        let placed = memslots.place(memslot);
+        let placed = placed.map_err(|e| Error::refused(format!("give the guest its {name}"), e))?;
+        self.0.set_memslot(&placed, true).map_err(|e| {
+            let act = format!("give the guest its {name} (memslot {})", placed.number);
+            Error::refused(act, e)
+        })?;
+        memslots.insert(placed);
         Ok(())
+    }
+
+    fn remove_memslot(&self, name: &str) -> Result<()> {
+        let act = "remove";
+        let mut memslots = lock(&self.0.memslots);
+        let placed = find(&memslots, name, act)?;
+        let removed = self.0.set_memslot(&placed, false);
+        removed.map_err(|e| Error::refused(format!("{act} memslot {name}"), e))?;
+        memslots.remove(placed.number);
+        Ok(())
+    }
+
+    fn set_dirty_log(&self, name: &str, on: bool) -> Result<()> {
+        let act = "log the guest's writes to";
+        let mut memslots = lock(&self.0.memslots);
+        let mut placed = find(&memslots, name, act)?;
+        placed.logged = on;
+        let set = self.0.set_memslot(&placed, true);
+        set.map_err(|e| Error::refused(format!("{act} memslot {name}"), e))?;
+        memslots.insert(placed);
+        Ok(())
+    }
+
+    fn dirty_log(&self, name: &str) -> Result<Vec<u64>> {
+        let act = "read the dirty log of";
+        let placed = find(&lock(&self.0.memslots), name, act)?;
+        // kvm-ioctls makes room for the size it is told, and the kernel writes for the memslot's.
+        let size = placed.memslot.mapping.size();
+        let read = self.0.fd.get_dirty_log(placed.number, size);
+        read.map_err(|e| Error::refused(format!("{act} memslot {name} (KVM_GET_DIRTY_LOG)"), e))
+    }
+
+    fn clear_dirty_log_by_hand(&self) -> Result<bool> {
+        let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        let offered = self.0.fd.check_extension_raw(cap.into());
+        let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+        if u32::try_from(offered).unwrap_or(0) & wanted == 0 {
+            return Ok(false);
+        }
+        let enable = kvm_enable_cap {
+            cap,
+            args: [wanted.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        let act = "clear dirty logs by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)";
+        let enabled = self.0.fd.enable_cap(&enable);
+        enabled.map_err(|e| Error::refused(act, e))?;
+        Ok(true)
+    }
+
+    fn clear_dirty_log(&self, name: &str, first: usize, pages: &[u64]) -> Result<()> {
+        let act = "clear the dirty log of";
+        let refused = |e| Error::refused(format!("{act} memslot {name} (KVM_CLEAR_DIRTY_LOG)"), e);
+        let placed = find(&lock(&self.0.memslots), name, act)?;
+        let (first_page, num_pages) = placed.pages(first, pages.len()).map_err(refused)?;
+        let request = kvm_clear_dirty_log {
+            slot: placed.number,
+            num_pages,
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: pages.as_ptr().cast_mut().cast(),
+            },
+        };
+        // SAFETY: the descriptor is a VM's. KVM only reads the bitmap, and no more than the whole
+        // words that `num_pages` takes, which `pages` has.
+        match unsafe { ioctl_with_ref(&self.0.fd, ioctls::KVM_CLEAR_DIRTY_LOG(), &request) } {
+            0 => Ok(()),
+            _ => Err(refused(io::Error::last_os_error())),
+        }
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>> {
@@ -262,7 +360,8 @@ struct KvmAia {
 }
 
 impl KvmAia {
-    /// Sets an attribute whose value KVM reads from memory as a `T`: u32 for CONFIG, u64 for ADDR and IMSIC.
+    /// Sets an attribute whose value KVM reads from memory as a `T`: u32 for CONFIG and APLIC, u64
+    /// for ADDR and IMSIC.
     fn set<T>(&self, group: u32, attr: u64, value: &T, act: &str) -> Result<()> {
         let attr = kvm_device_attr {
             flags: 0,
@@ -339,5 +438,16 @@ impl Aia for KvmAia {
         let act = format!("write register {select:#x} of the IMSIC of hart {hart}");
         let attr = imsic_attr(hart, select);
         self.set(KVM_DEV_RISCV_AIA_GRP_IMSIC, attr, &value, &act)
+    }
+
+    fn aplic(&self, offset: u32) -> Result<u32> {
+        let act = format!("read register {offset:#x} of the APLIC");
+        // SAFETY: attributes of group APLIC are a u32 (aia_get_attr).
+        unsafe { self.get(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), &act) }
+    }
+
+    fn set_aplic(&self, offset: u32, value: u32) -> Result<()> {
+        let act = format!("write register {offset:#x} of the APLIC");
+        self.set(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), &value, &act)
     }
 }

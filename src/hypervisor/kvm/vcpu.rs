@@ -10,18 +10,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR, KVM_EXIT_RISCV_SBI,
-    KVM_EXIT_SYSTEM_EVENT, KVM_INTERRUPT_SET, KVM_INTERRUPT_UNSET, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_STOPPED, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, kvm_interrupt,
-    kvm_mp_state, kvm_run,
+    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR,
+    KVM_EXIT_RISCV_SBI, KVM_EXIT_SYSTEM_EVENT, KVM_GUESTDBG_ENABLE, KVM_INTERRUPT_SET,
+    KVM_INTERRUPT_UNSET, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use super::VmInner;
 use crate::hypervisor::{
@@ -65,6 +65,29 @@ impl KvmVcpu {
             }
             VmEntry::Csr(value) => run.__bindgen_anon_1.riscv_csr.ret_value = value,
         }
+    }
+
+    /// Reads a register to `bytes`, which have room for it: false where this host has no such
+    /// register.
+    fn read_reg(&self, id: RegId, bytes: &mut [u8]) -> Result<bool> {
+        match self.fd.get_one_reg(id.0, bytes) {
+            Ok(_) => Ok(true),
+            // Linux 6.12 says ENOENT for some absent registers and EINVAL for others.
+            Err(e) if e.errno() == Errno::NOENT.raw_os_error() => Ok(false),
+            Err(e) if e.errno() == Errno::INVAL.raw_os_error() => Ok(false),
+            Err(e) => Err(self.refused_reg("read", id, e)),
+        }
+    }
+
+    fn write_reg(&self, id: RegId, bytes: &[u8]) -> Result<()> {
+        let written = self.fd.set_one_reg(id.0, bytes);
+        written.map_err(|e| self.refused_reg("write", id, e))?;
+        Ok(())
+    }
+
+    fn refused_reg(&self, act: &str, id: RegId, error: impl Into<io::Error>) -> Error {
+        let register = format!("register {id} ({:#x})", id.0);
+        Error::refused(format!("{act} {register} of vCPU {}", self.id), error)
     }
 
     /// The file of KVM's statistics, and what is in it now.
@@ -162,37 +185,71 @@ impl Vcpu for KvmVcpu {
     }
 
     fn complete(&mut self, entry: VmEntry) -> Result<()> {
-        // KVM_RUN does this first, and then looks at the flag (kvm_arch_vcpu_ioctl_run).
-        self.fd.set_kvm_immediate_exit(1);
-        match self.run(entry)? {
-            VmExit::Interrupted => Ok(()),
-            exit => {
-                let act = format!("complete the last exit of vCPU {}", self.id);
-                Err(Error::refused(act, io::Error::other(format!("{exit:?}"))))
-            }
-        }
+        self.enter(entry);
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: the page is mapped as long as `self.fd`, and the byte is only used atomically.
+        let immediate_exit = unsafe { immediate_exit(run) };
+        immediate_exit.fetch_or(COMPLETING, Ordering::Release);
+        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
+        let ended = unsafe { ioctl(self.run, RunVcpu) };
+        immediate_exit.fetch_and(!COMPLETING, Ordering::Release);
+        // KVM commits, then looks at the byte (kvm_arch_vcpu_ioctl_run).
+        let error = match ended {
+            Err(Errno::INTR) => return Ok(()),
+            Err(errno) => errno.into(),
+            Ok(()) => io::Error::other("the guest ran"),
+        };
+        let act = format!("complete the last exit of vCPU {}", self.id);
+        Err(Error::refused(act, error))
     }
 
     fn reg(&self, id: RegId) -> Result<Option<u64>> {
         let mut bytes = [0; 8];
-        match self.fd.get_one_reg(id.0, &mut bytes) {
-            Ok(_) => Ok(Some(u64::from_le_bytes(bytes))),
-            // Linux 6.12 says ENOENT for some absent registers and EINVAL for others.
-            Err(e) if e.errno() == Errno::NOENT.raw_os_error() => Ok(None),
-            Err(e) if e.errno() == Errno::INVAL.raw_os_error() => Ok(None),
-            Err(e) => Err(Error::refused(
-                format!("read register {:#x} of vCPU {}", id.0, self.id),
-                e,
-            )),
-        }
+        let is_there = self.read_reg(id, &mut bytes)?;
+        Ok(is_there.then(|| u64::from_le_bytes(bytes)))
     }
 
     fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
-        match self.fd.set_one_reg(id.0, &value.to_le_bytes()) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(Error::refused(
-                format!("write register {:#x} of vCPU {}", id.0, self.id),
-                e,
+        self.write_reg(id, &value.to_le_bytes())
+    }
+
+    fn reg_bytes(&self, id: RegId) -> Result<Option<Vec<u8>>> {
+        let mut bytes = vec![0; id.width().unwrap_or(0)];
+        Ok(self.read_reg(id, &mut bytes)?.then_some(bytes))
+    }
+
+    fn set_reg_bytes(&self, id: RegId, bytes: &[u8]) -> Result<()> {
+        if id.width() != Some(bytes.len()) {
+            return Err(self.refused_reg("write", id, Errno::INVAL));
+        }
+        self.write_reg(id, bytes)
+    }
+
+    fn reg_list(&self) -> Result<Vec<RegId>> {
+        // Not kvm-ioctls' RegList: it holds 200 ids, and a vCPU has more.
+        let list = regs::read_list(|list| {
+            // SAFETY: the descriptor is a vCPU's. The first word says for how many ids there is
+            // room behind it, and KVM writes no more.
+            match unsafe { ioctl_with_mut_ptr(&self.fd, KVM_GET_REG_LIST(), list.as_mut_ptr()) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        });
+        let act = || format!("list the registers of vCPU {} (KVM_GET_REG_LIST)", self.id);
+        list.map_err(|e| Error::refused(act(), e))
+    }
+
+    fn set_guest_debug(&self, on: bool) -> Result<()> {
+        let request = kvm_guest_debug {
+            control: if on { KVM_GUESTDBG_ENABLE } else { 0 },
+            ..Default::default()
+        };
+        // SAFETY: the descriptor is a vCPU's, and KVM reads a kvm_guest_debug.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_SET_GUEST_DEBUG(), &request) } {
+            0 => Ok(()),
+            _ => Err(Error::refused(
+                format!("debug vCPU {} (KVM_SET_GUEST_DEBUG)", self.id),
+                io::Error::last_os_error(),
             )),
         }
     }
@@ -268,6 +325,7 @@ fn decode(run: &kvm_run) -> VmExit {
                 cpu: fail.cpu,
             }
         }
+        KVM_EXIT_DEBUG => VmExit::Breakpoint,
         KVM_EXIT_INTR => VmExit::Interrupted,
         reason => VmExit::Unknown { reason },
     }
@@ -309,8 +367,11 @@ unsafe impl Ioctl for RunVcpu {
     }
 }
 
-// kvm-ioctls has no KVM_INTERRUPT on riscv64, and KVM_GET_STATS_FD nowhere.
+// kvm-ioctls has no KVM_INTERRUPT and no KVM_SET_GUEST_DEBUG on riscv64, KVM_GET_STATS_FD nowhere,
+// and keeps KVM_GET_REG_LIST to itself. The list's type is a word and what is behind it.
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+ioctl_iow_nr!(KVM_SET_GUEST_DEBUG, KVMIO, 0x9b, kvm_guest_debug);
+ioctl_iowr_nr!(KVM_GET_REG_LIST, KVMIO, 0xb0, u64);
 ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
 /// A vCPU's descriptor, for KVM_INTERRUPT alone: the one ioctl that takes no lock of the vCPU's.
@@ -385,13 +446,30 @@ impl RunPage {
 
 impl Kicker for RunPage {
     fn set_immediate_exit(&self, on: bool) {
-        // SAFETY: the page is mapped until drop; KVM and this are the only users of the byte, and
-        // KVM reads it once per KVM_RUN (READ_ONCE in kvm_arch_vcpu_ioctl_run).
-        let flag = unsafe {
-            AtomicU8::from_ptr(std::ptr::addr_of_mut!((*self.0.as_ptr()).immediate_exit))
-        };
-        flag.store(on.into(), Ordering::Release);
+        // SAFETY: the page is mapped until drop, and the byte is only used atomically.
+        let immediate_exit = unsafe { immediate_exit(self.0.as_ptr()) };
+        if on {
+            immediate_exit.fetch_or(KICKED, Ordering::Release);
+        } else {
+            immediate_exit.fetch_and(!KICKED, Ordering::Release);
+        }
     }
+}
+
+/// Bits of `immediate_exit`: KVM asks only whether it is 0. Set by a kicker,
+const KICKED: u8 = 1 << 0;
+/// and by [`Vcpu::complete`].
+const COMPLETING: u8 = 1 << 1;
+
+/// The byte that makes KVM_RUN return at once. KVM reads it once per KVM_RUN (READ_ONCE), and never
+/// writes it.
+///
+/// # Safety
+/// `run` is the page of a vCPU, mapped as long as the result is used. Nothing else than this uses
+/// the byte.
+unsafe fn immediate_exit<'a>(run: *mut kvm_run) -> &'a AtomicU8 {
+    // SAFETY: as the caller says; a byte is always aligned.
+    unsafe { AtomicU8::from_ptr(std::ptr::addr_of_mut!((*run).immediate_exit)) }
 }
 
 impl Drop for RunPage {

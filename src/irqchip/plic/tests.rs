@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::core::Core;
 use super::*;
-use crate::hypervisor;
+use crate::hypervisor::fake::Wire;
 
 const PENDING: u64 = 0x1000;
 
@@ -177,17 +177,6 @@ fn hostile_offsets_do_nothing() {
         core.set_level(source, true);
     }
     assert_eq!(format!("{core:?}"), before);
-}
-
-/// Keeps every level a hart was given.
-#[derive(Default)]
-struct Wire(Mutex<Vec<bool>>);
-
-impl ExternalIrq for Wire {
-    fn set_external(&self, high: bool) -> hypervisor::Result<()> {
-        lock(&self.0).push(high);
-        Ok(())
-    }
 }
 
 #[test]

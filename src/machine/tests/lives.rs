@@ -83,7 +83,7 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
         ..VmConfig::default()
     };
     let began = Instant::now();
-    let (_, machine) = build_as("lives", record, config);
+    let (_, _, machine) = build_as("lives", record, config);
     let how = Run {
         console: &ConsoleConfig::None,
         timeout: None,

@@ -1,7 +1,7 @@
 use super::*;
 use crate::bus::{Bus, IrqSink};
+use crate::hypervisor::fake::FakeVm;
 use crate::irqchip::msi::MsiRouter;
-use crate::irqchip::msi::tests::FakeVm;
 use crate::pci::BarDevice;
 use crate::pci::function;
 

@@ -1,14 +1,10 @@
 //! A hart with registers and nothing else.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
-
 use super::*;
 use crate::config::MemConfig;
-use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmEntry, VmExit, Waiting};
+use crate::hypervisor::fake::FakeVcpu;
 use crate::memory;
 use crate::util::ByteSize;
-use crate::util::sync::lock;
 
 const RAM: u64 = 0x8000_0000;
 const RAM_END: u64 = RAM + (1 << 20);
@@ -16,55 +12,14 @@ const HANDLER: u64 = RAM + 0x400;
 const NOWHERE: u64 = 0x6000_0000;
 const MODE_USER: u64 = 0;
 
-struct Hart(Mutex<HashMap<RegId, u64>>);
-
-impl Hart {
-    fn new(registers: &[(RegId, u64)]) -> Self {
-        Self(Mutex::new(registers.iter().copied().collect()))
-    }
-
-    fn get(&self, id: RegId) -> u64 {
-        lock(&self.0)[&id]
-    }
-}
-
-impl Vcpu for Hart {
-    fn run(&mut self, _: VmEntry) -> Result<VmExit> {
-        unreachable!("does not run")
-    }
-    fn complete(&mut self, _: VmEntry) -> Result<()> {
-        unreachable!("is not parked")
-    }
-    fn reg(&self, id: RegId) -> Result<Option<u64>> {
-        Ok(lock(&self.0).get(&id).copied())
-    }
-    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
-        lock(&self.0).insert(id, value);
-        Ok(())
-    }
-    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
-        unreachable!("has none")
-    }
-    fn hart_state(&self) -> Result<HartState> {
-        Ok(HartState::Started)
-    }
-    fn set_hart_state(&self, _: HartState) -> Result<()> {
-        Ok(())
-    }
-    fn waiting(&self) -> Result<Box<dyn Waiting>> {
-        unreachable!("is not looked at")
-    }
-    fn counters(&self) -> Result<Vec<Counter>> {
-        Ok(Vec::new())
-    }
-    fn kicker(&self) -> Result<Box<dyn Kicker>> {
-        unreachable!("is not kicked")
-    }
-}
-
 /// Faults of a guest of their own: each test has a limit by its name.
 fn faults(name: &str) -> FetchFaults {
-    let ram = memory::create(GuestAddress(RAM), MemConfig::new(ByteSize::mib(1))).unwrap();
+    let ram = memory::create(
+        GuestAddress(RAM),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     let kvm = 0xffff_ffff_01a2_b000..0xffff_ffff_01a6_0000;
     FetchFaults {
         limit: RateLimit::with_burst(name, FAULTS_MAX),
@@ -73,8 +28,8 @@ fn faults(name: &str) -> FetchFaults {
     }
 }
 
-fn hart(status: u64, mode: u64, satp: u64) -> Hart {
-    Hart::new(&[
+fn hart(status: u64, mode: u64, satp: u64) -> FakeVcpu {
+    FakeVcpu::with(&[
         (regs::SSTATUS, status),
         (regs::MODE, mode),
         (regs::SATP, satp),
@@ -82,7 +37,7 @@ fn hart(status: u64, mode: u64, satp: u64) -> Hart {
     ])
 }
 
-fn answer(faults: &FetchFaults, hart: &Hart, pc: u64) -> Option<Stop> {
+fn answer(faults: &FetchFaults, hart: &FakeVcpu, pc: u64) -> Option<Stop> {
     faults.answer(hart, libc::EOPNOTSUPP, pc).unwrap()
 }
 

@@ -4,12 +4,13 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::hypervisor::{Counter, ExternalIrq, Kicker, RegId, Waiting};
+use crate::hypervisor::fake::FakeVcpu;
 use crate::util::sync::lock;
 
-/// What the fake KVM knows of the vCPU.
+/// What KVM does with the vCPU.
 #[derive(Default)]
-struct State {
+struct Host {
+    /// The hart is stopped at first.
     stopped: bool,
     reset_waits: bool,
     scounteren: u64,
@@ -23,77 +24,52 @@ struct State {
     starts_again: bool,
 }
 
-#[derive(Default)]
-struct Fake(Mutex<State>);
-
-impl Vcpu for Fake {
-    fn run(&mut self, _: VmEntry) -> Result<VmExit> {
-        let mut state = lock(&self.0);
-        if state.early_signals > 0 {
-            state.early_signals -= 1;
-            return Ok(VmExit::Interrupted);
-        }
-        if std::mem::take(&mut state.starts_again) {
-            state.stopped = false;
-        }
-        if std::mem::take(&mut state.reset_waits) {
-            state.scounteren = 0;
-        }
-        if state.stopped {
-            return Ok(VmExit::Interrupted);
-        }
-        let value = state.scounteren;
-        state.entered_with.push(value);
-        Ok(VmExit::Csr { number: 1 })
+/// The vCPU, and what KVM does with it.
+fn fake(host: Host) -> (FakeVcpu, Arc<Mutex<Host>>) {
+    let vcpu = FakeVcpu::with(&[(regs::SCOUNTEREN, host.scounteren)]);
+    if host.stopped {
+        vcpu.set_hart_state(HartState::Stopped).unwrap();
     }
-    fn complete(&mut self, _: VmEntry) -> Result<()> {
-        unreachable!("is not parked")
-    }
-    fn reg(&self, id: RegId) -> Result<Option<u64>> {
-        assert_eq!(id, regs::SCOUNTEREN);
-        Ok(Some(lock(&self.0).scounteren))
-    }
-    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
-        assert_eq!(id, regs::SCOUNTEREN);
-        lock(&self.0).scounteren = value;
-        Ok(())
-    }
-    fn hart_state(&self) -> Result<HartState> {
-        let mut state = lock(&self.0);
-        match &mut state.starts_after {
+    let host = Arc::new(Mutex::new(host));
+    let (registers, state) = (Arc::clone(&vcpu.registers), Arc::clone(&vcpu.state));
+    let (at_run, at_read) = (Arc::clone(&host), Arc::clone(&host));
+    let started = Arc::clone(&state);
+    let on_run = move |_| {
+        let mut host = lock(&at_run);
+        if host.early_signals > 0 {
+            host.early_signals -= 1;
+            return VmExit::Interrupted;
+        }
+        if std::mem::take(&mut host.starts_again) {
+            *lock(&state) = HartState::Started;
+        }
+        if std::mem::take(&mut host.reset_waits) {
+            lock(&registers).insert(regs::SCOUNTEREN, 0);
+        }
+        if *lock(&state) == HartState::Stopped {
+            return VmExit::Interrupted;
+        }
+        host.entered_with.push(lock(&registers)[&regs::SCOUNTEREN]);
+        VmExit::Csr { number: 1 }
+    };
+    let on_state = move || {
+        let mut host = lock(&at_read);
+        match host.starts_after {
             Some(0) => {
-                state.starts_after = None;
-                state.stopped = false;
-                state.reset_waits = true;
+                host.starts_after = None;
+                host.reset_waits = true;
+                *lock(&started) = HartState::Started;
             }
-            Some(reads) => *reads -= 1,
+            Some(reads) => host.starts_after = Some(reads - 1),
             None => {}
         }
-        Ok(match state.stopped {
-            true => HartState::Stopped,
-            false => HartState::Started,
-        })
-    }
-    fn set_hart_state(&self, to: HartState) -> Result<()> {
-        lock(&self.0).stopped = to == HartState::Stopped;
-        Ok(())
-    }
-    fn waiting(&self) -> Result<Box<dyn Waiting>> {
-        unreachable!("is not looked at")
-    }
-    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
-        unreachable!("has none")
-    }
-    fn counters(&self) -> Result<Vec<Counter>> {
-        Ok(Vec::new())
-    }
-    fn kicker(&self) -> Result<Box<dyn Kicker>> {
-        unreachable!("is not kicked")
-    }
-}
-
-fn fake(state: State) -> Fake {
-    Fake(Mutex::new(state))
+    };
+    let vcpu = FakeVcpu {
+        on_run: Box::new(on_run),
+        on_state: Box::new(on_state),
+        ..vcpu
+    };
+    (vcpu, host)
 }
 
 /// Restarts, and how often they called.
@@ -115,38 +91,38 @@ fn wants_kick(restarts: &Restarts) -> bool {
 #[test]
 fn a_started_hart_begins_with_its_counters() {
     let (mut restarts, calls) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, host) = fake(Host {
         stopped: true,
         starts_after: Some(3),
         early_signals: 2,
-        ..State::default()
+        ..Host::default()
     });
     assert_eq!(restarts.look(&mut vcpu).unwrap(), Waited::DONE);
     assert_eq!(calls.load(Ordering::Acquire), 1);
     assert!(!wants_kick(&restarts));
     vcpu.run(VmEntry::Run).unwrap();
-    assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
+    assert_eq!(lock(&host).entered_with, [CYCLE_TIME_INSTRET]);
 }
 
 /// A hart whose reset sets `scounteren` by itself comes through too.
 #[test]
 fn a_reset_of_another_host_ends_too() {
     let (mut restarts, ..) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, _) = fake(Host {
         reset_waits: true,
-        ..State::default()
+        ..Host::default()
     });
     restarts.take_reset(&mut vcpu, VmEntry::Run).unwrap();
-    assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
-    assert!(!lock(&vcpu.0).stopped);
+    assert_eq!(vcpu.get(regs::SCOUNTEREN), CYCLE_TIME_INSTRET);
+    assert_eq!(vcpu.hart_state().unwrap(), HartState::Started);
 }
 
 #[test]
 fn a_stopped_hart_ends_with_its_machine() {
     let (mut restarts, calls) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, _) = fake(Host {
         stopped: true,
-        ..State::default()
+        ..Host::default()
     });
     restarts.shared.stopping.store(true, Ordering::Release);
     let waits = Waited::Asked(First::WaitForStart);
@@ -158,74 +134,75 @@ fn a_stopped_hart_ends_with_its_machine() {
 #[test]
 fn what_a_restart_between_two_looks_cleared_is_back() {
     let (mut restarts, _) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, _) = fake(Host {
         stopped: true,
         starts_after: Some(1),
-        ..State::default()
+        ..Host::default()
     });
     restarts.wait_for_start(&mut vcpu).unwrap();
     for _ in 0..3 {
-        lock(&vcpu.0).scounteren = 0;
+        vcpu.set_reg(regs::SCOUNTEREN, 0).unwrap();
         restarts.look(&mut vcpu).unwrap();
-        assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
+        assert_eq!(vcpu.get(regs::SCOUNTEREN), CYCLE_TIME_INSTRET);
     }
 }
 
 #[test]
 fn a_guests_own_value_stays() {
     let (mut restarts, _) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, _) = fake(Host {
         scounteren: 2,
-        ..State::default()
+        ..Host::default()
     });
     restarts.look(&mut vcpu).unwrap();
-    assert_eq!(lock(&vcpu.0).scounteren, 2);
+    assert_eq!(vcpu.get(regs::SCOUNTEREN), 2);
 }
 
 /// Started before its vCPU's thread had a look.
 #[test]
 fn a_hart_that_was_started_early_begins_with_its_counters() {
     let (mut restarts, _) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, host) = fake(Host {
         reset_waits: true,
-        ..State::default()
+        ..Host::default()
     });
     assert_eq!(restarts.wait_for_start(&mut vcpu).unwrap(), Waited::DONE);
     vcpu.run(VmEntry::Run).unwrap();
-    assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
+    assert_eq!(lock(&host).entered_with, [CYCLE_TIME_INSTRET]);
 }
 
 /// Two harts that start a third at once: the second call should fail. Whatever comes of it, no exit is lost.
 #[test]
 fn hostile_a_hart_that_is_started_twice() {
     let (mut restarts, _) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, _) = fake(Host {
         stopped: true,
         starts_after: Some(1),
         starts_again: true,
-        ..State::default()
+        ..Host::default()
     });
     let exit = restarts.look(&mut vcpu).unwrap();
     assert_eq!(exit, Waited::Over(Some(VmExit::Csr { number: 1 })));
     assert!(!wants_kick(&restarts));
-    assert_eq!(lock(&vcpu.0).scounteren, CYCLE_TIME_INSTRET);
+    assert_eq!(vcpu.get(regs::SCOUNTEREN), CYCLE_TIME_INSTRET);
 }
 
 /// The thread is stopped before KVM has served the reset: the next one finds it still to come.
 #[test]
 fn a_reset_that_was_not_taken_is_taken_later() {
     let (mut stopped, _) = restarts();
-    let mut vcpu = fake(State {
+    let (mut vcpu, host) = fake(Host {
         reset_waits: true,
-        ..State::default()
+        ..Host::default()
     });
     stopped.shared.stopping.store(true, Ordering::Release);
     let waited = stopped.take_reset(&mut vcpu, VmEntry::Run).unwrap();
     assert_eq!(waited, Waited::Asked(First::TakeReset));
-    assert!(lock(&vcpu.0).reset_waits && !lock(&vcpu.0).stopped);
+    assert!(lock(&host).reset_waits);
+    assert_eq!(vcpu.hart_state().unwrap(), HartState::Started);
     let (mut next, _) = restarts();
     let waited = next.take_reset(&mut vcpu, VmEntry::Run).unwrap();
     assert_eq!(waited, Waited::DONE);
     vcpu.run(VmEntry::Run).unwrap();
-    assert_eq!(lock(&vcpu.0).entered_with, [CYCLE_TIME_INSTRET]);
+    assert_eq!(lock(&host).entered_with, [CYCLE_TIME_INSTRET]);
 }

@@ -9,7 +9,12 @@ const SIZE: u64 = 1 << 20;
 const END: u64 = BASE + SIZE;
 
 fn sbi() -> Sbi {
-    let ram = memory::create(GuestAddress(BASE), MemConfig::new(ByteSize(SIZE))).unwrap();
+    let ram = memory::create(
+        GuestAddress(BASE),
+        MemConfig::new(ByteSize(SIZE)),
+        memory::Backing::Private,
+    )
+    .unwrap();
     Sbi::new(ram, Arc::new(Console::default()))
 }
 
@@ -116,6 +121,20 @@ fn dbcn_reads_what_was_typed() {
     sbi.ram.read_slice(&mut got, GuestAddress(BASE)).unwrap();
     assert_eq!(got[..INPUT_CAPACITY], typed);
     assert_eq!(got[INPUT_CAPACITY], 0);
+}
+
+#[test]
+fn what_is_read_is_marked() {
+    let sbi = sbi();
+    let log = memory::dirty_log(&sbi.ram);
+    log.start().unwrap();
+    sbi.console.push_input(&[b'k'; 300]);
+    assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE + 0x3f00, 0]), (0, 300));
+    assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [3, 4]);
+    // Nothing was typed, and a write only reads.
+    assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE, 0]), (0, 0));
+    assert_eq!(sbi.dbcn(DBCN_WRITE, [300, BASE, 0]), (0, 300));
+    assert_eq!(memory::pages_of(&log.take()).count(), 0);
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! A hart with registers, an interrupt controller with one register, and resets as KVM makes them.
 
-use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
-use crate::hypervisor::{Counter, ExternalIrq, HartState, Kicker, VmExit, Waiting};
+use crate::hypervisor::VmExit;
+use crate::hypervisor::fake::{FakeVcpu, registers};
 use crate::util::sync::lock;
 
 /// The controller's register, and how often it is asked before an interrupt is pending.
@@ -31,68 +31,37 @@ impl HartSide for Controller {
     }
 }
 
-struct Hart {
-    registers: Mutex<HashMap<RegId, u64>>,
-    controller: Arc<Controller>,
-}
-
-impl Vcpu for Hart {
-    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
-        assert_eq!(entry, OK);
-        lock(&self.registers).clear();
-        *lock(&self.controller.register) = 0;
-        Ok(VmExit::Interrupted)
-    }
-    fn complete(&mut self, _: VmEntry) -> Result<()> {
-        unreachable!("is not parked")
-    }
-    fn reg(&self, id: RegId) -> Result<Option<u64>> {
-        Ok(Some(lock(&self.registers).get(&id).copied().unwrap_or(0)))
-    }
-    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
-        lock(&self.registers).insert(id, value);
-        Ok(())
-    }
-    fn hart_state(&self) -> Result<HartState> {
-        Ok(HartState::Started)
-    }
-    fn set_hart_state(&self, _: HartState) -> Result<()> {
-        Ok(())
-    }
-    fn waiting(&self) -> Result<Box<dyn Waiting>> {
-        unreachable!("is not looked at")
-    }
-    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
-        unreachable!("has none")
-    }
-    fn counters(&self) -> Result<Vec<Counter>> {
-        Ok(Vec::new())
-    }
-    fn kicker(&self) -> Result<Box<dyn Kicker>> {
-        unreachable!("is not kicked")
-    }
-}
-
 struct Fixture {
     suspend: Suspend,
-    hart: Hart,
+    hart: FakeVcpu,
+    controller: Arc<Controller>,
     restarts: Restarts,
 }
 
 /// A suspended hart with these registers, whose external interrupt is pending when it was asked for
 /// `pending_at` times.
-fn fixture(registers: &[(RegId, u64)], pending_at: u32) -> Fixture {
+fn fixture(values: &[(RegId, u64)], pending_at: u32) -> Fixture {
     let controller = Arc::new(Controller {
         register: Mutex::new(77),
         pending_at,
         ..Controller::default()
     });
+    let registers = registers(values);
+    let (cleared, reset) = (Arc::clone(&registers), Arc::clone(&controller));
     Fixture {
         suspend: Suspend::new(Arc::clone(&controller) as _),
-        hart: Hart {
-            registers: Mutex::new(registers.iter().copied().collect()),
-            controller,
+        hart: FakeVcpu {
+            registers,
+            others: Some(0),
+            on_run: Box::new(move |entry| {
+                assert_eq!(entry, OK);
+                lock(&cleared).clear();
+                *lock(&reset.register) = 0;
+                VmExit::Interrupted
+            }),
+            ..FakeVcpu::default()
         },
+        controller,
         restarts: Restarts::new(Arc::default(), Box::new(|| {})),
     }
 }
@@ -124,7 +93,7 @@ fn what_is_pending_and_enabled_wakes() {
         fixture.stop();
         assert!(matches!(fixture.sleep(), Waited::Asked(First::Sleep(_))));
         // The last step of waking.
-        fixture.hart.reg(regs::SCOUNTEREN).unwrap() == Some(7)
+        fixture.hart.get(regs::SCOUNTEREN) == 7
     };
     assert!(!with(&[], 0), "nothing is enabled");
     assert!(with(&[(regs::SIE, 0x222), (regs::SIP, 2)], NEVER));
@@ -146,11 +115,10 @@ fn what_is_pending_and_enabled_wakes() {
 fn the_hart_sleeps_until_its_interrupt_and_keeps_it() {
     let mut fixture = fixture(&[(regs::SIE, 0x200)], 3);
     assert_eq!(fixture.sleep(), Waited::DONE);
-    let controller = &fixture.hart.controller;
+    let controller = &fixture.controller;
     assert_eq!(controller.asked.load(Ordering::Acquire), 4);
     assert_eq!(*lock(&controller.register), 77);
-    let scounteren = fixture.hart.reg(regs::SCOUNTEREN).unwrap();
-    assert_eq!(scounteren, Some(7));
+    assert_eq!(fixture.hart.get(regs::SCOUNTEREN), 7);
 }
 
 #[test]
@@ -173,15 +141,12 @@ fn a_sleep_goes_on_in_the_next_thread() {
         };
         waited = fixture.sleep_on(sleeper);
     }
-    assert_eq!(*lock(&fixture.hart.controller.register), 77, "no reset yet");
+    assert_eq!(*lock(&fixture.controller.register), 77, "no reset yet");
     let Waited::Asked(First::Sleep(sleeper)) = waited else {
         panic!("{waited:?}");
     };
-    fixture
-        .restarts
-        .shared
-        .stopping
-        .store(false, Ordering::Release);
+    let stopping = &fixture.restarts.shared.stopping;
+    stopping.store(false, Ordering::Release);
     assert_eq!(fixture.sleep_on(sleeper), Waited::DONE);
-    assert_eq!(*lock(&fixture.hart.controller.register), 77);
+    assert_eq!(*lock(&fixture.controller.register), 77);
 }

@@ -13,9 +13,8 @@ use super::*;
 use crate::bus::Bus;
 use crate::config::MemConfig;
 use crate::devices::console::Console;
-use crate::hypervisor::{
-    Counter, ExternalIrq, HartState, RegId, SbiCall, SbiRet, SystemEvent, regs,
-};
+use crate::hypervisor::fake::{FakeVcpu, Registers};
+use crate::hypervisor::{Counter, HartState, SbiCall, SbiRet, SystemEvent, regs};
 use crate::irqchip::plic::Plic;
 use crate::memory;
 use crate::util::ByteSize;
@@ -23,126 +22,39 @@ use crate::util::sync::lock;
 use crate::vcpu::sbi::Sbi;
 use crate::vcpu::stats::ExitKind;
 
-/// Plays its exits and keeps the entries; at the end of the script it waits to be kicked.
-#[derive(Default)]
-struct Script {
-    exits: VecDeque<VmExit>,
-    entries: Arc<Mutex<Vec<VmEntry>>>,
-    /// The entries that completed an exit without running.
-    completed: Arc<Mutex<Vec<VmEntry>>>,
-    kicked: Arc<AtomicBool>,
-    /// Signals that its thread blocks.
-    blocked: Arc<Mutex<Vec<i32>>>,
-    /// Its hart, on a host that resets harts.
-    hart: Arc<Mutex<FakeHart>>,
-}
-
-/// A hart as Linux 7.x keeps it.
-#[derive(Default)]
-struct FakeHart {
-    stopped: bool,
-    /// Another hart has started it.
-    reset_waits: bool,
-    scounteren: u64,
-}
-
-struct Flag(Arc<AtomicBool>);
-
-impl Kicker for Flag {
-    fn set_immediate_exit(&self, on: bool) {
-        self.0.store(on, Ordering::SeqCst);
-    }
-}
-
-/// A vCPU that waits for no interrupt.
-struct Awake;
-
-impl Waiting for Awake {
-    fn waits(&self) -> bool {
-        false
-    }
-}
-
-impl Vcpu for Script {
-    fn run(&mut self, entry: VmEntry) -> Result<VmExit> {
-        *lock(&self.blocked) = get_blocked_signals().unwrap();
-        {
-            let mut hart = lock(&self.hart);
-            if std::mem::take(&mut hart.reset_waits) {
-                hart.scounteren = 0;
-            }
-            if hart.stopped {
-                return Ok(VmExit::Interrupted);
-            }
-        }
-        lock(&self.entries).push(entry);
-        if let Some(exit) = self.exits.pop_front() {
-            return Ok(exit);
-        }
-        // Or a kick finds the hart stopped.
-        while !self.kicked.load(Ordering::SeqCst) && !lock(&self.hart).stopped {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(VmExit::Interrupted)
-    }
-    fn complete(&mut self, entry: VmEntry) -> Result<()> {
-        lock(&self.completed).push(entry);
-        Ok(())
-    }
-    fn reg(&self, id: RegId) -> Result<Option<u64>> {
-        let scounteren = lock(&self.hart).scounteren;
-        Ok((id == regs::SCOUNTEREN).then_some(scounteren))
-    }
-    fn set_reg(&self, id: RegId, value: u64) -> Result<()> {
-        if id == regs::SCOUNTEREN {
-            lock(&self.hart).scounteren = value;
-        }
-        Ok(())
-    }
-    fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
-        unreachable!("has none")
-    }
-    fn hart_state(&self) -> Result<HartState> {
-        Ok(match lock(&self.hart).stopped {
-            true => HartState::Stopped,
-            false => HartState::Started,
-        })
-    }
-    fn set_hart_state(&self, state: HartState) -> Result<()> {
-        lock(&self.hart).stopped = state == HartState::Stopped;
-        Ok(())
-    }
-    fn waiting(&self) -> Result<Box<dyn Waiting>> {
-        Ok(Box::new(Awake))
-    }
-    fn counters(&self) -> Result<Vec<Counter>> {
-        let (name, value) = ("exits".into(), 8);
-        Ok(vec![Counter { name, value }])
-    }
-    fn kicker(&self) -> Result<Box<dyn Kicker>> {
-        Ok(Box::new(Flag(Arc::clone(&self.kicked))))
-    }
-}
-
 /// A script under way: its handle, how it stopped, and the entries so far.
 struct Started {
     handle: VcpuHandle,
     stops: mpsc::Receiver<Result<Stop>>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
+    /// The entries that completed an exit, and ran nothing.
     completed: Arc<Mutex<Vec<VmEntry>>>,
+    /// Signals that its thread blocks.
     blocked: Arc<Mutex<Vec<i32>>>,
-    hart: Arc<Mutex<FakeHart>>,
     exits: Arc<Exits>,
+    /// Of its hart, on a host that resets harts.
+    registers: Registers,
+    state: Arc<Mutex<HartState>>,
+    /// Another hart has started it.
+    reset_waits: Arc<AtomicBool>,
     calls: mpsc::Receiver<()>,
+}
+
+impl Started {
+    /// Another hart starts this one, as on Linux 7.x.
+    fn start_hart(&self) {
+        self.reset_waits.store(true, Ordering::SeqCst);
+        *lock(&self.state) = HartState::Started;
+    }
+
+    fn scounteren(&self) -> u64 {
+        lock(&self.registers)[&regs::SCOUNTEREN]
+    }
 }
 
 /// The script of a hart that is stopped at first, on a host that resets harts.
 fn start_stopped(exits: &[VmExit]) -> Started {
-    let hart = FakeHart {
-        stopped: true,
-        ..FakeHart::default()
-    };
-    start_as(exits, None, Some(hart))
+    start_as(exits, None, HartState::Stopped)
 }
 
 fn start(exits: &[VmExit]) -> Started {
@@ -150,21 +62,71 @@ fn start(exits: &[VmExit]) -> Started {
 }
 
 fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
-    start_as(exits, stats, None)
+    start_as(exits, stats, HartState::Started)
 }
 
-fn start_as(exits: &[VmExit], stats: Option<ExitStats>, hart: Option<FakeHart>) -> Started {
-    let follow_restarts = hart.is_some();
-    let ram = memory::create(GuestAddress(0x8000_0000), MemConfig::new(ByteSize::mib(1))).unwrap();
-    let sbi = Sbi::new(ram, Arc::new(Console::default()));
-    let script = Script {
-        exits: exits.iter().copied().collect(),
-        hart: Arc::new(Mutex::new(hart.unwrap_or_default())),
-        ..Script::default()
+/// Plays its exits and keeps the entries; at the end of the script it waits to be kicked.
+fn script(exits: &[VmExit], state: HartState) -> (FakeVcpu, Script) {
+    let vcpu = FakeVcpu {
+        counters: vec![Counter {
+            name: "exits".into(),
+            value: 8,
+        }],
+        ..FakeVcpu::with(&[(regs::SCOUNTEREN, 0)])
     };
-    let (entries, blocked) = (Arc::clone(&script.entries), Arc::clone(&script.blocked));
-    let completed = Arc::clone(&script.completed);
-    let hart = Arc::clone(&script.hart);
+    vcpu.set_hart_state(state).unwrap();
+    let script = Script::default();
+    let (played, kicked) = (script.clone(), Arc::clone(&vcpu.kicked));
+    let completed = Arc::clone(&vcpu.completed);
+    let (registers, state) = (Arc::clone(&vcpu.registers), Arc::clone(&vcpu.state));
+    let is_stopped = move || *lock(&state) == HartState::Stopped;
+    let mut exits: VecDeque<_> = exits.iter().copied().collect();
+    let on_run = move |entry| {
+        *lock(&played.blocked) = get_blocked_signals().unwrap();
+        if played.reset_waits.swap(false, Ordering::SeqCst) {
+            lock(&registers).insert(regs::SCOUNTEREN, 0);
+        }
+        if is_stopped() {
+            return VmExit::Interrupted;
+        }
+        if kicked.load(Ordering::SeqCst) {
+            lock(&completed).push(entry);
+            return VmExit::Interrupted;
+        }
+        lock(&played.entries).push(entry);
+        if let Some(exit) = exits.pop_front() {
+            return exit;
+        }
+        // Or a kick finds the hart stopped.
+        while !kicked.load(Ordering::SeqCst) && !is_stopped() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        VmExit::Interrupted
+    };
+    let on_run = Box::new(on_run);
+    (FakeVcpu { on_run, ..vcpu }, script)
+}
+
+/// What a script tells.
+#[derive(Clone, Default)]
+struct Script {
+    entries: Arc<Mutex<Vec<VmEntry>>>,
+    blocked: Arc<Mutex<Vec<i32>>>,
+    reset_waits: Arc<AtomicBool>,
+}
+
+fn start_as(exits: &[VmExit], stats: Option<ExitStats>, state: HartState) -> Started {
+    let follow_restarts = state == HartState::Stopped;
+    let ram = memory::create(
+        GuestAddress(0x8000_0000),
+        MemConfig::new(ByteSize::mib(1)),
+        memory::Backing::Private,
+    )
+    .unwrap();
+    let sbi = Sbi::new(ram, Arc::new(Console::default()));
+    let (vcpu, script) = script(exits, state);
+    let (registers, state) = (Arc::clone(&vcpu.registers), Arc::clone(&vcpu.state));
+    let completed = Arc::clone(&vcpu.completed);
     let (called, calls) = mpsc::channel();
     let (told, stops) = mpsc::channel();
     let on_stop = Box::new(move |stop| told.send(stop).unwrap());
@@ -178,16 +140,18 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, hart: Option<FakeHart>) 
         on_call: Box::new(move || called.send(()).unwrap()),
         follow_restarts,
     };
-    let parked = Parked::of_new(Box::new(script), id, follow_restarts, stats);
+    let parked = Parked::of_new(Box::new(vcpu), id, follow_restarts, stats);
     let handle = VcpuHandle::start(parked, Arc::clone(&exits), start).unwrap();
     Started {
         handle,
         stops,
-        entries,
+        entries: script.entries,
         completed,
-        blocked,
-        hart,
         exits,
+        blocked: script.blocked,
+        reset_waits: script.reset_waits,
+        registers,
+        state,
         calls,
     }
 }
@@ -206,14 +170,11 @@ fn a_stopped_hart_runs_when_it_is_started() {
     let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
     let vcpu = start_stopped(&[shutdown]);
     assert!(vcpu.handle.follows_restarts());
-    {
-        let mut hart = lock(&vcpu.hart);
-        assert!(lock(&vcpu.entries).is_empty());
-        (hart.stopped, hart.reset_waits) = (false, true);
-    }
+    assert!(lock(&vcpu.entries).is_empty());
+    vcpu.start_hart();
     assert!(matches!(vcpu.stops.recv().unwrap(), Ok(Stop::PowerOff)));
     vcpu.calls.recv().unwrap();
-    assert_eq!(lock(&vcpu.hart).scounteren, 7);
+    assert_eq!(vcpu.scounteren(), 7);
     assert_eq!(*lock(&vcpu.entries), [VmEntry::Run]);
 }
 
@@ -230,16 +191,14 @@ fn a_stopped_hart_ends_with_its_handle() {
 fn a_hart_that_stops_itself_is_found() {
     let vcpu = start_stopped(&[]);
     for start in 1..=3 {
-        let mut hart = lock(&vcpu.hart);
-        (hart.stopped, hart.reset_waits) = (false, true);
-        drop(hart);
+        vcpu.start_hart();
         vcpu.calls.recv().unwrap();
         while lock(&vcpu.entries).len() < start {
             std::thread::yield_now();
         }
-        assert_eq!(lock(&vcpu.hart).scounteren, 7);
+        assert_eq!(vcpu.scounteren(), 7);
         assert!(vcpu.handle.may_have_stopped());
-        lock(&vcpu.hart).stopped = true;
+        *lock(&vcpu.state) = HartState::Stopped;
         // Asleep outside KVM_RUN it needs no look.
         while vcpu.handle.may_have_stopped() {
             std::thread::yield_now();
@@ -335,6 +294,7 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
 /// Whatever the exit was, its result is in the registers before the vCPU is handed back.
 #[test]
 fn no_entry_is_lost_when_a_vcpu_is_parked() {
+    const ROUNDS: usize = 300;
     let (read, write) = (
         VmExit::MmioRead { gpa: 0, len: 2 },
         VmExit::MmioWrite {
@@ -344,13 +304,10 @@ fn no_entry_is_lost_when_a_vcpu_is_parked() {
         },
     );
     let exits = [read, write, VmExit::Csr { number: 7 }];
-    let mut vcpu = start(&exits.repeat(300));
-    let mut rounds = 0;
-    let total = 3 * 300;
-    while lock(&vcpu.entries).len() <= total {
+    let mut vcpu = start(&exits.repeat(ROUNDS));
+    while lock(&vcpu.entries).len() <= exits.len() * ROUNDS {
         let parked = vcpu.handle.stop().unwrap();
         assert_eq!(parked.first, First::Enter);
-        rounds += 1;
         (vcpu.handle, _) = start_again(parked, &vcpu.exits, 0);
     }
     drop(vcpu.handle);
@@ -358,34 +315,35 @@ fn no_entry_is_lost_when_a_vcpu_is_parked() {
     let mut all: Vec<VmEntry> = lock(&vcpu.entries).clone();
     all.extend(lock(&vcpu.completed).iter());
     let count = |wanted: VmEntry| all.iter().filter(|entry| **entry == wanted).count();
-    assert_eq!(count(VmEntry::MmioRead(0xffff)), 300, "in {rounds} rounds");
-    assert_eq!(count(VmEntry::Csr(0)), 300);
+    assert_eq!(count(VmEntry::MmioRead(0xffff)), ROUNDS);
+    assert_eq!(count(VmEntry::Csr(0)), ROUNDS);
 }
 
 /// A hart that nobody started before, and one that was found stopped.
 #[test]
 fn a_stopped_hart_waits_on_in_the_next_thread() {
     let mut vcpu = start_stopped(&[]);
-    for start in 1..=3 {
+    for start in 1..=4 {
         let parked = vcpu.handle.stop().unwrap();
         assert_eq!(parked.first, First::WaitForStart);
         // Started while it is parked, every other time.
-        if start % 2 == 0 {
-            let mut hart = lock(&vcpu.hart);
-            (hart.stopped, hart.reset_waits) = (false, true);
+        let early = start % 2 == 0;
+        if early {
+            vcpu.reset_waits.store(true, Ordering::SeqCst);
+            *lock(&vcpu.state) = HartState::Started;
         }
-        let calls;
-        (vcpu.handle, calls) = start_again(parked, &vcpu.exits, 1);
-        if start % 2 == 1 {
-            let mut hart = lock(&vcpu.hart);
-            (hart.stopped, hart.reset_waits) = (false, true);
+        let (handle, calls) = start_again(parked, &vcpu.exits, 1);
+        vcpu.handle = handle;
+        if !early {
+            vcpu.reset_waits.store(true, Ordering::SeqCst);
+            *lock(&vcpu.state) = HartState::Started;
         }
         calls.recv().unwrap();
         while lock(&vcpu.entries).len() < start {
             std::thread::yield_now();
         }
-        assert_eq!(lock(&vcpu.hart).scounteren, 7);
-        lock(&vcpu.hart).stopped = true;
+        assert_eq!(lock(&vcpu.registers)[&regs::SCOUNTEREN], 7);
+        *lock(&vcpu.state) = HartState::Stopped;
         while vcpu.handle.may_have_stopped() {
             std::thread::yield_now();
         }

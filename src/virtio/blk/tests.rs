@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::image::OpenError;
 use super::*;
 use crate::config::DiskConfig;
+use crate::memory::{dirty_log, pages_of};
 use crate::virtio::testing::*;
 
 mod direct;
@@ -146,6 +147,45 @@ fn what_is_written_is_read() {
     // The last sector, in two pieces of odd sizes.
     let last = [(DATA, 100, WRITE), (DATA + 200, 412, WRITE)];
     assert_eq!(ask(&mut driver, VIRTIO_BLK_T_IN, 2047, &last), (0, 513));
+}
+
+/// A read's buffers, status and used ring, each on pages of its own; the driver's side is page 0.
+#[test]
+fn what_a_disk_writes_is_marked() {
+    const USED: u64 = RAM + 0x2000;
+    const STATUS_PAGE: u64 = RAM + 0x4000;
+    let image = TempImage::new(MIB);
+    for flags in ["", ",snapshot=on", ",direct"] {
+        let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
+        let mut driver = Driver::of(Box::new(disk));
+        driver.negotiate(u64::MAX);
+        driver.set_up(0, [rings(0)[0], rings(0)[1], USED]);
+        driver.core.set_status(READY);
+        let ram = Arc::clone(&driver.ram);
+        for (round, (kind, flag, pages)) in [
+            (VIRTIO_BLK_T_IN, WRITE, vec![0, 2, 4, 257, 258]),
+            (VIRTIO_BLK_T_OUT, 0, vec![0, 2, 4]),
+            (VIRTIO_BLK_T_GET_ID, WRITE, vec![0, 2, 4, 257]),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut header = [0; 16];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            ram.write_slice(&header, GuestAddress(HEADER)).unwrap();
+            let buffers = [(HEADER, 16, 0), (DATA, 8192, flag), (STATUS_PAGE, 1, WRITE)];
+            driver.describe_chain(rings(0)[0], 0, &buffers);
+            let log = dirty_log(&ram);
+            log.start().unwrap();
+            driver.offer(0, 0);
+            driver.wait_until("a used buffer", |_| {
+                let index = ram.load::<u16>(GuestAddress(USED + 2), Ordering::Acquire);
+                usize::from(index.unwrap()) == round + 1
+            });
+            let marked: Vec<_> = pages_of(&log.take()).collect();
+            assert_eq!(marked, pages, "{kind} {flags}");
+        }
+    }
 }
 
 #[test]

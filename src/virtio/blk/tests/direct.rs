@@ -93,7 +93,7 @@ fn coarse(image: &TempImage) -> (File, Direct, Arc<FlatRam>) {
     let none = |_: &_| unreachable!("the last unit is whole");
     let direct = Direct::new(units, MIB, 512, true, none).unwrap();
     let config = MemConfig::new(ByteSize::mib(1));
-    let ram = memory::create(GuestAddress(RAM), config).unwrap();
+    let ram = memory::create(GuestAddress(RAM), config, memory::Backing::Private).unwrap();
     (file, direct, FlatRam::of(&ram))
 }
 

@@ -1,0 +1,333 @@
+//! Which pages of guest RAM rvmm wrote: the part of dirty tracking that KVM does not see.
+//!
+//! KVM logs the guest's own stores (KVM_GET_DIRTY_LOG). Devices, SBI calls and the loader write
+//! through rvmm's mapping, and so do system calls that rvmm makes for them. All of that is marked
+//! here, a bit for each page, while somebody asks for it.
+//!
+//! **The rule: first the bytes, then the mark.** Whoever copies RAM takes the marks first and reads
+//! the pages then. A mark that is taken comes with its bytes. Bytes whose mark is not there yet are
+//! found by the next take. So the last take has to come after the last write: devices stand still
+//! by then. A request that the kernel serves by itself (io_uring) is marked when it comes back. A
+//! read of a file marks all its buffers, whatever the call says: a direct read that fails, or is
+//! short, may have written more than it says.
+//!
+//! While tracking is off, a write costs one relaxed load and a branch, and there are no bits.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, compiler_fence};
+use std::sync::{Arc, Mutex};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::thread::{MembarrierCommand, membarrier};
+use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{GuestMemory, PAGE_SIZE};
+use crate::util::sync::lock;
+
+/// Bytes that a bit stands for.
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+/// Pages that a word of bits stands for.
+const WORD_PAGES: usize = 64;
+
+/// The words that a bitmap of `size` bytes of RAM has, by rvmm's log and by KVM's.
+pub fn words_of(size: usize) -> usize {
+    size.div_ceil(PAGE * WORD_PAGES)
+}
+
+/// The numbers of the pages that are marked in `words`, in their order. Page 0 is where the RAM
+/// starts.
+pub fn pages_of(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
+    let of_word = |(index, word): (usize, &u64)| {
+        let word = *word;
+        let marked = (0..WORD_PAGES).filter(move |bit| (word >> bit) & 1 == 1);
+        marked.map(move |bit| index * WORD_PAGES + bit)
+    };
+    let words = words.iter().enumerate();
+    words.filter(|(_, word)| **word != 0).flat_map(of_word)
+}
+
+/// The log of one mapping of guest RAM. Clones are of the same log.
+#[derive(Clone, Default)]
+pub struct DirtyLog(Arc<Log>);
+
+/// Where the bits are, if tracking is on.
+#[derive(Default)]
+struct Log {
+    /// The first word; null while tracking is off.
+    on: AtomicPtr<AtomicU64>,
+    pages: usize,
+    /// Made by the first start. It stays mapped, without memory behind it while tracking is off: a
+    /// thread that saw the pointer may mark a moment later.
+    bits: Mutex<Option<Bits>>,
+}
+
+impl DirtyLog {
+    /// Tracks writes from now on, with no page marked. What was written before is in RAM when this
+    /// returns, for every thread that reads it then; what is written later is marked.
+    ///
+    /// # Errors
+    /// The host has no memory for the bits, or no membarrier.
+    pub fn start(&self) -> io::Result<()> {
+        let log = &self.0;
+        let mut bits = lock(&log.bits);
+        let words = log.pages.div_ceil(WORD_PAGES);
+        if words == 0 {
+            return Ok(());
+        }
+        // A writer has no barrier between its bytes and its look at `on`. This call is the barrier,
+        // on each CPU that runs a thread of rvmm.
+        membarrier(MembarrierCommand::RegisterPrivateExpedited)?;
+        let bits = match bits.take() {
+            Some(known) => bits.insert(known),
+            None => bits.insert(Bits::map(words)?),
+        };
+        bits.forget()?;
+        log.on.store(bits.start.as_ptr(), Ordering::Release);
+        let passed = membarrier(MembarrierCommand::PrivateExpedited);
+        if passed.is_err() {
+            log.on.store(null_mut(), Ordering::Release);
+        }
+        Ok(passed?)
+    }
+
+    /// Ends tracking, and gives the memory of the bits back.
+    ///
+    /// # Errors
+    /// The host refused to take it. Tracking is off all the same.
+    pub fn stop(&self) -> io::Result<()> {
+        let bits = lock(&self.0.bits);
+        self.0.on.store(null_mut(), Ordering::Release);
+        bits.as_ref().map_or(Ok(()), Bits::forget)
+    }
+
+    /// Whether tracking is on.
+    pub fn is_on(&self) -> bool {
+        !self.0.on.load(Ordering::Relaxed).is_null()
+    }
+
+    /// The marks since the last take, which are gone then: page 0 is bit 0 of the first word, as in
+    /// KVM's log. No words while tracking is off. The pages are to be read after this, not before.
+    pub fn take(&self) -> Vec<u64> {
+        let _bits = lock(&self.0.bits);
+        let words = self.0.words();
+        // Most words are 0; to look first leaves their cache lines shared.
+        let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => word.swap(0, Ordering::AcqRel),
+        };
+        words.map_or_else(Vec::new, |words| words.iter().map(take).collect())
+    }
+
+    /// The `length` bytes at `offset` were written.
+    #[inline(always)]
+    pub fn mark(&self, offset: usize, length: usize) {
+        self.0.mark(offset, length);
+    }
+}
+
+impl Log {
+    #[inline(always)]
+    fn mark(&self, offset: usize, length: usize) {
+        // The bytes are written before the look; `start` does the rest.
+        compiler_fence(Ordering::SeqCst);
+        if !self.on.load(Ordering::Relaxed).is_null() {
+            self.mark_words(offset, length);
+        }
+    }
+
+    /// Marks beyond the end of RAM are none.
+    #[cold]
+    #[inline(never)]
+    fn mark_words(&self, offset: usize, length: usize) {
+        let (Some(words), Some(rest)) = (self.words(), length.checked_sub(1)) else {
+            return;
+        };
+        let first = offset / PAGE;
+        let last = (offset.saturating_add(rest) / PAGE).min(self.pages - 1);
+        if first > last {
+            return;
+        }
+        let (first_word, last_word) = (first / WORD_PAGES, last / WORD_PAGES);
+        for (index, word) in (first_word..).zip(&words[first_word..=last_word]) {
+            let mut marks = u64::MAX;
+            if index == first_word {
+                marks &= u64::MAX << (first % WORD_PAGES);
+            }
+            if index == last_word {
+                marks &= u64::MAX >> (WORD_PAGES - 1 - last % WORD_PAGES);
+            }
+            // Release: who takes the mark sees the bytes. So a bit that is set is set again.
+            word.fetch_or(marks, Ordering::Release);
+        }
+    }
+
+    /// The bits, while tracking is on.
+    fn words(&self) -> Option<&[AtomicU64]> {
+        let start = NonNull::new(self.on.load(Ordering::Acquire))?;
+        let count = self.pages.div_ceil(WORD_PAGES);
+        // SAFETY: `on` is the start of `bits`, which has that many words and stays mapped until
+        // `self` is dropped. All accesses are atomic; what `Bits::forget` does leaves zeros.
+        Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), count) })
+    }
+}
+
+/// A mapping of zeros.
+struct Bits {
+    start: NonNull<AtomicU64>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is of this process, and belongs to nobody else.
+unsafe impl Send for Bits {}
+
+impl Bits {
+    fn map(words: usize) -> io::Result<Self> {
+        let bytes = words * size_of::<AtomicU64>();
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { mmap_anonymous(null_mut(), bytes, access, flags) }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, bytes })
+    }
+
+    /// All bits are 0, and have no memory.
+    fn forget(&self) -> io::Result<()> {
+        let start = self.start.as_ptr().cast();
+        // SAFETY: the mapping is `self`'s, and its bits are only read and written atomically.
+        unsafe { madvise(start, self.bytes, Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+}
+
+impl Drop for Bits {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length. The log goes with it, so nobody can mark. A
+        // failure could only leak it.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+impl fmt::Debug for DirtyLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "dirty log of {} pages", self.0.pages)
+    }
+}
+
+/// A log as vm-memory's slices have it: offsets are from `base`.
+#[derive(Clone, Copy)]
+pub struct DirtySlice<'a> {
+    log: &'a Log,
+    base: usize,
+}
+
+impl fmt::Debug for DirtySlice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "dirty log from {:#x}", self.base)
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for DirtyLog {
+    type S = DirtySlice<'a>;
+}
+
+/// vm-memory marks after it has written.
+impl Bitmap for DirtyLog {
+    #[inline(always)]
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.0.mark(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.slice_at(0).dirty_at(offset)
+    }
+
+    #[inline(always)]
+    fn slice_at(&self, offset: usize) -> DirtySlice<'_> {
+        DirtySlice {
+            log: &self.0,
+            base: offset,
+        }
+    }
+}
+
+impl NewBitmap for DirtyLog {
+    fn with_len(len: usize) -> Self {
+        Self(Arc::new(Log {
+            pages: len.div_ceil(PAGE),
+            ..Log::default()
+        }))
+    }
+}
+
+impl<'b> WithBitmapSlice<'_> for DirtySlice<'b> {
+    type S = DirtySlice<'b>;
+}
+
+impl BitmapSlice for DirtySlice<'_> {}
+
+impl Bitmap for DirtySlice<'_> {
+    #[inline(always)]
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.log.mark(self.base.wrapping_add(offset), len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = self.base.wrapping_add(offset) / PAGE;
+        let words = self.log.words().unwrap_or_default();
+        let word = words.get(page / WORD_PAGES);
+        word.is_some_and(|word| (word.load(Ordering::Relaxed) >> (page % WORD_PAGES)) & 1 == 1)
+    }
+
+    #[inline(always)]
+    fn slice_at(&self, offset: usize) -> Self {
+        Self {
+            log: self.log,
+            base: self.base.wrapping_add(offset),
+        }
+    }
+}
+
+/// The log of `ram`, which is one region.
+pub fn dirty_log(ram: &GuestMemory) -> DirtyLog {
+    let region = ram.iter().next();
+    let log = region.map(|region| vm_memory::MmapRegion::bitmap(region).clone());
+    log.unwrap_or_default()
+}
+
+/// Marks in the log of `ram` what vhost wrote, and takes that from vhost's log.
+///
+/// vhost writes to guest RAM inside the host's kernel, and keeps a log of its own:
+/// VHOST_SET_LOG_BASE with VHOST_F_LOG_ALL (`log_write` in `drivers/vhost/vhost.c`). `log` is that
+/// bitmap, which vhost sets bits in meanwhile: bit 0 of the first word is the page of
+/// guest-physical address 0, and it has to reach to the end of RAM. vhost too writes first and
+/// marks then. So this is called before each [`DirtyLog::take`], and once more when vhost has
+/// stopped. Nothing in rvmm asks vhost for a log yet.
+pub fn merge_vhost(ram: &GuestMemory, log: &[AtomicU64]) {
+    for region in ram.iter() {
+        let Ok(first) = usize::try_from(region.start_addr().0 / PAGE_SIZE) else {
+            continue;
+        };
+        let end = first + region.size() / PAGE;
+        for (index, word) in log.iter().enumerate() {
+            let page = index * WORD_PAGES;
+            if page + WORD_PAGES <= first || page >= end || word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            for marked in pages_of(&[word.swap(0, Ordering::AcqRel)]) {
+                if let Some(offset) = (page + marked).checked_sub(first) {
+                    vm_memory::MmapRegion::bitmap(region).mark(offset * PAGE, PAGE);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
