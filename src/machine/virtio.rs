@@ -23,6 +23,7 @@ use crate::virtio::mmio::{self, MmioTransport};
 use crate::virtio::net::{Net, vhost};
 use crate::virtio::pci::PciTransport;
 use crate::virtio::rng::Rng;
+use crate::virtio::starter::Starter;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;
@@ -151,23 +152,25 @@ pub(super) fn attach(
     bus: &mut Bus,
 ) -> Result<Vec<Arc<dyn Device>>> {
     let devices = backends.devices(config)?;
+    if devices.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The transports have it: it ends when the last of them is dropped.
+    let starter = Starter::new().context("Failed to start the devices thread")?;
     match config.transport {
-        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
-        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus),
+        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus, &starter),
+        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus, &starter),
     }
 }
 
-/// A bus with the devices, or none where there are none.
 fn attach_pci(
     devices: Vec<Box<dyn VirtioDevice>>,
     vm: &Arc<dyn Vm>,
     ram: &Arc<GuestMemory>,
     irqchip: &IrqChip,
     bus: &mut Bus,
+    starter: &Arc<Starter>,
 ) -> Result<Vec<Arc<dyn Device>>> {
-    if devices.is_empty() {
-        return Ok(Vec::new());
-    }
     let first = layout::pci_irq(irqchip.sources());
     let wires = [0, 1, 2, 3].map(|wire| irqchip.line(first + wire));
     let messages = irqchip.messages().cloned();
@@ -177,7 +180,7 @@ fn attach_pci(
     let mut bridge = HostBridge::new(ecam, window, wires, messages);
     for (device, vectors) in devices.into_iter().zip(vectors) {
         let name = device.name().to_owned();
-        PciTransport::attach(device, ram, vm, &mut bridge, vectors)
+        PciTransport::attach(device, ram, vm, &mut bridge, vectors, starter)
             .with_context(|| format!("Failed to attach {name}"))?;
     }
     let bridge = Arc::new(bridge);
@@ -219,6 +222,7 @@ fn attach_mmio(
     ram: &Arc<GuestMemory>,
     irqchip: &IrqChip,
     bus: &mut Bus,
+    starter: &Arc<Starter>,
 ) -> Result<Vec<Arc<dyn Device>>> {
     let (count, slots) = (devices.len(), layout::VIRTIO_MMIO_SLOTS);
     if count > slots as usize {
@@ -229,7 +233,7 @@ fn attach_mmio(
         let base = layout::VIRTIO_MMIO.start + u64::from(slot) * mmio::SIZE;
         let line = irqchip.line(layout::VIRTIO_MMIO_IRQ + slot);
         let name = device.name().to_owned();
-        let transport = MmioTransport::new(device, ram, vm, base, line)
+        let transport = MmioTransport::new(device, ram, vm, base, line, starter)
             .with_context(|| format!("Failed to attach {name}"))?;
         bus.insert(base..base + mmio::SIZE, Arc::clone(&transport) as _)?;
         attached.push(transport);

@@ -16,6 +16,8 @@ pub enum Kind {
     Net,
     /// Serves another virtio device.
     Virtio,
+    /// Starts and stops virtio devices.
+    Devices,
     /// Waits for an alarm of the guest's clock.
     Rtc,
     /// Waits for the process's signals.
@@ -30,6 +32,7 @@ impl Kind {
             Kind::Disk => "disk",
             Kind::Net => "net",
             Kind::Virtio => "virtio",
+            Kind::Devices => "devices",
             Kind::Rtc => "rtc",
             Kind::Signals => "signals",
         }

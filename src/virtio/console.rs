@@ -1,16 +1,17 @@
 //! A console: virtio-console with one port (VIRTIO 1.2, section 5.3).
 
 use std::io;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Chain, Virtq};
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, Worker, Workers};
 use crate::devices::console::{Console, Listener, OUTPUT_CAPACITY};
 use crate::util::poll::Events;
+use crate::util::sync::lock;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
@@ -28,8 +29,8 @@ pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
 pub struct ConsolePort {
     console: Arc<Console>,
     size: Size,
-    worker: Option<Worker>,
-    listener: Option<Arc<Wake>>,
+    workers: Workers,
+    listener: Mutex<Option<Arc<Wake>>>,
 }
 
 /// Wakes the port's thread when the host's side has changed.
@@ -48,8 +49,8 @@ impl ConsolePort {
         Self {
             console,
             size,
-            worker: None,
-            listener: None,
+            workers: Workers::default(),
+            listener: Mutex::default(),
         }
     }
 }
@@ -81,7 +82,7 @@ impl VirtioDevice for ConsolePort {
         read_bytes(&space, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         let Ok([input, output]) = <[Virtq; 2]>::try_from(activation.queues) else {
             return Err(io::Error::other("a console needs both of its queues"));
         };
@@ -89,7 +90,7 @@ impl VirtioDevice for ConsolePort {
         let listener: Arc<dyn Listener> = Arc::clone(&wake) as _;
         self.console
             .set_listener(Arc::downgrade(&listener) as Weak<dyn Listener>);
-        self.listener = Some(wake);
+        *lock(&self.listener) = Some(wake);
         let mut port = Port {
             console: Arc::clone(&self.console),
             size: Arc::clone(&self.size),
@@ -102,14 +103,18 @@ impl VirtioDevice for ConsolePort {
         kicks.add_signal(1, output.kick())?;
         let serve = move |queues: &mut [Virtq], stop: &Stop| port.serve(queues, &kicks, stop);
         let queues = vec![input, output];
-        self.worker = Some(Worker::serve(Kind::Virtio, "console", queues, serve)?);
+        self.workers
+            .add(Worker::serve(Kind::Virtio, "console", queues, serve)?);
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        self.listener = None;
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+    fn stop(&self) {
+        self.workers.stop();
+    }
+
+    fn deactivate(&self) -> Vec<Virtq> {
+        *lock(&self.listener) = None;
+        self.workers.take_back()
     }
 }
 
@@ -219,9 +224,7 @@ impl Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::util::sync::lock;
     use crate::virtio::testing::*;
-    use std::sync::Mutex;
     use std::sync::atomic::Ordering;
     use vm_memory::{Bytes, GuestAddress};
 

@@ -1,4 +1,4 @@
-//! The state machine behind a device's registers, once for every transport.
+//! A device behind its transport: registers, and when it starts and stops.
 //!
 //! VIRTIO 1.2, sections 2.1 (status), 2.2 (features), 2.4 (reset) and 3.1 (initialization):
 //!
@@ -13,119 +13,44 @@
 //!
 //! On a bus that its driver has to let the device on, see [`Core::set_bus_master`], a device is live
 //! only while it may be.
+//!
+//! A start is handed to the devices thread (`starter`), and DRIVER_OK shows at once. A stop is waited for
+//! by who wants it, without the registers' lock: others read meanwhile, and find the status as it was.
+//! Their writes to the status and to queues have no effect then, but a reset, and a change of the bus,
+//! which wait for their turn. A reset over PCI waits too, although the standard lets a driver poll the
+//! status (section 4.1.4.3.2): EDK2's drivers write 0 before they leave, do not poll, and the memory is
+//! the kernel's then.
 
 use std::io;
-use std::mem::size_of;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
-};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
-use vmm_sys_util::eventfd::EventFd;
-
-use super::device::{
-    Activation, DRIVER_OK, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice, features,
-    status_bit,
-};
-use super::queue::Virtq;
+use super::device::{Activation, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice};
+use super::registers::{Life, Registers};
+use super::starter::{Seat, Starter};
 use crate::memory::GuestMemory;
+use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info};
 
-const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
-const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
-const FEATURES_OK: u8 = status_bit(VIRTIO_CONFIG_S_FEATURES_OK);
-const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
-/// What a driver may set.
-const DRIVERS: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
+pub use super::registers::{Half, QueueSetup, Ring};
 
-/// What every device of rvmm offers.
-const COMMON_FEATURES: u64 = features(&[
-    VIRTIO_F_VERSION_1,
-    VIRTIO_RING_F_INDIRECT_DESC,
-    VIRTIO_RING_F_EVENT_IDX,
-]);
-
-/// A virtqueue as its driver sets it up.
-pub struct QueueSetup {
-    /// The largest size, of the device's choice.
-    pub max_size: u16,
-    /// Entries, of the driver's choice: a power of two.
-    pub size: u16,
-    /// Whether the driver has set it up.
-    pub enabled: bool,
-    /// Guest-physical address of the descriptor table, the driver's ring and the device's ring.
-    pub rings: [u64; 3],
-    /// Signalled by notifications, also before the device is live.
-    pub kick: Arc<EventFd>,
-}
-
-/// Which of a queue's three parts an address is of.
-#[derive(Clone, Copy, Debug)]
-pub enum Ring {
-    /// The descriptor table.
-    Descriptors = 0,
-    /// The available ring.
-    Driver = 1,
-    /// The used ring.
-    Device = 2,
-}
-
-/// The half of a 64-bit register that a 32-bit access is for.
-#[derive(Clone, Copy, Debug)]
-pub enum Half {
-    /// Bits 31 to 0.
-    Low,
-    /// Bits 63 to 32.
-    High,
-}
-
-impl Half {
-    /// This half of `value`.
-    pub fn of(self, value: u64) -> u32 {
-        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-        match self {
-            Half::Low => u32::from_le_bytes([a, b, c, d]),
-            Half::High => u32::from_le_bytes([e, f, g, h]),
-        }
-    }
-
-    /// `value` with this half replaced.
-    pub fn set(self, value: u64, half: u32) -> u64 {
-        match self {
-            Half::Low => (value & !0xffff_ffff) | u64::from(half),
-            Half::High => (value & 0xffff_ffff) | (u64::from(half) << 32),
-        }
-    }
-}
-
-/// A device and what its driver has told it so far.
+/// A device, and what its driver has told it so far. Any thread may call it at any time.
 pub struct Core {
-    device: Box<dyn VirtioDevice>,
+    device: Arc<dyn VirtioDevice>,
     ram: Arc<GuestMemory>,
     shared: Arc<Shared>,
     fault: Fault,
-    offered: u64,
-    accepted: u64,
-    /// Which 32 features the feature registers show: of the device, of the driver.
-    pub device_select: u32,
-    /// The same for what the driver accepts.
-    pub driver_select: u32,
-    /// Which queue the queue registers are of.
-    pub queue_select: u16,
-    queues: Vec<QueueSetup>,
-    live: bool,
-    bus_master: bool,
+    registers: Mutex<Registers>,
+    /// Its life is [`Life::Stopping`] no more.
+    stopped: Condvar,
+    seat: Arc<Seat>,
     starts: RateLimit,
+    /// Last: when it ends, the seat is gone too.
+    starter: Arc<Starter>,
 }
 
 impl Core {
-    /// `device` before its first reset, with `interrupt` to its driver.
+    /// `device` before its first reset, with `interrupt` to its driver. `starter` starts and stops it.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -133,24 +58,22 @@ impl Core {
         device: Box<dyn VirtioDevice>,
         ram: Arc<GuestMemory>,
         interrupt: Arc<dyn Interrupt>,
+        starter: &Arc<Starter>,
     ) -> io::Result<Self> {
+        let device: Arc<dyn VirtioDevice> = Arc::from(device);
         let shared = Arc::new(Shared::default());
         let fault = Fault::new(device.name(), &shared, interrupt);
-        let queues = device.queue_sizes().into_iter().map(QueueSetup::new);
+        let registers = Registers::new(device.as_ref(), &shared)?;
         Ok(Self {
             ram,
             shared,
+            seat: Seat::new(Arc::clone(&device), fault.clone()),
             fault,
-            offered: device.features() | COMMON_FEATURES,
-            accepted: 0,
-            device_select: 0,
-            driver_select: 0,
-            queue_select: 0,
-            queues: queues.collect::<io::Result<_>>()?,
-            live: false,
-            bus_master: true,
+            registers: Mutex::new(registers),
+            stopped: Condvar::new(),
             starts: RateLimit::named(format!("{} starts", device.name())),
             device,
+            starter: Arc::clone(starter),
         })
     }
 
@@ -164,91 +87,29 @@ impl Core {
         self.device.name()
     }
 
-    /// All queues.
-    pub fn queues(&self) -> &[QueueSetup] {
-        &self.queues
+    /// The registers, for a look or a write. They are locked: for a moment only, and none of the
+    /// methods here meanwhile.
+    pub fn registers(&self) -> MutexGuard<'_, Registers> {
+        lock(&self.registers)
     }
 
-    /// The queue that is selected, if there is one of that number.
-    pub fn queue(&self) -> Option<&QueueSetup> {
-        self.queues.get(usize::from(self.queue_select))
-    }
-
-    /// The selected queue as long as it can still be set up.
-    fn queue_mut(&mut self) -> Option<&mut QueueSetup> {
-        let queue = self.queues.get_mut(usize::from(self.queue_select))?;
-        (!self.live && !queue.enabled).then_some(queue)
-    }
-
-    /// 32 bits of what the device offers.
-    pub fn device_features(&self) -> u32 {
-        match self.device_select {
-            0 => Half::Low.of(self.offered),
-            1 => Half::High.of(self.offered),
-            _ => 0,
-        }
-    }
-
-    /// 32 bits of what the driver has accepted.
-    pub fn driver_features(&self) -> u32 {
-        match self.driver_select {
-            0 => Half::Low.of(self.accepted),
-            1 => Half::High.of(self.accepted),
-            _ => 0,
-        }
-    }
-
-    /// The driver accepts these 32 features.
-    pub fn set_driver_features(&mut self, features: u32) {
-        if self.status() & FEATURES_OK != 0 {
-            return;
-        }
-        match self.driver_select {
-            0 => self.accepted = Half::Low.set(self.accepted, features),
-            1 => self.accepted = Half::High.set(self.accepted, features),
-            _ => {}
-        }
-    }
-
-    /// The device status.
-    pub fn status(&self) -> u8 {
-        self.shared.status.load(Ordering::Acquire)
-    }
-
-    /// The driver writes the device status. Zero is a reset, which waits for requests in flight.
-    pub fn set_status(&mut self, status: u8) {
+    /// The driver writes the device status. Zero is a reset, see [`Core::reset`]; DRIVER_OK has the
+    /// device started, and does not wait for that.
+    pub fn set_status(&self, status: u8) {
         if status == 0 {
-            self.reset();
-            return;
+            return self.reset();
         }
-        let mut fresh = status & DRIVERS & !self.status();
-        // VERSION_1 may be missing (section 6.2): small kernels accept the low 32 features and no other, and
-        // know the layouts that come with it all the same.
-        let agreed = self.accepted & !self.offered == 0;
-        if fresh & FEATURES_OK != 0 && !agreed {
-            // The driver reads it back, and finds that the device does not agree.
-            fresh &= !FEATURES_OK;
-        }
-        let before = self.shared.status.fetch_or(fresh, Ordering::AcqRel);
-        let may_start = (before | fresh) & FEATURES_OK != 0 && before & NEEDS_RESET == 0;
-        if fresh & DRIVER_OK != 0 && may_start {
-            self.start();
+        let mut registers = self.registers();
+        if registers.add_status(status) {
+            self.start(&mut registers);
         }
     }
 
-    /// Back to the state after power-on; requests in flight are waited for, others dropped.
-    pub fn reset(&mut self) {
-        if std::mem::take(&mut self.live) {
-            drop(self.device.deactivate());
-        }
-        self.shared.status.store(0, Ordering::Release);
-        self.accepted = 0;
-        self.device_select = 0;
-        self.driver_select = 0;
-        self.queue_select = 0;
-        for queue in &mut self.queues {
-            queue.reset();
-        }
+    /// Back to the state after power-on. Waits for what the device has begun; the rest is dropped.
+    pub fn reset(&self) {
+        let (mut registers, _) = self.stop();
+        registers.reset();
+        self.fault.interrupt().reset();
     }
 
     /// Whether the device may access memory; it may until this says otherwise.
@@ -256,58 +117,21 @@ impl Core {
     /// One that runs and may no longer stops as by a reset: when this returns, it has ended what it had
     /// begun, and its driver finds DEVICE_NEEDS_RESET. No interrupt tells of that: who takes the bus away
     /// wants silence. One whose driver is ready, and that has waited for the bus, starts.
-    pub fn set_bus_master(&mut self, allowed: bool) {
-        self.bus_master = allowed;
+    pub fn set_bus_master(&self, allowed: bool) {
         if allowed {
-            const READY: u8 = FEATURES_OK | DRIVER_OK;
-            if self.status() & (READY | NEEDS_RESET) == READY {
-                self.start();
+            let mut registers = self.not_stopping();
+            registers.bus_master = true;
+            if registers.is_ready() {
+                self.start(&mut registers);
             }
-        } else if std::mem::take(&mut self.live) {
-            drop(self.device.deactivate());
+            return;
+        }
+        let (mut registers, was_live) = self.stop();
+        registers.bus_master = false;
+        if was_live {
             self.shared.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
             let name = self.device.name();
             guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
-        }
-    }
-
-    /// The driver chooses the size of the selected queue. One that cannot be has no effect.
-    pub fn set_queue_size(&mut self, size: u16) {
-        if let Some(queue) = self.queue_mut() {
-            if size.is_power_of_two() && size <= queue.max_size {
-                queue.size = size;
-            }
-        }
-    }
-
-    /// The driver places a part of the selected queue.
-    pub fn set_ring(&mut self, ring: Ring, half: Half, value: u32) {
-        if let Some(queue) = self.queue_mut() {
-            let address = &mut queue.rings[ring as usize];
-            *address = half.set(*address, value);
-        }
-    }
-
-    /// The driver has set up the selected queue.
-    pub fn enable_queue(&mut self) {
-        if let Some(queue) = self.queue_mut() {
-            queue.enabled = true;
-        }
-    }
-
-    /// The driver takes back that it has set up the selected queue.
-    pub fn disable_queue(&mut self) {
-        let queue = self.queues.get_mut(usize::from(self.queue_select));
-        if let Some(queue) = queue.filter(|_| !self.live) {
-            queue.enabled = false;
-        }
-    }
-
-    /// The driver notifies a queue, by a store that the kernel did not take.
-    pub fn kick(&self, index: u16) {
-        if let Some(queue) = self.queues.get(usize::from(index)) {
-            // It fails only when 2^64 notifications wait.
-            let _ = queue.kick.write(1);
         }
     }
 
@@ -322,102 +146,64 @@ impl Core {
     }
 
     /// Writes it.
-    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
         self.device.write_config(offset, data);
     }
 
-    fn start(&mut self) {
-        if self.live || !self.bus_master {
+    /// Waits until a start that is under way has ended, well or not.
+    pub fn wait_settled(&self) {
+        self.seat.wait_settled();
+    }
+
+    fn start(&self, registers: &mut Registers) {
+        if registers.life != Life::Idle || !registers.bus_master {
             return;
         }
-        let queues = match self.live_queues() {
+        let queues = match registers.live_queues(&self.ram, &self.fault) {
             Ok(queues) => queues,
             Err(why) => return self.fault.needs_reset(why),
         };
         let name = self.device.name();
         let count = queues.len();
         guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
-        let started = self.device.activate(Activation {
+        registers.life = Life::Live;
+        let activation = Activation {
             ram: Arc::clone(&self.ram),
-            features: self.accepted,
+            features: registers.features(),
             queues,
             fault: self.fault.clone(),
-        });
-        match started {
-            Ok(()) => self.live = true,
-            Err(error) => self.fault.needs_reset(error),
-        }
+        };
+        self.seat.start(&self.starter, activation);
     }
 
-    fn live_queues(&self) -> Result<Vec<Virtq>, String> {
-        let event_idx = self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        let mut live = Vec::new();
-        for (index, setup) in (0u16..).zip(&self.queues) {
-            if !setup.enabled {
-                continue;
-            }
-            let mut queue = setup
-                .live(&self.ram)
-                .map_err(|why| format!("queue {index}: {why}"))?;
-            queue.set_event_idx(event_idx);
-            let (ram, fault) = (&self.ram, &self.fault);
-            live.push(Virtq::new(index, queue, ram, &setup.kick, fault));
+    /// Stops the device if it is live, and waits for that. Returns with the registers locked, and
+    /// whether it was.
+    fn stop(&self) -> (MutexGuard<'_, Registers>, bool) {
+        let mut registers = self.not_stopping();
+        if registers.life != Life::Live {
+            return (registers, false);
         }
-        Ok(live)
+        registers.life = Life::Stopping;
+        drop(registers);
+        drop(self.seat.stop(&self.starter));
+        let mut registers = self.registers();
+        registers.life = Life::Idle;
+        self.stopped.notify_all();
+        (registers, true)
+    }
+
+    /// The registers, once nobody waits for the device to stop.
+    fn not_stopping(&self) -> MutexGuard<'_, Registers> {
+        let is_stopping = |registers: &mut Registers| registers.life == Life::Stopping;
+        let registers = self.stopped.wait_while(self.registers(), is_stopping);
+        registers.unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A device's threads end with it.
 impl Drop for Core {
     fn drop(&mut self) {
-        self.reset();
-    }
-}
-
-impl QueueSetup {
-    fn new(max_size: u16) -> io::Result<Self> {
-        Ok(Self {
-            max_size,
-            size: max_size,
-            enabled: false,
-            rings: [0; 3],
-            kick: Arc::new(EventFd::new(libc::EFD_CLOEXEC)?),
-        })
-    }
-
-    fn reset(&mut self) {
-        self.size = self.max_size;
-        self.enabled = false;
-        self.rings = [0; 3];
-    }
-
-    /// The queue as the driver wants it.
-    ///
-    /// virtio-queue's own checks would log an error each time a guest makes one.
-    fn live(&self, ram: &GuestMemory) -> Result<Queue, String> {
-        let [descriptors, driver, device] = self.rings.map(GuestAddress);
-        let entries = usize::from(self.size);
-        // Section 2.7: flags and index, entries of 16, 2 and 8 bytes, an event index.
-        let sizes = [
-            (descriptors, size_of::<RawDescriptor>() * entries),
-            (driver, 6 + 2 * entries),
-            (device, 6 + 8 * entries),
-        ];
-        for (start, size) in sizes {
-            if start.0 == 0 || !ram.check_range(start, size) {
-                return Err(format!("its ring at {:#x} is not in RAM", start.0));
-            }
-        }
-        let misaligned = |error| format!("{error}");
-        let mut queue = Queue::new(self.max_size).map_err(misaligned)?;
-        queue.try_set_size(self.size).map_err(misaligned)?;
-        queue
-            .try_set_desc_table_address(descriptors)
-            .and_then(|()| queue.try_set_avail_ring_address(driver))
-            .and_then(|()| queue.try_set_used_ring_address(device))
-            .map_err(misaligned)?;
-        queue.set_ready(true);
-        Ok(queue)
+        drop(self.stop());
     }
 }
 

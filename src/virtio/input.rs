@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, Worker, Workers};
 use crate::util::poll::Events;
 use crate::util::sync::lock;
 use crate::util::thread::Kind;
@@ -64,8 +64,8 @@ impl Button {
 pub struct PowerKey {
     button: Arc<Button>,
     /// What the driver wants to read of the configuration: `select` and `subsel`.
-    selected: [u8; 2],
-    worker: Option<Worker>,
+    selected: Mutex<[u8; 2]>,
+    workers: Workers,
 }
 
 impl PowerKey {
@@ -73,14 +73,14 @@ impl PowerKey {
     pub fn new(button: Arc<Button>) -> Self {
         Self {
             button,
-            selected: [0; 2],
-            worker: None,
+            selected: Mutex::default(),
+            workers: Workers::default(),
         }
     }
 
     /// What is selected; nothing where there is no such thing.
     fn answer(&self) -> Vec<u8> {
-        let [select, subsel] = self.selected;
+        let [select, subsel] = *lock(&self.selected);
         match (select.into(), subsel.into()) {
             (ID_NAME, 0) => NAME.to_vec(),
             (ID_DEVIDS, 0) => [BUS_VIRTUAL, 0, 0, 1].map(u16::to_le_bytes).concat(),
@@ -115,24 +115,22 @@ impl VirtioDevice for PowerKey {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let answer = self.answer();
         let size = u8::try_from(answer.len()).unwrap_or(u8::MAX);
-        let [select, subsel] = self.selected;
+        let [select, subsel] = *lock(&self.selected);
         let mut space = vec![select, subsel, size, 0, 0, 0, 0, 0];
         space.extend(answer);
         read_bytes(&space, offset, data);
     }
 
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let mut all = lock(&self.selected);
         for (at, byte) in (offset..).zip(data) {
-            if let Some(selected) = usize::try_from(at)
-                .ok()
-                .and_then(|at| self.selected.get_mut(at))
-            {
+            if let Some(selected) = usize::try_from(at).ok().and_then(|at| all.get_mut(at)) {
                 *selected = *byte;
             }
         }
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         let Ok([events, statuses]) = <[Virtq; 2]>::try_from(activation.queues) else {
             return Err(io::Error::other("a power key needs both of its queues"));
         };
@@ -142,15 +140,18 @@ impl VirtioDevice for PowerKey {
         let (wake, button) = (Arc::clone(events.kick()), Arc::clone(&self.button));
         let serve = move |queues: &mut [Virtq], stop: &Stop| serve(queues, &button, &kicks, stop);
         let worker = Worker::serve(Kind::Virtio, "power key", vec![events, statuses], serve)?;
-        self.worker = Some(worker);
+        self.workers.add(worker);
         *lock(&self.button.wake) = Some(wake);
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
+    fn stop(&self) {
         *lock(&self.button.wake) = None;
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+        self.workers.stop();
+    }
+
+    fn deactivate(&self) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 

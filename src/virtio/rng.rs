@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::device::{Activation, VirtioDevice};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker, wait};
+use super::worker::{Stop, Worker, Workers, wait};
 use crate::memory::Pieces;
 use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::thread::Kind;
@@ -28,7 +28,7 @@ const LEAST: usize = 64;
 /// An entropy source of the guest.
 #[derive(Default)]
 pub struct Rng {
-    worker: Option<Worker>,
+    workers: Workers,
 }
 
 impl VirtioDevice for Rng {
@@ -50,18 +50,21 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _: u64, _: &mut [u8]) {}
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         let serve = |queues: &mut [Virtq], stop: &Stop| serve(&mut queues[0], stop);
         if !activation.queues.is_empty() {
             let worker = Worker::serve(Kind::Virtio, "rng", activation.queues, serve)?;
-            self.worker = Some(worker);
+            self.workers.add(worker);
         }
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+    fn stop(&self) {
+        self.workers.stop();
+    }
+
+    fn deactivate(&self) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::device::VirtioDevice;
 use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
+use super::starter::Starter;
 use super::testing::*;
 use crate::bus::{Bus, IrqLine, IrqSink};
 use crate::config::MemConfig;
@@ -124,7 +125,8 @@ impl Guest {
         let mut guest = Self::new(MMIO, &MMIO_MAP);
         let line = IrqLine::new(Arc::clone(&guest.wire) as _, 8);
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line).unwrap();
+        let starter = Starter::new().unwrap();
+        let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line, &starter).unwrap();
         guest
             .bus
             .insert(MMIO..MMIO + mmio::SIZE, transport)
@@ -148,7 +150,8 @@ impl Guest {
         let window = 0x4000_0000..0x5000_0000;
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors).unwrap();
+        let starter = Starter::new().unwrap();
+        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors, &starter).unwrap();
         for (range, device) in Arc::new(bridge).on_bus() {
             guest.bus.insert(range, device).unwrap();
         }

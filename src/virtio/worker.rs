@@ -1,21 +1,44 @@
 //! The thread that serves a device's queues.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Broken, Virtq};
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
 /// A thread that works for a device until it is stopped, and then gives back what it owned.
 pub struct Worker<T: Send + 'static = Vec<Virtq>> {
     stop: Stop,
     wake: Arc<EventFd>,
+    ended: Arc<Ended>,
     thread: Option<JoinHandle<T>>,
+}
+
+/// Whether a worker's thread has nothing left to do but to go.
+#[derive(Default)]
+struct Ended(Mutex<bool>, Condvar);
+
+impl Ended {
+    fn wait(&self) {
+        let waited = self.1.wait_while(lock(&self.0), |ended| !*ended);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Tells at its end, also at that of a panic.
+struct TellEnd(Arc<Ended>);
+
+impl Drop for TellEnd {
+    fn drop(&mut self) {
+        *lock(&self.0.0) = true;
+        self.0.1.notify_all();
+    }
 }
 
 /// Says whether a worker is to end; its own thread has it.
@@ -70,10 +93,16 @@ impl<T: Send + 'static> Worker<T> {
     {
         let stop = Stop::default();
         let asked = stop.clone();
-        let thread = spawn(kind, name, move || body(&asked))?;
+        let ended = Arc::<Ended>::default();
+        let tell = TellEnd(Arc::clone(&ended));
+        let thread = spawn(kind, name, move || {
+            let _tell = tell;
+            body(&asked)
+        })?;
         Ok(Self {
             stop,
             wake,
+            ended,
             thread: Some(thread),
         })
     }
@@ -92,6 +121,12 @@ impl<T: Send + 'static> Worker<T> {
         }
     }
 
+    /// Waits until the thread, which was asked to end, has ended what it had begun. What it owned is
+    /// still to be taken.
+    fn wait_end(&self) {
+        self.ended.wait();
+    }
+
     fn end(&mut self) -> Option<T> {
         let thread = self.thread.take()?;
         self.ask();
@@ -103,6 +138,34 @@ impl<T: Send + 'static> Worker<T> {
 impl<T: Send + 'static> Drop for Worker<T> {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// The threads that serve the queues of a device which is active: what most devices consist of.
+#[derive(Default)]
+pub struct Workers(Mutex<Vec<Worker>>);
+
+impl Workers {
+    /// Adds one that was started.
+    pub fn add(&self, worker: Worker) {
+        lock(&self.0).push(worker);
+    }
+
+    /// Ends all threads, and returns when they have ended what they had begun: all that most devices need
+    /// for [`stop`](super::device::VirtioDevice::stop).
+    pub fn stop(&self) {
+        let workers = lock(&self.0);
+        // All at once: none begins anything while another is waited for.
+        workers.iter().for_each(Worker::ask);
+        workers.iter().for_each(Worker::wait_end);
+    }
+
+    /// The queues of all, in the order in which they were added. Threads that were not stopped are.
+    pub fn take_back(&self) -> Vec<Virtq> {
+        let workers = std::mem::take(&mut *lock(&self.0));
+        workers.iter().for_each(Worker::ask);
+        let queues = workers.into_iter().filter_map(Worker::stop);
+        queues.flatten().collect()
     }
 }
 

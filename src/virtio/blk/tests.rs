@@ -291,8 +291,11 @@ fn the_name_is_told() {
 fn a_readonly_disk_is_not_written() {
     let image = TempImage::new(MIB);
     let mut driver = image.driver(",readonly");
-    driver.core.device_select = 0;
-    assert_ne!(driver.core.device_features() & (1 << VIRTIO_BLK_F_RO), 0);
+    driver.core.registers().device_select = 0;
+    assert_ne!(
+        driver.core.registers().device_features() & (1 << VIRTIO_BLK_F_RO),
+        0
+    );
     assert_eq!(write(&mut driver, 0, &[1; 512]), 1);
     assert_eq!(
         ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 1)]),
@@ -378,7 +381,7 @@ fn a_driver_without_flushes_can_write() {
         driver.core.set_status(0);
         driver.negotiate(features);
         driver.set_up(0, rings(0));
-        driver.core.set_status(READY);
+        driver.become_ready();
         assert_eq!(shared.through.load(Ordering::Acquire), through);
         assert_eq!(write(&mut driver, 5, &[4; 512]), 0);
         assert_eq!(image.bytes(5 * 512, 512), [4; 512]);

@@ -1,8 +1,11 @@
 //! The state machine, and what a driver can do to a queue: any device stands for all.
 
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread;
 
 use super::*;
+use crate::virtio::queue::Virtq;
 use crate::virtio::testing::*;
 use crate::virtio::worker::Stop;
 
@@ -34,7 +37,7 @@ fn breaks(harm: impl FnOnce(&mut Driver)) {
     works(&mut driver, 0);
     driver.restart();
     harm(&mut driver);
-    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
     works(&mut driver, 1);
     driver.breaks_and_recovers(|d| works(d, 0));
 }
@@ -85,11 +88,11 @@ fn hostile_a_head_outside_the_table() {
 fn hostile_an_index_that_jumps() {
     breaks(|driver| {
         driver.set_avail(0, SIZE + 1);
-        driver.core.kick(0);
+        driver.core.registers().kick(0);
     });
     breaks(|driver| {
         driver.set_avail(0, u16::MAX);
-        driver.core.kick(0);
+        driver.core.registers().kick(0);
     });
 }
 
@@ -261,8 +264,8 @@ fn hostile_rings_outside_ram() {
         let mut driver = Driver::of(echo());
         driver.negotiate(u64::MAX);
         driver.set_up(0, rings);
-        driver.core.set_status(READY);
-        assert_ne!(driver.core.status() & BROKEN, 0, "{rings:x?}");
+        driver.become_ready();
+        assert_ne!(driver.status() & BROKEN, 0, "{rings:x?}");
         driver.breaks_and_recovers(|d| works(d, 0));
     }
 }
@@ -272,21 +275,25 @@ fn hostile_sizes_have_no_effect() {
     let mut driver = Driver::of(echo());
     driver.negotiate(u64::MAX);
     for size in [0, 3, 15, 17, 32, u16::MAX] {
-        driver.core.set_queue_size(size);
-        assert_eq!(driver.core.queue().unwrap().size, SIZE, "{size}");
+        driver.core.registers().set_queue_size(size);
+        assert_eq!(
+            driver.core.registers().queue().unwrap().size,
+            SIZE,
+            "{size}"
+        );
     }
-    driver.core.queue_select = 2;
-    driver.core.set_queue_size(8);
-    driver.core.enable_queue();
-    driver.core.set_ring(Ring::Device, Half::Low, 7);
-    assert!(driver.core.queue().is_none());
+    driver.core.registers().queue_select = 2;
+    driver.core.registers().set_queue_size(8);
+    driver.core.registers().enable_queue();
+    driver.core.registers().set_ring(Ring::Device, Half::Low, 7);
+    assert!(driver.core.registers().queue().is_none());
 }
 
 #[test]
 fn hostile_notifications_before_the_driver_is_ready() {
     let mut driver = Driver::of(echo());
     for queue in [0, 1, 2, 9999, u16::MAX] {
-        driver.core.kick(queue);
+        driver.core.registers().kick(queue);
     }
     driver.restart();
     works(&mut driver, 0);
@@ -342,24 +349,24 @@ fn a_stop_is_heard_before_each_request() {
 
 #[test]
 fn features_are_agreed_on_or_not() {
-    let mut driver = Driver::of(echo());
+    let driver = Driver::of(echo());
     driver.core.set_status(3);
     // What was not offered.
-    driver.core.driver_select = 1;
-    driver.core.set_driver_features(1 | (1 << 30));
+    driver.core.registers().driver_select = 1;
+    driver.core.registers().set_driver_features(1 | (1 << 30));
     driver.core.set_status(NEGOTIATED);
-    assert_eq!(driver.core.status(), 3);
-    driver.core.set_driver_features(1);
-    driver.core.driver_select = 7;
-    driver.core.set_driver_features(u32::MAX);
+    assert_eq!(driver.status(), 3);
+    driver.core.registers().set_driver_features(1);
+    driver.core.registers().driver_select = 7;
+    driver.core.registers().set_driver_features(u32::MAX);
     driver.core.set_status(NEGOTIATED);
-    assert_eq!(driver.core.status(), NEGOTIATED);
+    assert_eq!(driver.status(), NEGOTIATED);
     // Later it is too late.
-    driver.core.driver_select = 0;
-    driver.core.set_driver_features(u32::MAX);
-    assert_eq!(driver.core.driver_features(), 0);
-    driver.core.device_select = 2;
-    assert_eq!(driver.core.device_features(), 0);
+    driver.core.registers().driver_select = 0;
+    driver.core.registers().set_driver_features(u32::MAX);
+    assert_eq!(driver.core.registers().driver_features(), 0);
+    driver.core.registers().device_select = 2;
+    assert_eq!(driver.core.registers().device_features(), 0);
 }
 
 /// The low 32 features alone, or none: what small kernels accept.
@@ -368,13 +375,16 @@ fn a_driver_may_be_of_before_version_1() {
     for accepted in [0, u32::MAX] {
         let mut driver = Driver::of(echo());
         driver.core.set_status(3);
-        let offered = driver.core.device_features();
-        driver.core.set_driver_features(offered & accepted);
+        let offered = driver.core.registers().device_features();
+        driver
+            .core
+            .registers()
+            .set_driver_features(offered & accepted);
         driver.core.set_status(NEGOTIATED);
-        assert_eq!(driver.core.status(), NEGOTIATED);
+        assert_eq!(driver.status(), NEGOTIATED);
         driver.set_up(0, rings(0));
-        driver.core.set_status(READY);
-        assert_eq!(driver.core.status(), READY);
+        driver.become_ready();
+        assert_eq!(driver.status(), READY);
         assert_eq!(driver.request(0, &[(BUFFERS, 4, WRITE)]), 4);
     }
 }
@@ -383,7 +393,7 @@ fn a_driver_may_be_of_before_version_1() {
 fn a_driver_cannot_set_what_is_the_devices() {
     let mut driver = Driver::of(echo());
     driver.core.set_status(BROKEN | 16 | 32);
-    assert_eq!(driver.core.status(), 0);
+    assert_eq!(driver.status(), 0);
     // Ready without features: nothing starts.
     driver.core.set_status(7);
     driver.set_up(0, rings(0));
@@ -394,11 +404,14 @@ fn a_driver_cannot_set_what_is_the_devices() {
 #[test]
 fn a_live_queue_keeps_its_place() {
     let mut driver = Driver::ready(echo());
-    driver.core.queue_select = 0;
-    driver.core.set_ring(Ring::Device, Half::Low, 0);
-    driver.core.set_queue_size(2);
-    assert_eq!(driver.core.queue().unwrap().size, SIZE);
-    assert_eq!(driver.core.queue().unwrap().rings[2], rings(0)[2]);
+    driver.core.registers().queue_select = 0;
+    driver.core.registers().set_ring(Ring::Device, Half::Low, 0);
+    driver.core.registers().set_queue_size(2);
+    assert_eq!(driver.core.registers().queue().unwrap().size, SIZE);
+    assert_eq!(
+        driver.core.registers().queue().unwrap().rings[2],
+        rings(0)[2]
+    );
     works(&mut driver, 0);
 }
 
@@ -418,19 +431,195 @@ fn hostile_registers_at_random() {
         let (word, half) = (u32::from_le_bytes([a, b, c, d]), u16::from_le_bytes([e, f]));
         match random() % 12 {
             0 => driver.core.set_status(a),
-            1 => driver.core.set_status(READY),
-            2 => driver.core.queue_select = half % 3,
-            3 => driver.core.set_queue_size(half),
-            4 => driver.core.set_ring(Ring::Driver, Half::Low, word),
-            5 => driver.core.set_ring(Ring::Device, Half::High, word),
-            6 => driver.core.enable_queue(),
-            7 => driver.core.kick(half % 3),
-            8 => driver.core.driver_select = word % 3,
-            9 => driver.core.set_driver_features(word),
+            1 => driver.become_ready(),
+            2 => driver.core.registers().queue_select = half % 3,
+            3 => driver.core.registers().set_queue_size(half),
+            4 => driver
+                .core
+                .registers()
+                .set_ring(Ring::Driver, Half::Low, word),
+            5 => driver
+                .core
+                .registers()
+                .set_ring(Ring::Device, Half::High, word),
+            6 => driver.core.registers().enable_queue(),
+            7 => driver.core.registers().kick(half % 3),
+            8 => driver.core.registers().driver_select = word % 3,
+            9 => driver.core.registers().set_driver_features(word),
             10 => driver.core.write_config(value, &[a; 8]),
             _ => driver.core.read_config(value, &mut [0; 8]),
         }
     }
     driver.restart();
     works(&mut driver, 0);
+}
+
+/// What a [`Slow`] device waits for, and what it has done.
+struct Script {
+    /// Each start, each stop waits for one of these.
+    start: mpsc::Receiver<()>,
+    stop: mpsc::Receiver<()>,
+    done: mpsc::Sender<&'static str>,
+}
+
+/// A device whose starts and stops take as long as a test likes.
+struct Slow(Mutex<Script>);
+
+/// The test's end of a [`Slow`].
+struct Hand {
+    start: mpsc::Sender<()>,
+    stop: mpsc::Sender<()>,
+    done: mpsc::Receiver<&'static str>,
+}
+
+fn slow() -> (Box<Slow>, Hand) {
+    let (start, may_start) = mpsc::channel();
+    let (stop, may_stop) = mpsc::channel();
+    let (sender, done) = mpsc::channel();
+    let script = Script {
+        start: may_start,
+        stop: may_stop,
+        done: sender,
+    };
+    let hand = Hand { start, stop, done };
+    (Box::new(Slow(Mutex::new(script))), hand)
+}
+
+impl VirtioDevice for Slow {
+    fn kind(&self) -> u32 {
+        42
+    }
+    fn name(&self) -> &str {
+        "slow"
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![SIZE]
+    }
+    fn read_config(&self, _: u64, data: &mut [u8]) {
+        data.fill(7);
+    }
+    fn activate(&self, _: Activation) -> io::Result<()> {
+        let script = lock(&self.0);
+        let _ = script.done.send("starts");
+        let may = script.start.recv();
+        let _ = script.done.send("started");
+        may.map_err(io::Error::other)
+    }
+    fn stop(&self) {
+        let script = lock(&self.0);
+        let _ = script.done.send("stops");
+        let _ = script.stop.recv();
+    }
+    fn deactivate(&self) -> Vec<Virtq> {
+        let _ = lock(&self.0).done.send("stopped");
+        Vec::new()
+    }
+}
+
+fn make_ready(driver: &mut Driver) {
+    driver.negotiate(u64::MAX);
+    driver.set_up(0, rings(0));
+    driver.core.set_status(READY);
+}
+
+/// DRIVER_OK does not wait for the start, and a reset behind it waits for both.
+#[test]
+fn a_reset_behind_driver_ok_starts_and_stops_in_order() {
+    let (device, hand) = slow();
+    let mut driver = Driver::of(device);
+    make_ready(&mut driver);
+    assert_eq!(driver.status(), READY, "at once");
+    assert_eq!(hand.done.recv().unwrap(), "starts");
+    thread::scope(|scope| {
+        let core = &driver.core;
+        let reset = scope.spawn(|| core.set_status(0));
+        assert_eq!(driver.status(), READY);
+        hand.start.send(()).unwrap();
+        hand.stop.send(()).unwrap();
+        reset.join().unwrap();
+        assert_eq!(driver.status(), 0);
+    });
+    make_ready(&mut driver);
+    hand.start.send(()).unwrap();
+    driver.core.wait_settled();
+    let done: Vec<_> = hand.done.try_iter().collect();
+    assert_eq!(done, ["started", "stops", "stopped", "starts", "started"]);
+    drop(hand);
+}
+
+/// While one vCPU waits for a reset, the others read, and write nothing that matters.
+#[test]
+fn hostile_registers_while_a_device_stops() {
+    let (device, hand) = slow();
+    let mut driver = Driver::of(device);
+    hand.start.send(()).unwrap();
+    make_ready(&mut driver);
+    driver.core.wait_settled();
+    thread::scope(|scope| {
+        let core = &driver.core;
+        let resets = [(); 2].map(|()| scope.spawn(|| core.set_status(0)));
+        while hand.done.recv().unwrap() != "stops" {}
+        for status in [READY, READY | 128, NEGOTIATED] {
+            core.set_status(status);
+            assert_eq!(driver.status(), READY, "not before it has stopped");
+        }
+        let mut registers = core.registers();
+        registers.queue_select = 0;
+        registers.disable_queue();
+        registers.set_ring(Ring::Device, Half::Low, 0);
+        assert!(registers.queue().is_some_and(|queue| queue.enabled));
+        drop(registers);
+        let mut config = [0; 2];
+        core.read_config(0, &mut config);
+        assert_eq!(config, [7; 2]);
+        // Takes its turn.
+        let bus = scope.spawn(|| core.set_bus_master(false));
+        hand.stop.send(()).unwrap();
+        resets.into_iter().for_each(|reset| reset.join().unwrap());
+        bus.join().unwrap();
+        assert_eq!(driver.status() & !BROKEN, 0);
+    });
+    let done: Vec<_> = hand.done.try_iter().collect();
+    assert_eq!(done, ["stopped"], "once");
+}
+
+#[test]
+fn a_start_that_fails_is_told() {
+    let (device, hand) = slow();
+    let mut driver = Driver::of(device);
+    make_ready(&mut driver);
+    assert_eq!(hand.done.recv().unwrap(), "starts");
+    let Hand { start, stop, done } = hand;
+    drop(start);
+    driver.core.wait_settled();
+    assert_eq!(driver.status(), READY | BROKEN);
+    assert_eq!(driver.interrupts.configs.load(Ordering::Acquire), 1);
+    // Nothing is there to stop.
+    driver.core.set_status(0);
+    assert_eq!(driver.status(), 0);
+    assert_eq!(done.try_iter().collect::<Vec<_>>(), ["started"]);
+    drop(stop);
+}
+
+/// One that takes its time to stop holds no other's start up.
+#[test]
+fn a_device_that_drains_delays_no_other() {
+    let (device, hand) = slow();
+    let starter = Starter::new().unwrap();
+    let mut slow = Driver::with(device, &starter);
+    hand.start.send(()).unwrap();
+    make_ready(&mut slow);
+    thread::scope(|scope| {
+        let core = &slow.core;
+        let reset = scope.spawn(|| core.set_status(0));
+        while hand.done.recv().unwrap() != "stops" {}
+        let mut other = Driver::with(echo(), &starter);
+        other.restart();
+        works(&mut other, 0);
+        hand.stop.send(()).unwrap();
+        reset.join().unwrap();
+    });
 }
