@@ -34,7 +34,7 @@ mod floor {
     use rvmm::virtio::blk::image::Image;
     use rvmm::virtio::device::{Activation, VirtioDevice};
     use rvmm::virtio::queue::Virtq;
-    use rvmm::virtio::worker::{Stop, Worker, Workers};
+    use rvmm::virtio::worker::{Stop, StopFor, Worker, Workers};
     use virtio_queue::QueueT;
     use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -95,10 +95,10 @@ mod floor {
             self.workers.add(worker);
             Ok(())
         }
-        fn stop(&self) {
-            self.workers.stop();
+        fn stop(&self, why: StopFor) {
+            self.workers.stop(why);
         }
-        fn deactivate(&self) -> Vec<Virtq> {
+        fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
             self.workers.take_back()
         }
     }

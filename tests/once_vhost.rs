@@ -97,6 +97,11 @@ fn hostile_a_queue_that_vhost_gives_up() {
     for _ in 0..2 {
         make_ready(&core);
         assert!(uses_vhost());
+        core.pause();
+        assert!(!uses_vhost(), "the kernel has its queues while it is paused");
+        core.resume();
+        core.wait_settled();
+        assert!(uses_vhost());
         ram.write_obj(SIZE + 1, index).expect("RAM");
         core.registers().kick(1);
         told.recv_timeout(PATIENCE).expect("DEVICE_NEEDS_RESET");

@@ -139,7 +139,8 @@ fn default_mac(tap: &str) -> Mac {
     Mac([0x52, 0x54, a, b, c, d])
 }
 
-/// Puts the devices on `bus`, and gives back what the device tree tells of.
+/// Puts the devices on `bus`, and gives back all that has a name: a bridge to them, if there is one, and
+/// each of them.
 ///
 /// # Errors
 /// There are more than places, or the host refused something.
@@ -178,16 +179,19 @@ fn attach_pci(
     let vectors = share_vectors(&devices, limit);
     let (ecam, window) = (layout::PCI_ECAM, layout::PCI_WINDOW);
     let mut bridge = HostBridge::new(ecam, window, wires, messages);
+    let mut transports: Vec<Arc<dyn Device>> = Vec::new();
     for (device, vectors) in devices.into_iter().zip(vectors) {
         let name = device.name().to_owned();
-        PciTransport::attach(device, ram, vm, &mut bridge, vectors, starter)
+        let transport = PciTransport::attach(device, ram, vm, &mut bridge, vectors, starter)
             .with_context(|| format!("Failed to attach {name}"))?;
+        transports.push(transport);
     }
     let bridge = Arc::new(bridge);
     for (range, device) in bridge.on_bus() {
         bus.insert(range, device)?;
     }
-    Ok(vec![bridge])
+    transports.insert(0, bridge);
+    Ok(transports)
 }
 
 /// Messages for each device, `limit` in all: one for each queue and one more where that fits, while

@@ -25,9 +25,14 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use serde_json::{Value, json};
+use virtio_bindings::virtio_ids::*;
+
 use super::device::{Activation, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice};
+use super::queue::Virtq;
 use super::registers::{Life, Registers};
 use super::starter::{Seat, Starter};
+use super::worker::StopFor;
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info};
@@ -112,6 +117,38 @@ impl Core {
         self.fault.interrupt().reset();
     }
 
+    /// Stops the device, if it is live, in a way that [`Core::resume`] lets it go on. When this returns,
+    /// what it had begun is complete, its driver is told of all that was done, and it does nothing.
+    /// Called while no vCPU runs.
+    pub fn pause(&self) {
+        let mut registers = self.not_stopping();
+        if registers.life != Life::Live {
+            return;
+        }
+        registers.life = Life::Stopping;
+        drop(registers);
+        let queues = self.seat.stop(&self.starter, StopFor::Pause);
+        let mut registers = self.registers();
+        registers.life = match queues {
+            Some(queues) => {
+                registers.kept = queues;
+                Life::Paused
+            }
+            // It could not start: it needs a reset, before and after.
+            None => Life::Live,
+        };
+        self.stopped.notify_all();
+    }
+
+    /// Lets the device go on, if it was live before [`Core::pause`]. Does not wait for that.
+    pub fn resume(&self) {
+        let mut registers = self.registers();
+        if registers.life == Life::Paused {
+            let queues = std::mem::take(&mut registers.kept);
+            self.hand(&mut registers, queues, true);
+        }
+    }
+
     /// Whether the device may access memory; it may until this says otherwise.
     ///
     /// One that runs and may no longer stops as by a reset: when this returns, it has ended what it had
@@ -133,6 +170,19 @@ impl Core {
             let name = self.device.name();
             guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
         }
+    }
+
+    /// What people may want to know: the part of [`Device::describe`](crate::bus::Device::describe) that all
+    /// transports have. The device goes on meanwhile.
+    pub fn describe(&self) -> Value {
+        let registers = self.registers();
+        json!({
+            "kind": kind_name(self.kind()),
+            "status": registers.status(),
+            "features": registers.features(),
+            "paused": registers.life == Life::Paused,
+            "queues": registers.describe_queues(&self.ram),
+        })
     }
 
     /// Changes whenever the configuration space does.
@@ -166,26 +216,38 @@ impl Core {
         let name = self.device.name();
         let count = queues.len();
         guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
+        self.hand(registers, queues, false);
+    }
+
+    /// Has the device started with `queues`.
+    fn hand(&self, registers: &mut Registers, queues: Vec<Virtq>, resumes: bool) {
         registers.life = Life::Live;
         let activation = Activation {
             ram: Arc::clone(&self.ram),
             features: registers.features(),
             queues,
             fault: self.fault.clone(),
+            resumes,
         };
         self.seat.start(&self.starter, activation);
     }
 
-    /// Stops the device if it is live, and waits for that. Returns with the registers locked, and
+    /// Stops the device for good, if it is live or paused, and waits for that. Returns with the registers locked, and
     /// whether it was.
     fn stop(&self) -> (MutexGuard<'_, Registers>, bool) {
         let mut registers = self.not_stopping();
-        if registers.life != Life::Live {
-            return (registers, false);
+        match registers.life {
+            Life::Live => {}
+            Life::Paused => {
+                registers.kept.clear();
+                registers.life = Life::Idle;
+                return (registers, true);
+            }
+            Life::Idle | Life::Stopping => return (registers, false),
         }
         registers.life = Life::Stopping;
         drop(registers);
-        drop(self.seat.stop(&self.starter));
+        drop(self.seat.stop(&self.starter, StopFor::Reset));
         let mut registers = self.registers();
         registers.life = Life::Idle;
         self.stopped.notify_all();
@@ -197,6 +259,18 @@ impl Core {
         let is_stopping = |registers: &mut Registers| registers.life == Life::Stopping;
         let registers = self.stopped.wait_while(self.registers(), is_stopping);
         registers.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What people call a type of device (VIRTIO 1.2, chapter 5).
+fn kind_name(kind: u32) -> String {
+    match kind {
+        VIRTIO_ID_NET => "virtio-net".into(),
+        VIRTIO_ID_BLOCK => "virtio-blk".into(),
+        VIRTIO_ID_CONSOLE => "virtio-console".into(),
+        VIRTIO_ID_RNG => "virtio-rng".into(),
+        VIRTIO_ID_INPUT => "virtio-input".into(),
+        other => format!("virtio-{other}"),
     }
 }
 

@@ -9,6 +9,7 @@ use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Virtq;
+use super::worker::StopFor;
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_warn};
 
@@ -44,13 +45,14 @@ pub trait VirtioDevice: Send + Sync {
     fn activate(&self, activation: Activation) -> io::Result<()>;
 
     /// Stops serving, and returns when what was begun has ended: the device's threads make no access any
-    /// more. On the thread of who wants that, a vCPU's mostly, which may neither make a thread nor open
+    /// more. For a pause, all that was begun is finished, and what the device has to know to go on stays
+    /// in it or in its queues, until the next [`VirtioDevice::activate`]. On the thread of who wants that, a vCPU's mostly, which may neither make a thread nor open
     /// a file. This alone may wait for the host's disk.
-    fn stop(&self);
+    fn stop(&self, why: StopFor);
 
     /// After [`VirtioDevice::stop`]: takes apart what [`VirtioDevice::activate`] has made, and gives the
-    /// queues back as they are then.
-    fn deactivate(&self) -> Vec<Virtq>;
+    /// queues back as they are then, for the same reason.
+    fn deactivate(&self, why: StopFor) -> Vec<Virtq>;
 }
 
 /// What a device is given when its driver is ready.
@@ -63,6 +65,9 @@ pub struct Activation {
     pub queues: Vec<Virtq>,
     /// For what goes wrong later.
     pub fault: Fault,
+    /// The device goes on after a pause: the queues are those that it gave back, features are as before,
+    /// and what it did for its driver still holds.
+    pub resumes: bool,
 }
 
 impl Activation {
@@ -124,7 +129,8 @@ impl Fault {
         guest_warn!(self.0.warnings, "{name} needs a reset by its driver: {why}");
         let bit = NEEDS_RESET;
         let before = self.0.shared.status.fetch_or(bit, Ordering::AcqRel);
-        if before & DRIVER_OK != 0 {
+        // Told once until it is reset.
+        if before & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
             self.0.interrupt.config();
         }
     }

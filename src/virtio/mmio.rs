@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,7 +29,6 @@ pub struct MmioTransport {
     core: Core,
     interrupt: Arc<WiredInterrupt>,
     base: u64,
-    name: String,
     _doorbells: Doorbells,
 }
 
@@ -61,7 +60,6 @@ impl MmioTransport {
             core,
             interrupt,
             base,
-            name,
             _doorbells: doorbells,
         }))
     }
@@ -140,11 +138,23 @@ impl MmioDevice for MmioTransport {
 
 impl Device for MmioTransport {
     fn id(&self) -> &str {
-        &self.name
+        self.core.name()
+    }
+
+    fn pause(&self) {
+        self.core.pause();
+    }
+
+    fn resume(&self) {
+        self.core.resume();
     }
 
     fn describe(&self) -> Value {
-        json!({ "kind": "virtio_mmio", "registers": self.base })
+        let mut described = self.core.describe();
+        described["transport"] = "mmio".into();
+        described["registers"] = self.base.into();
+        described["interrupt_status"] = self.interrupt.status().into();
+        described
     }
 
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
@@ -159,7 +169,7 @@ impl Device for MmioTransport {
 
     fn registers_at(&self, gpa: u64) -> Option<String> {
         let is_here = (self.base..self.base + SIZE).contains(&gpa);
-        is_here.then(|| self.name.clone())
+        is_here.then(|| self.core.name().to_owned())
     }
 }
 

@@ -6,15 +6,17 @@
 //! ```
 
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
+use serde_json::Value;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Core, Half, Ring};
 use super::device::{Interrupt, VirtioDevice};
 use super::starter::Starter;
+use crate::bus::{Device, FdtError, FdtWriter};
 use crate::hypervisor::{Doorbell, Vm};
 use crate::memory::GuestMemory;
 use crate::pci::function::Window;
@@ -49,6 +51,8 @@ pub struct PciTransport {
     core: Core,
     interrupt: Arc<PciInterrupt>,
     doorbells: Mutex<Doorbells>,
+    /// Its device number on the bus, once it is there.
+    slot: OnceLock<usize>,
 }
 
 impl PciTransport {
@@ -64,7 +68,7 @@ impl PciTransport {
         bridge: &mut HostBridge,
         vectors: u16,
         starter: &Arc<Starter>,
-    ) -> Result<()> {
+    ) -> Result<Arc<Self>> {
         let identity = identity(device.kind());
         let queues = device.queue_sizes().len();
         let name = device.name().to_owned();
@@ -78,10 +82,13 @@ impl PciTransport {
             core,
             interrupt,
             doorbells: Mutex::new(doorbells),
+            slot: OnceLock::new(),
         });
         let (config, window) = config_space(identity);
-        let function = Function::new(config, Some(window), Arc::clone(&interrupts), transport);
+        let device = Arc::clone(&transport);
+        let function = Function::new(config, Some(window), Arc::clone(&interrupts), device);
         let slot = bridge.attach(function)?;
+        transport.slot.get_or_init(|| slot);
         let how = match usize::from(interrupts.vectors()) {
             0 => "by pin".into(),
             count if count > queues => format!("by {count} messages, each queue its own"),
@@ -92,7 +99,7 @@ impl PciTransport {
             limit,
             "{name}: PCI device {slot}, {queues} queues, interrupts {how}"
         );
-        Ok(())
+        Ok(transport)
     }
 
     /// A field of the common configuration, of its own width.
@@ -221,6 +228,33 @@ impl BarDevice for PciTransport {
     }
 }
 
+/// It has no node in the tree, and its registers are where the bridge has them: that tells of both.
+impl Device for PciTransport {
+    fn id(&self) -> &str {
+        self.core.name()
+    }
+
+    fn fdt_node(&self, _: &mut FdtWriter) -> Result<(), FdtError> {
+        Ok(())
+    }
+
+    fn pause(&self) {
+        self.core.pause();
+    }
+
+    fn resume(&self) {
+        self.core.resume();
+    }
+
+    fn describe(&self) -> Value {
+        let mut described = self.core.describe();
+        described["transport"] = "pci".into();
+        described["slot"] = self.slot.get().copied().into();
+        described["interrupt_status"] = self.interrupt.status().into();
+        described
+    }
+}
+
 /// The part of the BAR that an offset is in, and the offset there.
 fn part(offset: u64) -> (u32, u64) {
     let offset = u32::try_from(offset).unwrap_or(u32::MAX);
@@ -325,6 +359,11 @@ impl PciInterrupt {
             self.interrupts.set_pin(true);
         }
         *isr |= bit;
+    }
+
+    /// The ISR status, as it is.
+    fn status(&self) -> u8 {
+        *lock(&self.isr)
     }
 
     /// Reads the ISR status, which clears it.

@@ -7,6 +7,7 @@ use std::mem::size_of;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde_json::{Value, json};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -14,7 +15,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{DRIVER_OK, Fault, NEEDS_RESET, Shared, VirtioDevice, features, status_bit};
@@ -34,6 +35,9 @@ const COMMON_FEATURES: u64 = features(&[
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
 ]);
+
+/// In the used ring, behind its flags (section 2.7.8).
+const USED_INDEX: u64 = 2;
 
 /// A virtqueue as its driver sets it up.
 pub struct QueueSetup {
@@ -98,6 +102,8 @@ pub(super) enum Life {
     Live,
     /// It is about to stop, and somebody waits for that.
     Stopping,
+    /// It was live, and goes on when the machine does.
+    Paused,
 }
 
 /// The registers of one device, without its configuration space.
@@ -114,6 +120,8 @@ pub struct Registers {
     queues: Vec<QueueSetup>,
     pub(super) life: Life,
     pub(super) bus_master: bool,
+    /// The queues of a device that is paused.
+    pub(super) kept: Vec<Virtq>,
 }
 
 impl Registers {
@@ -130,6 +138,7 @@ impl Registers {
             queues: queues.collect::<io::Result<_>>()?,
             life: Life::Idle,
             bus_master: true,
+            kept: Vec::new(),
         })
     }
 
@@ -211,6 +220,24 @@ impl Registers {
     pub(super) fn is_ready(&self) -> bool {
         const READY: u8 = FEATURES_OK | DRIVER_OK;
         self.status() & (READY | NEEDS_RESET) == READY
+    }
+
+    /// For each queue its size, and how far it is: the index of the used ring, and while the device is
+    /// paused that of the next request. Who serves a queue alone knows that one.
+    pub(super) fn describe_queues(&self, ram: &GuestMemory) -> Value {
+        let next = |index: u16| {
+            let kept = self.kept.iter().find(|queue| queue.index() == index);
+            kept.map(|queue| queue.ring().next_avail())
+        };
+        let queues = (0u16..).zip(&self.queues).map(|(index, queue)| {
+            json!({
+                "size": queue.size,
+                "enabled": queue.enabled,
+                "used": queue.used_index(ram),
+                "next_available": next(index),
+            })
+        });
+        queues.collect()
     }
 
     /// Back to the state after power-on, but for the bus.
@@ -310,6 +337,13 @@ impl QueueSetup {
         self.size = self.max_size;
         self.enabled = false;
         self.rings = [0; 3];
+    }
+
+    /// The index of the used ring, as it lies in RAM.
+    fn used_index(&self, ram: &GuestMemory) -> Option<u16> {
+        let at = self.rings[Ring::Device as usize].checked_add(USED_INDEX)?;
+        let index = ram.load(GuestAddress(at), Ordering::Acquire).ok()?;
+        self.enabled.then_some(u16::from_le(index))
     }
 
     /// The queue as the driver wants it.

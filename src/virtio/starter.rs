@@ -9,7 +9,7 @@
 //!   itself never waits for a disk, and a slow device delays no other.
 //! - A device's start waits for the starts and stops of others that came before it. They take a few
 //!   milliseconds: threads to start or to join, and calls of the host's kernel for taps and vhost.
-//! - The devices thread takes no lock of a transport: only a [`Seat`]'s, and never while a device works.
+//! - The devices thread takes no lock of a transport: only a seat's, and never while a device works.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,7 @@ use std::{io, mem};
 
 use super::device::{Activation, Fault, VirtioDevice};
 use super::queue::Virtq;
+use super::worker::StopFor;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
@@ -88,7 +89,7 @@ struct State {
 
 enum Act {
     Start(Activation),
-    Stop,
+    Stop(StopFor),
 }
 
 impl Seat {
@@ -110,13 +111,13 @@ impl Seat {
     /// Stops the device, and returns when it has stopped, with the queues that it had; with none where
     /// it did not start. Waits for a start that is under way. Called by one thread at a time, which
     /// holds no lock that others need.
-    pub(super) fn stop(self: &Arc<Self>, starter: &Starter) -> Option<Vec<Virtq>> {
+    pub(super) fn stop(self: &Arc<Self>, starter: &Starter, why: StopFor) -> Option<Vec<Virtq>> {
         if !self.settle().active {
             return None;
         }
         // Here, not on the devices thread, which others need meanwhile.
-        self.device.stop();
-        self.hand(starter, Act::Stop);
+        self.device.stop(why);
+        self.hand(starter, Act::Stop(why));
         Some(mem::take(&mut self.settle().queues))
     }
 
@@ -155,7 +156,7 @@ impl Seat {
                 let failed = started.inspect_err(|error| self.fault.needs_reset(error));
                 (failed.is_ok(), Vec::new())
             }
-            Act::Stop => (false, self.device.deactivate()),
+            Act::Stop(why) => (false, self.device.deactivate(why)),
         };
         let mut state = lock(&self.state);
         state.active = active;

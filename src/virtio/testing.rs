@@ -14,7 +14,7 @@ use super::core::{Core, Half, Ring};
 use super::device::{Activation, Interrupt, VirtioDevice, read_bytes, word};
 use super::queue::Virtq;
 use super::starter::Starter;
-use super::worker::{Worker, Workers, wait};
+use super::worker::{StopFor, Worker, Workers, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
 use crate::util::ByteSize;
@@ -99,10 +99,10 @@ impl VirtioDevice for Echo {
         }
         Ok(())
     }
-    fn stop(&self) {
-        self.workers.stop();
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
     }
-    fn deactivate(&self) -> Vec<Virtq> {
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         self.workers.take_back()
     }
 }
@@ -143,8 +143,8 @@ impl VirtioDevice for Taker {
     fn activate(&self, activation: Activation) -> io::Result<()> {
         self.0.send(activation.queues).map_err(io::Error::other)
     }
-    fn stop(&self) {}
-    fn deactivate(&self) -> Vec<Virtq> {
+    fn stop(&self, _: StopFor) {}
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         Vec::new()
     }
 }
@@ -302,6 +302,11 @@ impl Driver {
         self.ram.write_obj(head, GuestAddress(slot)).unwrap();
         self.set_avail(queue, next.wrapping_add(1));
         self.core.registers().kick(u16::try_from(queue).unwrap());
+    }
+
+    /// The available ring's index: the number of the next chain that is offered.
+    pub(crate) fn next_offer(&self, queue: usize) -> u16 {
+        self.avail[queue]
     }
 
     /// Writes the available ring's index, whatever is in the ring.

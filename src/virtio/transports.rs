@@ -1,6 +1,7 @@
 //! Both transports by their registers, as a guest's loads and stores reach them.
 
 mod bus_master;
+mod pause;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
 use super::starter::Starter;
 use super::testing::*;
-use crate::bus::{Bus, IrqLine, IrqSink};
+use crate::bus::{Bus, Device, FdtWriter, IrqLine, IrqSink};
 use crate::config::MemConfig;
 use crate::hypervisor::{Doorbell, Vm};
 use crate::irqchip::Messages;
@@ -106,6 +107,8 @@ struct Guest {
     ram: Arc<GuestMemory>,
     base: u64,
     map: &'static Map,
+    /// The transport, as the machine has it.
+    device: Option<Arc<dyn Device>>,
 }
 
 impl Guest {
@@ -118,6 +121,7 @@ impl Guest {
             ram: ram.unwrap(),
             base,
             map,
+            device: None,
         }
     }
 
@@ -127,10 +131,9 @@ impl Guest {
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
         let starter = Starter::new().unwrap();
         let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line, &starter).unwrap();
-        guest
-            .bus
-            .insert(MMIO..MMIO + mmio::SIZE, transport)
-            .unwrap();
+        guest.device = Some(Arc::clone(&transport) as _);
+        let registers = MMIO..MMIO + mmio::SIZE;
+        guest.bus.insert(registers, transport).unwrap();
         guest
     }
 
@@ -151,7 +154,9 @@ impl Guest {
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
         let starter = Starter::new().unwrap();
-        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors, &starter).unwrap();
+        let ram = &guest.ram;
+        let transport = PciTransport::attach(device, ram, &vm, &mut bridge, vectors, &starter);
+        guest.device = Some(transport.unwrap());
         for (range, device) in Arc::new(bridge).on_bus() {
             guest.bus.insert(range, device).unwrap();
         }

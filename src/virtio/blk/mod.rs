@@ -26,7 +26,7 @@ use self::image::Image;
 use self::request::{RANGE_MAX, RANGES_MAX, SECTOR, SECTOR_BYTES};
 use super::device::{Activation, VirtioDevice, features, read_bytes};
 use super::queue::Virtq;
-use super::worker::{Stop, Worker, Workers};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::util::RateLimit;
 use crate::util::thread::Kind;
 
@@ -136,17 +136,17 @@ impl VirtioDevice for Disk {
             let name = format!("{}.{}", self.shared.name, queue.index());
             let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(&mut queues[0], stop);
             let worker = Worker::serve(Kind::Disk, &name, vec![queue], serve)
-                .inspect_err(|_| drop(self.deactivate()))?;
+                .inspect_err(|_| drop(self.workers.take_back()))?;
             self.workers.add(worker);
         }
         Ok(())
     }
 
-    fn stop(&self) {
-        self.workers.stop();
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
     }
 
-    fn deactivate(&self) -> Vec<Virtq> {
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         self.workers.take_back()
     }
 }

@@ -15,6 +15,7 @@ use crate::virtio::testing::*;
 mod direct;
 mod many;
 mod open;
+mod pause;
 mod stop;
 
 const MIB: u64 = 1 << 20;
@@ -25,10 +26,10 @@ const STATUS: u64 = BUFFERS + 0x800;
 const NO_STATUS: u8 = 0x55;
 
 /// An image of its own for each test.
-struct TempImage(PathBuf);
+pub(super) struct TempImage(PathBuf);
 
 impl TempImage {
-    fn new(len: u64) -> Self {
+    pub(super) fn new(len: u64) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("rvmm-disk-{}-{number}", std::process::id());
@@ -38,7 +39,7 @@ impl TempImage {
         Self(path)
     }
 
-    fn open(&self, flags: &str) -> Result<Arc<Image>, OpenError> {
+    pub(super) fn open(&self, flags: &str) -> Result<Arc<Image>, OpenError> {
         let config: DiskConfig = format!("{}{flags}", self.0.display()).parse().unwrap();
         Image::open(&config).map(Arc::new)
     }
@@ -55,7 +56,7 @@ impl TempImage {
             .unwrap()
     }
 
-    fn bytes(&self, offset: u64, count: usize) -> Vec<u8> {
+    pub(super) fn bytes(&self, offset: u64, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.file().read_exact_at(&mut bytes, offset).unwrap();
         bytes

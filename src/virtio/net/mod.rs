@@ -21,7 +21,7 @@ use virtio_bindings::virtio_net::*;
 use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker, Workers};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::config::Mac;
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
@@ -238,21 +238,24 @@ impl VirtioDevice for Net {
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
         let room = self.room(&activation, offloads);
-        self.prepare_tap(room.header, offloads);
+        // After a pause the tap is as the driver has it, and what came meanwhile is the driver's.
+        if !activation.resumes {
+            self.prepare_tap(room.header, offloads);
+        }
         self.start(activation, room)
-            .inspect_err(|_| drop(self.deactivate()))
+            .inspect_err(|_| drop(self.deactivate(StopFor::Reset)))
     }
 
-    fn stop(&self) {
-        self.workers.stop();
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
     }
 
-    fn deactivate(&self) -> Vec<Virtq> {
+    fn deactivate(&self, why: StopFor) -> Vec<Virtq> {
         lock(&self.shared.link.0).fault = None;
         let InKernel { pairs, watch } = std::mem::take(&mut *lock(&self.kernel));
         drop(watch);
         let mut queues = self.workers.take_back();
-        queues.extend(pairs.into_iter().flat_map(vhost::Pair::stop));
+        queues.extend(pairs.into_iter().flat_map(|pair| pair.stop(why)));
         queues.sort_by_key(Virtq::index);
         queues
     }
@@ -271,6 +274,7 @@ impl Net {
             features,
             queues,
             fault,
+            ..
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {

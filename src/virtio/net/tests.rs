@@ -12,6 +12,8 @@ use super::*;
 use crate::virtio::core::Half;
 use crate::virtio::testing::*;
 
+mod pause;
+
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const HEADER: usize = tap::HEADER;
@@ -422,7 +424,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
     let shared = Arc::clone(&device.shared);
     peers[0].set_nonblocking(true).unwrap();
     let (stop, tap) = (Stop::default(), &shared.pairs[0]);
-    stop.ask();
+    stop.ask(StopFor::Reset);
     let (mut driver, mut queue) = taken(u64::MAX);
     for index in 0..SIZE {
         offer(&mut driver, index, 2000);
