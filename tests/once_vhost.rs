@@ -9,12 +9,12 @@ use std::time::Duration;
 use common::net::Tap;
 use rvmm::config::{Mac, MemConfig};
 use rvmm::memory;
-use rvmm::util::ByteSize;
 use rvmm::util::tap::TapQueue;
-use rvmm::virtio::core::{Core, Half, Ring};
+use rvmm::util::{ByteSize, Half};
 use rvmm::virtio::device::Interrupt;
 use rvmm::virtio::net::Net;
-use rvmm::virtio::starter::Starter;
+use rvmm::virtio::transport::core::{Core, Ring};
+use rvmm::virtio::transport::starter::Starter;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -98,7 +98,10 @@ fn hostile_a_queue_that_vhost_gives_up() {
         make_ready(&core);
         assert!(uses_vhost());
         core.pause();
-        assert!(!uses_vhost(), "the kernel has its queues while it is paused");
+        assert!(
+            !uses_vhost(),
+            "the kernel has its queues while it is paused"
+        );
         core.resume();
         core.wait_settled();
         assert!(uses_vhost());

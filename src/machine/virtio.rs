@@ -19,11 +19,11 @@ use crate::virtio::blk::image::Image;
 use crate::virtio::console::ConsolePort;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::input::{Button, PowerKey};
-use crate::virtio::mmio::{self, MmioTransport};
 use crate::virtio::net::{Net, vhost};
-use crate::virtio::pci::PciTransport;
 use crate::virtio::rng::Rng;
-use crate::virtio::starter::Starter;
+use crate::virtio::transport::mmio::{self, MmioTransport};
+use crate::virtio::transport::pci::PciTransport;
+use crate::virtio::transport::starter::Starter;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;

@@ -10,15 +10,15 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
 use super::device::{Activation, Interrupt, VirtioDevice, read_bytes, word};
 use super::queue::Virtq;
-use super::starter::Starter;
+use super::transport::core::{Core, Ring};
+use super::transport::starter::Starter;
 use super::worker::{StopFor, Worker, Workers, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
-use crate::util::ByteSize;
 use crate::util::thread::Kind;
+use crate::util::{ByteSize, Half};
 
 /// Guest RAM starts here, 4 MiB of it.
 pub(crate) const RAM: u64 = 0x8000_0000;

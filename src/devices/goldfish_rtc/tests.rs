@@ -25,8 +25,8 @@ fn it_can_be_set() {
 }
 
 fn set_alarm(clock: &mut Clock, at: u64, host: u64) {
-    clock.write(reg::ALARM_HIGH, high(at), host);
-    clock.write(reg::ALARM_LOW, low(at), host);
+    clock.write(reg::ALARM_HIGH, Half::High.of(at), host);
+    clock.write(reg::ALARM_LOW, Half::Low.of(at), host);
 }
 
 #[test]
@@ -80,8 +80,8 @@ fn the_wire_rises_by_itself_and_the_thread_ends_with_the_clock() {
     let store = |offset, value: u32| rtc.write(offset, &value.to_le_bytes());
     store(reg::IRQ_ENABLED, 1);
     let soon = host_time() + SECOND / 50;
-    store(reg::ALARM_HIGH, high(soon));
-    store(reg::ALARM_LOW, low(soon));
+    store(reg::ALARM_HIGH, Half::High.of(soon));
+    store(reg::ALARM_LOW, Half::Low.of(soon));
     assert!(told.recv().unwrap());
     store(reg::CLEAR_INTERRUPT, 1);
     assert!(!told.recv().unwrap());

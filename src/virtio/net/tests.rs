@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::virtio::core::Half;
+use crate::util::Half;
 use crate::virtio::testing::*;
 
 mod pause;

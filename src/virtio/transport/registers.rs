@@ -1,6 +1,6 @@
 //! What a driver has told its device so far, as the registers of every transport show it.
 //!
-//! Nothing here starts, stops or waits: that is [`super::core`]'s.
+//! Nothing here starts, stops or waits: that is `core`'s.
 
 use std::io;
 use std::mem::size_of;
@@ -18,9 +18,12 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{DRIVER_OK, Fault, NEEDS_RESET, Shared, VirtioDevice, features, status_bit};
-use super::queue::Virtq;
 use crate::memory::GuestMemory;
+use crate::util::Half;
+use crate::virtio::device::{
+    DRIVER_OK, Fault, NEEDS_RESET, Shared, VirtioDevice, features, status_bit,
+};
+use crate::virtio::queue::Virtq;
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -62,34 +65,6 @@ pub enum Ring {
     Driver = 1,
     /// The used ring.
     Device = 2,
-}
-
-/// The half of a 64-bit register that a 32-bit access is for.
-#[derive(Clone, Copy, Debug)]
-pub enum Half {
-    /// Bits 31 to 0.
-    Low,
-    /// Bits 63 to 32.
-    High,
-}
-
-impl Half {
-    /// This half of `value`.
-    pub fn of(self, value: u64) -> u32 {
-        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-        match self {
-            Half::Low => u32::from_le_bytes([a, b, c, d]),
-            Half::High => u32::from_le_bytes([e, f, g, h]),
-        }
-    }
-
-    /// `value` with this half replaced.
-    pub fn set(self, value: u64, half: u32) -> u64 {
-        match self {
-            Half::Low => (value & !0xffff_ffff) | u64::from(half),
-            Half::High => (value & 0xffff_ffff) | (u64::from(half) << 32),
-        }
-    }
 }
 
 /// Whether a device serves its queues.

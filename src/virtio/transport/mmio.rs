@@ -6,13 +6,14 @@ use serde_json::Value;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
-use super::device::{Interrupt, VirtioDevice};
+use super::core::{Core, Ring};
 use super::starter::Starter;
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::hypervisor::{self, Doorbell, Vm};
 use crate::memory::GuestMemory;
+use crate::util::Half;
 use crate::util::sync::lock;
+use crate::virtio::device::{Interrupt, VirtioDevice};
 
 /// The range on the bus, as QEMU's virt machine has it.
 pub const SIZE: u64 = 0x1000;

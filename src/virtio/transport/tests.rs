@@ -8,11 +8,9 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::VirtioDevice;
 use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
 use super::starter::Starter;
-use super::testing::*;
 use crate::bus::{Bus, Device, FdtWriter, IrqLine, IrqSink};
 use crate::config::MemConfig;
 use crate::hypervisor::{Doorbell, Vm};
@@ -24,6 +22,8 @@ use crate::pci::HostBridge;
 use crate::pci::host::ECAM_SIZE;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::testing::*;
 
 const MMIO: u64 = 0x1000_1000;
 const ECAM: u64 = 0x3000_0000;

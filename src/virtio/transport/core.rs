@@ -28,16 +28,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use serde_json::{Value, json};
 use virtio_bindings::virtio_ids::*;
 
-use super::device::{Activation, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice};
-use super::queue::Virtq;
 use super::registers::{Life, Registers};
 use super::starter::{Seat, Starter};
-use super::worker::StopFor;
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info};
+use crate::virtio::device::{Activation, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice};
+use crate::virtio::queue::Virtq;
+use crate::virtio::worker::StopFor;
 
-pub use super::registers::{Half, QueueSetup, Ring};
+pub use super::registers::{QueueSetup, Ring};
 
 /// A device, and what its driver has told it so far. Any thread may call it at any time.
 pub struct Core {

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::*;
+use crate::util::Half;
 use crate::virtio::testing::*;
 use crate::virtio::worker::{Stop, StopFor};
 

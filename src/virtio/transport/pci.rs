@@ -13,8 +13,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
-use super::device::{Interrupt, VirtioDevice};
+use super::core::{Core, Ring};
 use super::starter::Starter;
 use crate::bus::{Device, FdtError, FdtWriter};
 use crate::hypervisor::{Doorbell, Vm};
@@ -22,7 +21,8 @@ use crate::memory::GuestMemory;
 use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_info, guest_warn};
+use crate::util::{Half, RateLimit, guest_info, guest_warn};
+use crate::virtio::device::{Interrupt, VirtioDevice};
 
 /// The vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;

@@ -16,11 +16,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::{io, mem};
 
-use super::device::{Activation, Fault, VirtioDevice};
-use super::queue::Virtq;
-use super::worker::StopFor;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
+use crate::virtio::device::{Activation, Fault, VirtioDevice};
+use crate::virtio::queue::Virtq;
+use crate::virtio::worker::StopFor;
 
 /// The devices thread. It ends with the last transport that has it.
 pub struct Starter {
