@@ -1,9 +1,13 @@
 //! A device that stands still goes on where it was.
 
+use std::sync::mpsc;
 use std::thread;
 
 use super::starts::{make_ready, slow};
 use super::*;
+use crate::util::thread::Kind;
+use crate::virtio::queue::Virtq;
+use crate::virtio::worker::{Worker, wait};
 
 /// What a driver sees of its device: used buffers, and interrupts.
 fn seen(driver: &Driver) -> (u16, u16, u32, u32) {
@@ -73,6 +77,28 @@ fn an_interrupt_is_not_left_for_later() {
         assert_eq!(seen(&driver).2, u32::from(number) + 1);
         driver.core.resume();
     }
+}
+
+/// A thread that is stopped between a used buffer and its interrupt.
+#[test]
+fn what_a_worker_pushed_is_told_at_its_end() {
+    let (mut driver, queue) = taken(!(1 << 29));
+    offer(&mut driver);
+    let (pushed, is_pushed) = mpsc::channel();
+    let serve = move |queues: &mut [Virtq], stop: &Stop| {
+        let chain = queues[0].pop()?.unwrap();
+        queues[0].push(chain.head, 4)?;
+        pushed.send(()).unwrap();
+        while !stop.is_asked() {
+            wait(queues[0].kick());
+        }
+        Ok(())
+    };
+    let worker = Worker::serve(Kind::Virtio, "test", vec![queue], serve).unwrap();
+    is_pushed.recv().unwrap();
+    assert_eq!(seen(&driver).2, 0);
+    assert_eq!(worker.stop().unwrap().len(), 1);
+    assert_eq!(seen(&driver).2, 1);
 }
 
 /// What a device at rest has to do is nothing, whatever its driver has done so far.
