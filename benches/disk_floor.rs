@@ -34,7 +34,7 @@ mod floor {
     use rvmm::virtio::blk::image::Image;
     use rvmm::virtio::device::{Activation, VirtioDevice};
     use rvmm::virtio::queue::Virtq;
-    use rvmm::virtio::worker::{Stop, Worker};
+    use rvmm::virtio::worker::{Stop, StopFor, Worker, Workers};
     use virtio_queue::QueueT;
     use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -49,7 +49,7 @@ mod floor {
             Ok(Box::new(FloorDisk {
                 told: Disk::new("floor", Arc::new(image), 1),
                 file: Arc::new(file),
-                worker: None,
+                workers: Workers::default(),
             }) as _)
         };
         let machine = Machine::build_with(&cli.vm, Arc::new(Kvm::open()?), Box::new(make))?;
@@ -68,7 +68,7 @@ mod floor {
     struct FloorDisk {
         told: Disk,
         file: Arc<File>,
-        worker: Option<Worker>,
+        workers: Workers,
     }
 
     impl VirtioDevice for FloorDisk {
@@ -87,21 +87,21 @@ mod floor {
         fn read_config(&self, offset: u64, data: &mut [u8]) {
             self.told.read_config(offset, data);
         }
-        fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        fn activate(&self, activation: Activation) -> io::Result<()> {
             let (ram, file) = (activation.ram, Arc::clone(&self.file));
             let serve = move |queues: &mut [Virtq], stop: &Stop| {
                 serve(&ram, &file, &queues[0], stop);
                 Ok(())
             };
             let worker = Worker::serve(Kind::Disk, "floor", activation.queues, serve)?;
-            self.worker = Some(worker);
+            self.workers.add(worker);
             Ok(())
         }
-        fn deactivate(&mut self) -> Vec<Virtq> {
-            self.worker
-                .take()
-                .and_then(Worker::stop)
-                .unwrap_or_default()
+        fn stop(&self, why: StopFor) {
+            self.workers.stop(why);
+        }
+        fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+            self.workers.take_back()
         }
     }
 

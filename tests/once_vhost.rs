@@ -9,11 +9,12 @@ use std::time::Duration;
 use common::net::Tap;
 use rvmm::config::{Mac, MemConfig};
 use rvmm::memory;
-use rvmm::util::ByteSize;
 use rvmm::util::tap::TapQueue;
-use rvmm::virtio::core::{Core, Half, Ring};
+use rvmm::util::{ByteSize, Half};
 use rvmm::virtio::device::Interrupt;
 use rvmm::virtio::net::Net;
+use rvmm::virtio::transport::core::{Core, Ring};
+use rvmm::virtio::transport::starter::Starter;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,6 +39,7 @@ impl Interrupt for Told {
     fn queue_fd(&self, _: u16) -> Option<EventFd> {
         None
     }
+    fn reset(&self) {}
 }
 
 /// The parts of a queue, in RAM.
@@ -47,24 +49,28 @@ fn rings(queue: u16) -> [u64; 3] {
 }
 
 /// A driver that accepts VERSION_1 and nothing else, and sets up both queues.
-fn make_ready(core: &mut Core) {
+fn make_ready(core: &Core) {
     core.set_status(3);
-    core.driver_select = 1;
-    core.set_driver_features(1);
+    let mut registers = core.registers();
+    registers.driver_select = 1;
+    registers.set_driver_features(1);
+    drop(registers);
     core.set_status(NEGOTIATED);
     for queue in [0, 1] {
-        core.queue_select = queue;
-        core.set_queue_size(SIZE);
+        let mut registers = core.registers();
+        registers.queue_select = queue;
+        registers.set_queue_size(SIZE);
         let parts = [Ring::Descriptors, Ring::Driver, Ring::Device];
         for (ring, address) in parts.into_iter().zip(rings(queue)) {
             for half in [Half::Low, Half::High] {
-                core.set_ring(ring, half, half.of(address));
+                registers.set_ring(ring, half, half.of(address));
             }
         }
-        core.enable_queue();
+        registers.enable_queue();
     }
     core.set_status(READY);
-    assert_eq!(core.status(), READY);
+    core.wait_settled();
+    assert_eq!(core.registers().status(), READY);
 }
 
 /// Whether this process has vhost-net open: queues that it refuses are served without it.
@@ -90,15 +96,24 @@ fn hostile_a_queue_that_vhost_gives_up() {
     let net = Net::new("net0", &tap.name, queues, mac, None, true);
     let (sender, told) = mpsc::sync_channel(1);
     let interrupt = Arc::new(Told(sender));
-    let mut core = Core::new(Box::new(net), Arc::clone(&ram), interrupt).expect("a device");
+    let starter = Starter::new().expect("a thread");
+    let core = Core::new(Box::new(net), Arc::clone(&ram), interrupt, &starter).expect("a device");
     let index = GuestAddress(rings(1)[1] + 2);
     for _ in 0..2 {
-        make_ready(&mut core);
+        make_ready(&core);
+        assert!(uses_vhost());
+        core.pause();
+        assert!(
+            !uses_vhost(),
+            "the kernel has its queues while it is paused"
+        );
+        core.resume();
+        core.wait_settled();
         assert!(uses_vhost());
         ram.write_obj(SIZE + 1, index).expect("RAM");
-        core.kick(1);
+        core.registers().kick(1);
         told.recv_timeout(PATIENCE).expect("DEVICE_NEEDS_RESET");
-        assert_eq!(core.status(), READY | BROKEN);
+        assert_eq!(core.registers().status(), READY | BROKEN);
         core.set_status(0);
         assert!(!uses_vhost());
         ram.write_obj(0u16, index).expect("RAM");

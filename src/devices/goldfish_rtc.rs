@@ -14,7 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_warn};
+use crate::util::{Half, RateLimit, guest_warn};
 
 /// The range on the bus, as QEMU's virt machine has it.
 pub const SIZE: u64 = 0x1000;
@@ -56,12 +56,12 @@ impl Clock {
         match offset {
             reg::TIME_LOW => {
                 let now = self.now(host);
-                self.time_high = high(now);
-                low(now)
+                self.time_high = Half::High.of(now);
+                Half::Low.of(now)
             }
             reg::TIME_HIGH => self.time_high,
-            reg::ALARM_LOW => low(self.alarm.unwrap_or(0)),
-            reg::ALARM_HIGH => high(self.alarm.unwrap_or(0)),
+            reg::ALARM_LOW => Half::Low.of(self.alarm.unwrap_or(0)),
+            reg::ALARM_HIGH => Half::High.of(self.alarm.unwrap_or(0)),
             reg::IRQ_ENABLED => self.enabled.into(),
             reg::ALARM_STATUS => self.alarm.is_some().into(),
             _ => 0,
@@ -106,17 +106,8 @@ impl Clock {
     }
 }
 
-#[allow(clippy::cast_possible_truncation)]
-fn low(value: u64) -> u32 {
-    value as u32
-}
-
-fn high(value: u64) -> u32 {
-    low(value >> 32)
-}
-
 fn join(high: u32, low: u32) -> u64 {
-    (u64::from(high) << 32) | u64::from(low)
+    Half::High.set(low.into(), high)
 }
 
 /// The host's time.

@@ -15,7 +15,7 @@ use vm_memory::GuestAddress;
 use crate::devices::{goldfish_rtc, sifive_test, uart16550};
 use crate::irqchip::{aia, plic};
 use crate::pci::host;
-use crate::virtio::mmio;
+use crate::virtio::transport::mmio;
 
 /// How a guest ends the machine by a store.
 pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);

@@ -19,10 +19,11 @@ use crate::virtio::blk::image::Image;
 use crate::virtio::console::ConsolePort;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::input::{Button, PowerKey};
-use crate::virtio::mmio::{self, MmioTransport};
 use crate::virtio::net::{Net, vhost};
-use crate::virtio::pci::PciTransport;
 use crate::virtio::rng::Rng;
+use crate::virtio::transport::mmio::{self, MmioTransport};
+use crate::virtio::transport::pci::PciTransport;
+use crate::virtio::transport::starter::Starter;
 
 /// More queues than this do not make a disk faster.
 const DISK_QUEUES_MAX: u32 = 16;
@@ -138,7 +139,8 @@ fn default_mac(tap: &str) -> Mac {
     Mac([0x52, 0x54, a, b, c, d])
 }
 
-/// Puts the devices on `bus`, and gives back what the device tree tells of.
+/// Puts the devices on `bus`, and gives back all that has a name: a bridge to them, if there is one, and
+/// each of them.
 ///
 /// # Errors
 /// There are more than places, or the host refused something.
@@ -151,23 +153,25 @@ pub(super) fn attach(
     bus: &mut Bus,
 ) -> Result<Vec<Arc<dyn Device>>> {
     let devices = backends.devices()?;
+    if devices.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The transports have it: it ends when the last of them is dropped.
+    let starter = Starter::new().context("Failed to start the devices thread")?;
     match config.transport {
-        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus),
-        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus),
+        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus, &starter),
+        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus, &starter),
     }
 }
 
-/// A bus with the devices, or none where there are none.
 fn attach_pci(
     devices: Vec<Box<dyn VirtioDevice>>,
     vm: &Arc<dyn Vm>,
     ram: &Arc<GuestMemory>,
     irqchip: &IrqChip,
     bus: &mut Bus,
+    starter: &Arc<Starter>,
 ) -> Result<Vec<Arc<dyn Device>>> {
-    if devices.is_empty() {
-        return Ok(Vec::new());
-    }
     let first = layout::pci_irq(irqchip.sources());
     let wires = [0, 1, 2, 3].map(|wire| irqchip.line(first + wire));
     let messages = irqchip.messages().cloned();
@@ -175,16 +179,19 @@ fn attach_pci(
     let vectors = share_vectors(&devices, limit);
     let (ecam, window) = (layout::PCI_ECAM, layout::PCI_WINDOW);
     let mut bridge = HostBridge::new(ecam, window, wires, messages);
+    let mut transports: Vec<Arc<dyn Device>> = Vec::new();
     for (device, vectors) in devices.into_iter().zip(vectors) {
         let name = device.name().to_owned();
-        PciTransport::attach(device, ram, vm, &mut bridge, vectors)
+        let transport = PciTransport::attach(device, ram, vm, &mut bridge, vectors, starter)
             .with_context(|| format!("Failed to attach {name}"))?;
+        transports.push(transport);
     }
     let bridge = Arc::new(bridge);
     for (range, device) in bridge.on_bus() {
         bus.insert(range, device)?;
     }
-    Ok(vec![bridge])
+    transports.insert(0, bridge);
+    Ok(transports)
 }
 
 /// Messages for each device, `limit` in all: one for each queue and one more where that fits, while
@@ -219,6 +226,7 @@ fn attach_mmio(
     ram: &Arc<GuestMemory>,
     irqchip: &IrqChip,
     bus: &mut Bus,
+    starter: &Arc<Starter>,
 ) -> Result<Vec<Arc<dyn Device>>> {
     let (count, slots) = (devices.len(), layout::VIRTIO_MMIO_SLOTS);
     if count > slots as usize {
@@ -229,7 +237,7 @@ fn attach_mmio(
         let base = layout::VIRTIO_MMIO.start + u64::from(slot) * mmio::SIZE;
         let line = irqchip.line(layout::VIRTIO_MMIO_IRQ + slot);
         let name = device.name().to_owned();
-        let transport = MmioTransport::new(device, ram, vm, base, line)
+        let transport = MmioTransport::new(device, ram, vm, base, line, starter)
             .with_context(|| format!("Failed to attach {name}"))?;
         bus.insert(base..base + mmio::SIZE, Arc::clone(&transport) as _)?;
         attached.push(transport);

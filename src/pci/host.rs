@@ -13,7 +13,7 @@ use super::interrupts::{Interrupts, SharedLine};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::irqchip::Messages;
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_warn};
+use crate::util::{Half, RateLimit, guest_warn};
 
 /// Bytes of configuration space that a function has in an ECAM.
 const FUNCTION_SIZE: u64 = 4096;
@@ -288,7 +288,7 @@ impl Device for HostBridge {
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
         /// ss = 10: 32-bit memory.
         const MEMORY_32: u32 = 0x0200_0000;
-        let cells = |value: u64| [high(value), low(value)];
+        let cells = |value: u64| [Half::High.of(value), Half::Low.of(value)];
         let node = fdt.begin_node(&format!("pci@{:x}", self.ecam.start))?;
         fdt.property_string("compatible", "pci-host-ecam-generic")?;
         fdt.property_string("device_type", "pci")?;
@@ -341,15 +341,6 @@ impl HostBridge {
         }
         map
     }
-}
-
-fn low(value: u64) -> u32 {
-    let [a, b, c, d, ..] = value.to_le_bytes();
-    u32::from_le_bytes([a, b, c, d])
-}
-
-fn high(value: u64) -> u32 {
-    low(value >> 32)
 }
 
 #[cfg(test)]

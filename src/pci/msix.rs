@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::hypervisor::MsiMessage;
 use crate::irqchip::msi::{MsiRouter, MsiVector};
+use crate::util::Half;
 use crate::util::sync::lock;
 
 /// Bytes of a table entry: address, data, control.
@@ -176,10 +177,9 @@ impl Table {
 impl Entry {
     /// The 32 bits of an entry at this offset of the table.
     fn word(&self, offset: u64) -> u32 {
-        let [a, b, c, d, e, f, g, h] = self.message.address.to_le_bytes();
         match offset % ENTRY {
-            0 => u32::from_le_bytes([a, b, c, d]),
-            4 => u32::from_le_bytes([e, f, g, h]),
+            0 => Half::Low.of(self.message.address),
+            4 => Half::High.of(self.message.address),
             8 => self.message.data,
             _ => self.control,
         }
@@ -189,8 +189,8 @@ impl Entry {
         let address = &mut self.message.address;
         match offset % ENTRY {
             // An address is aligned.
-            0 => *address = (*address & !0xffff_ffff) | u64::from(word & !3),
-            4 => *address = (*address & 0xffff_ffff) | (u64::from(word) << 32),
+            0 => *address = Half::Low.set(*address, word & !3),
+            4 => *address = Half::High.set(*address, word),
             8 => self.message.data = word,
             _ => self.control = word & MASKED,
         }

@@ -2,6 +2,7 @@
 
 pub mod bytesize;
 pub mod filelock;
+pub mod half;
 pub mod outfile;
 pub mod output;
 pub mod poll;
@@ -13,5 +14,6 @@ pub mod text;
 pub mod thread;
 
 pub use bytesize::ByteSize;
+pub use half::Half;
 pub use ratelimit::RateLimit;
 pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};

@@ -18,6 +18,8 @@ pub enum Kind {
     Virtio,
     /// Does what would hold the main loop up, or makes sure that rvmm ends.
     Main,
+    /// Starts and stops virtio devices.
+    Devices,
 }
 
 impl Kind {
@@ -29,6 +31,7 @@ impl Kind {
             Kind::Net => "net",
             Kind::Virtio => "virtio",
             Kind::Main => "main",
+            Kind::Devices => "devices",
         }
     }
 }

@@ -1,16 +1,17 @@
 //! A console: virtio-console with one port (VIRTIO 1.2, section 5.3).
 
 use std::io;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Chain, Virtq};
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::devices::console::{Console, Listener, OUTPUT_CAPACITY};
 use crate::util::poll::Events;
+use crate::util::sync::lock;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
@@ -28,8 +29,10 @@ pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
 pub struct ConsolePort {
     console: Arc<Console>,
     size: Size,
-    worker: Option<Worker>,
-    listener: Option<Arc<Wake>>,
+    /// What the thread that serves has.
+    progress: Arc<Mutex<Progress>>,
+    workers: Workers,
+    listener: Mutex<Option<Arc<Wake>>>,
 }
 
 /// Wakes the port's thread when the host's side has changed.
@@ -48,8 +51,9 @@ impl ConsolePort {
         Self {
             console,
             size,
-            worker: None,
-            listener: None,
+            progress: Arc::default(),
+            workers: Workers::default(),
+            listener: Mutex::default(),
         }
     }
 }
@@ -81,64 +85,88 @@ impl VirtioDevice for ConsolePort {
         read_bytes(&space, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         let Ok([input, output]) = <[Virtq; 2]>::try_from(activation.queues) else {
             return Err(io::Error::other("a console needs both of its queues"));
         };
-        let wake = Arc::new(Wake(Arc::clone(input.kick())));
-        let listener: Arc<dyn Listener> = Arc::clone(&wake) as _;
-        self.console
-            .set_listener(Arc::downgrade(&listener) as Weak<dyn Listener>);
-        self.listener = Some(wake);
-        let mut port = Port {
+        if !activation.resumes {
+            *lock(&self.progress) = Progress {
+                told: (self.size)(),
+                sending: None,
+            };
+        }
+        let port = Port {
             console: Arc::clone(&self.console),
             size: Arc::clone(&self.size),
-            told: (self.size)(),
             fault: activation.fault,
-            sending: None,
         };
         let kicks = Events::new()?;
         kicks.add_signal(0, input.kick())?;
         kicks.add_signal(1, output.kick())?;
-        let serve = move |queues: &mut [Virtq], stop: &Stop| port.serve(queues, &kicks, stop);
+        let wake = Arc::new(Wake(Arc::clone(input.kick())));
+        let progress = Arc::clone(&self.progress);
+        let serve = move |queues: &mut [Virtq], stop: &Stop| {
+            port.serve(&mut lock(&progress), queues, &kicks, stop)
+        };
         let queues = vec![input, output];
-        self.worker = Some(Worker::serve(Kind::Virtio, "console", queues, serve)?);
+        self.workers
+            .add(Worker::serve(Kind::Virtio, "console", queues, serve)?);
+        let listener: Arc<dyn Listener> = Arc::clone(&wake) as _;
+        self.console
+            .set_listener(Arc::downgrade(&listener) as Weak<dyn Listener>);
+        // What changed before somebody listened.
+        wake.console_changed();
+        *lock(&self.listener) = Some(wake);
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        self.listener = None;
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
+    }
+
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+        *lock(&self.listener) = None;
+        self.workers.take_back()
     }
 }
 
-/// What the thread has.
-struct Port {
-    console: Arc<Console>,
-    size: Size,
+/// How far the thread is. It stays through a pause.
+#[derive(Default)]
+struct Progress {
     /// The size that the driver knows.
     told: Option<[u16; 2]>,
-    fault: Fault,
     /// Output that the console had no room for.
     sending: Option<Chain>,
 }
 
+/// What the thread works with.
+struct Port {
+    console: Arc<Console>,
+    size: Size,
+    fault: Fault,
+}
+
 impl Port {
-    fn serve(&mut self, queues: &mut [Virtq], kicks: &Events, stop: &Stop) -> Result<(), Broken> {
+    fn serve(
+        &self,
+        progress: &mut Progress,
+        queues: &mut [Virtq],
+        kicks: &Events,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
         let [input, output] = queues else {
             return Ok(());
         };
         while !stop.is_asked() {
             let more_input = self.receive(input)?;
-            let more_output = self.send(output)?;
-            self.tell_size();
+            let more_output = self.send(output, progress)?;
+            self.tell_size(progress);
             if !more_input && !more_output {
                 kicks.wait(None);
             }
         }
         // What the guest wrote before its end is its last words, as far as there is room at once.
-        self.send(output)?;
+        self.send(output, progress)?;
         Ok(())
     }
 
@@ -166,10 +194,10 @@ impl Port {
 
     /// Moves output of the guest to the console, as far as that has room, and no more than [`ROUND`] bytes:
     /// however fast they are taken, the thread looks whether to stop. True when there may be more.
-    fn send(&mut self, queue: &mut Virtq) -> Result<bool, Broken> {
+    fn send(&self, queue: &mut Virtq, progress: &mut Progress) -> Result<bool, Broken> {
         let mut left = ROUND;
         for _ in 0..queue.size() {
-            let mut chain = match self.sending.take() {
+            let mut chain = match progress.sending.take() {
                 Some(chain) => chain,
                 None => match queue.pop()? {
                     Some(chain) => chain,
@@ -181,7 +209,7 @@ impl Port {
             };
             self.write(&mut chain, &mut left);
             if !chain.readable.is_empty() {
-                self.sending = Some(chain);
+                progress.sending = Some(chain);
                 queue.tell()?;
                 // The console tells when there is room.
                 return Ok(left == 0);
@@ -207,10 +235,10 @@ impl Port {
         }
     }
 
-    fn tell_size(&mut self) {
+    fn tell_size(&self, progress: &mut Progress) {
         let size = (self.size)();
-        if size != self.told {
-            self.told = size;
+        if size != progress.told {
+            progress.told = size;
             self.fault.config_changed();
         }
     }
@@ -219,9 +247,7 @@ impl Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::util::sync::lock;
     use crate::virtio::testing::*;
-    use std::sync::Mutex;
     use std::sync::atomic::Ordering;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -282,6 +308,51 @@ mod tests {
             all += output.len();
         }
         driver.wait_until("the rest", |d| d.used(1) == 1);
+    }
+
+    /// The console has a part of a chain when the machine pauses, and it gets the rest once.
+    #[test]
+    fn a_chain_half_sent_goes_on_after_a_pause() {
+        let (mut driver, console, window) = port();
+        let count = OUTPUT_CAPACITY + 100;
+        let sent: Vec<u8> = (0..count).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        driver
+            .ram
+            .write_slice(&sent, GuestAddress(BUFFERS))
+            .unwrap();
+        let len = u32::try_from(count).unwrap();
+        driver.describe_chain(rings(1)[0], 0, &[(BUFFERS, len, 0)]);
+        driver.offer(1, 0);
+        driver.wait_until("a full console", |_| console.output_room() == 0);
+        let (mut output, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            driver.core.pause();
+            console.push_input(b"typed");
+            assert_eq!((driver.used(0), driver.used(1)), (0, 0));
+            driver.core.resume();
+        }
+        driver.core.pause();
+        console.take_output(&mut output);
+        all.extend_from_slice(&output);
+        *lock(&window) = [100, 40];
+        console.resized();
+        let interrupts = Arc::clone(&driver.interrupts);
+        let configs = || interrupts.configs.load(Ordering::Acquire);
+        assert_eq!((console.output_room(), configs()), (0, 0));
+        driver.core.resume();
+        driver.wait_until("the window's size", |_| configs() == 1);
+        while all.len() < count {
+            console.take_output(&mut output);
+            all.extend_from_slice(&output);
+        }
+        assert!(all == sent);
+        driver.wait_until("its end", |d| d.used(1) == 1);
+        let typed = driver.request(0, &[(BUFFERS, 64, WRITE)]);
+        assert_eq!(typed, 15, "what was typed meanwhile");
+        driver.core.pause();
+        driver.core.resume();
+        driver.core.pause();
+        assert_eq!(configs(), 1, "told once");
     }
 
     #[test]

@@ -9,14 +9,16 @@ use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Virtq;
+use super::worker::StopFor;
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_warn};
 
 /// A kind of virtio device (VIRTIO 1.2, chapter 5).
 ///
-/// Called under the transport's lock, by vCPU threads: nothing here waits for the host, except
-/// [`VirtioDevice::deactivate`].
-pub trait VirtioDevice: Send {
+/// What is asked of its type and its configuration space may come at any time, on any thread, also while
+/// it starts or stops: nothing of that waits. [`VirtioDevice::activate`], [`VirtioDevice::stop`] and
+/// [`VirtioDevice::deactivate`] come one at a time, in turns, the first and the last on the devices thread.
+pub trait VirtioDevice: Send + Sync {
     /// The device's type: VIRTIO_ID_*.
     fn kind(&self) -> u32;
 
@@ -33,17 +35,24 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Writes it. Most have nothing to write.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
-    /// Starts serving. Called once until [`VirtioDevice::deactivate`].
+    /// Starts serving.
     ///
     /// # Errors
-    /// The host has no resources for it: the driver finds DEVICE_NEEDS_RESET.
-    fn activate(&mut self, activation: Activation) -> io::Result<()>;
+    /// The host has no resources for it: the driver finds DEVICE_NEEDS_RESET. Nothing is left of the
+    /// start then.
+    fn activate(&self, activation: Activation) -> io::Result<()>;
 
-    /// Stops serving, waits for requests in flight, and gives the queues back as they are then.
-    /// The next use is an [`VirtioDevice::activate`].
-    fn deactivate(&mut self) -> Vec<Virtq>;
+    /// Stops serving, and returns when what was begun has ended: the device's threads make no access any
+    /// more. For a pause, all that was begun is finished, and what the device has to know to go on stays
+    /// in it or in its queues, until the next [`VirtioDevice::activate`]. On the thread of who wants that, a vCPU's mostly, which may neither make a thread nor open
+    /// a file. This alone may wait for the host's disk.
+    fn stop(&self, why: StopFor);
+
+    /// After [`VirtioDevice::stop`]: takes apart what [`VirtioDevice::activate`] has made, and gives the
+    /// queues back as they are then, for the same reason.
+    fn deactivate(&self, why: StopFor) -> Vec<Virtq>;
 }
 
 /// What a device is given when its driver is ready.
@@ -56,6 +65,9 @@ pub struct Activation {
     pub queues: Vec<Virtq>,
     /// For what goes wrong later.
     pub fault: Fault,
+    /// The device goes on after a pause: the queues are those that it gave back, features are as before,
+    /// and what it did for its driver still holds.
+    pub resumes: bool,
 }
 
 impl Activation {
@@ -76,6 +88,9 @@ pub trait Interrupt: Send + Sync {
     /// A descriptor whose signals are [`Interrupt::queue`] without userspace, where there is such
     /// a way.
     fn queue_fd(&self, index: u16) -> Option<EventFd>;
+
+    /// The driver resets the device, which has stopped: no cause of an interrupt is left.
+    fn reset(&self);
 }
 
 /// State that a device's threads change while its driver reads it.
@@ -114,7 +129,8 @@ impl Fault {
         guest_warn!(self.0.warnings, "{name} needs a reset by its driver: {why}");
         let bit = NEEDS_RESET;
         let before = self.0.shared.status.fetch_or(bit, Ordering::AcqRel);
-        if before & DRIVER_OK != 0 {
+        // Told once until it is reset.
+        if before & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
             self.0.interrupt.config();
         }
     }

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::util::poll::Events;
 use crate::util::sync::lock;
 use crate::util::thread::Kind;
@@ -38,6 +38,9 @@ const PRESS: [(u16, u16, u32); 4] = [
     (EV_KEY, KEY_POWER, 0),
     (EV_SYN, SYN_REPORT, 0),
 ];
+
+/// Events to come: type, code, value.
+type Untold = &'static [(u16, u16, u32)];
 
 /// The host's end of the key, which outlives a reset.
 #[derive(Default)]
@@ -64,8 +67,10 @@ impl Button {
 pub struct PowerKey {
     button: Arc<Button>,
     /// What the driver wants to read of the configuration: `select` and `subsel`.
-    selected: [u8; 2],
-    worker: Option<Worker>,
+    selected: Mutex<[u8; 2]>,
+    /// What of a press the driver was not told yet. The thread that serves has it.
+    untold: Arc<Mutex<Untold>>,
+    workers: Workers,
 }
 
 impl PowerKey {
@@ -73,14 +78,15 @@ impl PowerKey {
     pub fn new(button: Arc<Button>) -> Self {
         Self {
             button,
-            selected: [0; 2],
-            worker: None,
+            selected: Mutex::default(),
+            untold: Arc::default(),
+            workers: Workers::default(),
         }
     }
 
     /// What is selected; nothing where there is no such thing.
     fn answer(&self) -> Vec<u8> {
-        let [select, subsel] = self.selected;
+        let [select, subsel] = *lock(&self.selected);
         match (select.into(), subsel.into()) {
             (ID_NAME, 0) => NAME.to_vec(),
             (ID_DEVIDS, 0) => [BUS_VIRTUAL, 0, 0, 1].map(u16::to_le_bytes).concat(),
@@ -115,24 +121,22 @@ impl VirtioDevice for PowerKey {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let answer = self.answer();
         let size = u8::try_from(answer.len()).unwrap_or(u8::MAX);
-        let [select, subsel] = self.selected;
+        let [select, subsel] = *lock(&self.selected);
         let mut space = vec![select, subsel, size, 0, 0, 0, 0, 0];
         space.extend(answer);
         read_bytes(&space, offset, data);
     }
 
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let mut all = lock(&self.selected);
         for (at, byte) in (offset..).zip(data) {
-            if let Some(selected) = usize::try_from(at)
-                .ok()
-                .and_then(|at| self.selected.get_mut(at))
-            {
+            if let Some(selected) = usize::try_from(at).ok().and_then(|at| all.get_mut(at)) {
                 *selected = *byte;
             }
         }
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         let Ok([events, statuses]) = <[Virtq; 2]>::try_from(activation.queues) else {
             return Err(io::Error::other("a power key needs both of its queues"));
         };
@@ -140,42 +144,66 @@ impl VirtioDevice for PowerKey {
         kicks.add_signal(0, events.kick())?;
         kicks.add_signal(1, statuses.kick())?;
         let (wake, button) = (Arc::clone(events.kick()), Arc::clone(&self.button));
-        let serve = move |queues: &mut [Virtq], stop: &Stop| serve(queues, &button, &kicks, stop);
+        if !activation.resumes {
+            *lock(&self.untold) = &[];
+        }
+        let untold = Arc::clone(&self.untold);
+        let serve = move |queues: &mut [Virtq], stop: &Stop| {
+            serve(queues, &button, &mut lock(&untold), &kicks, stop)
+        };
         let worker = Worker::serve(Kind::Virtio, "power key", vec![events, statuses], serve)?;
-        self.worker = Some(worker);
+        self.workers.add(worker);
         *lock(&self.button.wake) = Some(wake);
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        *lock(&self.button.wake) = None;
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+    /// Through a pause the key can be pressed: the driver hears of it later.
+    fn stop(&self, why: StopFor) {
+        if why == StopFor::Reset {
+            *lock(&self.button.wake) = None;
+        }
+        self.workers.stop(why);
+    }
+
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 
-fn serve(queues: &mut [Virtq], button: &Button, kicks: &Events, stop: &Stop) -> Result<(), Broken> {
+/// A machine may end while it is paused.
+impl Drop for PowerKey {
+    fn drop(&mut self) {
+        *lock(&self.button.wake) = None;
+    }
+}
+
+fn serve(
+    queues: &mut [Virtq],
+    button: &Button,
+    untold: &mut Untold,
+    kicks: &Events,
+    stop: &Stop,
+) -> Result<(), Broken> {
     let [events, statuses] = queues else {
         return Ok(());
     };
-    let mut todo = [].iter();
     while !stop.is_asked() {
         // Lights of a keyboard, which this has none of.
         let more_statuses = statuses.drain(stop, |_| Ok(0));
         more_statuses?;
-        if todo.len() == 0 && button.pressed.swap(false, Ordering::AcqRel) {
-            todo = PRESS.iter();
+        if untold.is_empty() && button.pressed.swap(false, Ordering::AcqRel) {
+            *untold = &PRESS;
         }
-        if !send(events, &mut todo)? {
+        if !send(events, untold)? {
             kicks.wait(None);
         }
     }
     Ok(())
 }
 
-/// Tells the driver of `todo`, as far as it has buffers. True when it may have more by now.
-fn send(queue: &mut Virtq, todo: &mut std::slice::Iter<(u16, u16, u32)>) -> Result<bool, Broken> {
-    while let Some((kind, code, value)) = todo.as_slice().first() {
+/// Tells the driver of `untold`, as far as it has buffers. True when it may have more by now.
+fn send(queue: &mut Virtq, untold: &mut Untold) -> Result<bool, Broken> {
+    while let Some(((kind, code, value), rest)) = untold.split_first() {
         let Some(chain) = queue.pop()? else {
             queue.tell()?;
             return queue.ask_for_kick();
@@ -186,7 +214,7 @@ fn send(queue: &mut Virtq, todo: &mut std::slice::Iter<(u16, u16, u32)>) -> Resu
         event[4..].copy_from_slice(&value.to_le_bytes());
         let count = chain.writable.copy_from(&event);
         queue.push(chain.head, count)?;
-        todo.next();
+        *untold = rest;
     }
     queue.tell()?;
     Ok(false)
@@ -218,6 +246,37 @@ mod tests {
         for (of, sub) in [(0, 0), (1, 1), (0x10, 0), (0x11, 2), (0x12, 0), (255, 255)] {
             assert!(select(&mut driver, of, sub).is_empty(), "{of} {sub}");
         }
+    }
+
+    /// The driver has a part of a press when the machine pauses; and the key is pressed during a pause.
+    #[test]
+    fn a_press_goes_on_after_a_pause() {
+        let button = Arc::new(Button::default());
+        let mut driver = Driver::ready(Box::new(PowerKey::new(Arc::clone(&button))));
+        assert!(button.press());
+        for index in 0..8u16 {
+            let at = BUFFERS + 8 * u64::from(index);
+            driver.describe_chain(rings(0)[0], index, &[(at, 8, WRITE)]);
+            driver.offer(0, index);
+            driver.wait_until("an event", |d| d.used(0) == index + 1);
+            driver.core.pause();
+            if index == 3 {
+                assert!(button.press(), "through a pause");
+            }
+            assert_eq!(driver.used(0), index + 1);
+            driver.core.resume();
+        }
+        let event = |index: u64| {
+            let at = GuestAddress(BUFFERS + 8 * index);
+            driver.ram.read_obj::<u64>(at).unwrap()
+        };
+        let key = |value: u64| (value << 32) | (116 << 16) | 1;
+        let press = [key(1), 0, key(0), 0];
+        let events = [0, 1, 2, 3, 4, 5, 6, 7].map(event);
+        assert_eq!(events, [press, press].concat()[..]);
+        driver.core.pause();
+        drop(driver);
+        assert!(!button.press(), "its device has gone");
     }
 
     /// Buffers come late, and the driver's reset takes the key's end from it.

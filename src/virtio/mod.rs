@@ -1,22 +1,18 @@
 //! Virtio devices: one state machine, two transports, a folder for each kind of device.
 //!
 //! Virtual I/O Device (VIRTIO) Version 1.2. A device implements [`device::VirtioDevice`]; its
-//! registers are [`core::Core`], which `mmio` and `pci` only decode; its queues are
+//! registers, and when it starts and stops, are the [`transport`]'s; its queues are
 //! [`queue::Virtq`]s that a [`worker::Worker`] serves.
 
 pub mod blk;
 pub mod console;
-pub mod core;
 pub mod device;
 pub mod input;
-pub mod mmio;
 pub mod net;
-pub mod pci;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
-#[cfg(test)]
-mod transports;
+pub mod transport;
 mod used;
 pub mod worker;

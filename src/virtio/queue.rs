@@ -79,6 +79,8 @@ pub struct Virtq {
     fault: Fault,
     /// Used buffers that the driver was not told of.
     untold: bool,
+    /// The device was given up for what is wrong with this queue, or with another that its thread serves.
+    broken: bool,
 }
 
 impl Virtq {
@@ -98,6 +100,7 @@ impl Virtq {
             interrupt: Arc::clone(fault.interrupt()),
             fault: fault.clone(),
             untold: false,
+            broken: false,
         }
     }
 
@@ -189,7 +192,8 @@ impl Virtq {
         }
     }
 
-    /// Puts back the request that [`Virtq::pop`] gave last, to be given again.
+    /// Puts back the request that [`Virtq::pop`] gave last, to be given again. Several can be put back,
+    /// the last one first.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
@@ -302,8 +306,14 @@ impl Virtq {
     }
 
     /// The device is broken for `why`: its driver finds DEVICE_NEEDS_RESET.
-    pub fn needs_reset(&self, why: &Broken) {
+    pub fn needs_reset(&mut self, why: &Broken) {
+        self.broken = true;
         self.fault.needs_reset(why);
+    }
+
+    /// Whether [`Virtq::needs_reset`] was called: there is no use in serving it.
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// The chain that starts at `head` is nothing that the device knows.

@@ -3,6 +3,7 @@
 //! What a guest takes is bounded, so that none can keep a host's CPU busy with it.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::retry_on_intr;
@@ -11,9 +12,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::device::{Activation, VirtioDevice};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker, wait};
+use super::worker::{Stop, StopFor, Worker, Workers, wait};
 use crate::memory::Pieces;
 use crate::util::poll::{borrow, wait_readable_for};
+use crate::util::sync::lock;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
@@ -28,7 +30,9 @@ const LEAST: usize = 64;
 /// An entropy source of the guest.
 #[derive(Default)]
 pub struct Rng {
-    worker: Option<Worker>,
+    /// What the guest has taken counts on through pauses and resets. The thread that serves has it.
+    budget: Arc<Mutex<Budget>>,
+    workers: Workers,
 }
 
 impl VirtioDevice for Rng {
@@ -50,23 +54,30 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _: u64, _: &mut [u8]) {}
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let serve = |queues: &mut [Virtq], stop: &Stop| serve(&mut queues[0], stop);
+    fn activate(&self, activation: Activation) -> io::Result<()> {
+        let budget = Arc::clone(&self.budget);
+        let serve = move |queues: &mut [Virtq], stop: &Stop| {
+            serve(&mut queues[0], &mut lock(&budget), stop)
+        };
         if !activation.queues.is_empty() {
             let worker = Worker::serve(Kind::Virtio, "rng", activation.queues, serve)?;
-            self.worker = Some(worker);
+            self.workers.add(worker);
         }
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
+    }
+
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 
-fn serve(queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
-    let mut budget = Budget::new(Instant::now());
+fn serve(queue: &mut Virtq, budget: &mut Budget, stop: &Stop) -> Result<(), Broken> {
+    let debt = budget.spend(0, Instant::now());
+    pause(queue, stop, debt);
     while !stop.is_asked() {
         let Some(chain) = queue.pop()? else {
             queue.tell()?;
@@ -114,6 +125,12 @@ fn fill(room: &Pieces) -> usize {
 struct Budget {
     bytes: f64,
     at: Instant,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self::new(Instant::now())
+    }
 }
 
 impl Budget {
@@ -177,6 +194,32 @@ mod tests {
             "no more than a burst is saved"
         );
         assert!(budget.spend(100_000, later) > Duration::ZERO);
+    }
+
+    /// Neither a pause nor a reset fills it.
+    #[test]
+    fn the_budget_stays() {
+        let rng = Box::<Rng>::default();
+        let budget = Arc::clone(&rng.budget);
+        let mut driver = Driver::ready(rng);
+        // As if the guest had taken as much, and could take nothing for a long time.
+        let empty = |budget: &mut Budget| budget.bytes = -1e12;
+        driver.core.pause();
+        empty(&mut lock(&budget));
+        driver.core.resume();
+        let buffers = [(BUFFERS, 8, WRITE)];
+        driver.describe_chain(rings(0)[0], 0, &buffers);
+        driver.offer(0, 0);
+        driver.core.wait_settled();
+        driver.core.pause();
+        assert!(lock(&budget).bytes < 0.0);
+        driver.restart();
+        driver.core.pause();
+        assert!(lock(&budget).bytes < 0.0);
+        assert_eq!(driver.used(0), 0, "not at once");
+        *lock(&budget) = Budget::default();
+        driver.core.resume();
+        assert_eq!(driver.request(0, &buffers), 8);
     }
 
     #[test]

@@ -10,14 +10,15 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
 use super::device::{Activation, Interrupt, VirtioDevice, read_bytes, word};
 use super::queue::Virtq;
-use super::worker::{Worker, wait};
+use super::transport::core::{Core, Ring};
+use super::transport::starter::Starter;
+use super::worker::{StopFor, Worker, Workers, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
-use crate::util::ByteSize;
 use crate::util::thread::Kind;
+use crate::util::{ByteSize, Half};
 
 /// Guest RAM starts here, 4 MiB of it.
 pub(crate) const RAM: u64 = 0x8000_0000;
@@ -56,12 +57,13 @@ impl Interrupt for Counter {
     fn queue_fd(&self, _: u16) -> Option<EventFd> {
         None
     }
+    fn reset(&self) {}
 }
 
 /// Answers each request with as many bytes as it has room for.
 #[derive(Default)]
 pub(crate) struct Echo {
-    workers: Vec<Worker>,
+    workers: Workers,
     config: [u8; 8],
 }
 
@@ -81,7 +83,7 @@ impl VirtioDevice for Echo {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_bytes(&self.config, offset, data);
     }
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         for queue in activation.queues {
             let worker = Worker::serve(Kind::Virtio, "echo", vec![queue], |queues, stop| {
                 while !stop.is_asked() {
@@ -93,13 +95,15 @@ impl VirtioDevice for Echo {
                 }
                 Ok(())
             })?;
-            self.workers.push(worker);
+            self.workers.add(worker);
         }
         Ok(())
     }
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        let queues = self.workers.drain(..).filter_map(Worker::stop);
-        queues.flatten().collect()
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
+    }
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 
@@ -136,10 +140,11 @@ impl VirtioDevice for Taker {
         vec![SIZE]
     }
     fn read_config(&self, _: u64, _: &mut [u8]) {}
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         self.0.send(activation.queues).map_err(io::Error::other)
     }
-    fn deactivate(&mut self) -> Vec<Virtq> {
+    fn stop(&self, _: StopFor) {}
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         Vec::new()
     }
 }
@@ -150,7 +155,7 @@ pub(crate) fn taken(features: u64) -> (Driver, Virtq) {
     let mut driver = Driver::of(device);
     driver.negotiate(features);
     driver.set_up(0, rings(0));
-    driver.core.set_status(READY);
+    driver.become_ready();
     (driver, taken.recv().unwrap().remove(0))
 }
 
@@ -185,6 +190,11 @@ pub(crate) struct Driver {
 impl Driver {
     /// The device after power-on.
     pub(crate) fn of(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with(device, &Starter::new().unwrap())
+    }
+
+    /// The same, started and stopped by this thread.
+    pub(crate) fn with(device: Box<dyn VirtioDevice>, starter: &Arc<Starter>) -> Self {
         let ram = memory::create(
             GuestAddress(RAM),
             MemConfig::new(ByteSize::mib(4)),
@@ -192,8 +202,9 @@ impl Driver {
         )
         .unwrap();
         let interrupts = Arc::new(Counter::default());
-        let core = Core::new(device, Arc::clone(&ram), Arc::clone(&interrupts) as _).unwrap();
-        let avail = vec![0; core.queues().len()];
+        let told = Arc::clone(&interrupts) as _;
+        let core = Core::new(device, Arc::clone(&ram), told, starter).unwrap();
+        let avail = vec![0; core.registers().queues().len()];
         Self {
             core,
             ram,
@@ -209,36 +220,50 @@ impl Driver {
         for queue in 0..driver.avail.len() {
             driver.set_up(queue, rings(queue));
         }
-        driver.core.set_status(READY);
-        assert_eq!(driver.core.status(), READY);
+        driver.become_ready();
+        assert_eq!(driver.status(), READY);
         driver
+    }
+
+    /// Sets DRIVER_OK, and returns when the device has started, or could not.
+    pub(crate) fn become_ready(&self) {
+        self.core.set_status(READY);
+        self.core.wait_settled();
+    }
+
+    /// The device status.
+    pub(crate) fn status(&self) -> u8 {
+        self.core.registers().status()
     }
 
     /// Accepts what is offered of `features`.
     pub(crate) fn negotiate(&mut self, features: u64) {
         self.core.set_status(3);
         for (select, half) in [(0, Half::Low), (1, Half::High)] {
-            self.core.device_select = select;
-            self.core.driver_select = select;
-            let accepted = self.core.device_features() & half.of(features);
-            self.core.set_driver_features(accepted);
+            let mut registers = self.core.registers();
+            registers.device_select = select;
+            registers.driver_select = select;
+            let accepted = registers.device_features() & half.of(features);
+            registers.set_driver_features(accepted);
         }
         self.core.set_status(NEGOTIATED);
     }
 
     /// Sets up a queue with its parts at these addresses.
     pub(crate) fn set_up(&mut self, queue: usize, rings: [u64; 3]) {
-        self.core.queue_select = u16::try_from(queue).unwrap();
-        self.core.set_queue_size(SIZE);
+        let mut registers = self.core.registers();
+        registers.queue_select = u16::try_from(queue).unwrap();
+        registers.set_queue_size(SIZE);
         for (ring, address) in [Ring::Descriptors, Ring::Driver, Ring::Device]
             .into_iter()
             .zip(rings)
         {
             for half in [Half::Low, Half::High] {
-                self.core.set_ring(ring, half, half.of(address));
+                registers.set_ring(ring, half, half.of(address));
             }
         }
-        self.core.enable_queue();
+        registers.enable_queue();
+        drop(registers);
         self.avail[queue] = 0;
         // As memory is after a driver's allocation.
         for address in rings {
@@ -281,7 +306,12 @@ impl Driver {
         let slot = rings(queue)[1] + 4 + 2 * u64::from(next % SIZE);
         self.ram.write_obj(head, GuestAddress(slot)).unwrap();
         self.set_avail(queue, next.wrapping_add(1));
-        self.core.kick(u16::try_from(queue).unwrap());
+        self.core.registers().kick(u16::try_from(queue).unwrap());
+    }
+
+    /// The available ring's index: the number of the next chain that is offered.
+    pub(crate) fn next_offer(&self, queue: usize) -> u16 {
+        self.avail[queue]
     }
 
     /// Writes the available ring's index, whatever is in the ring.
@@ -330,7 +360,7 @@ impl Driver {
     /// `works` says so.
     #[track_caller]
     pub(crate) fn breaks_and_recovers(&mut self, works: impl FnOnce(&mut Self)) {
-        self.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+        self.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
         self.wait_until("its interrupt", |d| {
             d.interrupts.configs.load(Ordering::Acquire) > 0
         });
@@ -341,13 +371,13 @@ impl Driver {
     /// A reset, and everything set up again.
     pub(crate) fn restart(&mut self) {
         self.core.set_status(0);
-        assert_eq!(self.core.status(), 0);
+        assert_eq!(self.status(), 0);
         self.negotiate(u64::MAX);
         for queue in 0..self.avail.len() {
             self.set_up(queue, rings(queue));
         }
-        self.core.set_status(READY);
-        assert_eq!(self.core.status(), READY);
+        self.become_ready();
+        assert_eq!(self.status(), READY);
     }
 }
 

@@ -1,43 +1,81 @@
 //! The thread that serves a device's queues.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Broken, Virtq};
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
 /// A thread that works for a device until it is stopped, and then gives back what it owned.
 pub struct Worker<T: Send + 'static = Vec<Virtq>> {
     stop: Stop,
     wake: Arc<EventFd>,
+    ended: Arc<Ended>,
     thread: Option<JoinHandle<T>>,
+}
+
+/// Whether a worker's thread has nothing left to do but to go.
+#[derive(Default)]
+struct Ended(Mutex<bool>, Condvar);
+
+impl Ended {
+    fn wait(&self) {
+        let waited = self.1.wait_while(lock(&self.0), |ended| !*ended);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Tells at its end, also at that of a panic.
+struct TellEnd(Arc<Ended>);
+
+impl Drop for TellEnd {
+    fn drop(&mut self) {
+        *lock(&self.0.0) = true;
+        self.0.1.notify_all();
+    }
+}
+
+/// Why a device stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StopFor {
+    /// The machine pauses, and the device goes on later: what was begun is finished, and nothing is lost.
+    Pause = 1,
+    /// The driver's work is void: what was begun may be cancelled, as when the power goes.
+    Reset = 2,
 }
 
 /// Says whether a worker is to end; its own thread has it.
 #[derive(Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<AtomicU8>);
 
 impl Stop {
-    /// Whether the worker is to end now.
+    /// Whether the worker is to end. It begins nothing then.
     pub fn is_asked(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.load(Ordering::Acquire) != 0
     }
 
-    /// Asks for the end.
-    pub(super) fn ask(&self) {
-        self.0.store(true, Ordering::Release);
+    /// Whether it need not finish what it has begun either.
+    pub fn cancels(&self) -> bool {
+        self.0.load(Ordering::Acquire) == StopFor::Reset as u8
+    }
+
+    /// Asks for the end. A reset may come behind a pause, and not the other way round.
+    pub(super) fn ask(&self, why: StopFor) {
+        self.0.fetch_max(why as u8, Ordering::AcqRel);
     }
 }
 
 impl Worker {
     /// Starts a thread that runs `serve` on `queues`, at least one. `serve` returns when its
     /// [`Stop`] asks for that, which wakes the first queue's kick; or when the driver broke a
-    /// queue: then the device needs a reset, and the thread waits for it.
+    /// queue: then the device needs a reset, and the thread waits for it. It is not called for queues
+    /// of which one was broken before a pause. What was pushed is told in any case.
     ///
     /// # Errors
     /// The host has no resources for a thread; or there is no queue.
@@ -47,8 +85,14 @@ impl Worker {
     {
         let first = queues.first().ok_or(io::ErrorKind::InvalidInput)?;
         Self::start(kind, name, Arc::clone(first.kick()), move |stop| {
-            if let Err(broken) = serve(&mut queues, stop) {
-                give_up(&mut queues, &broken);
+            if !queues.iter().any(Virtq::is_broken) {
+                if let Err(broken) = serve(&mut queues, stop) {
+                    give_up(&mut queues, &broken);
+                }
+            }
+            for queue in &mut queues {
+                // A broken one may refuse.
+                let _ = queue.tell();
             }
             while !stop.is_asked() {
                 wait(queues[0].kick());
@@ -70,10 +114,16 @@ impl<T: Send + 'static> Worker<T> {
     {
         let stop = Stop::default();
         let asked = stop.clone();
-        let thread = spawn(kind, name, move || body(&asked))?;
+        let ended = Arc::<Ended>::default();
+        let tell = TellEnd(Arc::clone(&ended));
+        let thread = spawn(kind, name, move || {
+            let _tell = tell;
+            body(&asked)
+        })?;
         Ok(Self {
             stop,
             wake,
+            ended,
             thread: Some(thread),
         })
     }
@@ -85,16 +135,22 @@ impl<T: Send + 'static> Worker<T> {
     }
 
     /// Asks the thread to end, and does not wait for it.
-    pub fn ask(&self) {
-        self.stop.ask();
+    pub fn ask(&self, why: StopFor) {
+        self.stop.ask(why);
         if let Err(error) = self.wake.write(1) {
             warn!("Failed to wake a device's thread: {error}");
         }
     }
 
+    /// Waits until the thread, which was asked to end, has ended what it had begun. What it owned is
+    /// still to be taken.
+    fn wait_end(&self) {
+        self.ended.wait();
+    }
+
     fn end(&mut self) -> Option<T> {
         let thread = self.thread.take()?;
-        self.ask();
+        self.ask(StopFor::Reset);
         thread.join().ok()
     }
 }
@@ -106,6 +162,34 @@ impl<T: Send + 'static> Drop for Worker<T> {
     }
 }
 
+/// The threads that serve the queues of a device which is active: what most devices consist of.
+#[derive(Default)]
+pub struct Workers(Mutex<Vec<Worker>>);
+
+impl Workers {
+    /// Adds one that was started.
+    pub fn add(&self, worker: Worker) {
+        lock(&self.0).push(worker);
+    }
+
+    /// Ends all threads, and returns when they have ended what they had begun: all that most devices need
+    /// for [`stop`](super::device::VirtioDevice::stop).
+    pub fn stop(&self, why: StopFor) {
+        let workers = lock(&self.0);
+        // All at once: none begins anything while another is waited for.
+        workers.iter().for_each(|worker| worker.ask(why));
+        workers.iter().for_each(Worker::wait_end);
+    }
+
+    /// The queues of all, in the order in which they were added. Threads that were not stopped are.
+    pub fn take_back(&self) -> Vec<Virtq> {
+        let workers = std::mem::take(&mut *lock(&self.0));
+        workers.iter().for_each(|worker| worker.ask(StopFor::Reset));
+        let queues = workers.into_iter().filter_map(Worker::stop);
+        queues.flatten().collect()
+    }
+}
+
 /// Gives up the device for `why`: its driver finds DEVICE_NEEDS_RESET. What was done before is told all
 /// the same.
 fn give_up(queues: &mut [Virtq], why: &Broken) {
@@ -113,7 +197,7 @@ fn give_up(queues: &mut [Virtq], why: &Broken) {
         // The broken one may refuse.
         let _ = queue.tell();
     }
-    if let Some(queue) = queues.first() {
+    if let Some(queue) = queues.first_mut() {
         queue.needs_reset(why);
     }
 }

@@ -29,8 +29,8 @@ fn it_can_be_set() {
 }
 
 fn set_alarm(clock: &mut Clock, at: u64, host: u64) {
-    clock.write(reg::ALARM_HIGH, high(at), host);
-    clock.write(reg::ALARM_LOW, low(at), host);
+    clock.write(reg::ALARM_HIGH, Half::High.of(at), host);
+    clock.write(reg::ALARM_LOW, Half::Low.of(at), host);
 }
 
 #[test]
@@ -87,8 +87,8 @@ fn set_soon(rtc: &GoldfishRtc) {
     let store = |offset, value: u32| rtc.write(offset, &value.to_le_bytes());
     let soon = host_time() + SECOND / 50;
     store(reg::IRQ_ENABLED, 1);
-    store(reg::ALARM_HIGH, high(soon));
-    store(reg::ALARM_LOW, low(soon));
+    store(reg::ALARM_HIGH, Half::High.of(soon));
+    store(reg::ALARM_LOW, Half::Low.of(soon));
 }
 
 #[allow(unsafe_code)]

@@ -33,8 +33,8 @@ use super::host::{Unfit, explain_open};
 use super::memslot::{Memslots, Placed};
 use super::{Aia, AiaConfig, Doorbell, Error, Hypervisor, Memslot, MsiMessage, Result, Vcpu, Vm};
 use crate::memory::PAGE_SIZE;
-use crate::util::ByteSize;
 use crate::util::sync::lock;
+use crate::util::{ByteSize, Half};
 
 /// The most pages a memslot holds (KVM_MEM_MAX_NR_PAGES, `include/linux/kvm_host.h`).
 const MEMSLOT_MAX: ByteSize = ByteSize(((1 << 31) - 1) * PAGE_SIZE);
@@ -336,8 +336,8 @@ impl Vm for KvmVm {
             type_: KVM_IRQ_ROUTING_MSI,
             u: kvm_irq_routing_entry__bindgen_ty_1 {
                 msi: kvm_irq_routing_msi {
-                    address_lo: (message.address & 0xffff_ffff) as u32,
-                    address_hi: (message.address >> 32) as u32,
+                    address_lo: Half::Low.of(message.address),
+                    address_hi: Half::High.of(message.address),
                     data: message.data,
                     ..Default::default()
                 },

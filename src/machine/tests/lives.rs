@@ -112,7 +112,7 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
     let parts = [
         "bus",
         "vcpu",
-        "virtio::core",
+        "virtio::transport::core",
         "virtio::device",
         "machine",
         "irqchip",

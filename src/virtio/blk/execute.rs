@@ -1,4 +1,4 @@
-//! A request done here and now, in steps: between them the worker looks whether it is to stop.
+//! A request done here and now, in steps: between them the worker looks whether a reset cancels it.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -37,7 +37,7 @@ impl Outcome {
 
 /// Why a request was not done.
 enum Unfinished {
-    /// The worker is to stop.
+    /// A reset cancels it.
     Stopped,
     /// The host's, or the driver's.
     Failed(io::Error),
@@ -50,10 +50,10 @@ impl From<io::Error> for Unfinished {
 }
 
 impl Shared {
-    /// Does `request`. None where the worker was asked to stop meanwhile: the driver is told nothing then,
-    /// as when the power goes.
+    /// Does `request`. None where a reset cancelled it: the driver is told nothing then, as when the power
+    /// goes. A pause waits for its end.
     pub(super) fn execute(&self, request: &mut Request, stop: &Stop) -> Option<Outcome> {
-        if stop.is_asked() {
+        if stop.cancels() {
             return None;
         }
         let (image, length) = (&self.image, request.data.len());
@@ -117,7 +117,7 @@ impl Shared {
             step(data, offset)?;
             *data = rest;
             offset += STEP as u64;
-            if stop.is_asked() {
+            if stop.cancels() {
                 return Err(Unfinished::Stopped);
             }
         }
@@ -163,7 +163,7 @@ fn each(
     call: impl Fn(Range) -> io::Result<()>,
 ) -> Result<(), Unfinished> {
     for range in ranges {
-        if stop.is_asked() {
+        if stop.cancels() {
             return Err(Unfinished::Stopped);
         }
         call(*range)?;

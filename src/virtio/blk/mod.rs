@@ -26,7 +26,7 @@ use self::image::Image;
 use self::request::{RANGE_MAX, RANGES_MAX, SECTOR, SECTOR_BYTES};
 use super::device::{Activation, VirtioDevice, features, read_bytes};
 use super::queue::Virtq;
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::util::RateLimit;
 use crate::util::thread::Kind;
 
@@ -40,7 +40,7 @@ const PHYSICAL_BLOCK: u32 = 4096;
 /// A disk of the guest.
 pub struct Disk {
     shared: Arc<Shared>,
-    workers: Vec<Worker>,
+    workers: Workers,
 }
 
 /// What all queues' threads use.
@@ -64,7 +64,7 @@ impl Disk {
                 through: AtomicBool::new(false),
                 failures: RateLimit::named(name),
             }),
-            workers: Vec::new(),
+            workers: Workers::default(),
         }
     }
 
@@ -127,7 +127,7 @@ impl VirtioDevice for Disk {
         read_bytes(&self.config(), offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         // A driver that does not flush takes what it wrote for durable.
         let through = self.shared.image.is_durable() && !activation.has(VIRTIO_BLK_F_FLUSH);
         self.shared.through.store(through, Ordering::Release);
@@ -136,17 +136,18 @@ impl VirtioDevice for Disk {
             let name = format!("{}.{}", self.shared.name, queue.index());
             let serve = move |queues: &mut [Virtq], stop: &Stop| shared.serve(&mut queues[0], stop);
             let worker = Worker::serve(Kind::Disk, &name, vec![queue], serve)
-                .inspect_err(|_| drop(self.deactivate()))?;
-            self.workers.push(worker);
+                .inspect_err(|_| drop(self.workers.take_back()))?;
+            self.workers.add(worker);
         }
         Ok(())
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
-        // All at once: none begins anything while another is waited for.
-        self.workers.iter().for_each(Worker::ask);
-        let queues = self.workers.drain(..).filter_map(Worker::stop);
-        queues.flatten().collect()
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
+    }
+
+    fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
+        self.workers.take_back()
     }
 }
 

@@ -4,6 +4,7 @@
 //! waits for a moment. Several at a time go to the ring, where the host has one for this image.
 
 use std::io;
+use std::thread::sleep;
 use std::time::Duration;
 
 use super::Shared;
@@ -30,8 +31,8 @@ struct Pending {
 }
 
 impl Shared {
-    /// Serves `queue` until the worker is to stop. What was begun has ended then, or was cancelled; what was
-    /// not is as it was, and the driver is told of nothing that it could take for done.
+    /// Serves `queue` until the worker is to stop. What was begun has ended then, or a reset has cancelled
+    /// it; what was not is as it was, and the driver is told of nothing that it could take for done.
     pub(super) fn serve(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         let mut ring = self.ring(queue);
         while !stop.is_asked() {
@@ -42,7 +43,8 @@ impl Shared {
                 wait(queue.kick());
             }
         }
-        if let Some(ring) = ring {
+        if let Some(mut ring) = ring {
+            self.finish(queue, &mut ring, stop)?;
             self.stop(queue, ring)?;
         }
         queue.tell()
@@ -92,6 +94,9 @@ impl Shared {
         let mut next = queue.pop()?;
         for left in (0..queue.size()).rev() {
             if stop.is_asked() {
+                if next.is_some() {
+                    queue.unpop();
+                }
                 return Ok(false);
             }
             let Some(chain) = next else {
@@ -152,7 +157,7 @@ impl Shared {
         let data = pending.request.data.take();
         let share = IN_FLIGHT / usize::from(self.queues);
         while ring.in_flight() > 0 && ring.bytes() + data.len() > share {
-            if stop.is_asked() {
+            if stop.cancels() {
                 return Ok(());
             }
             if ring.wait().is_err() {
@@ -208,8 +213,8 @@ impl Shared {
                 End::Stopped => {}
             }
         }
-        // Of what is not durable when the worker stops the driver is told nothing.
-        if unsynced.is_empty() || stop.is_asked() {
+        // Of what is not durable when a reset comes the driver is told nothing.
+        if unsynced.is_empty() || stop.cancels() {
             return Ok(());
         }
         // Nothing else waits for the host's disk.
@@ -248,6 +253,22 @@ impl Shared {
             }
             _ => self.execute(request, stop).map_or(End::Stopped, End::As),
         }
+    }
+
+    /// Waits for all that is on its way, and tells the driver, unless a reset cancels it.
+    fn finish(
+        &self,
+        queue: &mut Virtq,
+        ring: &mut Ring<Pending>,
+        stop: &Stop,
+    ) -> Result<(), Broken> {
+        while ring.in_flight() > 0 && !stop.cancels() {
+            if ring.wait().is_err() {
+                sleep(RETRY);
+            }
+            self.reap(queue, ring, stop)?;
+        }
+        Ok(())
     }
 
     /// Ends what is on its way. The driver is told of what was done; what was cancelled, or needs more than
@@ -297,3 +318,6 @@ fn is_to_try(error: &io::Error) -> bool {
         Some(libc::EAGAIN | libc::EINTR | libc::EINVAL | libc::EOPNOTSUPP)
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,7 @@ use crate::virtio::testing::*;
 mod direct;
 mod many;
 mod open;
+mod pause;
 mod stop;
 
 const MIB: u64 = 1 << 20;
@@ -26,10 +27,10 @@ const STATUS: u64 = BUFFERS + 0x800;
 const NO_STATUS: u8 = 0x55;
 
 /// An image of its own for each test.
-struct TempImage(PathBuf);
+pub(super) struct TempImage(PathBuf);
 
 impl TempImage {
-    fn new(len: u64) -> Self {
+    pub(super) fn new(len: u64) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("rvmm-disk-{}-{number}", std::process::id());
@@ -39,7 +40,7 @@ impl TempImage {
         Self(path)
     }
 
-    fn open(&self, flags: &str) -> Result<Arc<Image>, OpenError> {
+    pub(super) fn open(&self, flags: &str) -> Result<Arc<Image>, OpenError> {
         let config: DiskConfig = format!("{}{flags}", self.0.display()).parse().unwrap();
         Image::open(&config).map(Arc::new)
     }
@@ -56,7 +57,7 @@ impl TempImage {
             .unwrap()
     }
 
-    fn bytes(&self, offset: u64, count: usize) -> Vec<u8> {
+    pub(super) fn bytes(&self, offset: u64, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.file().read_exact_at(&mut bytes, offset).unwrap();
         bytes
@@ -331,8 +332,11 @@ fn the_name_is_told() {
 fn a_readonly_disk_is_not_written() {
     let image = TempImage::new(MIB);
     let mut driver = image.driver(",readonly");
-    driver.core.device_select = 0;
-    assert_ne!(driver.core.device_features() & (1 << VIRTIO_BLK_F_RO), 0);
+    driver.core.registers().device_select = 0;
+    assert_ne!(
+        driver.core.registers().device_features() & (1 << VIRTIO_BLK_F_RO),
+        0
+    );
     assert_eq!(write(&mut driver, 0, &[1; 512]), 1);
     assert_eq!(
         ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 1)]),
@@ -418,7 +422,7 @@ fn a_driver_without_flushes_can_write() {
         driver.core.set_status(0);
         driver.negotiate(features);
         driver.set_up(0, rings(0));
-        driver.core.set_status(READY);
+        driver.become_ready();
         assert_eq!(shared.through.load(Ordering::Acquire), through);
         assert_eq!(write(&mut driver, 5, &[4; 512]), 0);
         assert_eq!(image.bytes(5 * 512, 512), [4; 512]);

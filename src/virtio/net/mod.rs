@@ -12,7 +12,7 @@ pub mod vhost;
 mod watch;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -21,7 +21,7 @@ use virtio_bindings::virtio_net::*;
 use self::receive::Room;
 use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, Worker};
+use super::worker::{Stop, StopFor, Worker, Workers};
 use crate::config::Mac;
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
@@ -40,7 +40,8 @@ pub struct Net {
     mac: Mac,
     mtu: Option<u16>,
     vhost: bool,
-    served: Served,
+    workers: Workers,
+    kernel: Mutex<InKernel>,
 }
 
 /// What all queues' threads use.
@@ -55,18 +56,16 @@ struct Shared {
     losses: RateLimit,
 }
 
-/// What serves the queues.
+/// What the host's kernel serves.
 #[derive(Default)]
-struct Served {
-    workers: Vec<Worker>,
-    vhost: Vec<vhost::Pair>,
-    /// With vhost.
+struct InKernel {
+    pairs: Vec<vhost::Pair>,
     watch: Option<Worker<()>>,
 }
 
 /// Whether the tap is there, and whom to tell when it goes.
 #[derive(Default)]
-struct Link(std::sync::Mutex<LinkState>);
+struct Link(Mutex<LinkState>);
 
 #[derive(Default)]
 struct LinkState {
@@ -113,7 +112,8 @@ impl Net {
             mac,
             mtu,
             vhost,
-            served: Served::default(),
+            workers: Workers::default(),
+            kernel: Mutex::default(),
         }
     }
 
@@ -229,7 +229,7 @@ impl VirtioDevice for Net {
         read_bytes(&self.config(), offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+    fn activate(&self, activation: Activation) -> io::Result<()> {
         lock(&self.shared.link.0).fault = Some(activation.fault.clone());
         let offloads = Offloads {
             checksum: activation.has(VIRTIO_NET_F_GUEST_CSUM),
@@ -238,29 +238,31 @@ impl VirtioDevice for Net {
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
         let room = self.room(&activation, offloads);
-        self.prepare_tap(room.header, offloads);
+        // After a pause the tap is as the driver has it, and what came meanwhile is the driver's.
+        if !activation.resumes {
+            self.prepare_tap(room.header, offloads);
+        }
         self.start(activation, room)
-            .inspect_err(|_| drop(self.deactivate()))
+            .inspect_err(|_| drop(self.deactivate(StopFor::Reset)))
     }
 
-    fn deactivate(&mut self) -> Vec<Virtq> {
+    fn stop(&self, why: StopFor) {
+        self.workers.stop(why);
+    }
+
+    fn deactivate(&self, why: StopFor) -> Vec<Virtq> {
         lock(&self.shared.link.0).fault = None;
-        let Served {
-            workers,
-            vhost,
-            watch,
-        } = std::mem::take(&mut self.served);
+        let InKernel { pairs, watch } = std::mem::take(&mut *lock(&self.kernel));
         drop(watch);
-        let queues = workers.into_iter().filter_map(Worker::stop).flatten();
-        let mut queues: Vec<Virtq> = queues.collect();
-        queues.extend(vhost.into_iter().flat_map(vhost::Pair::stop));
+        let mut queues = self.workers.take_back();
+        queues.extend(pairs.into_iter().flat_map(|pair| pair.stop(why)));
         queues.sort_by_key(Virtq::index);
         queues
     }
 }
 
 impl Net {
-    fn start(&mut self, activation: Activation, room: Room) -> io::Result<()> {
+    fn start(&self, activation: Activation, room: Room) -> io::Result<()> {
         // Without VIRTIO_NET_F_MQ the control queue follows the first pair (section 5.1.2).
         let pairs = if activation.has(VIRTIO_NET_F_MQ) {
             self.pairs()
@@ -272,6 +274,7 @@ impl Net {
             features,
             queues,
             fault,
+            ..
         } = activation;
         let mut queues = queues.into_iter().peekable();
         while let Some(queue) = queues.next() {
@@ -288,17 +291,18 @@ impl Net {
                 None => self.start_pair(vec![queue], room)?,
             }
         }
-        let errors = self.served.vhost.iter_mut().flat_map(vhost::Pair::errors);
+        let mut kernel = lock(&self.kernel);
+        let errors = kernel.pairs.iter_mut().flat_map(vhost::Pair::errors);
         let errors: Vec<_> = errors.collect();
         if !errors.is_empty() {
-            self.served.watch = Some(watch::watch(&self.shared, fault, errors)?);
+            kernel.watch = Some(watch::watch(&self.shared, fault, errors)?);
         }
         Ok(())
     }
 
     /// Hands a pair to the kernel; if that refuses, serves it here.
     fn start_in_kernel(
-        &mut self,
+        &self,
         ram: &Arc<GuestMemory>,
         features: u64,
         queues: [Virtq; 2],
@@ -307,7 +311,7 @@ impl Net {
         let shared = &self.shared;
         let tap = &shared.pairs[usize::from(queues[0].index() / 2)];
         match vhost::Pair::start(&shared.name, ram, features, tap, queues) {
-            Ok(pair) => self.served.vhost.push(pair),
+            Ok(pair) => lock(&self.kernel).pairs.push(pair),
             Err(refused) => {
                 let (queues, error) = *refused;
                 guest_warn!(shared.failures, "{}: {error}: it does without", shared.name);
@@ -318,7 +322,7 @@ impl Net {
     }
 
     /// Serves a pair of queues, or one of a pair.
-    fn start_pair(&mut self, queues: Vec<Virtq>, room: Room) -> io::Result<()> {
+    fn start_pair(&self, queues: Vec<Virtq>, room: Room) -> io::Result<()> {
         let events = pair::kicks(&queues)?;
         let name = format!("{}.{}", self.shared.name, queues[0].index() / 2);
         self.start_worker(&name, queues, move |shared, queues, stop| {
@@ -327,21 +331,21 @@ impl Net {
         })
     }
 
-    fn start_control(&mut self, queue: Virtq) -> io::Result<()> {
+    fn start_control(&self, queue: Virtq) -> io::Result<()> {
         let name = format!("{}.ctl", self.shared.name);
         self.start_worker(&name, vec![queue], |shared, queues, stop| {
             shared.control(&mut queues[0], stop)
         })
     }
 
-    fn start_worker<F>(&mut self, name: &str, queues: Vec<Virtq>, serve: F) -> io::Result<()>
+    fn start_worker<F>(&self, name: &str, queues: Vec<Virtq>, serve: F) -> io::Result<()>
     where
         F: FnOnce(&Shared, &mut [Virtq], &Stop) -> Result<(), Broken> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
         let serve = move |queues: &mut [Virtq], stop: &Stop| serve(&shared, queues, stop);
         let worker = Worker::serve(Kind::Net, name, queues, serve)?;
-        self.served.workers.push(worker);
+        self.workers.add(worker);
         Ok(())
     }
 }

@@ -72,6 +72,9 @@ impl Shared {
                 receiver.serve(ready.has(RECEIVE), ready.has(TAP), stop)?;
             }
         }
+        if let Some(receiver) = &mut receiver {
+            receiver.give_back();
+        }
         Ok(())
     }
 }

@@ -142,6 +142,14 @@ impl<'a> Receiver<'a> {
         self.queue.tell()
     }
 
+    /// Puts the buffers back that wait for a packet: whoever serves the queue next finds them again.
+    pub(super) fn give_back(&mut self) {
+        for _ in self.buffers.chains.drain(..) {
+            self.queue.unpop();
+        }
+        self.buffers.room = self.queue.no_pieces();
+    }
+
     /// Receives some packets.
     fn receive_some(&mut self, stop: &Stop) -> Result<Next, Broken> {
         for _ in 0..BATCH {

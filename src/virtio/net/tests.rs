@@ -9,8 +9,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::virtio::core::Half;
+use crate::util::Half;
 use crate::virtio::testing::*;
+
+mod pause;
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -37,10 +39,11 @@ fn net_on(taps: Vec<Arc<TapQueue>>, mtu: Option<u16>) -> Box<Net> {
 fn driver(device: Box<Net>, features: u64) -> Driver {
     let mut driver = Driver::of(device);
     driver.negotiate(features);
-    for queue in 0..driver.core.queues().len() {
+    let queues = driver.core.registers().queues().len();
+    for queue in 0..queues {
         driver.set_up(queue, rings(queue));
     }
-    driver.core.set_status(READY);
+    driver.become_ready();
     driver
 }
 
@@ -207,7 +210,7 @@ fn the_taps_mtu_is_the_guests() {
     ] {
         let (tap, _peer) = tap();
         let driver = Driver::of(net_on(vec![tap], mtu));
-        let features = u64::from(driver.core.device_features());
+        let features = u64::from(driver.core.registers().device_features());
         assert_eq!(features & (1 << VIRTIO_NET_F_MTU) != 0, offered, "{mtu:?}");
         let mut space = [0; 2];
         driver.core.read_config(10, &mut space);
@@ -231,7 +234,7 @@ fn packets_from_before_the_driver_are_not_its_own() {
         peers[0].send(&packet(50)).unwrap();
         driver.negotiate(NO_SEGMENTS);
         driver.set_up(RECEIVE, rings(RECEIVE));
-        driver.core.set_status(READY);
+        driver.become_ready();
     }
 }
 
@@ -246,7 +249,7 @@ fn hostile_receive_buffers() {
             let _ = peers[0].send(&packet(60));
         }
         driver.core.set_status(0);
-        assert_eq!(driver.core.status(), 0);
+        assert_eq!(driver.status(), 0);
     }
 }
 
@@ -287,7 +290,7 @@ fn half_a_pair_works() {
         driver.negotiate(NO_SEGMENTS);
         for _ in 0..2 {
             driver.set_up(only, rings(only));
-            driver.core.set_status(READY);
+            driver.become_ready();
             if only == RECEIVE {
                 offer(&mut driver, 0, 1600);
                 peers[0].send(&packet(60)).unwrap();
@@ -318,7 +321,7 @@ fn a_packet_that_was_there_before_goes_out() {
     };
     driver.describe(TRANSMIT, 0, buffer);
     driver.set_avail(TRANSMIT, 1);
-    driver.core.set_status(READY);
+    driver.become_ready();
     driver.wait_until("it", |d| d.used(TRANSMIT) == 1);
     assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
 }
@@ -421,7 +424,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
     let shared = Arc::clone(&device.shared);
     peers[0].set_nonblocking(true).unwrap();
     let (stop, tap) = (Stop::default(), &shared.pairs[0]);
-    stop.ask();
+    stop.ask(StopFor::Reset);
     let (mut driver, mut queue) = taken(u64::MAX);
     for index in 0..SIZE {
         offer(&mut driver, index, 2000);
@@ -452,7 +455,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
 fn a_tap_that_cannot_be_heard_is_told() {
     let deaf = TapQueue::of(File::open("/dev/zero").unwrap());
     let driver = driver(net_on(vec![Arc::new(deaf)], None), NO_SEGMENTS);
-    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
 }
 
 /// vhost signals an error of the second of two queues.

@@ -21,7 +21,7 @@ use crate::util::thread::Kind;
 use crate::util::{RateLimit, guest_debug};
 use crate::virtio::device::features;
 use crate::virtio::queue::Virtq;
-use crate::virtio::worker::{Worker, wait};
+use crate::virtio::worker::{StopFor, Worker, wait};
 
 const DEVICE: &str = "/dev/vhost-net";
 
@@ -54,10 +54,17 @@ pub fn check() -> io::Result<()> {
 pub(super) struct Pair {
     kernel: Kernel<Arc<GuestMemory>>,
     queues: [Virtq; 2],
-    /// Threads that make the interrupts which the kernel cannot make by itself.
-    relays: Vec<Worker<()>>,
+    relays: Vec<Relay>,
+    /// Rings whose positions the kernel knows.
+    set_up: usize,
     /// By queue: see [`Pair::errors`].
     errors: Vec<(u16, EventFd)>,
+}
+
+/// A thread that makes the interrupts which the kernel cannot make by itself.
+struct Relay {
+    thread: Worker<()>,
+    interrupt: Box<dyn Fn() + Send>,
 }
 
 impl Pair {
@@ -80,11 +87,12 @@ impl Pair {
             kernel,
             queues,
             relays: Vec::new(),
+            set_up: 0,
             errors: Vec::new(),
         };
         match pair.run(name, tap) {
             Ok(()) => Ok(pair),
-            Err(error) => Err(Box::new((pair.stop(), error))),
+            Err(error) => Err(Box::new((pair.stop(StopFor::Reset), error))),
         }
     }
 
@@ -112,11 +120,16 @@ impl Pair {
             let call = self.call(name, ring)?;
             let error = EventFd::new(libc::EFD_CLOEXEC)?;
             self.set_up(ring, &call, &error)?;
+            self.set_up += 1;
             self.errors.push((self.queues[ring].index(), error));
         }
         for ring in 0..self.queues.len() {
             let set = self.kernel.set_backend(ring, Some(tap.file()));
             set.map_err(failed("give it the tap"))?;
+        }
+        for queue in &self.queues {
+            // Before a pause, the kernel may have taken a notification and not the request.
+            queue.kick_again();
         }
         Ok(())
     }
@@ -158,31 +171,38 @@ impl Pair {
         let call = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
         let (waited, interrupt) = (Arc::clone(&call), queue.interrupter());
         let name = format!("{name}.{}", queue.index());
-        let relay = Worker::start(Kind::Net, &name, Arc::clone(&call), move |stop| {
+        let thread = Worker::start(Kind::Net, &name, Arc::clone(&call), move |stop| {
             wait(&waited);
             while !stop.is_asked() {
                 interrupt();
                 wait(&waited);
             }
         })?;
-        self.relays.push(relay);
+        let interrupt = Box::new(queue.interrupter());
+        self.relays.push(Relay { thread, interrupt });
         call.try_clone()
     }
 
     /// Takes the queues back.
-    pub(super) fn stop(mut self) -> [Virtq; 2] {
-        for (ring, queue) in self.queues.iter_mut().enumerate() {
+    pub(super) fn stop(mut self, why: StopFor) -> [Virtq; 2] {
+        let queues = self.queues.iter_mut().take(self.set_up);
+        for (ring, queue) in queues.enumerate() {
             let stopped = self.kernel.set_backend(ring, None);
             match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
                 Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
-                // Of one that was not set up wholly.
                 Err(error) => guest_debug!(
                     RateLimit::named("vhost-net"),
                     "vhost-net: Failed to stop a queue: {error}"
                 ),
             }
         }
-        drop(self.relays);
+        for Relay { thread, interrupt } in self.relays {
+            drop(thread);
+            if why == StopFor::Pause {
+                // The request to end may have hidden the kernel's last signal.
+                interrupt();
+            }
+        }
         self.queues
     }
 }

@@ -46,7 +46,7 @@ fn at_once(
         driver.describe_chain(rings(0)[0], 3 * number, &buffers);
         driver.offer(0, 3 * number);
     }
-    driver.core.set_status(READY);
+    driver.become_ready();
     driver.wait_until("all ends", |d| d.used(0) == MANY);
     let ended = (0..MANY).map(|n| driver.used_element(0, n));
     let mut ended: Vec<(u32, u32)> = ended.collect();

@@ -73,7 +73,7 @@ fn hostile_many_huge_reads_do_not_hold_a_reset() {
     for _ in 0..SIZE {
         driver.offer(0, 0);
     }
-    driver.core.set_status(READY);
+    driver.become_ready();
     driver.wait_until("a start", |d| byte(d, DATA) == 7);
     driver.core.set_status(0);
     assert!(driver.used(0) < SIZE, "all of them");

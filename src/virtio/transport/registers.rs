@@ -1,24 +1,13 @@
-//! The state machine behind a device's registers, once for every transport.
+//! What a driver has told its device so far, as the registers of every transport show it.
 //!
-//! VIRTIO 1.2, sections 2.1 (status), 2.2 (features), 2.4 (reset) and 3.1 (initialization):
-//!
-//! ```text
-//! reset --ACKNOWLEDGE, DRIVER--> negotiating --FEATURES_OK--> queues set up --DRIVER_OK--> live
-//!   ^                                                                                      |
-//!   +------------------------- the driver writes status 0 --------------------------------+
-//! ```
-//!
-//! DEVICE_NEEDS_RESET can come at any time; then only a reset helps. What a driver writes at the
-//! wrong time has no effect.
-//!
-//! On a bus that its driver has to let the device on, see [`Core::set_bus_master`], a device is live
-//! only while it may be.
+//! Nothing here starts, stops or waits: that is `core`'s.
 
 use std::io;
 use std::mem::size_of;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde_json::{Value, json};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -26,16 +15,15 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{
-    Activation, DRIVER_OK, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice, features,
-    status_bit,
-};
-use super::queue::Virtq;
 use crate::memory::GuestMemory;
-use crate::util::{RateLimit, guest_info};
+use crate::util::Half;
+use crate::virtio::device::{
+    DRIVER_OK, Fault, NEEDS_RESET, Shared, VirtioDevice, features, status_bit,
+};
+use crate::virtio::queue::Virtq;
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
@@ -50,6 +38,9 @@ const COMMON_FEATURES: u64 = features(&[
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
 ]);
+
+/// In the used ring, behind its flags (section 2.7.8).
+const USED_INDEX: u64 = 2;
 
 /// A virtqueue as its driver sets it up.
 pub struct QueueSetup {
@@ -76,40 +67,23 @@ pub enum Ring {
     Device = 2,
 }
 
-/// The half of a 64-bit register that a 32-bit access is for.
-#[derive(Clone, Copy, Debug)]
-pub enum Half {
-    /// Bits 31 to 0.
-    Low,
-    /// Bits 63 to 32.
-    High,
+/// Whether a device serves its queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Life {
+    /// It does not: its driver is not ready, or it needs a reset.
+    #[default]
+    Idle,
+    /// Its start was asked for.
+    Live,
+    /// It is about to stop, and somebody waits for that.
+    Stopping,
+    /// It was live, and goes on when the machine does.
+    Paused,
 }
 
-impl Half {
-    /// This half of `value`.
-    pub fn of(self, value: u64) -> u32 {
-        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-        match self {
-            Half::Low => u32::from_le_bytes([a, b, c, d]),
-            Half::High => u32::from_le_bytes([e, f, g, h]),
-        }
-    }
-
-    /// `value` with this half replaced.
-    pub fn set(self, value: u64, half: u32) -> u64 {
-        match self {
-            Half::Low => (value & !0xffff_ffff) | u64::from(half),
-            Half::High => (value & 0xffff_ffff) | (u64::from(half) << 32),
-        }
-    }
-}
-
-/// A device and what its driver has told it so far.
-pub struct Core {
-    device: Box<dyn VirtioDevice>,
-    ram: Arc<GuestMemory>,
+/// The registers of one device, without its configuration space.
+pub struct Registers {
     shared: Arc<Shared>,
-    fault: Fault,
     offered: u64,
     accepted: u64,
     /// Which 32 features the feature registers show: of the device, of the driver.
@@ -119,49 +93,28 @@ pub struct Core {
     /// Which queue the queue registers are of.
     pub queue_select: u16,
     queues: Vec<QueueSetup>,
-    live: bool,
-    bus_master: bool,
-    starts: RateLimit,
+    pub(super) life: Life,
+    pub(super) bus_master: bool,
+    /// The queues of a device that is paused.
+    pub(super) kept: Vec<Virtq>,
 }
 
-impl Core {
-    /// `device` before its first reset, with `interrupt` to its driver.
-    ///
-    /// # Errors
-    /// The host has no descriptors left.
-    pub fn new(
-        device: Box<dyn VirtioDevice>,
-        ram: Arc<GuestMemory>,
-        interrupt: Arc<dyn Interrupt>,
-    ) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let fault = Fault::new(device.name(), &shared, interrupt);
+impl Registers {
+    /// Those of `device` after power-on.
+    pub(super) fn new(device: &dyn VirtioDevice, shared: &Arc<Shared>) -> io::Result<Self> {
         let queues = device.queue_sizes().into_iter().map(QueueSetup::new);
         Ok(Self {
-            ram,
-            shared,
-            fault,
+            shared: Arc::clone(shared),
             offered: device.features() | COMMON_FEATURES,
             accepted: 0,
             device_select: 0,
             driver_select: 0,
             queue_select: 0,
             queues: queues.collect::<io::Result<_>>()?,
-            live: false,
+            life: Life::Idle,
             bus_master: true,
-            starts: RateLimit::named(format!("{} starts", device.name())),
-            device,
+            kept: Vec::new(),
         })
-    }
-
-    /// The device's type.
-    pub fn kind(&self) -> u32 {
-        self.device.kind()
-    }
-
-    /// The device's name.
-    pub fn name(&self) -> &str {
-        self.device.name()
     }
 
     /// All queues.
@@ -177,7 +130,7 @@ impl Core {
     /// The selected queue as long as it can still be set up.
     fn queue_mut(&mut self) -> Option<&mut QueueSetup> {
         let queue = self.queues.get_mut(usize::from(self.queue_select))?;
-        (!self.live && !queue.enabled).then_some(queue)
+        (self.life == Life::Idle && !queue.enabled).then_some(queue)
     }
 
     /// 32 bits of what the device offers.
@@ -215,15 +168,19 @@ impl Core {
         self.shared.status.load(Ordering::Acquire)
     }
 
-    /// The driver writes the device status. Zero is a reset, which waits for requests in flight.
-    pub fn set_status(&mut self, status: u8) {
-        if status == 0 {
-            self.reset();
-            return;
+    /// The features that both sides agreed on.
+    pub(super) fn features(&self) -> u64 {
+        self.accepted
+    }
+
+    /// The driver writes a status that is not 0. True when the device is to start now.
+    pub(super) fn add_status(&mut self, status: u8) -> bool {
+        if self.life == Life::Stopping {
+            return false;
         }
         let mut fresh = status & DRIVERS & !self.status();
-        // VERSION_1 may be missing (section 6.2): small kernels accept the low 32 features and no other, and
-        // know the layouts that come with it all the same.
+        // VERSION_1 may be missing (section 6.2): small kernels accept the low 32 features and no
+        // other, and know the layouts that come with it all the same.
         let agreed = self.accepted & !self.offered == 0;
         if fresh & FEATURES_OK != 0 && !agreed {
             // The driver reads it back, and finds that the device does not agree.
@@ -231,16 +188,35 @@ impl Core {
         }
         let before = self.shared.status.fetch_or(fresh, Ordering::AcqRel);
         let may_start = (before | fresh) & FEATURES_OK != 0 && before & NEEDS_RESET == 0;
-        if fresh & DRIVER_OK != 0 && may_start {
-            self.start();
-        }
+        fresh & DRIVER_OK != 0 && may_start
     }
 
-    /// Back to the state after power-on; requests in flight are waited for, others dropped.
-    pub fn reset(&mut self) {
-        if std::mem::take(&mut self.live) {
-            drop(self.device.deactivate());
-        }
+    /// Whether the driver is ready, and the device has not failed since.
+    pub(super) fn is_ready(&self) -> bool {
+        const READY: u8 = FEATURES_OK | DRIVER_OK;
+        self.status() & (READY | NEEDS_RESET) == READY
+    }
+
+    /// For each queue its size, and how far it is: the index of the used ring, and while the device is
+    /// paused that of the next request. Who serves a queue alone knows that one.
+    pub(super) fn describe_queues(&self, ram: &GuestMemory) -> Value {
+        let next = |index: u16| {
+            let kept = self.kept.iter().find(|queue| queue.index() == index);
+            kept.map(|queue| queue.ring().next_avail())
+        };
+        let queues = (0u16..).zip(&self.queues).map(|(index, queue)| {
+            json!({
+                "size": queue.size,
+                "enabled": queue.enabled,
+                "used": queue.used_index(ram),
+                "next_available": next(index),
+            })
+        });
+        queues.collect()
+    }
+
+    /// Back to the state after power-on, but for the bus.
+    pub(super) fn reset(&mut self) {
         self.shared.status.store(0, Ordering::Release);
         self.accepted = 0;
         self.device_select = 0;
@@ -248,26 +224,6 @@ impl Core {
         self.queue_select = 0;
         for queue in &mut self.queues {
             queue.reset();
-        }
-    }
-
-    /// Whether the device may access memory; it may until this says otherwise.
-    ///
-    /// One that runs and may no longer stops as by a reset: when this returns, it has ended what it had
-    /// begun, and its driver finds DEVICE_NEEDS_RESET. No interrupt tells of that: who takes the bus away
-    /// wants silence. One whose driver is ready, and that has waited for the bus, starts.
-    pub fn set_bus_master(&mut self, allowed: bool) {
-        self.bus_master = allowed;
-        if allowed {
-            const READY: u8 = FEATURES_OK | DRIVER_OK;
-            if self.status() & (READY | NEEDS_RESET) == READY {
-                self.start();
-            }
-        } else if std::mem::take(&mut self.live) {
-            drop(self.device.deactivate());
-            self.shared.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
-            let name = self.device.name();
-            guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
         }
     }
 
@@ -298,7 +254,7 @@ impl Core {
     /// The driver takes back that it has set up the selected queue.
     pub fn disable_queue(&mut self) {
         let queue = self.queues.get_mut(usize::from(self.queue_select));
-        if let Some(queue) = queue.filter(|_| !self.live) {
+        if let Some(queue) = queue.filter(|_| self.life == Life::Idle) {
             queue.enabled = false;
         }
     }
@@ -316,40 +272,15 @@ impl Core {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Reads the device's configuration space.
-    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.device.read_config(offset, data);
-    }
-
-    /// Writes it.
-    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
-        self.device.write_config(offset, data);
-    }
-
-    fn start(&mut self) {
-        if self.live || !self.bus_master {
-            return;
-        }
-        let queues = match self.live_queues() {
-            Ok(queues) => queues,
-            Err(why) => return self.fault.needs_reset(why),
-        };
-        let name = self.device.name();
-        let count = queues.len();
-        guest_info!(self.starts, "{name}: its driver is ready, {count} queues");
-        let started = self.device.activate(Activation {
-            ram: Arc::clone(&self.ram),
-            features: self.accepted,
-            queues,
-            fault: self.fault.clone(),
-        });
-        match started {
-            Ok(()) => self.live = true,
-            Err(error) => self.fault.needs_reset(error),
-        }
-    }
-
-    fn live_queues(&self) -> Result<Vec<Virtq>, String> {
+    /// The queues that the driver has enabled, as it wants them.
+    ///
+    /// # Errors
+    /// One of them cannot be, and why.
+    pub(super) fn live_queues(
+        &self,
+        ram: &Arc<GuestMemory>,
+        fault: &Fault,
+    ) -> Result<Vec<Virtq>, String> {
         let event_idx = self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut live = Vec::new();
         for (index, setup) in (0u16..).zip(&self.queues) {
@@ -357,20 +288,12 @@ impl Core {
                 continue;
             }
             let mut queue = setup
-                .live(&self.ram)
+                .live(ram)
                 .map_err(|why| format!("queue {index}: {why}"))?;
             queue.set_event_idx(event_idx);
-            let (ram, fault) = (&self.ram, &self.fault);
             live.push(Virtq::new(index, queue, ram, &setup.kick, fault));
         }
         Ok(live)
-    }
-}
-
-/// A device's threads end with it.
-impl Drop for Core {
-    fn drop(&mut self) {
-        self.reset();
     }
 }
 
@@ -389,6 +312,13 @@ impl QueueSetup {
         self.size = self.max_size;
         self.enabled = false;
         self.rings = [0; 3];
+    }
+
+    /// The index of the used ring, as it lies in RAM.
+    fn used_index(&self, ram: &GuestMemory) -> Option<u16> {
+        let at = self.rings[Ring::Device as usize].checked_add(USED_INDEX)?;
+        let index = ram.load(GuestAddress(at), Ordering::Acquire).ok()?;
+        self.enabled.then_some(u16::from_le(index))
     }
 
     /// The queue as the driver wants it.
@@ -420,6 +350,3 @@ impl QueueSetup {
         Ok(queue)
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,17 +1,17 @@
 //! Both transports by their registers, as a guest's loads and stores reach them.
 
 mod bus_master;
+mod pause;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::VirtioDevice;
 use super::mmio::{self, MmioTransport};
 use super::pci::PciTransport;
-use super::testing::*;
-use crate::bus::{Bus, IrqLine, IrqSink};
+use super::starter::Starter;
+use crate::bus::{Bus, Device, FdtWriter, IrqLine, IrqSink};
 use crate::config::MemConfig;
 use crate::hypervisor::fake::FakeVm;
 use crate::hypervisor::{Doorbell, Vm};
@@ -22,6 +22,8 @@ use crate::pci::HostBridge;
 use crate::pci::host::ECAM_SIZE;
 use crate::util::ByteSize;
 use crate::util::sync::lock;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::testing::*;
 
 const MMIO: u64 = 0x1000_1000;
 const ECAM: u64 = 0x3000_0000;
@@ -105,6 +107,8 @@ struct Guest {
     ram: Arc<GuestMemory>,
     base: u64,
     map: &'static Map,
+    /// The transport, as the machine has it.
+    device: Option<Arc<dyn Device>>,
 }
 
 impl Guest {
@@ -121,6 +125,7 @@ impl Guest {
             ram: ram.unwrap(),
             base,
             map,
+            device: None,
         }
     }
 
@@ -128,11 +133,11 @@ impl Guest {
         let mut guest = Self::new(MMIO, &MMIO_MAP);
         let line = IrqLine::new(Arc::clone(&guest.wire) as _, 8);
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line).unwrap();
-        guest
-            .bus
-            .insert(MMIO..MMIO + mmio::SIZE, transport)
-            .unwrap();
+        let starter = Starter::new().unwrap();
+        let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line, &starter).unwrap();
+        guest.device = Some(Arc::clone(&transport) as _);
+        let registers = MMIO..MMIO + mmio::SIZE;
+        guest.bus.insert(registers, transport).unwrap();
         guest
     }
 
@@ -152,7 +157,10 @@ impl Guest {
         let window = 0x4000_0000..0x5000_0000;
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
         let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        PciTransport::attach(device, &guest.ram, &vm, &mut bridge, vectors).unwrap();
+        let starter = Starter::new().unwrap();
+        let ram = &guest.ram;
+        let transport = PciTransport::attach(device, ram, &vm, &mut bridge, vectors, &starter);
+        guest.device = Some(transport.unwrap());
         for (range, device) in Arc::new(bridge).on_bus() {
             guest.bus.insert(range, device).unwrap();
         }

@@ -2,16 +2,18 @@
 
 use std::sync::{Arc, Mutex};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
-use super::device::{Interrupt, VirtioDevice};
+use super::core::{Core, Ring};
+use super::starter::Starter;
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::hypervisor::{self, Doorbell, Vm};
 use crate::memory::GuestMemory;
+use crate::util::Half;
 use crate::util::sync::lock;
+use crate::virtio::device::{Interrupt, VirtioDevice};
 
 /// The range on the bus, as QEMU's virt machine has it.
 pub const SIZE: u64 = 0x1000;
@@ -25,15 +27,15 @@ const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
 
 /// A device and its registers.
 pub struct MmioTransport {
-    core: Mutex<Core>,
+    core: Core,
     interrupt: Arc<WiredInterrupt>,
     base: u64,
-    name: String,
     _doorbells: Doorbells,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers at guest-physical address `base`, interrupting by `line`.
+    /// Puts `device` behind registers at guest-physical address `base`, interrupting by `line`. `starter`
+    /// starts and stops it.
     ///
     /// # Errors
     /// The host has no descriptors left, or KVM refused a doorbell.
@@ -43,34 +45,39 @@ impl MmioTransport {
         vm: &Arc<dyn Vm>,
         base: u64,
         line: IrqLine,
+        starter: &Arc<Starter>,
     ) -> hypervisor::Result<Arc<Self>> {
         let interrupt = Arc::new(WiredInterrupt::new(line));
         let name = device.name().to_owned();
-        let core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)
-            .map_err(|e| hypervisor::Error::refused(format!("make {name}"), e))?;
+        let core = Core::new(
+            device,
+            Arc::clone(ram),
+            Arc::clone(&interrupt) as _,
+            starter,
+        )
+        .map_err(|e| hypervisor::Error::refused(format!("make {name}"), e))?;
         let doorbells = Doorbells::connect(vm, base, &core)?;
         Ok(Arc::new(Self {
-            core: Mutex::new(core),
+            core,
             interrupt,
             base,
-            name,
             _doorbells: doorbells,
         }))
     }
 
     fn read_register(&self, register: u32) -> u32 {
-        let core = lock(&self.core);
+        let registers = self.core.registers();
         match register {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => core.kind(),
+            VIRTIO_MMIO_DEVICE_ID => self.core.kind(),
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => core.device_features(),
-            VIRTIO_MMIO_QUEUE_NUM_MAX => core.queue().map_or(0, |q| q.max_size.into()),
-            VIRTIO_MMIO_QUEUE_READY => core.queue().is_some_and(|q| q.enabled).into(),
+            VIRTIO_MMIO_DEVICE_FEATURES => registers.device_features(),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => registers.queue().map_or(0, |q| q.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => registers.queue().is_some_and(|q| q.enabled).into(),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            VIRTIO_MMIO_STATUS => core.status().into(),
-            VIRTIO_MMIO_CONFIG_GENERATION => core.config_generation(),
+            VIRTIO_MMIO_STATUS => registers.status().into(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.core.config_generation(),
             // No shared memory: of any region the length reads so (section 4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
             VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
@@ -79,32 +86,30 @@ impl MmioTransport {
     }
 
     fn write_register(&self, register: u32, value: u32) {
-        let mut core = lock(&self.core);
+        let [status, ..] = value.to_le_bytes();
+        if register == VIRTIO_MMIO_STATUS {
+            // Linux does not poll after a reset: this waits until the device has stopped.
+            return self.core.set_status(status);
+        }
+        let mut registers = self.core.registers();
         // A queue's number has 16 bits; what is beyond selects none.
         let number = u16::try_from(value).unwrap_or(u16::MAX);
         match register {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => core.device_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => core.driver_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES => core.set_driver_features(value),
-            VIRTIO_MMIO_QUEUE_SEL => core.queue_select = number,
-            VIRTIO_MMIO_QUEUE_NUM => core.set_queue_size(number),
-            VIRTIO_MMIO_QUEUE_READY if value == 1 => core.enable_queue(),
-            VIRTIO_MMIO_QUEUE_READY if value == 0 => core.disable_queue(),
-            VIRTIO_MMIO_QUEUE_NOTIFY => core.kick(number),
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => registers.driver_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => registers.set_driver_features(value),
+            VIRTIO_MMIO_QUEUE_SEL => registers.queue_select = number,
+            VIRTIO_MMIO_QUEUE_NUM => registers.set_queue_size(number),
+            VIRTIO_MMIO_QUEUE_READY if value == 1 => registers.enable_queue(),
+            VIRTIO_MMIO_QUEUE_READY if value == 0 => registers.disable_queue(),
+            VIRTIO_MMIO_QUEUE_NOTIFY => registers.kick(number),
             VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            VIRTIO_MMIO_STATUS => {
-                let [status, ..] = value.to_le_bytes();
-                core.set_status(status);
-                if status == 0 {
-                    self.interrupt.acknowledge(u32::MAX);
-                }
-            }
-            VIRTIO_MMIO_QUEUE_DESC_LOW => core.set_ring(Ring::Descriptors, Half::Low, value),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => core.set_ring(Ring::Descriptors, Half::High, value),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => core.set_ring(Ring::Driver, Half::Low, value),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => core.set_ring(Ring::Driver, Half::High, value),
-            VIRTIO_MMIO_QUEUE_USED_LOW => core.set_ring(Ring::Device, Half::Low, value),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => core.set_ring(Ring::Device, Half::High, value),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => registers.set_ring(Ring::Descriptors, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => registers.set_ring(Ring::Descriptors, Half::High, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => registers.set_ring(Ring::Driver, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => registers.set_ring(Ring::Driver, Half::High, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => registers.set_ring(Ring::Device, Half::Low, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => registers.set_ring(Ring::Device, Half::High, value),
             _ => {}
         }
     }
@@ -114,7 +119,7 @@ impl MmioTransport {
 impl MmioDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            lock(&self.core).read_config(offset, data);
+            self.core.read_config(offset, data);
         } else if let (Ok(register), Ok(data)) =
             (u32::try_from(offset), <&mut [u8; 4]>::try_from(data))
         {
@@ -124,7 +129,7 @@ impl MmioDevice for MmioTransport {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            lock(&self.core).write_config(offset, data);
+            self.core.write_config(offset, data);
         } else if let (Ok(register), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data))
         {
             self.write_register(register, u32::from_le_bytes(data));
@@ -134,11 +139,23 @@ impl MmioDevice for MmioTransport {
 
 impl Device for MmioTransport {
     fn id(&self) -> &str {
-        &self.name
+        self.core.name()
+    }
+
+    fn pause(&self) {
+        self.core.pause();
+    }
+
+    fn resume(&self) {
+        self.core.resume();
     }
 
     fn describe(&self) -> Value {
-        json!({ "kind": "virtio_mmio", "registers": self.base })
+        let mut described = self.core.describe();
+        described["transport"] = "mmio".into();
+        described["registers"] = self.base.into();
+        described["interrupt_status"] = self.interrupt.status().into();
+        described
     }
 
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
@@ -153,7 +170,7 @@ impl Device for MmioTransport {
 
     fn registers_at(&self, gpa: u64) -> Option<String> {
         let is_here = (self.base..self.base + SIZE).contains(&gpa);
-        is_here.then(|| self.name.clone())
+        is_here.then(|| self.core.name().to_owned())
     }
 }
 
@@ -169,7 +186,7 @@ impl Doorbells {
             vm: Arc::clone(vm),
             connected: Vec::new(),
         };
-        for (index, queue) in (0u32..).zip(core.queues()) {
+        for (index, queue) in (0u32..).zip(core.registers().queues()) {
             let doorbell = Doorbell {
                 gpa: base + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY),
                 value: Some(index),
@@ -238,5 +255,9 @@ impl Interrupt for WiredInterrupt {
 
     fn queue_fd(&self, _: u16) -> Option<EventFd> {
         None
+    }
+
+    fn reset(&self) {
+        self.acknowledge(u32::MAX);
     }
 }

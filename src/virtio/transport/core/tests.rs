@@ -3,8 +3,12 @@
 use std::sync::atomic::Ordering;
 
 use super::*;
+use crate::util::Half;
 use crate::virtio::testing::*;
-use crate::virtio::worker::Stop;
+use crate::virtio::worker::{Stop, StopFor};
+
+mod pause;
+mod starts;
 
 /// An ordinary request of 12 bytes on `queue`.
 fn works(driver: &mut Driver, queue: usize) {
@@ -34,7 +38,7 @@ fn breaks(harm: impl FnOnce(&mut Driver)) {
     works(&mut driver, 0);
     driver.restart();
     harm(&mut driver);
-    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.core.status() & BROKEN != 0);
+    driver.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
     works(&mut driver, 1);
     driver.breaks_and_recovers(|d| works(d, 0));
 }
@@ -85,11 +89,11 @@ fn hostile_a_head_outside_the_table() {
 fn hostile_an_index_that_jumps() {
     breaks(|driver| {
         driver.set_avail(0, SIZE + 1);
-        driver.core.kick(0);
+        driver.core.registers().kick(0);
     });
     breaks(|driver| {
         driver.set_avail(0, u16::MAX);
-        driver.core.kick(0);
+        driver.core.registers().kick(0);
     });
 }
 
@@ -261,8 +265,8 @@ fn hostile_rings_outside_ram() {
         let mut driver = Driver::of(echo());
         driver.negotiate(u64::MAX);
         driver.set_up(0, rings);
-        driver.core.set_status(READY);
-        assert_ne!(driver.core.status() & BROKEN, 0, "{rings:x?}");
+        driver.become_ready();
+        assert_ne!(driver.status() & BROKEN, 0, "{rings:x?}");
         driver.breaks_and_recovers(|d| works(d, 0));
     }
 }
@@ -272,21 +276,25 @@ fn hostile_sizes_have_no_effect() {
     let mut driver = Driver::of(echo());
     driver.negotiate(u64::MAX);
     for size in [0, 3, 15, 17, 32, u16::MAX] {
-        driver.core.set_queue_size(size);
-        assert_eq!(driver.core.queue().unwrap().size, SIZE, "{size}");
+        driver.core.registers().set_queue_size(size);
+        assert_eq!(
+            driver.core.registers().queue().unwrap().size,
+            SIZE,
+            "{size}"
+        );
     }
-    driver.core.queue_select = 2;
-    driver.core.set_queue_size(8);
-    driver.core.enable_queue();
-    driver.core.set_ring(Ring::Device, Half::Low, 7);
-    assert!(driver.core.queue().is_none());
+    driver.core.registers().queue_select = 2;
+    driver.core.registers().set_queue_size(8);
+    driver.core.registers().enable_queue();
+    driver.core.registers().set_ring(Ring::Device, Half::Low, 7);
+    assert!(driver.core.registers().queue().is_none());
 }
 
 #[test]
 fn hostile_notifications_before_the_driver_is_ready() {
     let mut driver = Driver::of(echo());
     for queue in [0, 1, 2, 9999, u16::MAX] {
-        driver.core.kick(queue);
+        driver.core.registers().kick(queue);
     }
     driver.restart();
     works(&mut driver, 0);
@@ -330,7 +338,7 @@ fn a_stop_is_heard_before_each_request() {
     let drained = queue.drain(&stop, |_| {
         served += 1;
         if served == 3 {
-            stop.ask();
+            stop.ask(StopFor::Reset);
         }
         Ok(4)
     });
@@ -342,24 +350,24 @@ fn a_stop_is_heard_before_each_request() {
 
 #[test]
 fn features_are_agreed_on_or_not() {
-    let mut driver = Driver::of(echo());
+    let driver = Driver::of(echo());
     driver.core.set_status(3);
     // What was not offered.
-    driver.core.driver_select = 1;
-    driver.core.set_driver_features(1 | (1 << 30));
+    driver.core.registers().driver_select = 1;
+    driver.core.registers().set_driver_features(1 | (1 << 30));
     driver.core.set_status(NEGOTIATED);
-    assert_eq!(driver.core.status(), 3);
-    driver.core.set_driver_features(1);
-    driver.core.driver_select = 7;
-    driver.core.set_driver_features(u32::MAX);
+    assert_eq!(driver.status(), 3);
+    driver.core.registers().set_driver_features(1);
+    driver.core.registers().driver_select = 7;
+    driver.core.registers().set_driver_features(u32::MAX);
     driver.core.set_status(NEGOTIATED);
-    assert_eq!(driver.core.status(), NEGOTIATED);
+    assert_eq!(driver.status(), NEGOTIATED);
     // Later it is too late.
-    driver.core.driver_select = 0;
-    driver.core.set_driver_features(u32::MAX);
-    assert_eq!(driver.core.driver_features(), 0);
-    driver.core.device_select = 2;
-    assert_eq!(driver.core.device_features(), 0);
+    driver.core.registers().driver_select = 0;
+    driver.core.registers().set_driver_features(u32::MAX);
+    assert_eq!(driver.core.registers().driver_features(), 0);
+    driver.core.registers().device_select = 2;
+    assert_eq!(driver.core.registers().device_features(), 0);
 }
 
 /// The low 32 features alone, or none: what small kernels accept.
@@ -368,13 +376,16 @@ fn a_driver_may_be_of_before_version_1() {
     for accepted in [0, u32::MAX] {
         let mut driver = Driver::of(echo());
         driver.core.set_status(3);
-        let offered = driver.core.device_features();
-        driver.core.set_driver_features(offered & accepted);
+        let offered = driver.core.registers().device_features();
+        driver
+            .core
+            .registers()
+            .set_driver_features(offered & accepted);
         driver.core.set_status(NEGOTIATED);
-        assert_eq!(driver.core.status(), NEGOTIATED);
+        assert_eq!(driver.status(), NEGOTIATED);
         driver.set_up(0, rings(0));
-        driver.core.set_status(READY);
-        assert_eq!(driver.core.status(), READY);
+        driver.become_ready();
+        assert_eq!(driver.status(), READY);
         assert_eq!(driver.request(0, &[(BUFFERS, 4, WRITE)]), 4);
     }
 }
@@ -383,7 +394,7 @@ fn a_driver_may_be_of_before_version_1() {
 fn a_driver_cannot_set_what_is_the_devices() {
     let mut driver = Driver::of(echo());
     driver.core.set_status(BROKEN | 16 | 32);
-    assert_eq!(driver.core.status(), 0);
+    assert_eq!(driver.status(), 0);
     // Ready without features: nothing starts.
     driver.core.set_status(7);
     driver.set_up(0, rings(0));
@@ -394,11 +405,14 @@ fn a_driver_cannot_set_what_is_the_devices() {
 #[test]
 fn a_live_queue_keeps_its_place() {
     let mut driver = Driver::ready(echo());
-    driver.core.queue_select = 0;
-    driver.core.set_ring(Ring::Device, Half::Low, 0);
-    driver.core.set_queue_size(2);
-    assert_eq!(driver.core.queue().unwrap().size, SIZE);
-    assert_eq!(driver.core.queue().unwrap().rings[2], rings(0)[2]);
+    driver.core.registers().queue_select = 0;
+    driver.core.registers().set_ring(Ring::Device, Half::Low, 0);
+    driver.core.registers().set_queue_size(2);
+    assert_eq!(driver.core.registers().queue().unwrap().size, SIZE);
+    assert_eq!(
+        driver.core.registers().queue().unwrap().rings[2],
+        rings(0)[2]
+    );
     works(&mut driver, 0);
 }
 
@@ -418,15 +432,21 @@ fn hostile_registers_at_random() {
         let (word, half) = (u32::from_le_bytes([a, b, c, d]), u16::from_le_bytes([e, f]));
         match random() % 12 {
             0 => driver.core.set_status(a),
-            1 => driver.core.set_status(READY),
-            2 => driver.core.queue_select = half % 3,
-            3 => driver.core.set_queue_size(half),
-            4 => driver.core.set_ring(Ring::Driver, Half::Low, word),
-            5 => driver.core.set_ring(Ring::Device, Half::High, word),
-            6 => driver.core.enable_queue(),
-            7 => driver.core.kick(half % 3),
-            8 => driver.core.driver_select = word % 3,
-            9 => driver.core.set_driver_features(word),
+            1 => driver.become_ready(),
+            2 => driver.core.registers().queue_select = half % 3,
+            3 => driver.core.registers().set_queue_size(half),
+            4 => driver
+                .core
+                .registers()
+                .set_ring(Ring::Driver, Half::Low, word),
+            5 => driver
+                .core
+                .registers()
+                .set_ring(Ring::Device, Half::High, word),
+            6 => driver.core.registers().enable_queue(),
+            7 => driver.core.registers().kick(half % 3),
+            8 => driver.core.registers().driver_select = word % 3,
+            9 => driver.core.registers().set_driver_features(word),
             10 => driver.core.write_config(value, &[a; 8]),
             _ => driver.core.read_config(value, &mut [0; 8]),
         }

@@ -6,20 +6,23 @@
 //! ```
 
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
+use serde_json::Value;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Core, Half, Ring};
-use super::device::{Interrupt, VirtioDevice};
+use super::core::{Core, Ring};
+use super::starter::Starter;
+use crate::bus::{Device, FdtError, FdtWriter};
 use crate::hypervisor::{Doorbell, Vm};
 use crate::memory::GuestMemory;
 use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
-use crate::util::{RateLimit, guest_info, guest_warn};
+use crate::util::{Half, RateLimit, guest_info, guest_warn};
+use crate::virtio::device::{Interrupt, VirtioDevice};
 
 /// The vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
@@ -45,14 +48,16 @@ const ISR_CONFIG: u8 = 2;
 
 /// A device behind a PCI function.
 pub struct PciTransport {
-    core: Mutex<Core>,
+    core: Core,
     interrupt: Arc<PciInterrupt>,
     doorbells: Mutex<Doorbells>,
+    /// Its device number on the bus, once it is there.
+    slot: OnceLock<usize>,
 }
 
 impl PciTransport {
     /// Attaches `device` to `bridge` with at most `vectors` messages. Where that is fewer than one
-    /// for each queue and one more, queues share them.
+    /// for each queue and one more, queues share them. `starter` starts and stops it.
     ///
     /// # Errors
     /// The bus is full, or the host has no descriptors or interrupts left.
@@ -62,23 +67,28 @@ impl PciTransport {
         vm: &Arc<dyn Vm>,
         bridge: &mut HostBridge,
         vectors: u16,
-    ) -> Result<()> {
+        starter: &Arc<Starter>,
+    ) -> Result<Arc<Self>> {
         let identity = identity(device.kind());
         let queues = device.queue_sizes().len();
         let name = device.name().to_owned();
         let interrupts = bridge.interrupts(vectors)?;
         let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&interrupts), queues));
-        let mut core = Core::new(device, Arc::clone(ram), Arc::clone(&interrupt) as _)?;
+        let raised = Arc::clone(&interrupt);
+        let core = Core::new(device, Arc::clone(ram), raised as _, starter)?;
         core.set_bus_master(false);
         let doorbells = Doorbells::new(vm, &core);
         let transport = Arc::new(Self {
-            core: Mutex::new(core),
+            core,
             interrupt,
             doorbells: Mutex::new(doorbells),
+            slot: OnceLock::new(),
         });
         let (config, window) = config_space(identity);
-        let function = Function::new(config, Some(window), Arc::clone(&interrupts), transport);
+        let device = Arc::clone(&transport);
+        let function = Function::new(config, Some(window), Arc::clone(&interrupts), device);
         let slot = bridge.attach(function)?;
+        transport.slot.get_or_init(|| slot);
         let how = match usize::from(interrupts.vectors()) {
             0 => "by pin".into(),
             count if count > queues => format!("by {count} messages, each queue its own"),
@@ -89,29 +99,29 @@ impl PciTransport {
             limit,
             "{name}: PCI device {slot}, {queues} queues, interrupts {how}"
         );
-        Ok(())
+        Ok(transport)
     }
 
     /// A field of the common configuration, of its own width.
     fn read_common(&self, offset: u64, length: usize) -> u64 {
-        let core = lock(&self.core);
-        let queue = core.queue();
+        let registers = self.core.registers();
+        let queue = registers.queue();
         let ring = |ring: Ring| queue.map_or(0, |queue| queue.rings[ring as usize]);
         let half = |which: Ring, half: Half| half.of(ring(which)).into();
         match (offset, length) {
-            (0x00, 4) => core.device_select.into(),
-            (0x04, 4) => core.device_features().into(),
-            (0x08, 4) => core.driver_select.into(),
-            (0x0c, 4) => core.driver_features().into(),
+            (0x00, 4) => registers.device_select.into(),
+            (0x04, 4) => registers.device_features().into(),
+            (0x08, 4) => registers.driver_select.into(),
+            (0x0c, 4) => registers.driver_features().into(),
             (0x10, 2) => self.interrupt.config.load(Ordering::Acquire).into(),
-            (0x12, 2) => core.queues().len() as u64,
-            (0x14, 1) => core.status().into(),
-            (0x15, 1) => (core.config_generation() & 0xff).into(),
-            (0x16, 2) => core.queue_select.into(),
+            (0x12, 2) => registers.queues().len() as u64,
+            (0x14, 1) => registers.status().into(),
+            (0x15, 1) => (self.core.config_generation() & 0xff).into(),
+            (0x16, 2) => registers.queue_select.into(),
             (0x18, 2) => queue.map_or(0, |queue| queue.size.into()),
-            (0x1a, 2) => self.interrupt.queue_vector(core.queue_select).into(),
+            (0x1a, 2) => self.interrupt.queue_vector(registers.queue_select).into(),
             (0x1c, 2) => queue.is_some_and(|queue| queue.enabled).into(),
-            (0x1e, 2) => queue.map_or(0, |_| core.queue_select.into()),
+            (0x1e, 2) => queue.map_or(0, |_| registers.queue_select.into()),
             (0x20, 4) => half(Ring::Descriptors, Half::Low),
             (0x24, 4) => half(Ring::Descriptors, Half::High),
             (0x28, 4) => half(Ring::Driver, Half::Low),
@@ -123,30 +133,29 @@ impl PciTransport {
     }
 
     fn write_common(&self, offset: u64, length: usize, value: u32) {
-        let mut core = lock(&self.core);
         let [low, high, ..] = value.to_le_bytes();
+        if (offset, length) == (0x14, 1) {
+            return self.core.set_status(low);
+        }
         let word = u16::from_le_bytes([low, high]);
+        let mut registers = self.core.registers();
         match (offset, length) {
-            (0x00, 4) => core.device_select = value,
-            (0x08, 4) => core.driver_select = value,
-            (0x0c, 4) => core.set_driver_features(value),
+            (0x00, 4) => registers.device_select = value,
+            (0x08, 4) => registers.driver_select = value,
+            (0x0c, 4) => registers.set_driver_features(value),
             (0x10, 2) => self.interrupt.set_config_vector(word),
-            (0x14, 1) => {
-                core.set_status(low);
-                if low == 0 {
-                    self.interrupt.reset();
-                }
-            }
-            (0x16, 2) => core.queue_select = word,
-            (0x18, 2) => core.set_queue_size(word),
-            (0x1a, 2) => self.interrupt.set_queue_vector(core.queue_select, word),
-            (0x1c, 2) if word == 1 => core.enable_queue(),
-            (0x20, 4) => core.set_ring(Ring::Descriptors, Half::Low, value),
-            (0x24, 4) => core.set_ring(Ring::Descriptors, Half::High, value),
-            (0x28, 4) => core.set_ring(Ring::Driver, Half::Low, value),
-            (0x2c, 4) => core.set_ring(Ring::Driver, Half::High, value),
-            (0x30, 4) => core.set_ring(Ring::Device, Half::Low, value),
-            (0x34, 4) => core.set_ring(Ring::Device, Half::High, value),
+            (0x16, 2) => registers.queue_select = word,
+            (0x18, 2) => registers.set_queue_size(word),
+            (0x1a, 2) => self
+                .interrupt
+                .set_queue_vector(registers.queue_select, word),
+            (0x1c, 2) if word == 1 => registers.enable_queue(),
+            (0x20, 4) => registers.set_ring(Ring::Descriptors, Half::Low, value),
+            (0x24, 4) => registers.set_ring(Ring::Descriptors, Half::High, value),
+            (0x28, 4) => registers.set_ring(Ring::Driver, Half::Low, value),
+            (0x2c, 4) => registers.set_ring(Ring::Driver, Half::High, value),
+            (0x30, 4) => registers.set_ring(Ring::Device, Half::Low, value),
+            (0x34, 4) => registers.set_ring(Ring::Device, Half::High, value),
             _ => {}
         }
     }
@@ -167,7 +176,7 @@ impl BarDevice for PciTransport {
                 data.copy_from_slice(&value[..length]);
             }
             (ISR, _) if offset == 0 => data[0] = self.interrupt.take(),
-            (CONFIG, _) => lock(&self.core).read_config(offset, data),
+            (CONFIG, _) => self.core.read_config(offset, data),
             _ => {}
         }
     }
@@ -184,11 +193,11 @@ impl BarDevice for PciTransport {
                 value[..length].copy_from_slice(data);
                 self.write_common(offset, length, u32::from_le_bytes(value));
             }
-            (CONFIG, _) => lock(&self.core).write_config(offset, data),
+            (CONFIG, _) => self.core.write_config(offset, data),
             // Only before the kernel takes them: it does as soon as the BAR is placed.
             (NOTIFY, _) => {
                 let queue = u16::try_from(offset / u64::from(NOTIFY_STEP));
-                lock(&self.core).kick(queue.unwrap_or(u16::MAX));
+                self.core.registers().kick(queue.unwrap_or(u16::MAX));
             }
             _ => {}
         }
@@ -207,16 +216,42 @@ impl BarDevice for PciTransport {
             Some(NOTIFY) => "notifications",
             Some(_) => "MSI-X",
         };
-        format!("{}, {registers}", lock(&self.core).name())
+        format!("{}, {registers}", self.core.name())
     }
 
     fn set_bus_master(&self, allowed: bool) {
-        let mut core = lock(&self.core);
-        core.set_bus_master(allowed);
+        self.core.set_bus_master(allowed);
         if !allowed {
             // Other devices on the wire would find it high until this one is reset.
             self.interrupt.take();
         }
+    }
+}
+
+/// It has no node in the tree, and its registers are where the bridge has them: that tells of both.
+impl Device for PciTransport {
+    fn id(&self) -> &str {
+        self.core.name()
+    }
+
+    fn fdt_node(&self, _: &mut FdtWriter) -> Result<(), FdtError> {
+        Ok(())
+    }
+
+    fn pause(&self) {
+        self.core.pause();
+    }
+
+    fn resume(&self) {
+        self.core.resume();
+    }
+
+    fn describe(&self) -> Value {
+        let mut described = self.core.describe();
+        described["transport"] = "pci".into();
+        described["slot"] = self.slot.get().copied().into();
+        described["interrupt_status"] = self.interrupt.status().into();
+        described
     }
 }
 
@@ -238,7 +273,12 @@ impl Doorbells {
     fn new(vm: &Arc<dyn Vm>, core: &Core) -> Self {
         Self {
             vm: Arc::clone(vm),
-            kicks: core.queues().iter().map(|q| Arc::clone(&q.kick)).collect(),
+            kicks: core
+                .registers()
+                .queues()
+                .iter()
+                .map(|q| Arc::clone(&q.kick))
+                .collect(),
             connected: Vec::new(),
             failures: RateLimit::named(format!("{} doorbells", core.name())),
         }
@@ -313,20 +353,17 @@ impl PciInterrupt {
         self.config.store(self.known(vector), Ordering::Release);
     }
 
-    fn reset(&self) {
-        self.take();
-        self.config.store(NO_VECTOR, Ordering::Release);
-        for queue in &self.queues {
-            queue.store(NO_VECTOR, Ordering::Release);
-        }
-    }
-
     fn raise(&self, bit: u8) {
         let mut isr = lock(&self.isr);
         if *isr == 0 {
             self.interrupts.set_pin(true);
         }
         *isr |= bit;
+    }
+
+    /// The ISR status, as it is.
+    fn status(&self) -> u8 {
+        *lock(&self.isr)
     }
 
     /// Reads the ISR status, which clears it.
@@ -361,6 +398,14 @@ impl Interrupt for PciInterrupt {
             return None;
         }
         self.interrupts.message_fd(self.queue_vector(index))
+    }
+
+    fn reset(&self) {
+        self.take();
+        self.config.store(NO_VECTOR, Ordering::Release);
+        for queue in &self.queues {
+            queue.store(NO_VECTOR, Ordering::Release);
+        }
     }
 }
 

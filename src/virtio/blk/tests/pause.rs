@@ -1,0 +1,113 @@
+//! A disk that pauses at any moment: nothing is half done, and nothing is lost.
+
+use super::*;
+
+/// Requests at a time, of three descriptors, and bytes of each.
+const SLOTS: u16 = 5;
+const EACH: usize = 4096;
+
+/// A driver with writes of its own in each slot.
+struct Load {
+    driver: Driver,
+    /// The content of each slot's last write; it is on its way, or not.
+    slots: [(u8, bool); SLOTS as usize],
+    seen: u16,
+}
+
+impl Load {
+    fn on(driver: Driver) -> Self {
+        let slots = [(0, false); SLOTS as usize];
+        Self {
+            driver,
+            slots,
+            seen: 0,
+        }
+    }
+
+    /// Takes what was used, each of it once and well done.
+    fn reap(&mut self) {
+        while self.seen != self.driver.used(0) {
+            let (head, written) = self.driver.used_element(0, self.seen);
+            assert_eq!(written, 1);
+            let slot = head / 3;
+            let status = self.driver.ram.read_obj::<u8>(status(slot.into()));
+            assert_eq!(status.unwrap(), 0);
+            let slot = &mut self.slots[slot as usize];
+            assert!(std::mem::take(&mut slot.1), "twice");
+            self.seen = self.seen.wrapping_add(1);
+        }
+    }
+
+    /// Writes `content` to the blocks of all slots that are free.
+    fn submit(&mut self, content: u8) {
+        for number in 0..SLOTS {
+            let slot = &mut self.slots[usize::from(number)];
+            if slot.1 {
+                continue;
+            }
+            *slot = (content, true);
+            let place = u64::from(number);
+            let header = HEADER + 16 * place;
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&VIRTIO_BLK_T_OUT.to_le_bytes());
+            bytes[8..].copy_from_slice(&(8 * place).to_le_bytes());
+            let ram = &self.driver.ram;
+            ram.write_slice(&bytes, GuestAddress(header)).unwrap();
+            let data = DATA + place * EACH as u64;
+            let all = [content; EACH];
+            ram.write_slice(&all, GuestAddress(data)).unwrap();
+            ram.write_obj(NO_STATUS, status(place)).unwrap();
+            let buffers = [
+                (header, 16, 0),
+                (data, u32::try_from(EACH).unwrap(), 0),
+                (status(place).0, 1, WRITE),
+            ];
+            let table = rings(0)[0];
+            self.driver.describe_chain(table, 3 * number, &buffers);
+            self.driver.offer(0, 3 * number);
+        }
+    }
+}
+
+fn status(slot: u64) -> GuestAddress {
+    GuestAddress(STATUS + slot)
+}
+
+#[test]
+fn a_thousand_pauses_under_load() {
+    for (flags, features) in [
+        ("", u64::MAX),
+        // Each write is synced.
+        ("", !(1 << VIRTIO_BLK_F_FLUSH)),
+        (",snapshot=on", u64::MAX),
+        (",direct", u64::MAX),
+    ] {
+        let image = TempImage::new(MIB);
+        let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
+        let shared = Arc::clone(&disk.shared);
+        let mut driver = Driver::of(Box::new(disk));
+        driver.negotiate(features);
+        driver.set_up(0, rings(0));
+        driver.become_ready();
+        let through = shared.is_through();
+        let mut load = Load::on(driver);
+        for round in 0..1000u32 {
+            load.submit(round.to_le_bytes()[0]);
+            load.driver.core.pause();
+            load.reap();
+            let used = load.driver.used(0);
+            let queue = &load.driver.core.describe()["queues"][0];
+            assert_eq!(queue["next_available"], used, "{flags}: half done");
+            load.driver.core.resume();
+        }
+        load.driver
+            .wait_until("the rest", |d| d.used(0) == d.next_offer(0));
+        load.reap();
+        assert_eq!(shared.is_through(), through, "{flags}");
+        for (number, (content, _)) in (0u32..).zip(load.slots) {
+            let sector = 8 * u64::from(number);
+            let bytes = read(&mut load.driver, sector, 4096);
+            assert_eq!(bytes, Ok(vec![content; EACH]), "{flags}");
+        }
+    }
+}
