@@ -25,7 +25,7 @@ rvmm runs a RISC-V virtual machine on KVM.
 
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 128M
 
-rvmm info tells what this host offers, rvmm --help every flag.
+rvmm info tells what this host offers, rvmm ctl controls a machine, rvmm --help tells every flag.
 ";
 
 /// Runs a RISC-V virtual machine on KVM

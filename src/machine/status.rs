@@ -23,7 +23,7 @@ pub(crate) fn table() -> Vec<(String, String)> {
     let row = |status: &str, meaning: &str| (status.to_owned(), meaning.to_owned());
     let number = |status: u8, meaning| row(&status.to_string(), meaning);
     vec![
-        number(0, "the guest powered off, or Ctrl-A X"),
+        number(0, "the guest powered off, Ctrl-A X or rvmm ctl stop"),
         row(
             &format!("1-{GUEST_MAX}"),
             &format!("chosen by the guest (sifive_test; larger codes are {GUEST_MAX})"),
