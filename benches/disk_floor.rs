@@ -34,7 +34,8 @@ mod floor {
     use rvmm::virtio::blk::image::Image;
     use rvmm::virtio::device::{Activation, VirtioDevice};
     use rvmm::virtio::queue::Virtq;
-    use rvmm::virtio::worker::{Stop, StopFor, Worker, Workers};
+    use rvmm::virtio::stop::{Stop, StopFor};
+    use rvmm::virtio::worker::{Worker, Workers};
     use virtio_queue::QueueT;
     use vm_memory::{GuestAddress, GuestMemoryBackend};
 

@@ -9,7 +9,6 @@ pub mod poll;
 pub mod ratelimit;
 pub mod stderr;
 pub mod sync;
-pub mod tap;
 pub mod text;
 pub mod thread;
 

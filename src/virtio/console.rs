@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex, Weak};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
+use super::bits::features;
+use super::device::{Activation, VirtioDevice, read_bytes};
+use super::notify::Fault;
 use super::queue::{Broken, Chain, Virtq};
-use super::worker::{Stop, StopFor, Worker, Workers};
+use super::stop::{Stop, StopFor};
+use super::worker::{Worker, Workers};
 use crate::devices::console::{Console, Listener, OUTPUT_CAPACITY};
 use crate::util::poll::Events;
 use crate::util::sync::lock;

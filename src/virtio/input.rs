@@ -16,7 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, StopFor, Worker, Workers};
+use super::stop::{Stop, StopFor};
+use super::worker::{Worker, Workers};
 use crate::util::poll::Events;
 use crate::util::sync::lock;
 use crate::util::thread::Kind;

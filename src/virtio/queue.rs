@@ -10,9 +10,9 @@ use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Fault, Interrupt};
+use super::notify::{Fault, Interrupt};
+use super::stop::Stop;
 use super::used::UsedRing;
-use super::worker::Stop;
 use crate::memory::{FlatRam, GuestMemory, Pieces};
 
 /// There is no way to go on with a queue, mostly by its driver's fault: the device needs a reset.

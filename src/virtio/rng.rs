@@ -12,7 +12,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::device::{Activation, VirtioDevice};
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, StopFor, Worker, Workers, wait};
+use super::stop::{Stop, StopFor};
+use super::worker::{Worker, Workers, wait};
 use crate::memory::Pieces;
 use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::sync::lock;

@@ -10,11 +10,14 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, Interrupt, VirtioDevice, read_bytes, word};
+use super::bits::word;
+use super::device::{Activation, VirtioDevice, read_bytes};
+use super::notify::Interrupt;
 use super::queue::Virtq;
+use super::stop::StopFor;
 use super::transport::core::{Core, Ring};
 use super::transport::starter::Starter;
-use super::worker::{StopFor, Worker, Workers, wait};
+use super::worker::{Worker, Workers, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
 use crate::util::thread::Kind;

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::word;
+use super::bits::word;
 use crate::memory::FlatRam;
 
 /// The index is behind the flags, both 16 bits; then come the elements of 8 bytes.

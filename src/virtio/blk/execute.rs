@@ -7,7 +7,7 @@ use super::Shared;
 use super::request::{ID_BYTES, Operation, Range, Request, Status};
 use crate::memory::Pieces;
 use crate::util::guest_warn;
-use crate::virtio::worker::Stop;
+use crate::virtio::stop::Stop;
 
 /// Bytes of one step: a driver can ask for 4 GiB at once, by naming the same RAM again and again. Linux's
 /// asks for less than this.

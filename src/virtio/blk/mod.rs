@@ -24,9 +24,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::image::Image;
 use self::request::{RANGE_MAX, RANGES_MAX, SECTOR, SECTOR_BYTES};
-use super::device::{Activation, VirtioDevice, features, read_bytes};
+use super::bits::features;
+use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::Virtq;
-use super::worker::{Stop, StopFor, Worker, Workers};
+use super::stop::{Stop, StopFor};
+use super::worker::{Worker, Workers};
 use crate::util::RateLimit;
 use crate::util::thread::Kind;
 

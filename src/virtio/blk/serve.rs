@@ -15,7 +15,8 @@ use crate::memory::{Op, Pieces, Ring};
 use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::{RateLimit, guest_debug, guest_warn};
 use crate::virtio::queue::{Broken, Chain, Virtq};
-use crate::virtio::worker::{Stop, wait};
+use crate::virtio::stop::Stop;
+use crate::virtio::worker::wait;
 
 /// Until requests that the host could not start are tried again.
 const RETRY: Duration = Duration::from_millis(10);

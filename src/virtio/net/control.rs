@@ -4,7 +4,8 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_ERR, VIRTIO_NET_OK};
 
 use super::Shared;
 use crate::virtio::queue::{Broken, Chain, Virtq};
-use crate::virtio::worker::{Stop, wait};
+use crate::virtio::stop::Stop;
+use crate::virtio::worker::wait;
 
 /// VIRTIO_NET_CTRL_MQ and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET (VIRTIO 1.2, section 5.1.6.5.6).
 const CLASS_PAIRS: u8 = 4;

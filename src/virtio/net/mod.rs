@@ -7,6 +7,7 @@
 mod control;
 mod pair;
 mod receive;
+pub mod tap;
 mod transmit;
 pub mod vhost;
 mod watch;
@@ -19,13 +20,16 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
 use self::receive::Room;
-use super::device::{Activation, Fault, VirtioDevice, features, read_bytes};
+use self::tap::{Offloads, TapQueue};
+use super::bits::features;
+use super::device::{Activation, VirtioDevice, read_bytes};
+use super::notify::Fault;
 use super::queue::{Broken, Virtq};
-use super::worker::{Stop, StopFor, Worker, Workers};
+use super::stop::{Stop, StopFor};
+use super::worker::{Worker, Workers};
 use crate::config::Mac;
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
-use crate::util::tap::{self, Offloads, TapQueue};
 use crate::util::thread::Kind;
 use crate::util::{RateLimit, guest_warn};
 

@@ -6,10 +6,10 @@ use std::io;
 
 use super::Shared;
 use super::receive::{Receiver, Room};
+use super::tap::TapQueue;
 use crate::util::poll::Events;
-use crate::util::tap::TapQueue;
 use crate::virtio::queue::{Broken, Virtq};
-use crate::virtio::worker::Stop;
+use crate::virtio::stop::Stop;
 
 /// Numbers of what the thread waits for.
 const RECEIVE: u8 = 0;

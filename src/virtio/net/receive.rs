@@ -11,11 +11,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::Shared;
+use super::tap::{Offloads, TapQueue};
 use crate::memory::Pieces;
 use crate::util::guest_warn;
-use crate::util::tap::{Offloads, TapQueue};
 use crate::virtio::queue::{Broken, Virtq};
-use crate::virtio::worker::Stop;
+use crate::virtio::stop::Stop;
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;

@@ -4,11 +4,11 @@ use std::io;
 use std::os::fd::AsFd;
 
 use super::Shared;
+use super::tap::{HEADER, TapQueue};
 use crate::memory::Pieces;
-use crate::util::tap::{HEADER, TapQueue};
 use crate::util::{RateLimit, guest_warn};
 use crate::virtio::queue::{Broken, Virtq};
-use crate::virtio::worker::Stop;
+use crate::virtio::stop::Stop;
 
 /// The largest packet a tap takes: 64 KiB of segments to come, and headers.
 const PACKET_MAX: usize = 65_562 + HEADER;

@@ -15,13 +15,14 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::tap::TapQueue;
 use crate::memory::GuestMemory;
-use crate::util::tap::TapQueue;
 use crate::util::thread::Kind;
 use crate::util::{RateLimit, guest_debug};
-use crate::virtio::device::features;
+use crate::virtio::bits::features;
 use crate::virtio::queue::Virtq;
-use crate::virtio::worker::{StopFor, Worker, wait};
+use crate::virtio::stop::StopFor;
+use crate::virtio::worker::{Worker, wait};
 
 const DEVICE: &str = "/dev/vhost-net";
 

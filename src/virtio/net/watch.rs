@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Shared;
 use crate::util::poll::{Events, borrow};
 use crate::util::thread::Kind;
-use crate::virtio::device::Fault;
+use crate::virtio::notify::Fault;
 use crate::virtio::worker::Worker;
 
 /// Nothing tells of a tap that goes.

@@ -33,9 +33,10 @@ use super::starter::{Seat, Starter};
 use crate::memory::GuestMemory;
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info};
-use crate::virtio::device::{Activation, Fault, Interrupt, NEEDS_RESET, Shared, VirtioDevice};
+use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::notify::{Fault, Interrupt, NEEDS_RESET, Shared};
 use crate::virtio::queue::Virtq;
-use crate::virtio::worker::StopFor;
+use crate::virtio::stop::StopFor;
 
 pub use super::registers::{QueueSetup, Ring};
 

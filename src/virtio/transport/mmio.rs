@@ -13,7 +13,8 @@ use crate::hypervisor::{self, Doorbell, Vm};
 use crate::memory::GuestMemory;
 use crate::util::Half;
 use crate::util::sync::lock;
-use crate::virtio::device::{Interrupt, VirtioDevice};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::notify::Interrupt;
 
 /// The range on the bus, as QEMU's virt machine has it.
 pub const SIZE: u64 = 0x1000;

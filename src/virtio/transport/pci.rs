@@ -22,7 +22,8 @@ use crate::pci::function::Window;
 use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_info, guest_warn};
-use crate::virtio::device::{Interrupt, VirtioDevice};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::notify::Interrupt;
 
 /// The vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
@@ -45,6 +46,31 @@ const NOTIFY_STEP: u32 = 4;
 /// Interrupt causes in the ISR status.
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
+
+/// Fields of the common configuration, by offset and width (section 4.1.4.3).
+mod field {
+    type Field = (u64, usize);
+
+    pub(super) const DEVICE_FEATURE_SELECT: Field = (0x00, 4);
+    pub(super) const DEVICE_FEATURE: Field = (0x04, 4);
+    pub(super) const DRIVER_FEATURE_SELECT: Field = (0x08, 4);
+    pub(super) const DRIVER_FEATURE: Field = (0x0c, 4);
+    pub(super) const CONFIG_VECTOR: Field = (0x10, 2);
+    pub(super) const NUM_QUEUES: Field = (0x12, 2);
+    pub(super) const STATUS: Field = (0x14, 1);
+    pub(super) const CONFIG_GENERATION: Field = (0x15, 1);
+    pub(super) const QUEUE_SELECT: Field = (0x16, 2);
+    pub(super) const QUEUE_SIZE: Field = (0x18, 2);
+    pub(super) const QUEUE_VECTOR: Field = (0x1a, 2);
+    pub(super) const QUEUE_ENABLE: Field = (0x1c, 2);
+    pub(super) const QUEUE_NOTIFY_OFF: Field = (0x1e, 2);
+    pub(super) const QUEUE_DESC_LOW: Field = (0x20, 4);
+    pub(super) const QUEUE_DESC_HIGH: Field = (0x24, 4);
+    pub(super) const QUEUE_DRIVER_LOW: Field = (0x28, 4);
+    pub(super) const QUEUE_DRIVER_HIGH: Field = (0x2c, 4);
+    pub(super) const QUEUE_DEVICE_LOW: Field = (0x30, 4);
+    pub(super) const QUEUE_DEVICE_HIGH: Field = (0x34, 4);
+}
 
 /// A device behind a PCI function.
 pub struct PciTransport {
@@ -109,53 +135,53 @@ impl PciTransport {
         let ring = |ring: Ring| queue.map_or(0, |queue| queue.rings[ring as usize]);
         let half = |which: Ring, half: Half| half.of(ring(which)).into();
         match (offset, length) {
-            (0x00, 4) => registers.device_select.into(),
-            (0x04, 4) => registers.device_features().into(),
-            (0x08, 4) => registers.driver_select.into(),
-            (0x0c, 4) => registers.driver_features().into(),
-            (0x10, 2) => self.interrupt.config.load(Ordering::Acquire).into(),
-            (0x12, 2) => registers.queues().len() as u64,
-            (0x14, 1) => registers.status().into(),
-            (0x15, 1) => (self.core.config_generation() & 0xff).into(),
-            (0x16, 2) => registers.queue_select.into(),
-            (0x18, 2) => queue.map_or(0, |queue| queue.size.into()),
-            (0x1a, 2) => self.interrupt.queue_vector(registers.queue_select).into(),
-            (0x1c, 2) => queue.is_some_and(|queue| queue.enabled).into(),
-            (0x1e, 2) => queue.map_or(0, |_| registers.queue_select.into()),
-            (0x20, 4) => half(Ring::Descriptors, Half::Low),
-            (0x24, 4) => half(Ring::Descriptors, Half::High),
-            (0x28, 4) => half(Ring::Driver, Half::Low),
-            (0x2c, 4) => half(Ring::Driver, Half::High),
-            (0x30, 4) => half(Ring::Device, Half::Low),
-            (0x34, 4) => half(Ring::Device, Half::High),
+            field::DEVICE_FEATURE_SELECT => registers.device_select.into(),
+            field::DEVICE_FEATURE => registers.device_features().into(),
+            field::DRIVER_FEATURE_SELECT => registers.driver_select.into(),
+            field::DRIVER_FEATURE => registers.driver_features().into(),
+            field::CONFIG_VECTOR => self.interrupt.config.load(Ordering::Acquire).into(),
+            field::NUM_QUEUES => registers.queues().len() as u64,
+            field::STATUS => registers.status().into(),
+            field::CONFIG_GENERATION => (self.core.config_generation() & 0xff).into(),
+            field::QUEUE_SELECT => registers.queue_select.into(),
+            field::QUEUE_SIZE => queue.map_or(0, |queue| queue.size.into()),
+            field::QUEUE_VECTOR => self.interrupt.queue_vector(registers.queue_select).into(),
+            field::QUEUE_ENABLE => queue.is_some_and(|queue| queue.enabled).into(),
+            field::QUEUE_NOTIFY_OFF => queue.map_or(0, |_| registers.queue_select.into()),
+            field::QUEUE_DESC_LOW => half(Ring::Descriptors, Half::Low),
+            field::QUEUE_DESC_HIGH => half(Ring::Descriptors, Half::High),
+            field::QUEUE_DRIVER_LOW => half(Ring::Driver, Half::Low),
+            field::QUEUE_DRIVER_HIGH => half(Ring::Driver, Half::High),
+            field::QUEUE_DEVICE_LOW => half(Ring::Device, Half::Low),
+            field::QUEUE_DEVICE_HIGH => half(Ring::Device, Half::High),
             _ => 0,
         }
     }
 
     fn write_common(&self, offset: u64, length: usize, value: u32) {
         let [low, high, ..] = value.to_le_bytes();
-        if (offset, length) == (0x14, 1) {
+        if (offset, length) == field::STATUS {
             return self.core.set_status(low);
         }
         let word = u16::from_le_bytes([low, high]);
         let mut registers = self.core.registers();
         match (offset, length) {
-            (0x00, 4) => registers.device_select = value,
-            (0x08, 4) => registers.driver_select = value,
-            (0x0c, 4) => registers.set_driver_features(value),
-            (0x10, 2) => self.interrupt.set_config_vector(word),
-            (0x16, 2) => registers.queue_select = word,
-            (0x18, 2) => registers.set_queue_size(word),
-            (0x1a, 2) => self
+            field::DEVICE_FEATURE_SELECT => registers.device_select = value,
+            field::DRIVER_FEATURE_SELECT => registers.driver_select = value,
+            field::DRIVER_FEATURE => registers.set_driver_features(value),
+            field::CONFIG_VECTOR => self.interrupt.set_config_vector(word),
+            field::QUEUE_SELECT => registers.queue_select = word,
+            field::QUEUE_SIZE => registers.set_queue_size(word),
+            field::QUEUE_VECTOR => self
                 .interrupt
                 .set_queue_vector(registers.queue_select, word),
-            (0x1c, 2) if word == 1 => registers.enable_queue(),
-            (0x20, 4) => registers.set_ring(Ring::Descriptors, Half::Low, value),
-            (0x24, 4) => registers.set_ring(Ring::Descriptors, Half::High, value),
-            (0x28, 4) => registers.set_ring(Ring::Driver, Half::Low, value),
-            (0x2c, 4) => registers.set_ring(Ring::Driver, Half::High, value),
-            (0x30, 4) => registers.set_ring(Ring::Device, Half::Low, value),
-            (0x34, 4) => registers.set_ring(Ring::Device, Half::High, value),
+            field::QUEUE_ENABLE if word == 1 => registers.enable_queue(),
+            field::QUEUE_DESC_LOW => registers.set_ring(Ring::Descriptors, Half::Low, value),
+            field::QUEUE_DESC_HIGH => registers.set_ring(Ring::Descriptors, Half::High, value),
+            field::QUEUE_DRIVER_LOW => registers.set_ring(Ring::Driver, Half::Low, value),
+            field::QUEUE_DRIVER_HIGH => registers.set_ring(Ring::Driver, Half::High, value),
+            field::QUEUE_DEVICE_LOW => registers.set_ring(Ring::Device, Half::Low, value),
+            field::QUEUE_DEVICE_HIGH => registers.set_ring(Ring::Device, Half::High, value),
             _ => {}
         }
     }

@@ -20,9 +20,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use crate::util::Half;
-use crate::virtio::device::{
-    DRIVER_OK, Fault, NEEDS_RESET, Shared, VirtioDevice, features, status_bit,
-};
+use crate::virtio::bits::features;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::notify::{DRIVER_OK, Fault, NEEDS_RESET, Shared, status_bit};
 use crate::virtio::queue::Virtq;
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);

@@ -18,9 +18,10 @@ use std::{io, mem};
 
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
-use crate::virtio::device::{Activation, Fault, VirtioDevice};
+use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::notify::Fault;
 use crate::virtio::queue::Virtq;
-use crate::virtio::worker::StopFor;
+use crate::virtio::stop::StopFor;
 
 /// The devices thread. It ends with the last transport that has it.
 pub struct Starter {

@@ -9,8 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::Disk;
 use super::super::tests::TempImage;
 use super::*;
+use crate::virtio::stop::StopFor;
 use crate::virtio::testing::*;
-use crate::virtio::worker::StopFor;
 
 /// Requests that the driver has made, and bytes of each.
 const MANY: u16 = 5;

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::util::Half;
+use crate::virtio::stop::{Stop, StopFor};
 use crate::virtio::testing::*;
-use crate::virtio::worker::{Stop, StopFor};
 
 mod pause;
 mod starts;

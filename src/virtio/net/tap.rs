@@ -14,7 +14,7 @@ use thiserror::Error;
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::poll::poll_now;
+use crate::util::poll::poll_now;
 
 const TUN: &str = "/dev/net/tun";
 /// A folder for each interface of this network namespace.
