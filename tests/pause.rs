@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use common::ctl::Ctl;
 use common::files::{TempDir, rvmm};
 use common::host::{self, Kind};
-use common::pausing::{cpu_time, nothing_is_lost};
+use common::pausing::{cpu_time, nothing_is_lost, wait_for_work};
 use common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, USAGE, nonce};
 
 /// Rounds in the ordinary run; `long_pause` has more.
@@ -114,6 +114,7 @@ fn no_result_is_lost(guest: &str, more: &[&str]) {
     vm.wait_for("ready");
     let mut ctl = Ctl::connect(&socket);
     for _ in 0..4 * ROUNDS {
+        wait_for_work(vm.pid(), 1_000_000);
         ctl.done("pause");
         ctl.done("resume");
     }

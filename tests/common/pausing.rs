@@ -10,10 +10,31 @@ use super::disk::{MIB, disk, md5};
 use super::files::TempDir;
 use super::net::{Tap, transfer};
 
+/// Nanoseconds of work between two pauses, all vCPUs together: a guest that had none would never be done.
+const WORK: u64 = 20_000_000;
+
+/// Waits until vCPUs of `pid`, which are busy, have run for so many nanoseconds since they were resumed.
+pub(crate) fn wait_for_work(pid: u32, nanoseconds: u64) {
+    let worked = || {
+        let threads = cpu_time(pid).into_iter();
+        let vcpus = threads.filter(|(name, _)| name.starts_with("vcpu-"));
+        vcpus.map(|(_, time)| time).sum::<u64>()
+    };
+    while worked() < nanoseconds {
+        thread::yield_now();
+    }
+}
+
 /// Pauses and resumes until `is_over`, and counts the rounds. In each pause nothing moves.
-fn pause_and_resume(socket: &Path, tap: &Tap, rounds: &AtomicU32, is_over: &AtomicBool) {
+fn pause_and_resume(
+    (pid, socket): (u32, &Path),
+    tap: &Tap,
+    rounds: &AtomicU32,
+    is_over: &AtomicBool,
+) {
     let mut ctl = Ctl::connect(socket);
     while !is_over.load(Ordering::Acquire) {
+        wait_for_work(pid, WORK);
         ctl.done("pause");
         let before = (ctl.status(), packets_of(&tap.name));
         let after = (ctl.status(), packets_of(&tap.name));
@@ -46,11 +67,13 @@ pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
     guest.ok("(i=0; while :; do i=$((i+1)); echo $i >/tmp/count; done) &");
     let (rounds, is_over) = (AtomicU32::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
-        let pauser = scope.spawn(|| pause_and_resume(&socket, &tap, &rounds, &is_over));
+        let machine = (guest.vm.pid(), socket.as_path());
+        let (tap, rounds, is_over) = (&tap, &rounds, &is_over);
+        let pauser = scope.spawn(move || pause_and_resume(machine, tap, rounds, is_over));
         while rounds.load(Ordering::Acquire) < least && !pauser.is_finished() {
             guest.vm.allow_seconds(120);
             write_and_read(&mut guest);
-            transfer(&tap, &mut guest, 1);
+            transfer(tap, &mut guest, 1);
         }
         is_over.store(true, Ordering::Release);
         pauser.join().expect("no round fails");
@@ -78,12 +101,13 @@ pub(crate) fn cpu_time(pid: u32) -> Vec<(String, u64)> {
     let path = format!("/proc/{pid}/task");
     let tasks = std::fs::read_dir(&path).expect(&path);
     let mut times: Vec<_> = tasks
-        .map(|task| {
-            let task = task.expect("a thread").path();
-            let name = std::fs::read_to_string(task.join("comm")).expect("its name");
-            let times = std::fs::read_to_string(task.join("schedstat")).expect("its time");
+        .filter_map(|task| {
+            // It may end meanwhile.
+            let task = task.ok()?.path();
+            let name = std::fs::read_to_string(task.join("comm")).ok()?;
+            let times = std::fs::read_to_string(task.join("schedstat")).ok()?;
             let ran = times.split(' ').next().expect("a number");
-            (name.trim().to_owned(), ran.parse().expect("a number"))
+            Some((name.trim().to_owned(), ran.parse().expect("a number")))
         })
         .collect();
     times.sort();
