@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
+use serde_json::Value;
+
 use super::Shell;
 use super::ctl::Ctl;
 use super::disk::{MIB, disk, md5};
@@ -36,13 +38,21 @@ fn pause_and_resume(
     while !is_over.load(Ordering::Acquire) {
         wait_for_work(pid, WORK);
         ctl.done("pause");
-        let before = (ctl.status(), packets_of(&tap.name));
-        let after = (ctl.status(), packets_of(&tap.name));
-        assert_eq!(before.0["state"], "paused");
-        assert_eq!(before, after, "something moves in a pause");
+        let look = |ctl: &mut Ctl| (state_of_devices(ctl), packets_of(&tap.name));
+        let before = look(&mut ctl);
+        assert_eq!(before, look(&mut ctl), "something moves in a pause");
         ctl.done("resume");
         rounds.fetch_add(1, Ordering::AcqRel);
     }
+}
+
+/// The state of a paused machine's devices, with the indexes of their queues. What is typed meanwhile waits for the UART,
+/// which counts it.
+fn state_of_devices(ctl: &mut Ctl) -> Value {
+    let mut status = ctl.status();
+    assert_eq!(status["state"], "paused");
+    status["devices"]["uart"].take();
+    status["devices"].take()
 }
 
 /// Packets that the host got from the guest by this tap.
