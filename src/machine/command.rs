@@ -1,12 +1,12 @@
 //! Commands: what each of them does to the machine.
 
 use anyhow::Result;
+use log::debug;
 
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
 use crate::control::server::Client;
 use crate::control::{Command, Hex, Reply, State, Status};
-use log::info;
 
 impl Running<'_> {
     /// Does what `client` wants, and answers it. Returns the end of this life where the command is one.
@@ -39,7 +39,7 @@ impl Running<'_> {
     fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
             vcpus.pause(self.machine.hardware()?, &mut self.main)?;
-            info!("paused by a command");
+            debug!("paused by a command");
         }
         Ok(Reply::Done)
     }
@@ -47,7 +47,7 @@ impl Running<'_> {
     fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Paused {
             vcpus.resume(self.machine.hardware()?, &self.post)?;
-            info!("resumed by a command");
+            debug!("resumed by a command");
         }
         Ok(Reply::Done)
     }
