@@ -14,6 +14,9 @@ use super::*;
 /// The time of a client here.
 const SHORT: Duration = Duration::from_millis(500);
 
+/// Bytes of a reply that no socket takes at once.
+const BIG: usize = 1 << 20;
+
 /// How long a test waits for what must come.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -31,7 +34,7 @@ fn serve<T: Send>(path: &Path, clients: impl FnOnce() -> T + Send) -> T {
             manager.run_with_timeout(10).unwrap();
             for (command, client) in commands.take() {
                 let reply = match command {
-                    Command::Stats => Reply::Stats("x".repeat(4 << 20).into()),
+                    Command::Stats => Reply::Stats("x".repeat(BIG).into()),
                     _ => Reply::Done,
                 };
                 let mut ops = manager.event_ops(id).unwrap();
@@ -73,7 +76,7 @@ fn a_command_is_answered() {
         let Reply::Stats(text) = ask(path, Command::Stats).unwrap() else {
             panic!("no stats");
         };
-        assert_eq!(text.as_str().unwrap().len(), 4 << 20);
+        assert_eq!(text.as_str().unwrap().len(), BIG);
     });
     let error = ask(&path("nobody"), Command::Pause).unwrap_err();
     assert!(format!("{error:#}").contains("No such file"), "{error:#}");
@@ -107,7 +110,7 @@ fn a_client_that_has_gone_is_obeyed() {
         for _ in 0..100 {
             drop(connect(path));
             let mut stream = connect(path);
-            stream.write_all(b"{\"command\":\"stats\"}\n").unwrap();
+            stream.write_all(b"{\"command\":\"status\"}\n").unwrap();
         }
         assert_eq!(ask(path, Command::Pause).unwrap(), Reply::Done);
     });
@@ -148,7 +151,7 @@ fn hostile_clients_that_do_nothing() {
         all.into_iter()
             .for_each(|stream| assert_eq!(rest(stream), ""));
         let sent = rest(deaf);
-        assert!(sent.len() < 4 << 20, "{} bytes", sent.len());
+        assert!(sent.len() < BIG, "{} bytes", sent.len());
     });
 }
 
