@@ -12,6 +12,9 @@
   *(.text._ZN*_?LT?rvmm..virtio* .text._ZN*_?LT?rvmm..hypervisor* .text._ZN*_?LT?rvmm..pci*)
   *(.text._ZN12virtio_queue* .text._ZN*_?LT?virtio_queue* .text._ZN9vm_memory* .text._ZN*_?LT?vm_memory*)
   *(.text._ZN8io_uring*)
+  /* The main loop, which waits. */
+  *(.text._ZN4rvmm7machine8mainloop* .text._ZN4rvmm7machine8meantime* .text._ZN*_?LT?rvmm..machine..mainloop*)
+  *(.text._ZN13event_manager* .text._ZN*_?LT?event_manager* .text._ZN12vmm_sys_util*)
   *(.text._ZN4core4sync* .text._ZN3std4sync* .text._ZN3std6thread* .text._ZN3std4time*)
   *(.text._ZN3std3sys4sync* .text._ZN3std3sys3pal4unix*)
 }

@@ -41,6 +41,8 @@ impl Meantime {
     ///
     /// # Errors
     /// The host cannot wait.
+    // Not a part of its caller, whose code is given back while this waits (resources/link/order.t).
+    #[inline(never)]
     pub(super) fn next_event(
         &mut self,
         main: &mut MainLoop,

@@ -12,8 +12,9 @@ use super::disk::{MIB, disk, md5};
 use super::files::TempDir;
 use super::net::{Tap, transfer};
 
-/// Nanoseconds of work between two pauses, all vCPUs together: a guest that had none would never be done.
-const WORK: u64 = 20_000_000;
+/// Nanoseconds of work between two pauses, all vCPUs together. The guest's clock goes on in a pause, and its kernel gives a
+/// hart a second to start: with less work a hart that starts would be late.
+const WORK: u64 = 200_000_000;
 
 /// Waits until vCPUs of `pid`, which are busy, have run for so many nanoseconds since they were resumed.
 pub(crate) fn wait_for_work(pid: u32, nanoseconds: u64) {
