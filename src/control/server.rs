@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Clients that are served at once.
 const CLIENTS_MAX: usize = 32;
 
+/// When a server that has no room looks again at the latest.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+
 /// Numbers of what the server waits for; those of clients are above.
 const LISTENER: u32 = 0;
 const TIMER: u32 = 1;
@@ -98,10 +101,15 @@ impl Server {
 
     fn accept(&mut self, ops: &mut EventOps) {
         while self.clients.len() < CLIENTS_MAX {
-            let Ok((stream, _)) = self.listening.listener.accept() else {
-                // Nobody is there, or has gone again, or the process has no descriptors left: then the loop
-                // comes back here.
-                return;
+            let stream = match self.listening.listener.accept() {
+                Ok((stream, _)) => stream,
+                // Nobody is there, or has gone again.
+                Err(error) if is_nobody(&error) => return,
+                // Such as no descriptors left: tried again when the timer is over.
+                Err(error) => {
+                    debug!("Failed to accept a client of the control socket: {error}");
+                    break;
+                }
             };
             let client = self.next;
             self.next = Client(client.0.checked_add(1).unwrap_or(FIRST_CLIENT));
@@ -158,7 +166,11 @@ impl Server {
                         connection.is_asking = true;
                         (self.on_command)(command, client);
                     }
-                    Err(reason) => self.send(client, &Reply::Refused(reason), ops),
+                    Err(reason) => {
+                        // One line, and no more: a flood of them would keep the loop here.
+                        connection.is_closing = true;
+                        self.send(client, &Reply::Refused(reason), ops);
+                    }
                 },
             }
         }
@@ -189,11 +201,16 @@ impl Server {
         for client in late {
             self.lose(client, ops);
         }
+        if self.clients.len() < CLIENTS_MAX && std::mem::take(&mut self.is_full) {
+            self.listen_again(ops);
+        }
     }
 
     fn set_timer(&mut self) {
         let waiting = self.clients.values().filter(|c| !c.is_asking);
-        let first = waiting.map(|connection| connection.deadline).min();
+        let first = waiting.map(|connection| connection.deadline);
+        let again = self.is_full.then(|| Instant::now() + LISTEN_AGAIN);
+        let first = first.chain(again).min();
         let set = match first {
             Some(at) => {
                 // Zero would switch it off.
@@ -206,6 +223,12 @@ impl Server {
             debug!("Failed to set the control socket's timer: {error}");
         }
     }
+}
+
+/// Whether an error of accept says only that no client is there.
+fn is_nobody(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | ConnectionAborted | Interrupted)
 }
 
 /// What a client is to be waited for.

@@ -72,7 +72,7 @@ impl Running<'_> {
         };
         // A vCPU counts on its own thread, and hands over what it has when it is parked.
         let state = vcpus.state();
-        vcpus.park()?;
+        vcpus.park(&mut self.main)?;
         let hardware = self.machine.hardware()?;
         stats.guest_ended();
         stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));

@@ -2,41 +2,34 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 
 use crate::bus::Device;
 
 /// All devices: each comes behind those it needs, the interrupt controller first.
 #[derive(Default)]
-pub(super) struct Devices(Vec<Arc<dyn Device>>);
+pub(super) struct Devices(Vec<(String, Arc<dyn Device>)>);
 
 impl Devices {
-    /// Adds `device` behind all others.
-    ///
-    /// # Errors
-    /// There is one of that name.
-    pub(super) fn add(&mut self, device: Arc<dyn Device>) -> Result<()> {
-        let name = device.id();
-        if self.0.iter().any(|known| known.id() == name) {
-            bail!("two devices have the name {name:?}");
-        }
-        self.0.push(device);
-        Ok(())
+    /// Adds `device` behind all others. Its name is its id, or, where another has that (a disk's is its
+    /// user's choice), the id and a number.
+    pub(super) fn add(&mut self, device: Arc<dyn Device>) {
+        let id = device.id();
+        let numbered = (2..).map(|number| format!("{id}-{number}"));
+        let mut names = std::iter::once(id.to_owned()).chain(numbered);
+        let is_free = |name: &String| self.0.iter().all(|(known, _)| known != name);
+        let name = names.find(is_free).unwrap_or_default();
+        self.0.push((name, device));
     }
 
     /// All of them, in the order in which they were added.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &dyn Device> {
-        self.0.iter().map(Arc::as_ref)
+    pub(super) fn iter(&self) -> impl DoubleEndedIterator<Item = &dyn Device> {
+        self.0.iter().map(|(_, device)| device.as_ref())
     }
 
     /// Stops all of them, the last one first. No vCPU runs.
     pub(super) fn pause(&self) {
-        self.iter()
-            .collect::<Vec<_>>()
-            .into_iter()
-            .rev()
-            .for_each(Device::pause);
+        self.iter().rev().for_each(Device::pause);
     }
 
     /// Lets all of them go on, the first one first.
@@ -46,8 +39,8 @@ impl Devices {
 
     /// The state of each, by name.
     pub(super) fn describe(&self) -> Map<String, Value> {
-        let state = |device: &dyn Device| (device.id().to_owned(), device.describe());
-        self.iter().map(state).collect()
+        let state = |(name, device): &(String, Arc<dyn Device>)| (name.clone(), device.describe());
+        self.0.iter().map(state).collect()
     }
 
     /// What people call the registers at `gpa` just now.
@@ -87,12 +80,8 @@ mod tests {
     fn what_others_need_stops_last_and_goes_on_first() {
         let (mut devices, steps) = (Devices::default(), Arc::default());
         for name in ["irqchip", "uart", "disk0"] {
-            devices
-                .add(Arc::new(Probe(name, Arc::clone(&steps))))
-                .unwrap();
+            devices.add(Arc::new(Probe(name, Arc::clone(&steps))));
         }
-        let twice = devices.add(Arc::new(Probe("uart", Arc::default())));
-        assert!(twice.unwrap_err().to_string().contains("\"uart\""));
         devices.pause();
         devices.resume();
         let steps = lock(&steps).join(", ");
@@ -101,5 +90,15 @@ mod tests {
             "pause disk0, pause uart, pause irqchip, resume irqchip, resume uart, resume disk0"
         );
         assert_eq!(devices.describe()["disk0"], "disk0");
+    }
+
+    #[test]
+    fn a_name_that_is_taken_gets_a_number() {
+        let mut devices = Devices::default();
+        for _ in 0..3 {
+            devices.add(Arc::new(Probe("uart", Arc::default())));
+        }
+        let names: Vec<_> = devices.describe().keys().cloned().collect();
+        assert_eq!(names, ["uart", "uart-2", "uart-3"]);
     }
 }

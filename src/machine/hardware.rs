@@ -78,12 +78,12 @@ impl Hardware {
             bus.insert(layout::PLIC, registers)?;
         }
         let mut devices = Devices::default();
-        devices.add(irqchip.device())?;
-        devices.add(Arc::clone(&uart) as _)?;
-        devices.add(Arc::clone(&rtc) as _)?;
-        devices.add(finisher)?;
+        devices.add(irqchip.device());
+        devices.add(Arc::clone(&uart) as _);
+        devices.add(Arc::clone(&rtc) as _);
+        devices.add(finisher);
         for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)? {
-            devices.add(device)?;
+            devices.add(device);
         }
         let nodes: Vec<&dyn Device> = devices.iter().collect();
         let board = Board {

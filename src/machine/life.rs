@@ -77,11 +77,19 @@ impl Vcpus {
     }
 
     /// Stops all vCPUs: they run no instruction, and what their last exits were to give the guest is in their
-    /// registers. Devices go on.
+    /// registers. Devices go on. Signals act meanwhile: a vCPU may wait for a device that it resets, and the
+    /// device for the host's disk.
     ///
     /// # Errors
-    /// A vCPU's thread panicked, which ends the process.
-    pub(super) fn park(&mut self) -> Result<()> {
+    /// The host refused, or a vCPU's thread panicked, which ends the process.
+    pub(super) fn park(&mut self, main: &mut MainLoop) -> Result<()> {
+        if self.state() == State::Paused {
+            return Ok(());
+        }
+        main.while_serving(|| self.park_now())?
+    }
+
+    fn park_now(&mut self) -> Result<()> {
         let Vcpus::Running(running) = self else {
             return Ok(());
         };
@@ -102,7 +110,7 @@ impl Vcpus {
         if self.state() == State::Paused {
             return Ok(());
         }
-        self.park()?;
+        self.park(main)?;
         let devices = &hardware.devices;
         main.while_serving(|| devices.pause())
     }

@@ -5,6 +5,7 @@
 //! data plane, disks' and networks' queues, has threads of its own.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,6 +75,8 @@ pub(super) type Source = Box<dyn MutEventSubscriber>;
 pub(super) struct MainLoop {
     manager: EventManager<Source>,
     arrived: Receiver<Event>,
+    /// Commands that came while a reset began.
+    deferred: VecDeque<Event>,
     server: Option<(SubscriberId, Rc<RefCell<Server>>)>,
     alarm: Option<SubscriberId>,
 }
@@ -88,6 +91,7 @@ impl MainLoop {
         let mut main = Self {
             manager,
             arrived,
+            deferred: VecDeque::new(),
             server: None,
             alarm: None,
         };
@@ -131,6 +135,11 @@ impl MainLoop {
     /// The host cannot wait.
     pub(super) fn next(&mut self, time: Duration) -> Result<Option<Event>> {
         let until = Instant::now().checked_add(time);
+        // However many commands come, signals are seen.
+        self.wait(Some(Duration::ZERO))?;
+        if let Some(event) = self.deferred.pop_front() {
+            return Ok(Some(event));
+        }
         loop {
             if let Ok(event) = self.arrived.try_recv() {
                 return Ok(Some(event));
@@ -163,13 +172,15 @@ impl MainLoop {
     }
 
     /// What a person asked for while the machine was busy: the end, or else the guest's. What vCPUs sent
-    /// is dropped: they stopped because the first one did. A command is refused: the machine is about to end.
-    pub(super) fn asked_meanwhile(&mut self) -> Option<Event> {
+    /// is dropped: they stopped because the first one did. A command waits for the next life, or is refused if the
+    /// machine `is_over`.
+    pub(super) fn asked_meanwhile(&mut self, is_over: bool) -> Option<Event> {
         self.serve();
         let mut first = None;
         while let Ok(event) = self.arrived.try_recv() {
             match event {
                 Event::Vcpu(_) | Event::Called => {}
+                Event::Command(..) if !is_over => self.deferred.push_back(event),
                 Event::Command(_, client) => {
                     self.answer(client, &Reply::Refused("the machine is ending".into()));
                 }

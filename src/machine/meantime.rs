@@ -52,8 +52,13 @@ impl Meantime {
         loop {
             let time = deadline.left().min(self.next_act(vcpus));
             match main.next(time)? {
-                None if !deadline.left().is_zero() => self.act(vcpus),
-                event => return Ok(event),
+                _ if deadline.left().is_zero() => return Ok(None),
+                None => self.act(vcpus),
+                Some(event) => {
+                    // Events may come without a pause.
+                    self.act(vcpus);
+                    return Ok(Some(event));
+                }
             }
         }
     }

@@ -34,7 +34,7 @@ use signal_hook::consts::SIGTERM;
 
 use crate::config::ConsoleConfig;
 use crate::control::server::{Client, Server};
-use crate::control::{Reply, State};
+use crate::control::{Command, Reply, State};
 use crate::devices::console::host::Host;
 use crate::util::{RateLimit, guest_info};
 use crate::vcpu::Stop;
@@ -170,8 +170,14 @@ impl Running<'_> {
         }
         // First: its name in the file system needs a process without other threads.
         if let Some(path) = self.how.control {
-            let post = self.post.clone();
-            let on_command = move |command, client| post.send(Event::Command(command, client));
+            let (post, ending) = (self.post.clone(), self.ending.clone());
+            let on_command = move |command, client| {
+                post.send(Event::Command(command, client));
+                if command == Command::Stop {
+                    // The machine may be busy just now.
+                    ending.expect(Outcome::Commanded, Instant::now());
+                }
+            };
             self.main
                 .add_server(Server::listen(path, Box::new(on_command))?);
         }
@@ -206,7 +212,7 @@ impl Running<'_> {
     fn drain(&mut self, consoles: Vec<Host>, mut hurried: bool) {
         for console in consoles {
             console.finish(|idle| {
-                hurried |= self.main.asked_meanwhile().is_some();
+                hurried |= self.main.asked_meanwhile(true).is_some();
                 hurried |= self.deadline.left().is_zero();
                 !hurried || idle < DRAIN_PATIENCE
             });
@@ -259,13 +265,14 @@ impl Running<'_> {
         if let Some(stats) = &mut self.stats {
             stats.guest_ended();
         }
-        vcpus.park()?;
+        vcpus.park(&mut self.main)?;
         if let Some(stats) = &mut self.stats {
             let hardware = self.machine.hardware()?;
             stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
         }
         drop(vcpus);
-        let end = match self.main.asked_meanwhile() {
+        let is_over = !matches!(end, Ok(End::Reset(_)));
+        let end = match self.main.asked_meanwhile(is_over) {
             Some(Event::Asked(asked)) => End::Over(asked),
             Some(_) => {
                 self.press()?;
@@ -287,7 +294,11 @@ impl Running<'_> {
         loop {
             match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
                 Some(Event::Called) => {}
-                Some(Event::Pressed) => self.press()?,
+                Some(Event::Pressed) => {
+                    // A guest that stands still could not power off.
+                    vcpus.resume(self.machine.hardware()?, &self.post)?;
+                    self.press()?;
+                }
                 Some(Event::Vcpu(Ok(Stop::Reset))) if self.how.reboot => {
                     return Ok(End::Reset(None));
                 }
