@@ -1,5 +1,5 @@
-//! What the machine's own thread does while the guest runs: it waits for events, gives memory back, and kicks
-//! vCPUs where the host makes that necessary.
+//! What the machine's own thread does while the guest runs: it waits for events, gives memory
+//! back, and kicks vCPUs where the host makes that necessary.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,8 @@ use crate::util::text;
 use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
 
-/// A machine that has run for so long may run for longer: the code that only starting needed is given back.
+/// After this time the code that only starting needed is given back: a machine that has run for so
+/// long may run for longer.
 const SETTLED: Duration = Duration::from_millis(500);
 
 /// What one life of a machine has to have done, and when.
@@ -97,7 +98,7 @@ impl Meantime {
     }
 }
 
-/// Whether harts of `vcpus` may stop and start unseen. One that is alone is started by nobody.
+/// Whether harts of `vcpus` may stop and start unseen. Nobody starts a hart that is alone.
 fn must_look(vcpus: &[VcpuHandle]) -> bool {
     vcpus.len() > 1 && vcpus.iter().any(VcpuHandle::follows_restarts)
 }
