@@ -1,5 +1,6 @@
-//! A machine's JSON: what is read is printed and read again as the same, and what `validate` accepts has flags that say
-//! the same.
+//! A machine's JSON: what is read is printed and read again as the same.
+//!
+//! What `validate` accepts has flags that say the same.
 
 use rvmm::config::VmConfig;
 

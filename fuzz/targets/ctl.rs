@@ -1,5 +1,6 @@
-//! A line on the control socket: a command, or refused by a reason of one line. And the client's side: a machine's reply
-//! is read, printed and read again as the same.
+//! Lines on the control socket: a command, or refused by one line; and a machine's replies.
+//!
+//! A reply is read by the client, printed and read again as the same.
 
 use rvmm::control::{self, Hex, Reply};
 use serde_json::Value;

@@ -1,5 +1,7 @@
-//! Kernels by content: Image, ELF, gzip, zstd and zboot. What is accepted has its parts in the file and in RAM, none over
-//! another, and begins inside them; and no file makes rvmm hold more than what RAM bounds.
+//! Kernels by content: what is accepted lies in RAM, and memory is bounded.
+//!
+//! Image, ELF, gzip, zstd and zboot. What is accepted has its parts in the file and in RAM, none over another, and
+//! begins inside them; and no file makes rvmm hold more than what RAM bounds.
 //!
 //! An input is a recipe of five letters, as in `gi8a-`, and what follows:
 //!
@@ -72,13 +74,22 @@ fn check(kernel: &Kernel, file: &[u8], ram: ByteSize, initrd: Option<u64>) {
     no_overlap(kernel.segments.iter().map(|s| s.at..s.at + s.size));
     // A file of no bytes is none; a kernel of some begins in one of its parts.
     let begins_in = |range: Range<u64>| range.contains(&kernel.entry);
-    assert!(kernel.segments.iter().any(|s| begins_in(s.at..s.at + s.size)));
+    assert!(
+        kernel
+            .segments
+            .iter()
+            .any(|s| begins_in(s.at..s.at + s.size))
+    );
 
     let Ok(at) = Placement::plan(BASE, ram, kernel, initrd, fdt_room(1, 20)) else {
         return;
     };
     let end = BASE + ram.bytes();
-    let ranges = [Some(at.kernel.clone()), at.initrd.clone(), Some(at.fdt.clone())];
+    let ranges = [
+        Some(at.kernel.clone()),
+        at.initrd.clone(),
+        Some(at.fdt.clone()),
+    ];
     for range in ranges.iter().flatten() {
         assert!(BASE <= range.start && range.end <= end, "{at:x?} in {ram}");
     }
@@ -89,7 +100,10 @@ fn check(kernel: &Kernel, file: &[u8], ram: ByteSize, initrd: Option<u64>) {
 fn no_overlap(ranges: impl Iterator<Item = Range<u64>>) {
     let mut ranges: Vec<_> = ranges.collect();
     ranges.sort_by_key(|range| range.start);
-    assert!(ranges.windows(2).all(|two| two[0].end <= two[1].start), "{ranges:x?}");
+    assert!(
+        ranges.windows(2).all(|two| two[0].end <= two[1].start),
+        "{ranges:x?}"
+    );
 }
 
 fn digit(letter: u8) -> Option<u32> {
@@ -101,7 +115,10 @@ fn file(around: u8, what: u8, rest: &[u8]) -> Vec<u8> {
     let mut kernel = match what {
         b'i' => image(0),
         b'p' => pe(),
-        b'e' => elf([BASE + 0x1000, BASE + 0x3000], [BASE + 0x1000, BASE + 0x3000]),
+        b'e' => elf(
+            [BASE + 0x1000, BASE + 0x3000],
+            [BASE + 0x1000, BASE + 0x3000],
+        ),
         b'v' => elf([0, 0x3000], [0xffff_ffff_8000_0000, 0xffff_ffff_8000_3000]),
         b'b' => return bomb(around, rest),
         _ => rest.to_vec(),

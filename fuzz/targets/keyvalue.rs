@@ -1,5 +1,6 @@
-//! The values of flags: each is tried as that of every flag. What is accepted is printed as a flag that says the same,
-//! and what is not is refused by a reason.
+//! The values of flags: what is read is printed and read again as the same.
+//!
+//! Each is tried as the value of every flag; what is refused has a reason.
 
 use std::fmt::{Debug, Display};
 use std::str::FromStr;

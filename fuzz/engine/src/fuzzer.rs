@@ -105,7 +105,9 @@ impl Fuzzer<'_> {
 
     /// Not for each input: that would be a system call.
     fn set_alarm(&mut self) {
-        let is_set = self.alarmed.is_some_and(|at| at.elapsed() < Duration::from_secs(1));
+        let is_set = self
+            .alarmed
+            .is_some_and(|at| at.elapsed() < Duration::from_secs(1));
         if !is_set {
             self.alarmed = Some(Instant::now());
             // SAFETY: it sets a timer.
@@ -149,6 +151,8 @@ fn seeds(places: &[PathBuf]) -> (Vec<Vec<u8>>, bool) {
 fn words(seeds: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let is_end = |byte: &u8| !(byte.is_ascii_alphanumeric() || *byte == b'_' || *byte == b'-');
     let words = seeds.iter().flat_map(|seed| seed.split(is_end));
-    let words: BTreeSet<&[u8]> = words.filter(|word| (1..=32).contains(&word.len())).collect();
+    let words: BTreeSet<&[u8]> = words
+        .filter(|word| (1..=32).contains(&word.len()))
+        .collect();
     words.into_iter().map(<[u8]>::to_vec).collect()
 }

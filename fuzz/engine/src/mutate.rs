@@ -157,7 +157,9 @@ fn replace_compared(input: &mut [u8], rng: &mut Rng, pairs: &[(u64, u64)]) {
         0 => (*one, *other),
         _ => (*other, *one),
     };
-    let size = [2, 4, 8].into_iter().find(|size| *size == 8 || (old | new) >> (8 * size) == 0);
+    let size = [2, 4, 8]
+        .into_iter()
+        .find(|size| *size == 8 || (old | new) >> (8 * size) == 0);
     let size = size.unwrap_or(8);
     let (mut old, mut new) = (old.to_le_bytes(), new.to_le_bytes());
     if rng.below(4) == 0 {

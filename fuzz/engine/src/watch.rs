@@ -31,7 +31,14 @@ impl Input {
         );
         // SAFETY: a new mapping, wherever the kernel likes.
         let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), room + HEADER, protection, flags, -1, 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                room + HEADER,
+                protection,
+                flags,
+                -1,
+                0,
+            )
         };
         assert_ne!(start, libc::MAP_FAILED, "no memory for an input");
         Self {
@@ -67,7 +74,10 @@ pub(crate) fn run(options: &Options, work: impl FnOnce(&mut Input)) -> i32 {
     let child = unsafe { libc::fork() };
     match child {
         -1 => {
-            eprintln!("Failed to start a child: {}", std::io::Error::last_os_error());
+            eprintln!(
+                "Failed to start a child: {}",
+                std::io::Error::last_os_error()
+            );
             123
         }
         0 => {
@@ -98,7 +108,10 @@ fn limit(options: &Options) {
         unsafe { libc::setrlimit(what, &limit) };
     };
     set(libc::RLIMIT_CORE, 0);
-    set(libc::RLIMIT_AS, options.rss_limit_mb.saturating_mul(1 << 20));
+    set(
+        libc::RLIMIT_AS,
+        options.rss_limit_mb.saturating_mul(1 << 20),
+    );
     // SAFETY: it sets an attribute of this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
