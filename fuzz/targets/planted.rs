@@ -8,7 +8,7 @@ fuzz_engine::fuzz_target!(|data: &[u8]| {
     };
     let number = head
         .iter()
-        .fold(0, |number, byte| number << 8 | u64::from(*byte));
+        .fold(0, |number, byte| (number << 8) | u64::from(*byte));
     if number == 0x5256_4d4d_0bad_cafe && rest.first() == Some(&b'!') && rest.get(1) == Some(&b'?')
     {
         panic!("this is the planted fault");

@@ -137,8 +137,9 @@ fn report(how: &str, input: &[u8], options: &Options) -> i32 {
     eprintln!("FOUND: {how}");
     eprintln!("the input has {} bytes", input.len());
     if input.len() <= PRINTED_MAX {
-        let digits: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
-        eprintln!("in hex: {digits}");
+        eprint!("in hex: ");
+        input.iter().for_each(|byte| eprint!("{byte:02x}"));
+        eprintln!();
         eprintln!("as text: \"{}\"", input.escape_ascii());
     }
     let path = format!(
