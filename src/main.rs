@@ -16,6 +16,7 @@ use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{Machine, Outcome, Run, Stats, signals, status};
+use rvmm::util::on_one_line;
 use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, tell};
@@ -130,19 +131,6 @@ fn with_way_out(error: &anyhow::Error) -> String {
 fn end(message: &str, status: u8) -> ExitCode {
     tell(format_args!("rvmm: {}", on_one_line(message)));
     ExitCode::from(status)
-}
-
-/// `message` with the control characters of names in it escaped.
-fn on_one_line(message: &str) -> String {
-    let mut line = String::new();
-    for letter in message.chars() {
-        if letter.is_control() {
-            line.extend(letter.escape_default());
-        } else {
-            line.push(letter);
-        }
-    }
-    line
 }
 
 /// A panic on any thread is a fault of rvmm's: the terminal is restored, one line told, and

@@ -224,8 +224,8 @@ crates_without_a_network() {
 crates_half_there() {
     mkdir -p "$dir/cache/cargo/registry/cache"
     touch "$dir/cache/cargo/registry/cache/half"
-    fetch_crates "half fine"
-    [[ $status == 0 && $tries == 2 && ! -e $dir/cache/cargo/registry/cache/half ]]
+    fetch_crates "half fine fine"
+    [[ $status == 0 && $tries == 3 && ! -e $dir/cache/cargo/registry/cache/half ]]
     [[ -e $dir/cache/cargo/registry/fetched-$lock ]]
 }
 
@@ -311,6 +311,9 @@ options_that_cannot_be() {
     refused build "'' is no FILE" ''
     refused demo "different guests" --debian --conformance
     refused l1 "no command, and no terminal"
+    refused fuzz "a TARGET is needed"
+    refused fuzz "there is no TARGET 'mars'" mars
+    refused fuzz "'soon' is no number of SECONDS, and no FILE" ctl soon
     RVMM_TIMEOUT=soon refused l1 "RVMM_TIMEOUT is 'soon'" true
     RVMM_TIMEOUT=soon refused demo "RVMM_TIMEOUT is 'soon'"
     refused bench "is not NAME=COMMAND" --peer nonsense
@@ -430,7 +433,7 @@ fetch_with() {
 
 # The same for the crates, by a cargo that ends so.
 fetch_crates() {
-    lock=$(sha256sum "$repo/Cargo.lock" | cut -c1-12)
+    lock=$(cat "$repo"/{,fuzz/}Cargo.lock | sha256sum | cut -c1-12)
     mkdir -p "$dir/cache/cargo/registry"
     ending "$1" 'env_run() { download; }; env_fetch_crates'
 }

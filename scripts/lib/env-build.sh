@@ -150,9 +150,13 @@ env_drop_leftovers() {
     env_buildah rmi --prune >/dev/null || true
 }
 
-# The file that is there when all crates of Cargo.lock are. It goes when they go.
+# The packages with a Cargo.lock of their own.
+readonly ENV_MANIFESTS=(Cargo.toml fuzz/Cargo.toml)
+
+# The file that is there when all crates of each Cargo.lock are. It goes when they go.
 env_crates_mark() {
-    printf '%s/cargo/registry/fetched-%s' "$RVMM_CACHE" "$(sha256sum "$RVMM_REPO/Cargo.lock" | cut -c1-12)"
+    local locks=("${ENV_MANIFESTS[@]/#/"$RVMM_REPO/"}")
+    printf '%s/cargo/registry/fetched-%s' "$RVMM_CACHE" "$(cat "${locks[@]/%.toml/.lock}" | sha256sum | cut -c1-12)"
 }
 
 env_has_crates() {
@@ -167,9 +171,15 @@ env_fetch_crates() {
 
 # A download that was cut off can leave a file that cargo takes for whole and then cannot unpack.
 env_cargo_fetch() {
-    local targets=(--target x86_64-unknown-linux-gnu --target "$RVMM_TRIPLE")
-    env_run cargo fetch --locked "${targets[@]}" && return
+    env_cargo_fetch_each && return
     grep -qE 'failed to unpack|checksum|corrupt' "$UI_LOG" || return 1
     rm -rf "$RVMM_CACHE"/cargo/registry/{cache,src,fetched-*}
-    env_run cargo fetch --locked "${targets[@]}"
+    env_cargo_fetch_each
+}
+
+env_cargo_fetch_each() {
+    local manifest
+    for manifest in "${ENV_MANIFESTS[@]}"; do
+        env_run cargo fetch --locked --manifest-path "$manifest" --target x86_64-unknown-linux-gnu --target "$RVMM_TRIPLE" || return
+    done
 }

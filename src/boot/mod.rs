@@ -5,7 +5,7 @@
 pub mod fdt;
 pub mod files;
 pub(crate) mod isa;
-pub(crate) mod kernel;
+pub mod kernel;
 pub(crate) mod load;
 pub mod placement;
 pub(crate) mod plan;

@@ -33,7 +33,7 @@ pub struct Placement {
     /// The kernel with its BSS.
     pub kernel: Range<u64>,
     /// The kernel's first instruction.
-    pub(crate) entry: u64,
+    pub entry: u64,
     /// The initrd, exactly.
     pub initrd: Option<Range<u64>>,
     /// Room for the device tree; it starts on a page.

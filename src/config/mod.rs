@@ -265,6 +265,9 @@ pub enum ConfigError {
     /// One address for two interfaces.
     #[error("--net mac={0}: two interfaces cannot share an address")]
     MacTwice(Mac),
+    /// A time for nothing.
+    #[error("--on-sigterm kill needs no time: timeout belongs to poweroff")]
+    KillTimeout,
     /// What no command line can hold.
     #[error("--cmdline: a NUL byte would end it")]
     CmdlineNul,
@@ -294,6 +297,9 @@ impl VmConfig {
         net::validate(&self.net)?;
         if [Some(&self.console), self.virtio_console.as_ref()] == [Some(&ConsoleConfig::Stdio); 2] {
             return Err(ConfigError::TwoStdio);
+        }
+        if self.on_sigterm.has_idle_timeout() {
+            return Err(ConfigError::KillTimeout);
         }
         cmdline::validate(&self.cmdline)?;
         self.kernel().map(drop)
@@ -338,6 +344,14 @@ mod tests {
         assert_eq!(
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)
+        );
+        // JSON can say what the flag cannot.
+        assert_eq!(
+            with(|c| {
+                let json = r#"{"act":"kill","timeout":"3s"}"#;
+                c.on_sigterm = serde_json::from_str(json).unwrap();
+            }),
+            Err(ConfigError::KillTimeout)
         );
     }
 }

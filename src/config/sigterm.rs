@@ -43,6 +43,11 @@ impl SigtermConfig {
         (self.act == SigtermAct::Poweroff).then_some(time)
     }
 
+    /// Whether there is a time for nothing: the flag refuses that, JSON does not.
+    pub(super) fn has_idle_timeout(&self) -> bool {
+        self.act == SigtermAct::Kill && self.timeout.is_some()
+    }
+
     /// Whether this is what rvmm does without being told.
     pub(super) fn is_default(&self) -> bool {
         *self == Self::default()
@@ -69,12 +74,9 @@ impl FromStr for SigtermConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let config: Self = keyvalue::parse(text)?;
-        match config {
-            Self {
-                act: SigtermAct::Kill,
-                timeout: Some(_),
-            } => Err("kill needs no time: timeout belongs to poweroff".into()),
-            config => Ok(config),
+        match config.has_idle_timeout() {
+            true => Err("kill needs no time: timeout belongs to poweroff".into()),
+            false => Ok(config),
         }
     }
 }

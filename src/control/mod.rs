@@ -15,7 +15,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::util::ByteSize;
+use crate::util::{ByteSize, on_one_line};
 
 /// What a machine can be asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,7 +141,7 @@ impl TryFrom<String> for Hex {
         let byte = |pair: &[u8]| {
             let pair = std::str::from_utf8(pair)
                 .ok()
-                .filter(|pair| pair.len() == 2)?;
+                .filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()))?;
             u8::from_str_radix(pair, 16).ok()
         };
         let bytes = digits.map(byte).collect::<Option<_>>();
@@ -161,6 +161,7 @@ pub fn parse(line: &[u8]) -> Result<Command, String> {
         // A line has one line only, and the parser's place in it helps nobody.
         let reason = error.to_string();
         let reason = reason.split(" at line ").next().unwrap_or_default();
+        let reason = on_one_line(reason);
         format!("not a command: {reason}: send a line such as {{\"command\":\"status\"}}")
     })
 }
@@ -182,6 +183,9 @@ mod tests {
             assert!(reason.starts_with("not a command: "), "{line}: {reason}");
             assert!(!reason.contains('\n'), "{reason}");
         }
+        // What a client wrote is told, on one line and without a terminal's codes.
+        let reason = parse(br#"{"command":"a\nb\u001b[2J"}"#).unwrap_err();
+        assert!(reason.contains(r"`a\nb\u{1b}[2J`"), "{reason}");
         assert!(parse(br#"{"command":"stop","force":true}"#).is_err());
         assert!(parse(&[0xff; 8]).is_err());
     }
@@ -207,6 +211,7 @@ mod tests {
             assert_eq!(serde_json::from_str::<Reply>(&line).unwrap(), reply);
         }
         assert!(Hex::try_from("abc".to_owned()).is_err());
+        assert!(Hex::try_from("+f".to_owned()).is_err());
         assert!(Hex::try_from("é".to_owned()).is_err());
     }
 }

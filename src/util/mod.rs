@@ -3,6 +3,7 @@
 pub mod bytesize;
 pub mod filelock;
 pub mod half;
+pub mod line;
 pub mod outfile;
 pub mod output;
 pub mod poll;
@@ -14,5 +15,6 @@ pub mod thread;
 
 pub use bytesize::ByteSize;
 pub use half::Half;
+pub use line::on_one_line;
 pub use ratelimit::RateLimit;
 pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};

@@ -10,6 +10,7 @@ mod elf;
 mod image;
 mod zboot;
 
+use std::io;
 use std::ops::Range;
 
 use thiserror::Error;
@@ -20,7 +21,7 @@ use image::Image;
 
 /// Bytes at the start of a file that tell what it is: an Image's header and, of an EFI-stub kernel,
 /// the PE section table.
-pub(crate) const HEAD_SIZE: usize = 4096;
+pub const HEAD_SIZE: usize = 4096;
 
 /// Where a flat binary goes, from the start of RAM: where a RISC-V boot loader puts S-mode.
 const FLAT_OFFSET: u64 = 2 << 20;
@@ -96,32 +97,32 @@ pub enum KernelError {
 
 /// Bytes of the source that go to one place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
+pub struct Segment {
     /// Where they are in the file, or in what it expanded to.
-    pub(crate) source: Range<u64>,
+    pub source: Range<u64>,
     /// Where they go, from the start of RAM.
-    pub(crate) at: u64,
+    pub at: u64,
     /// Bytes they take in RAM: what is more than the source's is zero.
-    pub(crate) size: u64,
+    pub size: u64,
 }
 
 /// What to load where, and where to begin. Offsets are from the start of RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// At least one; none is outside [`Kernel::extent`].
-    pub(crate) segments: Vec<Segment>,
+    pub segments: Vec<Segment>,
     /// The first instruction.
-    pub(crate) entry: u64,
+    pub entry: u64,
     /// An Image or a vmlinux: it boots as `Documentation/arch/riscv/boot.rst` says, and takes no RAM
     /// behind its extent before it has read the device tree.
-    pub(crate) is_linux: bool,
+    pub is_linux: bool,
     /// What the file expanded to, if it was compressed: the segments' source.
-    pub(crate) expanded: Option<Vec<u8>>,
+    pub expanded: Option<Vec<u8>>,
 }
 
 impl Kernel {
     /// From the first byte of the kernel to its last, BSS included.
-    pub(crate) fn extent(&self) -> Range<u64> {
+    pub fn extent(&self) -> Range<u64> {
         let start = self.segments.iter().map(|segment| segment.at).min();
         let ends = self.segments.iter().map(|s| s.at.saturating_add(s.size));
         start.unwrap_or(0)..ends.max().unwrap_or(0)
@@ -143,21 +144,42 @@ impl Kernel {
 }
 
 /// A kernel's file, as far as telling its format needs it.
-pub(crate) trait Source {
+pub trait Source {
     /// Bytes of the file.
     fn size(&self) -> u64;
     /// Its first [`HEAD_SIZE`] bytes, or all it has.
-    fn head(&self) -> std::io::Result<Vec<u8>>;
+    ///
+    /// # Errors
+    /// The host could not read it.
+    fn head(&self) -> io::Result<Vec<u8>>;
     /// A reader of it, from its first byte.
-    fn reader(&self) -> std::io::Result<Box<dyn std::io::Read + '_>>;
+    ///
+    /// # Errors
+    /// The host could not read it.
+    fn reader(&self) -> io::Result<Box<dyn io::Read + '_>>;
+}
+
+/// A file in memory.
+impl Source for &[u8] {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn head(&self) -> io::Result<Vec<u8>> {
+        Ok(self[..self.len().min(HEAD_SIZE)].to_vec())
+    }
+
+    fn reader(&self) -> io::Result<Box<dyn io::Read + '_>> {
+        Ok(Box::new(*self))
+    }
 }
 
 /// Why there is no kernel: the file, or the host that should read it.
 #[derive(Debug, Error)]
-pub(crate) enum LoadError {
+pub enum LoadError {
     /// The host could not read it.
     #[error(transparent)]
-    Read(#[from] std::io::Error),
+    Read(#[from] io::Error),
     /// It is no kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -168,7 +190,7 @@ pub(crate) enum LoadError {
 ///
 /// # Errors
 /// What the file is instead, or what is wrong with it.
-pub(crate) fn open(
+pub fn open(
     source: &dyn Source,
     format: KernelFormat,
     base: u64,

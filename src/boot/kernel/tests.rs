@@ -7,26 +7,12 @@ use super::*;
 const BASE: u64 = 0x8000_0000;
 const RAM: ByteSize = ByteSize::mib(4);
 
-struct Memory(Vec<u8>);
-
-impl Source for Memory {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn head(&self) -> io::Result<Vec<u8>> {
-        Ok(self.0[..self.0.len().min(HEAD_SIZE)].to_vec())
-    }
-    fn reader(&self) -> io::Result<Box<dyn Read + '_>> {
-        Ok(Box::new(self.0.as_slice()))
-    }
-}
-
 fn load(bytes: &[u8]) -> Result<Kernel, String> {
     load_as(bytes, KernelFormat::Auto)
 }
 
 fn load_as(bytes: &[u8], format: KernelFormat) -> Result<Kernel, String> {
-    open(&Memory(bytes.to_vec()), format, BASE, RAM).map_err(|error| error.to_string())
+    open(&bytes, format, BASE, RAM).map_err(|error| error.to_string())
 }
 
 /// An Image of 8 KiB with 4 KiB of BSS.

@@ -1,0 +1,16 @@
+//! A planted fault: it must be found, or the others' silence would say nothing.
+//!
+//! Without coverage and the values that are compared nobody finds it.
+
+fuzz_engine::fuzz_target!(|data: &[u8]| {
+    let Some((head, rest)) = data.split_at_checked(8) else {
+        return;
+    };
+    let number = head
+        .iter()
+        .fold(0, |number, byte| (number << 8) | u64::from(*byte));
+    if number == 0x5256_4d4d_0bad_cafe && rest.first() == Some(&b'!') && rest.get(1) == Some(&b'?')
+    {
+        panic!("this is the planted fault");
+    }
+});
