@@ -1,6 +1,6 @@
 //! Formats, in files made here byte by byte.
 
-use std::io::{self, Read, Write};
+use std::io::Write;
 
 use super::*;
 
