@@ -146,21 +146,6 @@ impl Machine {
         ending.came();
         result
     }
-
-    /// Connects the console, and the second one where there is one, to the host.
-    fn connect_consoles(&self, console: &ConsoleConfig, ending: &Ending) -> Result<Vec<Host>> {
-        let mut consoles = vec![("the console", Arc::clone(&self.console), console)];
-        let second = (&self.backends.console, &self.config.virtio_console);
-        if let (Some(console), Some(config)) = second {
-            consoles.push(("the second console (hvc0)", Arc::clone(console), config));
-        }
-        let connect = |(name, console, config)| {
-            let ending = ending.clone();
-            let on_leave = Box::new(move || ending.ask(Outcome::Left));
-            Host::start(name, console, config, on_leave)
-        };
-        consoles.into_iter().map(connect).collect()
-    }
 }
 
 impl Running<'_> {
@@ -187,9 +172,7 @@ impl Running<'_> {
         let signals = Signals::new(self.ending.clone(), presses, on_resize);
         self.main
             .add(Box::new(signals.context("Failed to wait for signals")?));
-        let consoles = self
-            .machine
-            .connect_consoles(self.how.console, &self.ending)?;
+        let consoles = self.connect_consoles()?;
         let outcome = self.live_all();
         if let Ok(outcome) = outcome {
             self.ending.settle(outcome);
@@ -206,6 +189,28 @@ impl Running<'_> {
             stats.put_away();
         }
         Ok((outcome?, self.stats))
+    }
+
+    /// Connects the console, and the second one where there is one, to the host.
+    fn connect_consoles(&mut self) -> Result<Vec<Host>> {
+        let machine = &self.machine;
+        let first = ("the console", &machine.console, self.how.console);
+        let second = (&machine.backends.console, &machine.config.virtio_console);
+        let second = match second {
+            (Some(console), Some(config)) => Some(("the second console (hvc0)", console, config)),
+            _ => None,
+        };
+        let mut hosts = Vec::new();
+        for (name, console, config) in [first].into_iter().chain(second) {
+            let ending = self.ending.clone();
+            let on_leave = Box::new(move || ending.ask(Outcome::Left));
+            let (host, input) = Host::start(name, Arc::clone(console), config, on_leave)?;
+            hosts.push(host);
+            if let Some(input) = input {
+                self.main.add(Box::new(input));
+            }
+        }
+        Ok(hosts)
     }
 
     /// Writes the last output. If `hurried`, or once somebody wants the end, its reader has little time.

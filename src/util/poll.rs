@@ -22,6 +22,11 @@ pub fn poll_now(fd: impl AsFd, wanted: PollFlags) -> PollFlags {
     }
 }
 
+/// Whether a read of `fd` would give something now, or the news that nothing comes any more.
+pub fn readable_now(fd: impl AsFd) -> bool {
+    !poll_now(fd, PollFlags::IN).is_empty()
+}
+
 /// An EventFd's descriptor in the form that polls take.
 #[allow(unsafe_code)]
 pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {

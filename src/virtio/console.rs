@@ -277,7 +277,7 @@ mod tests {
         let mut output = Vec::new();
         console.take_output(&mut output);
         assert_eq!(output, b"hello");
-        console.push_input(b"typed");
+        console.type_input(b"typed");
         assert_eq!(driver.request(0, &[(BUFFERS, 64, WRITE)]), 5);
         let mut typed = [0; 5];
         driver
@@ -330,7 +330,7 @@ mod tests {
         let (mut output, mut all) = (Vec::new(), Vec::new());
         for _ in 0..3 {
             driver.core.pause();
-            console.push_input(b"typed");
+            console.type_input(b"typed");
             assert_eq!((driver.used(0), driver.used(1)), (0, 0));
             driver.core.resume();
         }

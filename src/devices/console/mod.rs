@@ -1,15 +1,15 @@
 //! The guest's console: two bounded queues between the guest and the host.
 //!
 //! The UART and the SBI debug console share them. A vCPU thread never waits here: when the output
-//! queue is full the UART is not ready to transmit and a DBCN write is short. Host threads
-//! ([`host`]) wait for the guest as long as they must.
+//! queue is full the UART is not ready to transmit and a DBCN write is short. The host's side
+//! ([`host`]) reads no more input than there is room for.
 
 pub mod escape;
 pub mod host;
 pub mod terminal;
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::util::sync::lock;
@@ -37,17 +37,19 @@ pub struct Console {
     queues: Mutex<Queues>,
     /// Output came, or the console was closed.
     output_ready: Condvar,
-    /// Input was taken, or the console was closed.
-    input_room: Condvar,
     /// Output was written to the host.
     output_drained: Condvar,
     listener: Mutex<Option<Weak<dyn Listener>>>,
+    /// Wakes the host's side when there is room for input again.
+    on_input_room: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 #[derive(Default)]
 struct Queues {
     output: VecDeque<u8>,
     input: VecDeque<u8>,
+    /// The host's side waits for room for input.
+    wants_input_room: bool,
     /// Bytes that the writer has taken and not yet written.
     in_flight: usize,
     /// Counts completed writes, so that a drain sees progress.
@@ -106,8 +108,14 @@ impl Console {
         for (byte, from) in bytes.iter_mut().zip(queues.input.drain(..count)) {
             *byte = from;
         }
+        let wake = queues.wants_input_room && queues.input.len() <= INPUT_CAPACITY / 2;
+        if wake {
+            queues.wants_input_room = false;
+        }
         drop(queues);
-        self.input_room.notify_one();
+        if let Some(on_room) = self.on_input_room.get().filter(|_| wake) {
+            on_room();
+        }
         count
     }
 
@@ -124,32 +132,23 @@ impl Console {
         *lock(&self.listener) = Some(listener);
     }
 
-    /// Hands `bytes` to the guest, waiting while its queue is full. False when the console was
-    /// closed meanwhile.
-    pub fn push_input(&self, mut bytes: &[u8]) -> bool {
-        while !bytes.is_empty() {
-            let mut queues = lock(&self.queues);
-            while !queues.closed && queues.input.len() == INPUT_CAPACITY {
-                queues = self
-                    .input_room
-                    .wait(queues)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            if queues.closed {
-                return false;
-            }
-            let count = bytes.len().min(INPUT_CAPACITY - queues.input.len());
-            queues.input.extend(&bytes[..count]);
-            drop(queues);
-            bytes = &bytes[count..];
-            self.tell_listener();
-        }
-        true
+    /// Sets what wakes the host's side when [`Console::input_room`] is no longer 0. It may be called on a
+    /// vCPU's thread, without any console lock held, and must not wait. Only the first call counts.
+    pub fn set_on_input_room(&self, wake: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.on_input_room.set(wake);
+    }
+
+    /// Bytes that [`Console::type_input`] would take now. After 0 the host's side is woken once the guest has
+    /// taken half of what waits.
+    pub fn input_room(&self) -> usize {
+        let mut queues = lock(&self.queues);
+        let room = INPUT_CAPACITY - queues.input.len();
+        queues.wants_input_room = room == 0;
+        room
     }
 
     /// Hands `bytes` to the guest as far as its queue has room; the rest is lost, as on a serial
-    /// line. For a keyboard: its keys for rvmm must not wait behind those for a guest that does
-    /// not read. False when the console is closed.
+    /// line. False when the console is closed.
     pub fn type_input(&self, bytes: &[u8]) -> bool {
         let mut queues = lock(&self.queues);
         let count = bytes.len().min(INPUT_CAPACITY - queues.input.len());
@@ -195,11 +194,10 @@ impl Console {
         !bytes.is_empty()
     }
 
-    /// Ends the console: what is queued can still be taken, [`Console::push_input`] returns.
+    /// Ends the console: what is queued can still be taken, and input is refused.
     pub fn close(&self) {
         lock(&self.queues).closed = true;
         self.output_ready.notify_all();
-        self.input_room.notify_all();
     }
 
     /// Waits until all output is written. `patience` is asked now and then, with the time since

@@ -48,23 +48,24 @@ fn room_is_told_when_a_full_queue_was_written() {
 }
 
 #[test]
-fn input_arrives_in_order_and_waits_for_room() {
-    let (console, calls) = listened();
-    let typed: Vec<u8> = (0..INPUT_CAPACITY * 2 + 5)
-        .map(|i| u8::try_from(i % 251).unwrap())
-        .collect();
-    let (expected, pusher) = (typed.clone(), console.clone());
-    let thread = thread::spawn(move || pusher.push_input(&typed));
-    let mut got: Vec<u8> = Vec::new();
-    let mut bytes = [0; 100];
-    while got.len() < expected.len() {
-        let count = console.read(&mut bytes);
-        got.extend(&bytes[..count]);
-        thread::yield_now();
-    }
-    assert!(thread.join().unwrap());
-    assert_eq!(got, expected);
-    assert!(calls.0.load(Ordering::SeqCst) >= 3);
+fn room_for_input_is_told_once_half_is_free() {
+    let console = Console::default();
+    let calls = Arc::new(Calls::default());
+    let woken = Arc::clone(&calls);
+    console.set_on_input_room(Box::new(move || woken.console_changed()));
+    let count = || calls.0.load(Ordering::SeqCst);
+    let mut half = vec![0; INPUT_CAPACITY / 2];
+    console.type_input(&vec![b'x'; INPUT_CAPACITY]);
+    assert_eq!(console.read(&mut half), INPUT_CAPACITY / 2);
+    assert_eq!(count(), 0, "nobody had asked");
+    console.type_input(&half);
+    assert_eq!(console.input_room(), 0);
+    assert_eq!(console.read(&mut [0]), 1);
+    assert_eq!(count(), 0);
+    console.read(&mut half);
+    console.read(&mut half);
+    assert_eq!(count(), 1);
+    assert_eq!(console.input_room(), INPUT_CAPACITY);
 }
 
 #[test]
@@ -81,12 +82,10 @@ fn typing_never_waits() {
 #[test]
 fn closing_frees_both_sides() {
     let console = Arc::new(Console::default());
-    assert!(console.push_input(&[0; INPUT_CAPACITY]));
-    let (pusher, taker) = (console.clone(), console.clone());
-    let push = thread::spawn(move || pusher.push_input(b"more"));
+    let taker = Arc::clone(&console);
     let take = thread::spawn(move || taker.take_output(&mut Vec::new()));
     console.close();
-    assert!(!push.join().unwrap());
+    assert!(!console.type_input(b"more"));
     assert!(!take.join().unwrap());
 }
 

@@ -87,7 +87,7 @@ fn bytes_go_out() {
 fn bytes_come_in_by_polling() {
     let bench = bench();
     assert_eq!(bench.read(reg::LSR) & LSR_DATA_READY, 0);
-    bench.console.push_input(b"ok");
+    bench.console.type_input(b"ok");
     for byte in b"ok" {
         assert_eq!(bench.read(reg::LSR) & LSR_DATA_READY, LSR_DATA_READY);
         assert_eq!(bench.read(reg::RBR_THR), *byte);
@@ -100,7 +100,7 @@ fn the_receive_interrupt_is_a_level() {
     let bench = bench();
     bench.write(reg::IER, IER_RECEIVED);
     assert!(bench.levels().is_empty());
-    bench.console.push_input(b"ab");
+    bench.console.type_input(b"ab");
     assert_eq!(bench.levels(), [true]);
     assert_eq!(bench.read(reg::IIR_FCR), IIR_RECEIVED);
     assert_eq!(bench.read(reg::RBR_THR), b'a');
@@ -127,7 +127,7 @@ fn the_transmit_interrupt_is_acknowledged_by_iir() {
 fn received_data_comes_before_an_empty_transmitter() {
     let bench = bench();
     bench.write(reg::IER, IER_RECEIVED | IER_TRANSMITTED);
-    bench.console.push_input(b"a");
+    bench.console.type_input(b"a");
     assert_eq!(bench.read(reg::IIR_FCR), IIR_RECEIVED);
     bench.read(reg::RBR_THR);
     assert_eq!(bench.read(reg::IIR_FCR), IIR_TRANSMITTED);
@@ -182,7 +182,7 @@ fn a_burst_that_was_admitted_is_whole() {
 #[test]
 fn resetting_the_receiver_loses_nothing_that_was_typed() {
     let bench = bench();
-    bench.console.push_input(b"typed early");
+    bench.console.type_input(b"typed early");
     // An early console polls the line status for its transmitter.
     bench.read(reg::LSR);
     // Linux' serial8250_do_startup: clear the FIFOs, read everything once, test the transmitter's
@@ -268,7 +268,7 @@ fn hostile_accesses_do_nothing() {
 #[test]
 fn sysrq_comes_before_what_was_typed() {
     let bench = bench();
-    assert!(bench.console.push_input(b"x"));
+    assert!(bench.console.type_input(b"x"));
     bench.write(reg::IER, IER_RECEIVED);
     bench.levels();
     bench.uart.sysrq(b"su");

@@ -66,7 +66,7 @@ fn dbcn_writes_what_lies_in_ram() {
 #[test]
 fn dbcn_checks_the_whole_range() {
     let sbi = sbi();
-    sbi.console.push_input(b"secret");
+    sbi.console.type_input(b"secret");
     let hostile = [
         [1, 0, 0],
         [8, BASE - 1, 0],
@@ -113,7 +113,7 @@ fn dbcn_reads_what_was_typed() {
     let sbi = sbi();
     assert_eq!(sbi.dbcn(DBCN_READ, [10, BASE, 0]), (0, 0));
     let typed = vec![b'k'; INPUT_CAPACITY];
-    sbi.console.push_input(&typed);
+    sbi.console.type_input(&typed);
     assert_eq!(sbi.dbcn(DBCN_READ, [3, BASE, 0]), (0, 3));
     let rest = INPUT_CAPACITY as u64 - 3;
     assert_eq!(sbi.dbcn(DBCN_READ, [SIZE - 3, BASE + 3, 0]), (0, rest));
@@ -128,7 +128,7 @@ fn what_is_read_is_marked() {
     let sbi = sbi();
     let log = memory::dirty_log(&sbi.ram);
     log.start().unwrap();
-    sbi.console.push_input(&[b'k'; 300]);
+    sbi.console.type_input(&[b'k'; 300]);
     assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE + 0x3f00, 0]), (0, 300));
     assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [3, 4]);
     // Nothing was typed, and a write only reads.
@@ -147,7 +147,7 @@ fn legacy_calls_preserve_a1() {
     };
     assert_eq!(answer(LEGACY_PUTCHAR, u64::from(b'p') | (1 << 40)), 0);
     assert_eq!(answer(LEGACY_GETCHAR, 0), FAILED);
-    sbi.console.push_input(&[0xff]);
+    sbi.console.type_input(&[0xff]);
     assert_eq!(answer(LEGACY_GETCHAR, 0), 0xff);
     assert_eq!(sbi.output(), b"p");
 }

@@ -1,172 +1,132 @@
-//! The host's end of the console: two threads that move bytes, and what they move them to.
+//! The host's end of the console, and what it is connected to.
+//!
+//! A thread of its own writes the guest's output, however slow its reader is. Input comes by the main
+//! loop, which [`Input`] is a subscriber of.
 
+mod input;
 mod pty;
 mod sinks;
 mod socket;
 mod stdio;
 
-use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use log::{debug, warn};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::io::{Errno, write};
+use log::warn;
 
 use super::Console;
-use super::escape::{Escape, HELP, Key};
 use super::terminal::RawTerminal;
 use crate::config::ConsoleConfig;
-use crate::util::stderr::tell;
 use crate::util::thread::{Kind, spawn};
 use crate::util::{RateLimit, guest_debug, guest_warn};
+pub use input::Input;
+use input::Source;
 
-/// How long an input thread may take to end, which has nothing to finish.
-const READ_PATIENCE: Duration = Duration::from_millis(200);
-/// Until an input that failed is tried again.
-const RETRY: Duration = Duration::from_secs(1);
+/// Called once, on the main loop's thread, when the user types Ctrl-A X.
+pub type OnLeave = Box<dyn FnOnce()>;
 
-/// Called once, on the console's thread, when the user types Ctrl-A X.
-pub type OnLeave = Box<dyn FnOnce() + Send>;
-
-/// Where a console's bytes go to and come from.
-trait Endpoint: Send + Sync {
+/// Where a console's bytes go to.
+trait Sink: Send + Sync {
     /// Writes all of `bytes`, however long the reader takes. On an error what is left of them is
     /// dropped; the next may pass.
     fn write(&self, bytes: &[u8]) -> io::Result<()>;
-
-    /// Waits for input, and for `stop`. [`Errno::CANCELED`] when that came; 0 when no more input
-    /// will ever come; [`Errno::AGAIN`] to be asked again; others to be asked again later.
-    fn read(&self, buffer: &mut [u8], stop: &OwnedFd) -> Result<usize, Errno>;
 
     /// Removes what other programs could find of it.
     fn close(&self) {}
 }
 
+/// The two ends of what a console is connected to. Some have no input.
+struct Ends {
+    sink: Arc<dyn Sink>,
+    source: Option<Box<dyn Source>>,
+}
+
 /// A console connected to the host. Dropping it disconnects it.
 pub struct Host {
     console: Arc<Console>,
-    endpoint: Arc<dyn Endpoint>,
-    /// Readable when the input thread should end.
-    stop: Arc<OwnedFd>,
-    input: Option<InputThread>,
+    sink: Arc<dyn Sink>,
     terminal: Option<RawTerminal>,
 }
 
-/// The thread that reads input.
-struct InputThread {
-    thread: JoinHandle<()>,
-    /// Disconnected when it is about to end.
-    ended: Receiver<Infallible>,
-}
-
 impl Host {
-    /// Connects `console`, which people know as `name`, as `config` says. On standard input a terminal
-    /// goes into raw mode, and its Ctrl-A keys are served.
+    /// Connects `console`, which people know as `name`, as `config` says. Input comes once the second
+    /// result is added to the main loop. On standard input a terminal goes into raw mode, and its Ctrl-A
+    /// keys are served.
     ///
     /// # Errors
-    /// The host refused the file, socket, pseudo-terminal, a thread, or the terminal's mode.
+    /// The file, socket, pseudo-terminal, thread or descriptor cannot be had, or the terminal's mode cannot
+    /// be set.
     pub fn start(
         name: &str,
         console: Arc<Console>,
         config: &ConsoleConfig,
         on_leave: OnLeave,
-    ) -> Result<Self> {
-        let endpoint = open(name, config)?;
+    ) -> Result<(Self, Option<Input>)> {
+        let ends = open(name, config)?;
         let terminal = match config {
             ConsoleConfig::Stdio => RawTerminal::take().context("Failed to set up the terminal")?,
             _ => None,
         };
-        Self::connect(console, endpoint, terminal, on_leave)
+        Self::connect(console, ends, terminal, on_leave).context("Failed to start the console")
     }
 
     fn connect(
         console: Arc<Console>,
-        endpoint: Arc<dyn Endpoint>,
+        Ends { sink, source }: Ends,
         terminal: Option<RawTerminal>,
         on_leave: OnLeave,
-    ) -> Result<Self> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        let (writer, output) = (Arc::clone(&endpoint), Arc::clone(&console));
-        let failed = || "Failed to start the console";
+    ) -> io::Result<(Self, Option<Input>)> {
+        let (writer, output) = (Arc::clone(&sink), Arc::clone(&console));
         // Not joined: it may wait for a reader that never reads again.
         spawn(Kind::Console, "out", move || {
-            write_output(&output, &*writer)
-        })
-        .with_context(failed)?;
-        let input = Input {
-            console: Arc::clone(&console),
-            endpoint: Arc::clone(&endpoint),
-            stop: Arc::clone(&stop),
-            escape: terminal.is_some().then(Escape::default),
-            on_leave: Some(on_leave),
-        };
-        let (running, ended) = channel::<Infallible>();
-        let body = move || {
-            input.run();
-            drop(running);
-        };
-        let thread = spawn(Kind::Console, "in", body).with_context(failed)?;
-        Ok(Self {
+            write_output(&output, &*writer);
+        })?;
+        // Only a terminal has keys that are for rvmm.
+        let on_leave = terminal.is_some().then_some(on_leave);
+        let input = |source| Input::new(Arc::clone(&console), source, on_leave);
+        let input = source.map(input).transpose()?;
+        let host = Self {
             console,
-            endpoint,
-            stop,
-            input: Some(InputThread { thread, ended }),
+            sink,
             terminal,
-        })
+        };
+        Ok((host, input))
     }
 
     /// Writes what the guest has written, then disconnects. Waits for the reader as long as
     /// `patience` tells: it is given the time without progress, and false ends the wait.
-    pub fn finish(mut self, patience: impl FnMut(Duration) -> bool) {
-        let drained = self.console.drain(patience);
-        self.stop();
-        if !drained {
+    pub fn finish(self, patience: impl FnMut(Duration) -> bool) {
+        if !self.console.drain(patience) {
             warn!("the console's reader does not read: the guest's last output is lost");
         }
-    }
-
-    fn stop(&mut self) {
-        self.console.close();
-        // An eventfd takes a write of 1 unless its count is at its end.
-        let _ = write(&*self.stop, &1u64.to_ne_bytes());
-        if let Some(InputThread { thread, ended }) = self.input.take() {
-            // Where others read the same terminal or pipe, one of them may have taken what woke it.
-            if ended.recv_timeout(READ_PATIENCE) == Err(RecvTimeoutError::Disconnected) {
-                let _ = thread.join();
-            }
-        }
-        self.terminal = None;
-        self.endpoint.close();
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
-        self.stop();
+        self.console.close();
+        self.terminal = None;
+        self.sink.close();
     }
 }
 
-fn open(name: &str, config: &ConsoleConfig) -> Result<Arc<dyn Endpoint>> {
+fn open(name: &str, config: &ConsoleConfig) -> Result<Ends> {
     Ok(match config {
-        ConsoleConfig::Stdio => Arc::new(stdio::Stdio::new()),
-        ConsoleConfig::None => Arc::new(sinks::Nowhere),
-        ConsoleConfig::Pty => Arc::new(pty::Pty::open(name)?),
-        ConsoleConfig::File(path) => Arc::new(sinks::LogFile::open(path)?),
-        ConsoleConfig::Socket(path) => Arc::new(socket::Socket::bind(path)?),
+        ConsoleConfig::Stdio => stdio::open(),
+        ConsoleConfig::None => sinks::nowhere(),
+        ConsoleConfig::Pty => pty::open(name)?,
+        ConsoleConfig::File(path) => sinks::file(path)?,
+        ConsoleConfig::Socket(path) => socket::bind(path)?,
     })
 }
 
-fn write_output(console: &Console, endpoint: &dyn Endpoint) {
+fn write_output(console: &Console, sink: &dyn Sink) {
     let failures = RateLimit::named("console output");
     let mut bytes = Vec::new();
     while console.take_output(&mut bytes) {
-        let Err(error) = endpoint.write(&bytes) else {
+        let Err(error) = sink.write(&bytes) else {
             continue;
         };
         // The guest goes on, and what it writes next is tried: a pipe may have a reader again, a
@@ -181,98 +141,6 @@ fn write_output(console: &Console, endpoint: &dyn Endpoint) {
                 "Failed to write the guest's console: {error}; that piece of it is lost"
             ),
         }
-    }
-}
-
-struct Input {
-    console: Arc<Console>,
-    endpoint: Arc<dyn Endpoint>,
-    stop: Arc<OwnedFd>,
-    /// Only a terminal has keys that are for rvmm.
-    escape: Option<Escape>,
-    on_leave: Option<OnLeave>,
-}
-
-impl Input {
-    fn run(mut self) {
-        let mut buffer = [0; 1024];
-        let mut failing = None;
-        loop {
-            match self.endpoint.read(&mut buffer, &self.stop) {
-                Ok(0) => return debug!("the console's input has ended"),
-                Ok(count) if self.take(&buffer[..count]) => failing = None,
-                Ok(_) | Err(Errno::CANCELED) => return,
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                Err(error) => {
-                    if failing.replace(error) != Some(error) {
-                        warn!("Failed to read the console's input: {error}; it is tried again");
-                    }
-                    if pause(RETRY, &self.stop) == Err(Errno::CANCELED) {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Hands typed bytes to the guest; false when there is no more to do.
-    fn take(&mut self, typed: &[u8]) -> bool {
-        let Some(escape) = &mut self.escape else {
-            return self.console.push_input(typed);
-        };
-        let mut bytes = Vec::with_capacity(typed.len());
-        let mut leave = false;
-        for byte in typed {
-            match escape.key(*byte) {
-                Key::Byte(byte) => bytes.push(byte),
-                Key::Held => {}
-                Key::Help => tell(format_args!("\r\n{HELP}\r")),
-                Key::Leave => leave = true,
-                #[cfg(debug_assertions)]
-                Key::Panic => panic!("Ctrl-A P was typed"),
-            }
-        }
-        if leave {
-            debug!("Ctrl-A X was typed");
-            if let Some(leave) = self.on_leave.take() {
-                leave();
-            }
-            return false;
-        }
-        self.console.type_input(&bytes)
-    }
-}
-
-/// Waits until `fd` is readable. `Errno::CANCELED` when `stop` is.
-fn wait_readable(fd: impl AsFd, stop: &OwnedFd) -> Result<PollFlags, Errno> {
-    wait_readable_for(fd, stop, None)
-}
-
-/// The same for `time` at most; then nothing holds for `fd`.
-fn wait_readable_for(
-    fd: impl AsFd,
-    stop: &OwnedFd,
-    time: Option<Duration>,
-) -> Result<PollFlags, Errno> {
-    let mut fds = [
-        PollFd::new(&fd, PollFlags::IN),
-        PollFd::new(stop, PollFlags::IN),
-    ];
-    let time = time.and_then(|time| Timespec::try_from(time).ok());
-    poll(&mut fds, time.as_ref())?;
-    if fds[1].revents().is_empty() {
-        Ok(fds[0].revents())
-    } else {
-        Err(Errno::CANCELED)
-    }
-}
-
-/// Waits for `time`. `Errno::CANCELED` when `stop` is readable before.
-fn pause(time: Duration, stop: &OwnedFd) -> Result<(), Errno> {
-    let time = Timespec::try_from(time).ok();
-    match poll(&mut [PollFd::new(stop, PollFlags::IN)], time.as_ref())? {
-        0 => Ok(()),
-        _ => Err(Errno::CANCELED),
     }
 }
 

@@ -3,35 +3,41 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::PollFlags;
-use rustix::fd::OwnedFd;
+use rustix::fd::AsFd;
 use rustix::fs::OFlags;
 use rustix::io::{Errno, read};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
-use super::{Endpoint, pause, wait_readable};
+use super::input::{Source, Wait};
+use super::{Ends, Sink};
 use crate::util::output::write_whole;
-use crate::util::poll::poll_now;
+use crate::util::poll::{poll_now, readable_now};
 use crate::util::stderr::tell;
 
 /// How often to look whether somebody has opened the terminal: the kernel tells nobody.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// The side that rvmm holds. While nobody has the other side open, output is dropped.
-pub(super) struct Pty(File);
+#[derive(Clone)]
+pub(super) struct Pty(Arc<File>);
+
+/// Makes a pseudo-terminal in raw mode, and prints its name.
+pub(super) fn open(console: &str) -> Result<Ends> {
+    let (pty, name) = create().context("Failed to create a pseudo-terminal")?;
+    tell(format_args!("rvmm: {console} is {name}"));
+    Ok(Ends {
+        sink: Arc::new(pty.clone()),
+        source: Some(Box::new(pty)),
+    })
+}
 
 impl Pty {
-    /// Makes a pseudo-terminal in raw mode, and tells its name.
-    pub(super) fn open(console: &str) -> Result<Self> {
-        let (pty, name) = create().context("Failed to create a pseudo-terminal")?;
-        tell(format_args!("rvmm: {console} is {name}"));
-        Ok(pty)
-    }
-
     fn has_reader(&self) -> bool {
         !poll_now(&self.0, PollFlags::OUT).contains(PollFlags::HUP)
     }
@@ -53,30 +59,40 @@ pub(super) fn create() -> io::Result<(Pty, String)> {
     let mut mode = tcgetattr(&other)?;
     mode.make_raw();
     tcsetattr(&other, OptionalActions::Now, &mode)?;
-    Ok((Pty(main.into()), name))
+    Ok((Pty(Arc::new(main.into())), name))
 }
 
-impl Endpoint for Pty {
+impl Sink for Pty {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
         if !self.has_reader() {
             return Ok(());
         }
-        match write_whole(&self.0, bytes) {
+        match write_whole(&*self.0, bytes) {
             // The reader closed it meanwhile; another may come.
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(()),
             result => result,
         }
     }
+}
 
-    fn read(&self, buffer: &mut [u8], stop: &OwnedFd) -> Result<usize, Errno> {
-        let ready = wait_readable(&self.0, stop)?;
-        if ready.contains(PollFlags::IN) {
-            match read(&self.0, &mut *buffer) {
-                Err(Errno::IO) => {}
-                result => return result,
-            }
+impl Source for Pty {
+    fn wait(&mut self) -> Wait<'_> {
+        // A side that nobody has is in hang-up, which would end each wait at once.
+        let has_reader = self.has_reader();
+        Wait {
+            fd: has_reader.then(|| self.0.as_fd()),
+            time: (!has_reader).then_some(LOOK),
         }
-        pause(LOOK, stop)?;
-        Err(Errno::AGAIN)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        if !readable_now(&self.0) {
+            return Err(Errno::AGAIN);
+        }
+        match read(&self.0, buffer) {
+            // The other side was closed.
+            Err(Errno::IO) => Err(Errno::AGAIN),
+            result => result,
+        }
     }
 }

@@ -10,38 +10,47 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, anyhow};
 use log::info;
-use rustix::fd::OwnedFd;
-use rustix::io::{Errno, read};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 
-use super::{Endpoint, wait_readable};
+use super::input::{Source, Wait};
+use super::{Ends, Sink};
 use crate::util::output::write_whole;
 use crate::util::sync::lock;
 
 /// A listening socket, removed at the end. While nobody is connected, output is dropped; a second
 /// client waits until the first has gone.
-pub(super) struct Socket {
+struct Socket {
     listener: UnixListener,
     client: Mutex<Option<Arc<UnixStream>>>,
     path: PathBuf,
 }
 
-impl Socket {
-    /// Listens at `path`, where nothing may be yet.
-    pub(super) fn bind(path: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path);
-        let listener = listener.map_err(|error| {
-            let hint = hint(path, &error);
-            anyhow!("Failed to listen on console socket {path:?}: {error}{hint}")
-        })?;
-        // A client may be gone again before it is accepted.
-        listener.set_nonblocking(true)?;
-        Ok(Self {
-            listener,
-            client: Mutex::new(None),
-            path: path.to_owned(),
-        })
-    }
+/// Listens at `path`, where nothing may be yet.
+pub(super) fn bind(path: &Path) -> Result<Ends> {
+    let listener = UnixListener::bind(path);
+    let listener = listener.map_err(|error| {
+        let hint = hint(path, &error);
+        anyhow!("Failed to listen on console socket {path:?}: {error}{hint}")
+    })?;
+    // A client may be gone again before it is accepted.
+    listener.set_nonblocking(true)?;
+    let socket = Arc::new(Socket {
+        listener,
+        client: Mutex::new(None),
+        path: path.to_owned(),
+    });
+    Ok(Ends {
+        sink: Arc::clone(&socket) as _,
+        source: Some(Box::new(Input {
+            socket,
+            client: None,
+        })),
+    })
+}
 
+impl Socket {
     fn client(&self) -> Option<Arc<UnixStream>> {
         lock(&self.client).clone()
     }
@@ -66,7 +75,7 @@ impl Socket {
     }
 }
 
-impl Endpoint for Socket {
+impl Sink for Socket {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
         let Some(client) = self.client() else {
             return Ok(());
@@ -80,25 +89,41 @@ impl Endpoint for Socket {
         }
     }
 
-    fn read(&self, buffer: &mut [u8], stop: &OwnedFd) -> Result<usize, Errno> {
-        let Some(client) = self.client() else {
-            wait_readable(&self.listener, stop)?;
-            self.accept()?;
-            return Err(Errno::AGAIN);
-        };
-        wait_readable(&*client, stop)?;
-        match read(&*client, buffer) {
-            Ok(count @ 1..) => Ok(count),
-            Err(Errno::INTR | Errno::AGAIN) => Err(Errno::AGAIN),
-            Ok(_) | Err(_) => {
-                self.lose(&client);
-                Err(Errno::AGAIN)
-            }
+    fn close(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Input from a socket's clients.
+struct Input {
+    socket: Arc<Socket>,
+    /// The client that is waited for, which stays open until then.
+    client: Option<Arc<UnixStream>>,
+}
+
+impl Source for Input {
+    fn wait(&mut self) -> Wait<'_> {
+        self.client = self.socket.client();
+        let client = self.client.as_ref().map(AsFd::as_fd);
+        Wait {
+            fd: client.or(Some(self.socket.listener.as_fd())),
+            time: None,
         }
     }
 
-    fn close(&self) {
-        let _ = fs::remove_file(&self.path);
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let Some(client) = self.client.take().or_else(|| self.socket.client()) else {
+            self.socket.accept()?;
+            return Err(Errno::AGAIN);
+        };
+        match recv(&*client, buffer, RecvFlags::DONTWAIT) {
+            Ok((count @ 1.., _)) => Ok(count),
+            Err(Errno::INTR | Errno::AGAIN) => Err(Errno::AGAIN),
+            Ok(_) | Err(_) => {
+                self.socket.lose(&client);
+                Err(Errno::AGAIN)
+            }
+        }
     }
 }
 

@@ -8,26 +8,28 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::socket::Socket;
+use event_manager::{EventManager, SubscriberOps};
+use rustix::io::Errno;
+
+use super::input::Wait;
 use super::*;
+use crate::devices::console::INPUT_CAPACITY;
 use crate::util::sync::lock;
 
 fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("rvmm-console-{}-{name}", std::process::id()))
 }
 
-/// An endpoint of a test's own making.
+/// Ends of a test's own making.
 #[derive(Default)]
 struct Scripted {
     /// What each write gives; then they pass.
     writes: Mutex<VecDeque<io::Error>>,
     /// What was written.
     written: Mutex<Vec<u8>>,
-    /// What each read gives; then nothing comes any more, and `stop` is not heard either.
-    reads: Mutex<VecDeque<Result<u8, Errno>>>,
 }
 
-impl Endpoint for Scripted {
+impl Sink for Scripted {
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
         if let Some(error) = lock(&self.writes).pop_front() {
             return Err(error);
@@ -35,26 +37,77 @@ impl Endpoint for Scripted {
         lock(&self.written).extend(bytes);
         Ok(())
     }
+}
 
-    fn read(&self, buffer: &mut [u8], _: &OwnedFd) -> Result<usize, Errno> {
-        let next = lock(&self.reads).pop_front();
-        match next {
-            Some(byte) => {
-                buffer[0] = byte?;
-                Ok(1)
-            }
-            None => loop {
-                std::thread::park();
-            },
-        }
+/// What each read gives; then nothing comes any more.
+struct Reads(VecDeque<Result<u8, Errno>>);
+
+impl Source for Reads {
+    fn wait(&mut self) -> Wait<'_> {
+        let time = Some(Duration::from_millis(1));
+        Wait { fd: None, time }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        buffer[0] = self.0.pop_front().unwrap_or(Err(Errno::AGAIN))?;
+        Ok(1)
     }
 }
 
-fn connect(endpoint: Scripted) -> (Arc<Console>, Arc<Scripted>, Host) {
-    let (console, endpoint) = (Arc::new(Console::default()), Arc::new(endpoint));
-    let as_endpoint: Arc<dyn Endpoint> = Arc::clone(&endpoint) as _;
-    let host = Host::connect(Arc::clone(&console), as_endpoint, None, Box::new(|| ()));
-    (console, endpoint, host.unwrap())
+/// A console that is connected to the host, and the loop that its input comes by.
+struct Connected {
+    console: Arc<Console>,
+    host: Host,
+    main: EventManager<Input>,
+}
+
+impl Connected {
+    fn new(console: Arc<Console>, (host, input): (Host, Option<Input>)) -> Self {
+        let mut main = EventManager::new().unwrap();
+        if let Some(input) = input {
+            main.add_subscriber(input);
+        }
+        Self {
+            console,
+            host,
+            main,
+        }
+    }
+
+    fn by(config: &ConsoleConfig) -> Self {
+        let console = Arc::new(Console::default());
+        let host = Host::start("the console", Arc::clone(&console), config, Box::new(|| ()));
+        Self::new(console, host.unwrap())
+    }
+
+    fn with(sink: Arc<Scripted>, reads: impl Into<VecDeque<Result<u8, Errno>>>) -> Self {
+        let console = Arc::new(Console::default());
+        let ends = Ends {
+            sink,
+            source: Some(Box::new(Reads(reads.into()))),
+        };
+        let host = Host::connect(Arc::clone(&console), ends, None, Box::new(|| ()));
+        Self::new(console, host.unwrap())
+    }
+
+    /// What the guest reads until it has `count` bytes.
+    fn guest_reads(&mut self, count: usize) -> Vec<u8> {
+        let mut got = Vec::new();
+        let mut bytes = [0; 4096];
+        while got.len() < count {
+            match self.console.read(&mut bytes) {
+                0 => self.turn(),
+                read => got.extend(&bytes[..read]),
+            }
+        }
+        got
+    }
+
+    /// The loop does what there is to do, or waits for a moment.
+    fn turn(&mut self) {
+        const MILLISECONDS: i32 = 10;
+        self.main.run_with_timeout(MILLISECONDS).unwrap();
+    }
 }
 
 /// A disk that is full for a while, or a pipe that is without a reader for a while, loses what was
@@ -62,58 +115,80 @@ fn connect(endpoint: Scripted) -> (Arc<Console>, Arc<Scripted>, Host) {
 #[test]
 fn a_failed_write_loses_that_piece_alone() {
     let errors = [Errno::NOSPC, Errno::IO, Errno::FBIG, Errno::PIPE];
-    let (console, endpoint, host) = connect(Scripted {
+    let sink = Arc::new(Scripted {
         writes: Mutex::new(errors.into_iter().map(io::Error::from).collect()),
         ..Scripted::default()
     });
+    let Connected { console, host, .. } = Connected::with(Arc::clone(&sink), []);
     for number in 0..6 {
         console.write(&[b'0' + number]);
         assert!(console.drain(|_| true));
     }
     host.finish(|_| true);
-    assert_eq!(*lock(&endpoint.written), b"45");
+    assert_eq!(*lock(&sink.written), b"45");
 }
 
 /// As accept does when all of a process's descriptors are taken.
 #[test]
 fn input_that_failed_is_tried_again() {
-    let (console, _, host) = connect(Scripted {
-        reads: Mutex::new([Err(Errno::MFILE), Err(Errno::IO), Ok(b'x')].into()),
-        ..Scripted::default()
-    });
-    assert_eq!(guest_reads(&console, 1), b"x");
-    host.finish(|_| true);
+    let reads = [Err(Errno::MFILE), Err(Errno::IO), Ok(b'x')];
+    let mut connected = Connected::with(Arc::default(), reads);
+    assert_eq!(connected.guest_reads(1), b"x");
+    connected.host.finish(|_| true);
 }
 
-/// Another program that reads the same terminal took what woke the thread.
+/// No more is read than the guest has room for, and all of it arrives.
 #[test]
-fn an_input_that_never_comes_back_holds_up_no_end() {
-    let (_, _, host) = connect(Scripted::default());
-    host.finish(|_| true);
-}
-
-fn start(config: &ConsoleConfig) -> (Arc<Console>, Host) {
-    let console = Arc::new(Console::default());
-    let host = Host::start("the console", Arc::clone(&console), config, Box::new(|| ())).unwrap();
-    (console, host)
-}
-
-/// What the guest reads until it has `count` bytes.
-fn guest_reads(console: &Console, count: usize) -> Vec<u8> {
-    let mut got = Vec::new();
-    let mut bytes = [0; 64];
-    while got.len() < count {
-        let read = console.read(&mut bytes);
-        got.extend(&bytes[..read]);
-        std::thread::yield_now();
+fn input_waits_for_room_and_arrives_in_order() {
+    let typed: Vec<u8> = (0..251).cycle().take(3 * INPUT_CAPACITY).collect();
+    let path = path("typed");
+    let socket = ConsoleConfig::Socket(path.clone());
+    let mut connected = Connected::by(&socket);
+    let mut client = UnixStream::connect(&path).unwrap();
+    let bytes = typed.clone();
+    let client = std::thread::spawn(move || client.write_all(&bytes).map(|()| client));
+    while connected.console.input_len() < INPUT_CAPACITY {
+        connected.turn();
     }
-    got
+    for _ in 0..3 {
+        connected.turn();
+    }
+    assert_eq!(connected.console.input_len(), INPUT_CAPACITY);
+    assert!(connected.guest_reads(typed.len()) == typed);
+    client.join().unwrap().unwrap();
+}
+
+/// A file that is always readable, which epoll does not take.
+#[test]
+fn a_regular_file_is_read_to_its_end() {
+    struct OfFile(std::fs::File);
+    impl Source for OfFile {
+        fn wait(&mut self) -> Wait<'_> {
+            let fd = Some(rustix::fd::AsFd::as_fd(&self.0));
+            Wait { fd, time: None }
+        }
+        fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+            rustix::io::read(&self.0, buffer)
+        }
+    }
+    let path = path("input");
+    std::fs::write(&path, [b'x'; 2 * INPUT_CAPACITY]).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let console = Arc::new(Console::default());
+    let ends = Ends {
+        sink: Arc::new(Scripted::default()),
+        source: Some(Box::new(OfFile(file))),
+    };
+    let host = Host::connect(Arc::clone(&console), ends, None, Box::new(|| ()));
+    let mut connected = Connected::new(console, host.unwrap());
+    connected.guest_reads(2 * INPUT_CAPACITY);
 }
 
 #[test]
 fn a_file_keeps_everything() {
     let path = path("file");
-    let (console, host) = start(&ConsoleConfig::File(path.clone()));
+    let Connected { console, host, .. } = Connected::by(&ConsoleConfig::File(path.clone()));
     console.write(b"first line\n");
     console.write(b"last line");
     host.finish(|_| true);
@@ -123,7 +198,7 @@ fn a_file_keeps_everything() {
 
 #[test]
 fn a_full_disk_loses_output_and_not_the_guest() {
-    let (console, host) = start(&ConsoleConfig::File("/dev/full".into()));
+    let Connected { console, host, .. } = Connected::by(&ConsoleConfig::File("/dev/full".into()));
     for _ in 0..100 {
         console.write(&[b'x'; 4096]);
         assert!(console.drain(|_| true));
@@ -133,7 +208,7 @@ fn a_full_disk_loses_output_and_not_the_guest() {
 
 #[test]
 fn nowhere_takes_everything() {
-    let (console, host) = start(&ConsoleConfig::None);
+    let Connected { console, host, .. } = Connected::by(&ConsoleConfig::None);
     console.write(b"lost");
     host.finish(|_| true);
     assert_eq!(console.output_room(), super::super::OUTPUT_CAPACITY);
@@ -142,20 +217,21 @@ fn nowhere_takes_everything() {
 #[test]
 fn a_socket_serves_one_client_after_the_other() {
     let path = path("socket");
-    let (console, host) = start(&ConsoleConfig::Socket(path.clone()));
+    let mut connected = Connected::by(&ConsoleConfig::Socket(path.clone()));
+    let console = Arc::clone(&connected.console);
     console.write(b"nobody hears this");
     assert!(console.drain(|_| true));
     for name in ["one", "two"] {
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(name.as_bytes()).unwrap();
-        assert_eq!(guest_reads(&console, 3), name.as_bytes());
+        assert_eq!(connected.guest_reads(3), name.as_bytes());
         console.write(b"hello ");
         console.write(name.as_bytes());
         let mut answer = [0; 9];
         client.read_exact(&mut answer).unwrap();
         assert_eq!(answer[6..], *name.as_bytes());
     }
-    host.finish(|_| true);
+    connected.host.finish(|_| true);
     assert!(!path.exists());
 }
 
@@ -164,12 +240,15 @@ fn a_socket_serves_one_client_after_the_other() {
 fn an_error_of_an_old_client_is_not_the_next_ones() {
     const MUCH: usize = 4 << 20;
     let path = path("old-client");
-    let socket = Arc::new(Socket::bind(&path).unwrap());
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    let read = || socket.read(&mut [0; 16], &stop);
+    let Ends { sink, source } = socket::bind(&path).unwrap();
+    let mut source = source.unwrap();
+    let mut read = || {
+        source.wait();
+        source.read(&mut [0; 16])
+    };
     let mut old = UnixStream::connect(&path).unwrap();
     assert_eq!(read(), Err(Errno::AGAIN), "accepted");
-    let writer = Arc::clone(&socket);
+    let writer = Arc::clone(&sink);
     let writer = std::thread::spawn(move || writer.write(&vec![b'x'; MUCH]));
     old.read_exact(&mut [0]).unwrap();
     old.shutdown(Shutdown::Write).unwrap();
@@ -178,13 +257,13 @@ fn an_error_of_an_old_client_is_not_the_next_ones() {
     assert_eq!(read(), Err(Errno::AGAIN), "accepted");
     drop(old);
     writer.join().unwrap().unwrap();
-    socket.write(b"hello").unwrap();
+    sink.write(b"hello").unwrap();
     next.set_read_timeout(Some(Duration::from_secs(60)))
         .unwrap();
     let mut answer = [0; 5];
     next.read_exact(&mut answer).unwrap();
     assert_eq!(answer, *b"hello");
-    socket.close();
+    sink.close();
 }
 
 #[test]
@@ -211,7 +290,7 @@ fn where_no_socket_can_be_is_told() {
 #[test]
 fn a_pseudo_terminal_is_raw_and_may_be_closed_and_opened() {
     let (pty, name) = pty::create().unwrap();
-    let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let mut source = pty.clone();
     pty.write(b"nobody hears this").unwrap();
     for round in [b"1", b"2"] {
         let mut user = OpenOptions::new()
@@ -222,8 +301,8 @@ fn a_pseudo_terminal_is_raw_and_may_be_closed_and_opened() {
         user.write_all(round).unwrap();
         let mut buffer = [0; 16];
         let count = loop {
-            match pty.read(&mut buffer, &stop) {
-                Err(Errno::AGAIN) => {}
+            match source.read(&mut buffer) {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
                 result => break result.unwrap(),
             }
         };
@@ -233,6 +312,5 @@ fn a_pseudo_terminal_is_raw_and_may_be_closed_and_opened() {
         let count = user.read(&mut answer).unwrap();
         assert_eq!(answer[..count], *b"\n", "no carriage return is added");
     }
-    write(&*stop, &1u64.to_ne_bytes()).unwrap();
-    assert_eq!(pty.read(&mut [0; 16], &stop), Err(Errno::CANCELED));
+    assert!(source.wait().fd.is_none(), "nobody has it open");
 }

@@ -69,7 +69,7 @@ fn a_fifo_goes_round() {
 #[test]
 fn linux_measures_sixteen() {
     let bench = bench();
-    bench.console.push_input(b"typed meanwhile");
+    bench.console.type_input(b"typed meanwhile");
     bench.read(reg::LSR);
     bench.write(reg::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVER | 0x04);
     bench.write(reg::MCR, MCR_LOOPBACK);
@@ -99,7 +99,7 @@ fn the_trigger_level_tells_available_data_from_a_timeout() {
         }
         for count in 1..=level {
             looped.send([0]);
-            typed.console.push_input(b"x");
+            typed.console.type_input(b"x");
             let cause = if count < level {
                 IIR_TIMEOUT
             } else {
@@ -268,7 +268,7 @@ fn a_break_finds_no_room_in_a_full_fifo() {
 #[test]
 fn the_line_is_not_received_in_loopback() {
     let bench = looped(FCR_ENABLE);
-    bench.console.push_input(b"typed");
+    bench.console.type_input(b"typed");
     bench.uart.sysrq(b"s");
     assert_eq!(bench.line_status(), 0);
     bench.write(reg::IER, IER_RECEIVED | IER_LINE_STATUS);
@@ -284,7 +284,7 @@ fn the_line_is_not_received_in_loopback() {
 #[test]
 fn blind_reads_after_loopback_take_nothing() {
     let bench = looped(FCR_ENABLE);
-    bench.console.push_input(b"typed");
+    bench.console.type_input(b"typed");
     bench.send([1]);
     assert_eq!(bench.received(), [1]);
     bench.send([2]);
@@ -303,7 +303,7 @@ fn what_is_typed_never_overruns_and_outlives_a_flush() {
         bench.write(reg::IIR_FCR, fcr);
         bench.read(reg::LSR);
         let typed: Vec<u8> = (0..100).collect();
-        bench.console.push_input(&typed);
+        bench.console.type_input(&typed);
         bench.uart.sysrq(b"s");
         let mut got = Vec::new();
         for flush in [fcr | FCR_CLEAR_RECEIVER, fcr ^ FCR_ENABLE, fcr] {

@@ -186,7 +186,7 @@ fn step(bench: &Bench, model: &mut Model, random: &mut Random) -> (u64, u8, u8) 
             // Bounded, as the console would wait for a reader.
             let room = 100_usize.saturating_sub(model.line.len());
             let typed: Vec<u8> = (value..=255).take(room.min(20)).collect();
-            bench.console.push_input(&typed);
+            bench.console.type_input(&typed);
             model.line.extend(typed);
         }
         10 => {
