@@ -6,6 +6,8 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
 use common::ctl::Ctl;
 use common::files::{TempDir, rvmm};
 use common::host::{self, Kind};
@@ -102,6 +104,44 @@ fn statistics_are_told_meanwhile() {
     let end = vm.finish();
     end.assert_console(POWERED_OFF, &["ready", "no result is lost"]);
     assert!(end.log.contains("exits to rvmm"), "{}", end.log);
+}
+
+/// Takes from a process the right to map more memory, or gives it back.
+fn limit_memory(pid: u32, to: Option<u64>) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let limit = Rlimit {
+        current: to,
+        maximum: None,
+    };
+    prlimit(pid, Resource::As, limit).expect("set a limit");
+}
+
+/// A host without room for a vCPU's thread refuses a command. The machine stands still, and goes on later.
+#[test]
+fn vcpus_that_cannot_be_started_are_not_lost() {
+    let scratch = TempDir::new();
+    let socket = scratch.path().join("ctl");
+    let at = socket.display().to_string();
+    let vm = Rvmm::guest("pause");
+    let mut vm = vm.args(["--ctl", &at, "--stats", "--cpus", "2"]).spawn();
+    vm.wait_for("ready");
+    let mut ctl = Ctl::connect(&socket);
+    for command in ["resume", "stats"] {
+        if command == "resume" {
+            ctl.done("pause");
+        }
+        limit_memory(vm.pid(), Some(1));
+        let reply = ctl.ask(command);
+        limit_memory(vm.pid(), None);
+        let reason = reply["refused"].as_str().unwrap_or_default();
+        assert!(reason.contains("cannot go on now: Failed to"), "{reply}");
+        assert_eq!(ctl.status()["state"], "paused");
+        ctl.done("resume");
+        assert_eq!(ctl.status()["state"], "running");
+    }
+    vm.send("x");
+    let end = vm.finish();
+    end.assert_console(POWERED_OFF, &["ready", "no result is lost"]);
 }
 
 /// Pauses between an exit and the next entry: its result is not lost.

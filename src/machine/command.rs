@@ -1,7 +1,7 @@
 //! Commands: what each of them does to the machine.
 
-use anyhow::Result;
-use log::debug;
+use anyhow::{Error, Result};
+use log::{debug, warn};
 
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
@@ -39,17 +39,36 @@ impl Running<'_> {
     fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
             vcpus.pause(self.machine.hardware()?, &mut self.main)?;
-            debug!("paused by a command");
+            self.count_time(State::Running);
+            debug!("the guest stands still");
         }
         Ok(Reply::Done)
     }
 
     fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
-        if vcpus.state() == State::Paused {
-            vcpus.resume(self.machine.hardware()?, &self.post)?;
-            debug!("resumed by a command");
+        match self.go_on(vcpus) {
+            Ok(()) => Ok(Reply::Done),
+            Err(error) => Ok(stays_paused(&error)),
         }
-        Ok(Reply::Done)
+    }
+
+    /// Lets a paused machine go on; does nothing where it runs.
+    ///
+    /// # Errors
+    /// As [`Vcpus::resume`].
+    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<()> {
+        if vcpus.state() == State::Paused {
+            vcpus.resume(self.machine.hardware()?, &self.post, &mut self.main)?;
+            self.count_time(State::Paused);
+            debug!("the guest goes on");
+        }
+        Ok(())
+    }
+
+    fn count_time(&mut self, state: State) {
+        if let Some(stats) = &mut self.stats {
+            stats.guest_was(state);
+        }
     }
 
     fn status(&mut self, vcpus: &Vcpus) -> Result<Status> {
@@ -74,11 +93,22 @@ impl Running<'_> {
         let state = vcpus.state();
         vcpus.park(&mut self.main)?;
         let hardware = self.machine.hardware()?;
-        stats.guest_ended();
+        stats.guest_was(state);
         stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
         if state == State::Running {
-            vcpus.start(hardware, &self.post)?;
+            if let Err(error) = vcpus.start(hardware, &self.post) {
+                self.main.while_serving(|| hardware.devices.pause())?;
+                self.count_time(State::Running);
+                return Ok(stays_paused(&error));
+            }
         }
         Ok(Reply::Stats(stats.json()))
     }
+}
+
+/// The reply where vCPUs cannot be started.
+fn stays_paused(error: &Error) -> Reply {
+    let reason = format!("the guest is paused, and cannot go on now: {error:#}");
+    warn!("{reason}");
+    Reply::Refused(reason)
 }

@@ -1,5 +1,6 @@
 //! One life of a machine, from the first instruction to a reset or the end: its vCPUs, which run or stand still.
 
+use std::iter::once;
 use std::mem::take;
 use std::sync::Arc;
 
@@ -52,13 +53,15 @@ impl Vcpus {
     /// Starts a thread for each vCPU of `hardware`. Its devices run already.
     ///
     /// # Errors
-    /// The host refused.
+    /// A thread cannot be started, as where the host has no resources left. All vCPUs are parked then, and
+    /// can be started later.
     pub(super) fn start(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
         let Vcpus::Paused(parked) = self else {
             return Ok(());
         };
+        let mut parked = take(parked).into_iter();
         let mut running = Vec::new();
-        for (id, parked) in (0u32..).zip(take(parked)) {
+        let started = (0u32..).zip(parked.by_ref()).try_for_each(|(id, vcpu)| {
             let (stopped, called) = (post.clone(), post.clone());
             let start = Start {
                 id,
@@ -66,14 +69,19 @@ impl Vcpus {
                 on_call: Box::new(move || called.send(Event::Called)),
                 follow_restarts: hardware.resets_harts,
             };
-            running.push(VcpuHandle::start(
-                parked,
-                Arc::clone(&hardware.exits),
-                start,
-            )?);
-        }
+            let handle = VcpuHandle::start(vcpu, Arc::clone(&hardware.exits), start);
+            handle.map(|handle| running.push(handle))
+        });
         *self = Vcpus::Running(running);
-        Ok(())
+        let Err(failed) = started else {
+            return Ok(());
+        };
+        self.park_now()?;
+        let (vcpu, error) = failed.into_parts();
+        if let Vcpus::Paused(all) = self {
+            all.extend(once(vcpu).chain(parked));
+        }
+        Err(error.into())
     }
 
     /// Stops all vCPUs: they run no instruction, and what their last exits were to give the guest is in their
@@ -81,7 +89,7 @@ impl Vcpus {
     /// device for the host's disk.
     ///
     /// # Errors
-    /// The host refused, or a vCPU's thread panicked, which ends the process.
+    /// The loop cannot wait, or a vCPU's thread panicked, which ends the process.
     pub(super) fn park(&mut self, main: &mut MainLoop) -> Result<()> {
         if self.state() == State::Paused {
             return Ok(());
@@ -105,7 +113,7 @@ impl Vcpus {
     /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
     ///
     /// # Errors
-    /// The host refused.
+    /// As [`Vcpus::park`].
     pub(super) fn pause(&mut self, hardware: &Hardware, main: &mut MainLoop) -> Result<()> {
         if self.state() == State::Paused {
             return Ok(());
@@ -118,13 +126,23 @@ impl Vcpus {
     /// Lets devices, then vCPUs go on.
     ///
     /// # Errors
-    /// The host refused.
-    pub(super) fn resume(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
+    /// As [`Vcpus::start`]; the devices stand still again then.
+    pub(super) fn resume(
+        &mut self,
+        hardware: &Hardware,
+        post: &Post,
+        main: &mut MainLoop,
+    ) -> Result<()> {
         if self.state() == State::Running {
             return Ok(());
         }
-        hardware.devices.resume();
-        self.start(hardware, post)
+        let devices = &hardware.devices;
+        devices.resume();
+        let started = self.start(hardware, post);
+        if started.is_err() {
+            main.while_serving(|| devices.pause())?;
+        }
+        started
     }
 
     /// What the vCPUs counted, which stand still.

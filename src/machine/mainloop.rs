@@ -8,8 +8,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -24,6 +24,7 @@ use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply};
 use crate::devices::goldfish_rtc::GoldfishRtc;
 use crate::hypervisor;
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn_scoped};
 use crate::vcpu::Stop;
 
@@ -193,32 +194,49 @@ impl MainLoop {
     }
 
     /// Does `work`, which may take its time, on a thread of its own: signals act meanwhile, and all other events
-    /// wait.
+    /// wait. Where the host has no resources for that, signals wait too.
     ///
     /// # Errors
-    /// The host has no resources for a thread, or cannot wait.
+    /// The host cannot wait, or `work` panicked, which ends the process.
     pub(super) fn while_serving<T: Send>(&mut self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        let done = EventFd::new(libc::EFD_CLOEXEC).context("Failed to create an eventfd")?;
+        let Ok((done, signal)) = pair() else {
+            return Ok(work());
+        };
         let is_done = Rc::new(RefCell::new(false));
-        let signal = done.try_clone().context("Failed to create an eventfd")?;
-        let source = Done(done, Rc::clone(&is_done));
-        let id = self.add(Box::new(source));
+        let id = self.add(Box::new(Done(done, Rc::clone(&is_done))));
+        // A thread that cannot be started leaves it here.
+        let seat = Mutex::new(Some(work));
         let result = std::thread::scope(|scope| {
-            let body = move || {
-                let result = work();
+            let body = || {
+                let result = take_and_do(&seat);
                 let _ = signal.write(1);
                 result
             };
-            let thread = spawn_scoped(scope, Kind::Main, "work", body);
-            let thread = thread.context("Failed to start a thread")?;
+            let Ok(thread) = spawn_scoped(scope, Kind::Main, "work", body) else {
+                return Ok(take_and_do(&seat));
+            };
             while !*is_done.borrow() && !thread.is_finished() {
                 self.wait(None)?;
             }
             thread.join().map_err(|_| anyhow!("a thread panicked"))
         });
         let _ = self.manager.remove_subscriber(id);
-        result
+        result?.context("a thread panicked")
     }
+}
+
+/// An eventfd, and once more the same.
+fn pair() -> std::io::Result<(EventFd, EventFd)> {
+    let fd = EventFd::new(libc::EFD_CLOEXEC)?;
+    let again = fd.try_clone()?;
+    Ok((fd, again))
+}
+
+/// Does the work of `seat`, if nobody else has.
+fn take_and_do<T>(seat: &Mutex<Option<impl FnOnce() -> T>>) -> Option<T> {
+    // The lock is not held while it works.
+    let work = lock(seat).take();
+    work.map(|work| work())
 }
 
 fn failed(act: &str, error: &event_manager::Error) -> anyhow::Error {

@@ -268,7 +268,7 @@ impl Running<'_> {
         let end = self.watch(&mut vcpus);
         *state = vcpus.state();
         if let Some(stats) = &mut self.stats {
-            stats.guest_ended();
+            stats.guest_was(*state);
         }
         vcpus.park(&mut self.main)?;
         if let Some(stats) = &mut self.stats {
@@ -301,7 +301,7 @@ impl Running<'_> {
                 Some(Event::Called) => {}
                 Some(Event::Pressed) => {
                     // A guest that stands still could not power off.
-                    vcpus.resume(self.machine.hardware()?, &self.post)?;
+                    self.go_on(vcpus)?;
                     self.press()?;
                 }
                 Some(Event::Vcpu(Ok(Stop::Reset))) if self.how.reboot => {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
+use crate::control::State;
 use crate::vcpu::stats::{ExitKind, ExitStats};
 
 /// Kinds of exits that the text tells, for each vCPU.
@@ -21,6 +22,8 @@ pub struct Stats {
     start: Duration,
     /// The guest ran.
     run: Duration,
+    /// The guest stood still, by a command.
+    paused: Duration,
     /// From the guest's end until all was put away.
     end: Duration,
     /// Resets that were served.
@@ -38,6 +41,7 @@ impl Stats {
             since: start,
             start: Duration::ZERO,
             run: Duration::ZERO,
+            paused: Duration::ZERO,
             end: Duration::ZERO,
             resets: 0,
             vcpus: Vec::new(),
@@ -47,14 +51,18 @@ impl Stats {
 
     pub(super) fn guest_starts(&mut self) {
         // The end of the life before was the start of this one.
-        self.resets += u64::from(self.run > Duration::ZERO);
+        self.resets += u64::from(self.run + self.paused > Duration::ZERO);
         let took = self.lap();
         self.start += took;
     }
 
-    pub(super) fn guest_ended(&mut self) {
+    /// Until now the guest was in `state`.
+    pub(super) fn guest_was(&mut self, state: State) {
         let took = self.lap();
-        self.run += took;
+        match state {
+            State::Running => self.run += took,
+            State::Paused => self.paused += took,
+        }
     }
 
     pub(super) fn put_away(&mut self) {
@@ -94,7 +102,14 @@ impl Stats {
 
     /// Whether `bytes` are what [`Stats::json`] once gave.
     pub fn is_json(bytes: &[u8]) -> bool {
-        let keys = ["end_ns", "resets", "run_ns", "start_ns", "vcpus"];
+        let keys = [
+            "end_ns",
+            "paused_ns",
+            "resets",
+            "run_ns",
+            "start_ns",
+            "vcpus",
+        ];
         match serde_json::from_slice(bytes) {
             Ok(Value::Object(all)) => all.keys().eq(keys),
             _ => false,
@@ -107,6 +122,7 @@ impl Stats {
         json!({
             "start_ns": nanos(self.start),
             "run_ns": nanos(self.run),
+            "paused_ns": nanos(self.paused),
             "end_ns": nanos(self.end),
             "resets": self.resets,
             "vcpus": vcpus,
@@ -148,6 +164,9 @@ impl fmt::Display for Stats {
             millis(self.run),
             millis(self.end)
         )?;
+        if self.paused > Duration::ZERO {
+            write!(f, ", {:.1} ms it was paused", millis(self.paused))?;
+        }
         if self.resets > 0 {
             write!(f, ", {} resets", self.resets)?;
         }
@@ -210,6 +229,19 @@ mod tests {
             text.lines()
                 .any(|line| line.split_whitespace().eq(["exits", "4"]))
         );
+    }
+
+    #[test]
+    fn a_pause_is_not_the_guests_time() {
+        let mut stats = stats();
+        stats.guest_was(State::Running);
+        assert!(!stats.to_string().contains("paused"));
+        let run = stats.run;
+        std::thread::sleep(Duration::from_millis(1));
+        stats.guest_was(State::Paused);
+        assert_eq!(stats.run, run);
+        assert!(stats.json()["paused_ns"].as_u64() >= Some(1_000_000));
+        assert!(stats.to_string().contains("ms it was paused"));
     }
 
     #[test]

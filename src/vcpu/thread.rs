@@ -1,10 +1,11 @@
 //! The thread that runs a vCPU, and the handle with which others stop it.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use std::{fmt, io};
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
@@ -26,7 +27,7 @@ pub struct VcpuHandle {
     kicker: Box<dyn Kicker>,
     /// On a host that resets harts unseen.
     waiting: Option<Box<dyn Waiting>>,
-    thread: Option<JoinHandle<Parked>>,
+    thread: Option<JoinHandle<Option<Parked>>>,
 }
 
 /// A vCPU without a thread. What its last exit was to give the guest is in its registers, and
@@ -54,6 +55,26 @@ impl Parked {
     }
 }
 
+/// A vCPU that could not be started, and why.
+pub struct NotStarted(Box<(Parked, Error)>);
+
+impl NotStarted {
+    fn new(parked: Parked, error: Error) -> Self {
+        Self(Box::new((parked, error)))
+    }
+
+    /// The vCPU as it was, and what failed.
+    pub fn into_parts(self) -> (Parked, Error) {
+        *self.0
+    }
+}
+
+impl fmt::Debug for NotStarted {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.0.1.fmt(f)
+    }
+}
+
 /// How to run a vCPU.
 pub struct Start {
     /// Its hart.
@@ -77,8 +98,32 @@ impl VcpuHandle {
     /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops it.
     ///
     /// # Errors
-    /// The host refused the thread, its signal, or the vCPU's run page.
-    pub fn start(parked: Parked, exits: Arc<Exits>, how: Start) -> Result<Self> {
+    /// The thread cannot be started, its signal not be set, or the vCPU's run page not be had. The vCPU is
+    /// given back as it was.
+    pub fn start(
+        parked: Parked,
+        exits: Arc<Exits>,
+        how: Start,
+    ) -> std::result::Result<Self, NotStarted> {
+        // The vCPU follows when there is a thread: a thread that cannot be started would take it along.
+        let (hand, take) = sync_channel(1);
+        match Self::start_thread(&parked, take, exits, how) {
+            Ok(handle) => {
+                // The thread waits for nothing else.
+                let _ = hand.send(parked);
+                Ok(handle)
+            }
+            Err(error) => Err(NotStarted::new(parked, error)),
+        }
+    }
+
+    /// Starts the thread, which waits for the vCPU.
+    fn start_thread(
+        parked: &Parked,
+        take: Receiver<Parked>,
+        exits: Arc<Exits>,
+        how: Start,
+    ) -> Result<Self> {
         let id = how.id;
         let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
         register_signal_handler(kick_signal(), on_kick)
@@ -97,8 +142,9 @@ impl VcpuHandle {
             restarts: Restarts::new(Arc::clone(&shared), how.on_call),
             follow_restarts: how.follow_restarts,
         };
-        let thread = spawn(Kind::Vcpu, &id.to_string(), || {
-            hart.live(parked, how.on_stop)
+        let thread = spawn(Kind::Vcpu, &id.to_string(), move || {
+            let parked = take.recv().ok()?;
+            Some(hart.live(parked, how.on_stop))
         })
         .map_err(|e| refused("start the thread of", e))?;
         Ok(Self {
@@ -152,7 +198,7 @@ impl VcpuHandle {
 
     fn join(&mut self) -> Option<Parked> {
         self.ask_to_stop();
-        self.thread.take()?.join().ok()
+        self.thread.take()?.join().ok().flatten()
     }
 }
 
