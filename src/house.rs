@@ -1,10 +1,11 @@
-//! The plan of the house, checked: a module may use only those listed before it.
+//! Checks the dependencies between modules: a module may use only those that stand before it in
+//! [`LAYERS`].
 
 use std::fs;
 use std::path::Path;
 
-/// Modules from the ground up. A module names only modules above it in this list.
-const STOREYS: &[&str] = &[
+/// All modules, from the lowest layer to the highest.
+const LAYERS: &[&str] = &[
     "util",
     "config",
     "memory",
@@ -22,7 +23,7 @@ const STOREYS: &[&str] = &[
     "cli",
 ];
 
-/// The modules a source text names through `crate::`.
+/// The modules that a source text uses by a path that begins with `crate::`.
 fn named_modules(source: &str) -> impl Iterator<Item = &str> {
     source.split("crate::").skip(1).map(|rest| {
         let end = rest
@@ -32,17 +33,17 @@ fn named_modules(source: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-fn check(path: &Path, storey: usize, violations: &mut Vec<String>) {
+fn check(path: &Path, layer: usize, violations: &mut Vec<String>) {
     if path.is_dir() {
         for entry in fs::read_dir(path).unwrap() {
-            check(&entry.unwrap().path(), storey, violations);
+            check(&entry.unwrap().path(), layer, violations);
         }
         return;
     }
     let source = fs::read_to_string(path).unwrap();
     for name in named_modules(&source) {
-        match STOREYS.iter().position(|s| *s == name) {
-            Some(used) if used <= storey => {}
+        match LAYERS.iter().position(|s| *s == name) {
+            Some(used) if used <= layer => {}
             _ => violations.push(format!("{} uses crate::{name}", path.display())),
         }
     }
@@ -52,12 +53,15 @@ fn check(path: &Path, storey: usize, violations: &mut Vec<String>) {
 fn dependencies_point_one_way() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut violations = Vec::new();
-    for (storey, name) in STOREYS.iter().enumerate() {
+    for (layer, name) in LAYERS.iter().enumerate() {
         let (folder, file) = (src.join(name), src.join(format!("{name}.rs")));
-        assert!(folder.is_dir() || file.is_file(), "no module {name}");
+        assert!(
+            folder.is_dir() || file.is_file(),
+            "there is no module {name}"
+        );
         for path in [folder, file] {
             if path.exists() {
-                check(&path, storey, &mut violations);
+                check(&path, layer, &mut violations);
             }
         }
     }
@@ -65,12 +69,12 @@ fn dependencies_point_one_way() {
 }
 
 #[test]
-fn every_module_has_a_storey() {
+fn every_module_has_a_layer() {
     let lib = include_str!("lib.rs");
     for line in lib.lines() {
         if let Some(name) = line.strip_prefix("pub mod ") {
             let name = name.trim_end_matches(';');
-            assert!(STOREYS.contains(&name), "module {name} has no storey");
+            assert!(LAYERS.contains(&name), "module {name} is missing in LAYERS");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! rvmm, the virtual machine monitor for RISC-V: a type-2 VMM on KVM's riscv64 interface.
 //!
-//! Modules depend on each other one way only, in the order of the list below; `house` checks it.
-//! `docs/architecture.md` walks through them.
+//! A module may use only the modules that stand before it in the list below. The unit test in
+//! `house` checks this. `docs/architecture.md` explains what each module does.
 
 pub mod util;
 

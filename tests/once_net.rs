@@ -1,4 +1,5 @@
-//! Network interfaces: several queues, taps that go away, addresses. The kind of host makes no difference to it.
+//! Network interfaces: several queues, taps that go away, addresses. The kind of host makes no
+//! difference.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -6,7 +7,7 @@ mod common;
 use common::net::{Tap, ip, tcp};
 use common::{HOST_FAILED, Rvmm, Shell, USAGE};
 
-/// A pair of queues for each vCPU, where the tap was made for several.
+/// A pair of queues for each vCPU, on a tap that was made for several.
 #[test]
 fn tcp_by_several_queues() {
     tcp("pci", "", "2", true);
@@ -29,7 +30,7 @@ fn addresses_are_told() {
     assert_eq!(address(""), own, "the same at every start");
 }
 
-/// The tap is deleted while the guest uses it: its link goes down, and it goes on.
+/// The tap is deleted while the guest uses it. The guest's link goes down, and the guest goes on.
 #[test]
 fn a_tap_that_goes_away() {
     tap_goes_away("");
@@ -66,7 +67,8 @@ fn a_tap_that_is_down() {
     guest.power_off();
 }
 
-/// A device without bus master enable moves nothing, and works again with its next driver: what kexec relies on.
+/// A device without bus master enable transfers nothing, and works again with its next driver.
+/// Kexec relies on that.
 #[test]
 fn a_device_that_loses_the_bus() {
     for more in ["", ",vhost"] {
@@ -76,7 +78,7 @@ fn a_device_that_loses_the_bus() {
         tap.configure(&mut guest);
         let ping = format!("ping -c 1 -W 1 {} >/dev/null", tap.address(1));
         let device = guest.ok("basename $(readlink -f /sys/class/net/eth0/device/..)");
-        // Memory space only.
+        // Only memory space enable.
         guest.ok(&format!(
             "printf '\\002' | dd of=/sys/bus/pci/devices/{device}/config bs=1 seek=4 conv=notrunc 2>/dev/null"
         ));
@@ -128,7 +130,7 @@ fn what_cannot_be_an_interface() {
     let tap = Tap::new(false);
     let net = format!("tap={}", tap.name);
     let mut guest = Shell::start(["--net", net.as_str()]);
-    refused(&net, HOST_FAILED, &[&tap.name, "another process has it"]);
+    refused(&net, HOST_FAILED, &[&tap.name, "another process uses it"]);
     guest.ok("true");
     guest.power_off();
 }

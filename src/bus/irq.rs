@@ -1,12 +1,13 @@
-//! A wired interrupt as a device sees it.
+//! Wired interrupts, from the device's side.
 
 use std::sync::Arc;
 
-/// Where wired interrupts end: an interrupt controller. Never calls back into devices.
+/// An interrupt controller that takes wired interrupts. Its methods never call a device.
 pub trait IrqSink: Send + Sync {
     /// Sets the level of the wire to `source`.
     fn set_level(&self, source: u32, high: bool);
-    /// `source` as `interrupts-extended` names it: the controller's phandle, then its cells.
+    /// The entry for `source` in a device's `interrupts-extended` property: the controller's
+    /// phandle, then the interrupt specifier's cells.
     fn fdt_interrupt(&self, source: u32) -> Vec<u32>;
 }
 
@@ -23,7 +24,8 @@ impl IrqLine {
         Self { sink, source }
     }
 
-    /// Raises or lowers the wire. Callers send changes only: every call is a system call.
+    /// Sets the level of the wire. Callers should call this only when the level changes, because
+    /// each call can be a system call.
     pub fn set_level(&self, high: bool) {
         self.sink.set_level(self.source, high);
     }

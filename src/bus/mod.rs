@@ -1,4 +1,4 @@
-//! MMIO dispatch, and what a device is to the rest of the machine.
+//! MMIO dispatch, and the traits of a device.
 
 mod irq;
 
@@ -13,51 +13,56 @@ pub use vm_fdt::{Error as FdtError, FdtWriter};
 use crate::util::{RateLimit, guest_warn};
 pub use irq::{IrqLine, IrqSink};
 
-/// Registers that the guest reaches by loads and stores.
+/// Memory-mapped registers, which the guest accesses by loads and stores.
 ///
-/// Called by vCPU threads, any number at once; must not wait for a host file or reader.
+/// The vCPUs' threads call the methods, several at the same time. Implementations must not wait for
+/// a file of the host, or for a reader of the console's output.
 pub trait MmioDevice: Send + Sync {
-    /// A load at `offset` from the start of the device's range. `data` is 1, 2, 4 or 8 bytes,
-    /// zeroed, and wholly inside the range.
+    /// Serves a load at `offset` bytes from the start of the device's range. `data` has 1, 2, 4 or
+    /// 8 bytes, which are zero. The access is wholly inside the range.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// A store at `offset`; `data` as above.
+    /// Serves a store at `offset`. `data` has 1, 2, 4 or 8 bytes, wholly inside the range.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// A part of the machine with a name: it has nodes in the device tree, can stand still, and can be described.
+/// A part of the machine with a name. It can have nodes in the device tree, can be paused, and can
+/// describe its state.
 ///
-/// The machine's own thread calls [`Device::pause`] and [`Device::resume`], in turns, while no vCPU runs. All
-/// other methods may be called at any time, by any thread, with no lock held.
+/// The machine's thread calls [`Device::pause`] and [`Device::resume`] alternately, while no vCPU
+/// runs. Any thread may call the other methods at any time. The caller must not hold a lock.
 pub trait Device: Send + Sync {
-    /// The name, which no other device of the machine has: `uart`, `disk0`.
+    /// The name, such as `uart` or `disk0`. It is unique in the machine.
     fn id(&self) -> &str;
 
-    /// Adds its nodes to the tree, inside `/soc`. One that is found by other means has none.
+    /// Adds the device's nodes to the device tree, inside `/soc`. A device that the guest finds by
+    /// other means, such as a PCI function, adds none.
     ///
     /// # Errors
-    /// The writer refused a name or value: a fault of rvmm's.
+    /// Fails if the writer refuses a name or value, which is a bug in rvmm.
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError>;
 
-    /// What people call the registers at `gpa` just now, of those that this part has beside others of its
-    /// kind.
+    /// A readable name for the registers at guest-physical address `gpa` now, for the statistics.
+    /// `None` if this device has no registers there. Only a kind of device of which a machine can
+    /// have several has to implement this; the machine's layout has a name for the others.
     fn registers_at(&self, _gpa: u64) -> Option<String> {
         None
     }
 
-    /// Stands still. What was begun is complete when this returns. Until [`Device::resume`] the device writes no
-    /// guest RAM, changes no interrupt and takes nothing from the host. It loses nothing: what the guest asked
-    /// for meanwhile, and before, is done later. It may wait for the host's disk.
+    /// Pauses the device. Requests that have begun are complete when this returns. Until
+    /// [`Device::resume`], the device does not write to guest RAM, does not change an interrupt,
+    /// and takes no input from the host. No request is lost: those that have not begun, and new
+    /// ones, are served after the resume. May wait for the host's disk.
     fn pause(&self) {}
 
-    /// Goes on where [`Device::pause`] left off. A device that cannot go on says so to its driver
-    /// (DEVICE_NEEDS_RESET), or logs it.
+    /// Ends a [`Device::pause`]: the device goes on where it stopped. A device that cannot go on
+    /// reports that to its driver (DEVICE_NEEDS_RESET), or logs it.
     fn resume(&self) {}
 
-    /// What people may want to know of its state, as a JSON object: `{"kind": "uart"}` and more.
+    /// The device's state for the user, as a JSON object with a `kind`, as in `{"kind": "uart"}`.
     fn describe(&self) -> Value;
 }
 
-/// Two devices that claim the same address: a fault of the machine's layout.
+/// The error for two devices that claim the same address, which is a bug in the machine's layout.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("the MMIO ranges {} and {} overlap", range(.0), range(.1))]
 pub struct Overlap(Range<u64>, Range<u64>);
@@ -66,10 +71,12 @@ fn range(r: &Range<u64>) -> String {
     format!("{:#x}..{:#x}", r.start, r.end)
 }
 
-/// The guest-physical addresses without RAM: a sorted list of ranges, fixed once it is built.
+/// The guest-physical addresses of the devices: a sorted list of ranges, which does not change once
+/// the machine runs.
 pub struct Bus {
     regions: Vec<Region>,
-    /// The region of the last access: the next one is mostly of the same device.
+    /// The region of the last access, which is tried first: the next access is mostly to the same
+    /// device.
     last: AtomicUsize,
     unmapped: RateLimit,
 }
@@ -80,7 +87,7 @@ struct Region {
 }
 
 impl Region {
-    /// All of `len` bytes at `gpa` are the device's.
+    /// Whether all `len` bytes at `gpa` are in this region.
     #[inline]
     fn holds(&self, gpa: u64, len: usize) -> bool {
         let (start, end) = (self.range.start, self.range.end);
@@ -99,10 +106,10 @@ impl Default for Bus {
 }
 
 impl Bus {
-    /// Gives `range` to `device`.
+    /// Gives the addresses in `range` to `device`.
     ///
     /// # Errors
-    /// Part of it is taken.
+    /// Fails if a part of the range belongs to another device.
     pub fn insert(
         &mut self,
         range: Range<u64>,
@@ -121,7 +128,8 @@ impl Bus {
         Ok(())
     }
 
-    /// A load of `len` bytes (at most 8) by the guest: little-endian, all ones where nothing is.
+    /// Serves a load of the guest of `len` bytes, at most 8. Returns the value, little-endian. It
+    /// is all ones where there is no device.
     pub fn read(&self, gpa: u64, len: usize) -> u64 {
         let mut bytes = [0; 8];
         let data = &mut bytes[..len.min(8)];
@@ -135,7 +143,7 @@ impl Bus {
         u64::from_le_bytes(bytes)
     }
 
-    /// A store by the guest; without effect where nothing is.
+    /// Serves a store of the guest. It has no effect where there is no device.
     pub fn write(&self, gpa: u64, data: &[u8]) {
         match self.find(gpa, data.len()) {
             Some(region) => region.device.write(gpa - region.range.start, data),
@@ -143,7 +151,7 @@ impl Bus {
         }
     }
 
-    /// The region that holds all of `len` bytes at `gpa`.
+    /// The region that contains all `len` bytes at `gpa`.
     #[inline]
     fn find(&self, gpa: u64, len: usize) -> Option<&Region> {
         let last = self.regions.get(self.last.load(Ordering::Relaxed))?;
@@ -167,7 +175,7 @@ impl Bus {
     fn warn_unmapped(&self, act: &str, gpa: u64, len: usize) {
         guest_warn!(
             self.unmapped,
-            "the guest {act} {len} bytes at {gpa:#x}, where nothing is"
+            "the guest {act} {len} bytes at {gpa:#x}, where there is no RAM and no device"
         );
     }
 }
@@ -178,7 +186,7 @@ mod tests {
     use crate::util::sync::lock;
     use std::sync::Mutex;
 
-    /// Reads its offset, keeps what was written.
+    /// Answers a load with its offset, and records the stores.
     #[derive(Default)]
     struct Probe(Mutex<Vec<(u64, Vec<u8>)>>);
 
@@ -208,7 +216,7 @@ mod tests {
         assert_eq!(*lock(&high.0), [(0xc, vec![1, 2, 3, 4])]);
     }
 
-    /// The region of the last access is tried first, and is not taken for another.
+    /// The region of the last access is tried first. It must not serve an access to another region.
     #[test]
     fn whatever_the_access_before() {
         let (bus, _) = bus();

@@ -1,26 +1,26 @@
-//! The kernel's command line: what it may be, and how much of it each kind of guest keeps.
+//! The kernel's command line: its limits, and their checks.
 //!
-//! | who reads it | bytes | what happens to more |
+//! | limit of | bytes | if the command line is longer |
 //! |---|---|---|
-//! | the device tree, for every guest | [`MAX`] | refused |
-//! | a RISC-V Linux, from an Image or a vmlinux | [`LINUX_MAX`] | Linux cuts it off; a warning |
-//! | any other kernel | nobody knows | nothing |
+//! | the device tree, for every guest | [`MAX`] | rvmm refuses it |
+//! | a RISC-V Linux, from an Image or a vmlinux | [`LINUX_MAX`] | rvmm warns; Linux cuts it off |
+//! | any other kernel | unknown | rvmm passes it on |
 //!
-//! A NUL byte is refused: the device tree's strings end at it.
+//! rvmm refuses a NUL byte, because it ends a string of the device tree.
 
 use super::ConfigError;
 
-/// Gives Linux its console.
+/// The default command line, which makes the UART Linux's console.
 pub(super) const DEFAULT: &str = "console=ttyS0";
 
-/// Bytes that the device tree has room for. What a kernel keeps of them is its own affair.
+/// The most bytes that rvmm puts into the device tree. The kernel may keep fewer.
 pub(crate) const MAX: usize = 64 << 10;
 
-/// Bytes that a RISC-V Linux keeps, without the NUL; it cuts off the rest in silence
-/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h`: 1024, and 512 in older kernels).
+/// Bytes that a RISC-V Linux keeps, without the NUL. It cuts off the rest without a message.
+/// (COMMAND_LINE_SIZE in `arch/riscv/include/uapi/asm/setup.h` is 1024, in older kernels 512.)
 pub(crate) const LINUX_MAX: usize = 1023;
 
-/// Checks what holds for every guest.
+/// Checks the limits that hold for every guest.
 pub(super) fn validate(cmdline: &str) -> Result<(), ConfigError> {
     if cmdline.contains('\0') {
         return Err(ConfigError::CmdlineNul);
@@ -31,7 +31,7 @@ pub(super) fn validate(cmdline: &str) -> Result<(), ConfigError> {
     }
 }
 
-/// A warning, where a kernel does not keep all of it. `is_linux` tells what the kernel is.
+/// The warning for a command line that a Linux kernel will cut off. `None` for any other kernel.
 pub(crate) fn warning(cmdline: &str, is_linux: bool) -> Option<String> {
     let length = cmdline.len();
     (is_linux && length > LINUX_MAX).then(|| {
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_tells_both_limits() {
+    fn the_readme_has_both_limits() {
         let readme = include_str!("../../README.md");
         let words: Vec<&str> = readme.split_whitespace().collect();
         let text = words.join(" ");

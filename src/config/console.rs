@@ -1,4 +1,4 @@
-//! Where the guest's console goes.
+//! The flags `--console` and `--virtio-console`: where the guest's consoles go.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,20 +11,20 @@ use thiserror::Error;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ConsoleConfig {
-    /// Standard input and output; a terminal is put into raw mode.
+    /// Standard input and output. rvmm puts a terminal into raw mode.
     #[default]
     Stdio,
-    /// Nowhere: output is dropped, and there is no input.
+    /// No console: output is dropped, and there is no input.
     None,
-    /// A new pseudo-terminal, whose name is told.
+    /// A new pseudo-terminal. rvmm prints its name.
     Pty,
     /// Output to the end of a file; no input.
     File(PathBuf),
-    /// A Unix socket that takes one client at a time; without one, output is dropped.
+    /// A Unix socket that takes one client at a time. Without a client, output is dropped.
     Socket(PathBuf),
 }
 
-/// Not a console.
+/// The error for a text that names no console.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("no such console: write stdio, none, pty, file=PATH or socket=PATH")]
 pub struct NoSuchConsole;

@@ -1,4 +1,4 @@
-//! The harts: which extensions they have, and who they say made them.
+//! The harts: their ISA and SBI extensions, and their vendor, architecture and implementation ids.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,34 +8,35 @@ use serde::{Deserialize, Serialize};
 
 use super::keyvalue::{self, KeyValue};
 
-/// What differs from the host's harts.
+/// How the guest's harts differ from the host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuConfig {
-    /// The vendor (JEDEC), instead of the host's.
+    /// `mvendorid`, the vendor's JEDEC id, in place of the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mvendorid: Option<Hex>,
-    /// The microarchitecture, instead of the host's.
+    /// `marchid`, the microarchitecture's id, in place of the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub marchid: Option<Hex>,
-    /// Its version, instead of the host's.
+    /// `mimpid`, the version of the microarchitecture, in place of the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mimpid: Option<Hex>,
-    /// ISA extensions by name.
+    /// ISA extensions that the guest does not get, by name.
     #[serde(flatten)]
     pub extensions: BTreeMap<String, IsaSwitch>,
 }
 
-/// What is done with an ISA extension that the host has.
+/// How rvmm keeps an ISA extension of the host from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IsaSwitch {
-    /// An illegal instruction in the guest, and not in its device tree.
+    /// KVM disables the extension, and the device tree does not list it. Its instructions are
+    /// illegal in the guest.
     Off,
-    /// Not in the device tree; the instructions work all the same.
+    /// The device tree does not list the extension, but its instructions still work.
     Hidden,
 }
 
-/// SBI extensions that are off.
+/// The SBI extensions that the guest does not get.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SbiConfig {
     /// SBI extensions by name.
@@ -43,15 +44,15 @@ pub struct SbiConfig {
     pub extensions: BTreeMap<String, SbiSwitch>,
 }
 
-/// What is done with an SBI extension.
+/// How rvmm keeps an SBI extension from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SbiSwitch {
-    /// Its calls are NOT_SUPPORTED.
+    /// Its calls return SBI_ERR_NOT_SUPPORTED.
     Off,
 }
 
-/// A number as it is written: 0x1f or 31.
+/// A number, written in decimal (`31`) or hexadecimal (`0x1f`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Hex(pub u64);
@@ -66,7 +67,7 @@ impl TryFrom<String> for Hex {
         };
         number
             .map(Hex)
-            .map_err(|_| format!("{text:?} is no number: write 31 or 0x1f"))
+            .map_err(|_| format!("{text:?} is not a number: write it as 31 or 0x1f"))
     }
 }
 
@@ -99,14 +100,14 @@ impl FromStr for SbiConfig {
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for CpuConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&keyvalue::print(self))
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for SbiConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&keyvalue::print(self))
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_they_cannot_be_is_told() {
+    fn errors_name_what_is_wrong() {
         let cpu = |text: &str| text.parse::<CpuConfig>().unwrap_err();
         assert!(cpu("v=on").contains("`on`"), "{}", cpu("v=on"));
         assert!(cpu("mimpid=x").contains("0x1f"), "{}", cpu("mimpid=x"));

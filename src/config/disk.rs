@@ -9,49 +9,52 @@ use serde::{Deserialize, Serialize};
 use super::ConfigError;
 use super::keyvalue::{self, KeyValue};
 
-/// Bytes of a disk's name that its driver can read (VIRTIO_BLK_ID_BYTES).
+/// The longest name of a disk in bytes: the guest's driver reads no more (VIRTIO_BLK_ID_BYTES).
 pub(super) const ID_MAX: usize = 20;
 
-/// A disk of the guest: a raw image, or a block device of the host.
+/// A disk of the guest, on a raw image or a block device of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The image, or the block device.
+    /// The path of the image or the block device.
     pub path: PathBuf,
-    /// The guest can only read it.
+    /// The guest cannot write to the disk.
     #[serde(
         default,
         deserialize_with = "keyvalue::switch",
         skip_serializing_if = "keyvalue::is_off"
     )]
     pub readonly: bool,
-    /// Its name, as the guest's /dev/disk/by-id shows it; at most 20 bytes. `disk0` and so on
-    /// without it.
+    /// The disk's name, which the guest shows in /dev/disk/by-id; 1 to 20 bytes. The default is
+    /// `disk0` for the first disk, and so on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Past the host's page cache (O_DIRECT). The guest sees the same disk.
+    /// Access the image with O_DIRECT, so without the host's page cache. For the guest the disk is
+    /// the same.
     #[serde(
         default,
         deserialize_with = "keyvalue::switch",
         skip_serializing_if = "keyvalue::is_off"
     )]
     pub direct: bool,
-    /// What the image is. Without it rvmm looks, and refuses what seems to be no raw image.
+    /// The format of the image. Without it, rvmm looks at the content, and refuses an image that
+    /// seems to have another format than raw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<DiskFormat>,
-    /// When a write is durable.
+    /// When the guest's writes are durable.
     #[serde(default, skip_serializing_if = "Cache::is_default")]
     pub cache: Cache,
-    /// Keep what the guest writes in a temporary file that ends with rvmm; the image is only read,
-    /// and many guests can share it.
+    /// Keep the guest's writes in a temporary file, which is lost when rvmm ends. rvmm only reads
+    /// the image then, so many guests can share it.
     #[serde(
         default,
         deserialize_with = "keyvalue::switch",
         skip_serializing_if = "keyvalue::is_off"
     )]
     pub snapshot: bool,
-    /// The directory of that file; without it $TMPDIR, or else /var/tmp. rvmm warns if that is in the
-    /// host's RAM and nobody chose it.
+    /// The directory of that file. Without it: `$TMPDIR` if that is set, else /var/tmp if that
+    /// exists, else /tmp. rvmm warns if the directory is in the host's RAM and the user did not
+    /// choose it.
     #[serde(
         default,
         rename = "snapshot-dir",
@@ -60,24 +63,25 @@ pub struct DiskConfig {
     pub snapshot_dir: Option<PathBuf>,
 }
 
-/// What an image is.
+/// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
-    /// The bytes of the disk, whatever they seem to be: a guest may write any.
+    /// The image holds the bytes of the disk, and nothing else. They may look like another format:
+    /// a guest can write any bytes.
     Raw,
 }
 
-/// When what the guest wrote is durable.
+/// When the guest's writes are durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
-    /// When a flush after it has ended, as on a disk with a write cache.
+    /// After a later flush has ended, as on a disk with a write cache.
     #[default]
     Writeback,
-    /// When the write itself has ended.
+    /// As soon as the write has ended.
     Writethrough,
-    /// Some time later: flushes do nothing. For what can be made again.
+    /// At some later time: flushes do nothing. For data that may be lost.
     Unsafe,
 }
 
@@ -101,14 +105,14 @@ impl FromStr for DiskConfig {
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&keyvalue::print(self))
     }
 }
 
-/// Checks what can be checked without a host.
+/// Checks everything that does not depend on the host.
 pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
     let ids = || disks.iter().filter_map(|disk| disk.id.as_ref());
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);

@@ -1,7 +1,7 @@
-//! One serde struct is a flag's `key=value,…` and the JSON's object.
+//! Reads a struct from a flag's `key=value,…` text and from a JSON object, by one serde derive.
 //!
-//! A struct gets both forms from its serde derive: the flag's text becomes an object of strings,
-//! and a first word without `=` is the value of the struct's main key.
+//! [`parse`] makes a JSON object of strings from the flag's text, and serde reads the struct from
+//! it. A first word without `=` is the value of the struct's main key.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,20 +11,20 @@ use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-/// What [`parse`] needs to know of a struct.
+/// A struct that [`parse`] can read, with what it needs for that.
 pub(super) trait KeyValue: DeserializeOwned {
-    /// The key of a first word without `=`, if that may be.
+    /// The key that a first word without `=` gives a value to. `None` if each word needs a key.
     const MAIN_KEY: Option<&'static str> = None;
-    /// A value as a user could write it.
+    /// A complete value of the flag, for error messages.
     const EXAMPLE: &'static str;
-    /// Keys that may stand alone, for `=on`.
+    /// Keys that may stand alone, which means `=on`.
     const SWITCHES: &'static [&'static str] = &[];
 }
 
 /// Parses a flag's text.
 ///
 /// # Errors
-/// One line that names the key or value.
+/// A message of one line that names the wrong key or value.
 pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     let mut object = Map::new();
     if text.is_empty() {
@@ -46,12 +46,12 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     from_object(object)
 }
 
-/// What is wrong with a word without `=`.
+/// The error message for a word without `=`.
 fn lonely<T: KeyValue>(word: &str) -> String {
     if word.is_empty() {
-        return "nothing stands between two commas, or behind the last".into();
+        return "a comma is first, last, or next to another: remove it".into();
     }
-    // Whether it is a key at all.
+    // Find out whether the word is a key at all.
     let object = Map::from_iter([(word.to_owned(), Value::from("x"))]);
     match from_object::<T>(object) {
         Err(error) if error.starts_with(UNKNOWN) => error,
@@ -59,7 +59,7 @@ fn lonely<T: KeyValue>(word: &str) -> String {
     }
 }
 
-/// How the error of a key begins that is none.
+/// How the error message for an unknown key begins.
 const UNKNOWN: &str = "unknown key";
 
 fn from_object<T: KeyValue>(object: Map<String, Value>) -> Result<T, String> {
@@ -71,7 +71,7 @@ fn from_object<T: KeyValue>(object: Map<String, Value>) -> Result<T, String> {
     })
 }
 
-/// The flag's text for `value`, whose fields are strings and switches in JSON.
+/// The flag's text for `value`. In JSON, all its fields have to be strings, numbers or booleans.
 pub(super) fn print<T: Serialize>(value: &T) -> String {
     let Ok(Value::Object(object)) = serde_json::to_value(value) else {
         return String::new();
@@ -85,7 +85,8 @@ pub(super) fn print<T: Serialize>(value: &T) -> String {
     words.collect::<Vec<_>>().join(",")
 }
 
-/// Reads the JSON of a [`KeyValue`]: its object, or the flag's text. For `deserialize_with`.
+/// Reads a [`KeyValue`] from JSON: from an object, or from a string with the flag's text. For
+/// `deserialize_with`.
 pub(super) fn deserialize<'de, T, D>(deserializer: D) -> Result<T, D::Error>
 where
     T: KeyValue,
@@ -94,7 +95,7 @@ where
     deserializer.deserialize_any(Either(PhantomData))
 }
 
-/// The same for what may be absent.
+/// As [`deserialize`], for an optional field.
 pub(super) fn deserialize_some<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     T: KeyValue,
@@ -103,7 +104,7 @@ where
     deserialize(deserializer).map(Some)
 }
 
-/// The same for a list of them.
+/// As [`deserialize`], for a list.
 pub(super) fn deserialize_list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     T: KeyValue,
@@ -119,12 +120,12 @@ where
     Ok(list.into_iter().map(|One(item)| item).collect())
 }
 
-/// For `skip_serializing_if` of a switch.
+/// Whether a switch is off. For `skip_serializing_if`.
 pub(super) fn is_off(switch: &bool) -> bool {
     !switch
 }
 
-/// `on` and `off`, or true and false in JSON.
+/// Reads a switch: `on` or `off`, in JSON also true or false. For `deserialize_with`.
 pub(super) fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "write on or off")]

@@ -8,19 +8,19 @@ use serde::{Deserialize, Serialize};
 use super::keyvalue::{self, KeyValue};
 use crate::util::ByteSize;
 
-/// How much RAM the guest has, and what backs it.
+/// The size and the backing of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemConfig {
-    /// Bytes.
+    /// The size of RAM.
     pub size: ByteSize,
-    /// Take it from the host's reserved pages of this size (hugetlb); without, from ordinary
-    /// memory, in transparent huge pages where the host has them.
+    /// Take RAM from the host's reserved huge pages of this size (hugetlb). Without it, RAM is
+    /// ordinary memory, in transparent huge pages if the host has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<HugePages>,
 }
 
-/// Page sizes of RISC-V's hugetlb that a host reserves at run time.
+/// The sizes of huge pages (hugetlb) that a RISC-V host can reserve at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
     /// 2 MiB.
@@ -32,7 +32,7 @@ pub enum HugePages {
 }
 
 impl HugePages {
-    /// Bytes of a page.
+    /// The size of one page.
     pub const fn size(self) -> ByteSize {
         match self {
             HugePages::TwoMib => ByteSize::mib(2),
@@ -42,7 +42,7 @@ impl HugePages {
 }
 
 impl MemConfig {
-    /// `size` of ordinary memory.
+    /// RAM of this size, in ordinary memory.
     pub const fn new(size: ByteSize) -> Self {
         Self {
             size,
@@ -64,7 +64,7 @@ impl FromStr for MemConfig {
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for MemConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.size.as_flag())?;

@@ -1,4 +1,4 @@
-//! What a virtual machine should be, apart from how it is made.
+//! The configuration of a virtual machine, from flags or JSON, and its checks.
 
 pub(crate) mod cmdline;
 mod console;
@@ -23,17 +23,18 @@ pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
 pub use sigterm::{SigtermAct, SigtermConfig, Time};
 
-/// A virtual machine: its flags, its JSON, and, in the doc comments, the text of `--help`.
+/// The configuration of a virtual machine. The fields are the flags and the keys of the JSON. Their
+/// doc comments are the text of `--help`.
 #[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
-    /// Kernel to boot: a RISC-V Linux Image, also in gzip, zstd or EFI zboot, a vmlinux, or an
-    /// S-mode ELF
+    /// Kernel to boot: a RISC-V Linux Image, also compressed (gzip, zstd or EFI zboot), a vmlinux,
+    /// or another ELF file that runs in S-mode
     #[arg(short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
 
-    /// What the kernel's file is
+    /// Format of the kernel's file
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     pub kernel_format: KernelFormat,
 
@@ -42,13 +43,13 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
-    /// Kernel command line; the default gives Linux its console. A RISC-V Linux keeps 1023 bytes,
-    /// the device tree takes 65536
+    /// Kernel command line; the default makes the UART Linux's console. A RISC-V Linux keeps 1023
+    /// bytes, the device tree takes 65536
     #[arg(short = 'p', long, value_name = "TEXT", default_value = cmdline::DEFAULT)]
     pub cmdline: String,
 
-    /// Guest RAM, in bytes or with K, M, G or T (powers of 1024); SIZE,hugepages=2M (or 1G) takes
-    /// it from the host's reserved huge pages
+    /// Size of the guest's RAM, in bytes or with K, M, G or T (powers of 1024); SIZE,hugepages=2M
+    /// (or 1G) takes the RAM from the host's reserved huge pages
     #[arg(
         short,
         long,
@@ -59,7 +60,7 @@ pub struct VmConfig {
     #[serde(deserialize_with = "keyvalue::deserialize")]
     pub mem: MemConfig,
 
-    /// Virtual CPUs, as many harts; they may be more than the host's, and then share its CPUs
+    /// Number of virtual CPUs (harts); if there are more than the host has CPUs, they share those
     #[arg(
         short,
         long,
@@ -70,9 +71,9 @@ pub struct VmConfig {
     )]
     pub cpus: u32,
 
-    /// How the harts differ from the host's: NAME=off takes an ISA extension away where KVM can,
-    /// NAME=hidden only from the device tree; ids to report, as in
-    /// v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
+    /// How the harts differ from the host's: NAME=off disables an ISA extension, if KVM can;
+    /// NAME=hidden only removes it from the device tree; mvendorid, marchid and mimpid are the ids
+    /// to report. As in v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
     #[arg(long, value_name = "KEY=VALUE,...")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
@@ -80,7 +81,7 @@ pub struct VmConfig {
     )]
     pub cpu: Option<CpuConfig>,
 
-    /// SBI extensions to take away: NAME=off, as in pmu=off,sta=off
+    /// SBI extensions to disable: NAME=off, as in pmu=off,sta=off
     #[arg(long, value_name = "NAME=off,...")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
@@ -88,10 +89,11 @@ pub struct VmConfig {
     )]
     pub sbi: Option<SbiConfig>,
 
-    /// A disk: a raw image or a block device. readonly, direct (past the host's page cache), id=NAME,
-    /// cache=writeback, writethrough or unsafe, snapshot (what is written ends with rvmm),
-    /// snapshot-dir=DIR (where that is kept; $TMPDIR, else /var/tmp or /tmp), format=raw (for an
-    /// image that looks like another format); give more --disk for more
+    /// A disk on a raw image or a block device. Keys: readonly, direct (without the host's page
+    /// cache), id=NAME, cache=writeback, writethrough or unsafe, snapshot (the guest's writes are
+    /// lost when rvmm ends), snapshot-dir=DIR (where rvmm keeps those writes; default $TMPDIR, else
+    /// /var/tmp or /tmp), format=raw (for an image that looks like another format). Give --disk
+    /// again for each further disk
     #[arg(short, long, value_name = "PATH[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
@@ -99,8 +101,8 @@ pub struct VmConfig {
     )]
     pub disk: Vec<DiskConfig>,
 
-    /// A network interface on a tap of the host, with its MTU: tap=NAME; mac=52:54:00:12:34:56, vhost
-    /// (the host's kernel moves the packets); give more --net for more
+    /// A network interface on the host's tap NAME, with the tap's MTU. Keys: mac=52:54:00:12:34:56,
+    /// vhost (the host's kernel moves the packets). Give --net again for each further interface
     #[arg(short, long, value_name = "tap=NAME[,KEY=VALUE,...]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
@@ -113,17 +115,17 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "keyvalue::is_off")]
     pub rng: bool,
 
-    /// A second console (virtio-console, the guest's hvc0): none, pty, file=PATH, socket=PATH, or
-    /// stdio with --console none
+    /// Where the guest's second console goes (virtio-console, hvc0 in the guest): none, pty,
+    /// file=PATH, socket=PATH, or, with --console none, stdio
     #[arg(long, value_name = "WHERE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtio_console: Option<ConsoleConfig>,
 
-    /// How virtio devices are attached
+    /// How virtio devices are attached to the machine
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub transport: Transport,
 
-    /// Interrupt controller
+    /// Interrupt controller of the guest
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     pub irqchip: IrqchipKind,
 
@@ -131,9 +133,9 @@ pub struct VmConfig {
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub console: ConsoleConfig,
 
-    /// What SIGTERM does: kill ends the machine as a power cut does; poweroff asks the guest to power
-    /// off, by a power key or else by SysRq on its UART, and ends the machine after timeout=TIME
-    /// (30s) or at the next SIGTERM
+    /// What SIGTERM does: kill ends the machine, as a power cut would; poweroff asks the guest to
+    /// power off (by a power key, or by SysRq on its UART if it has no driver for the key), and
+    /// ends the machine after timeout=TIME (30s) or at the next SIGTERM
     #[arg(long, value_name = "kill|poweroff[,timeout=TIME]", default_value_t)]
     #[serde(
         deserialize_with = "keyvalue::deserialize",
@@ -145,11 +147,11 @@ pub struct VmConfig {
 fn parse_cpus(text: &str) -> Result<u32, String> {
     let number = text.parse::<u64>();
     let number = number.map_err(|_| "write a number of harts, as in --cpus 4")?;
-    // What is too much for any machine is told later.
+    // `machine/harts.rs` refuses a number that is too large, and names the limit.
     Ok(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
-/// The same as the flags' defaults.
+/// The same values as the defaults of the flags.
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
@@ -173,29 +175,30 @@ impl Default for VmConfig {
     }
 }
 
-/// What a kernel's file is.
+/// The format of a kernel's file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KernelFormat {
-    /// Told by its content
+    /// rvmm finds the format from the content
     #[default]
     Auto,
-    /// A Linux Image, maybe compressed
+    /// A Linux Image, which may be compressed
     Image,
-    /// An ELF file, maybe compressed
+    /// An ELF file, which may be compressed
     Elf,
-    /// Any bytes: loaded 2 MiB into RAM and entered there, as U-Boot is
+    /// Any bytes, such as U-Boot: rvmm loads them 2 MiB above the start of RAM and enters them
+    /// there
     Flat,
 }
 
-/// How virtio devices are attached.
+/// How virtio devices are attached to the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// On a PCI bus, with a message for each queue where the host can deliver it
+    /// On a PCI bus, with an MSI-X message for each queue if the host can deliver messages
     #[default]
     Pci,
-    /// Registers at fixed addresses and a wire each, at most eight
+    /// At fixed addresses (virtio-mmio), with an interrupt wire for each; at most eight devices
     Mmio,
 }
 
@@ -203,86 +206,86 @@ pub enum Transport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IrqchipKind {
-    /// The AIA where the host has it, else the PLIC
+    /// The AIA if the host has one, else the PLIC
     #[default]
     Auto,
-    /// The AIA in the kernel, with guest interrupt files where the host has them
+    /// The in-kernel AIA, with guest interrupt files if the host has them
     Aia,
-    /// The AIA in the kernel, emulated
+    /// The in-kernel AIA, emulated
     AiaEmul,
-    /// The PLIC in userspace, on any host
+    /// The PLIC in userspace; works on any host
     Plic,
 }
 
-/// A configuration that no host could run. Each names its flag.
+/// A configuration that no host can run. Each message names the flag.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigError {
-    /// No kernel.
+    /// There is no kernel.
     #[error("no kernel: give --kernel FILE")]
     NoKernel,
-    /// No RAM.
+    /// The guest has no RAM.
     #[error("--mem 0: a guest needs RAM, as in --mem 128M")]
     NoMemory,
-    /// Bytes where MiB were meant.
-    #[error("--mem {0}: that is {0} bytes: write {0}M for MiB")]
+    /// RAM of less than 1 KiB: the user probably left out a unit.
+    #[error("--mem {0}: {0} bytes are too little: write {0}M for MiB")]
     MemoryUnit(u64),
-    /// No vCPU.
+    /// The guest has no vCPU.
     #[error("--cpus 0: a guest needs a hart, as in --cpus 1")]
     NoCpus,
-    /// More than the device tree takes.
+    /// The command line is longer than the device tree's limit.
     #[error(
         "--cmdline: {0} bytes are more than the {max} that the device tree has room for",
         max = cmdline::MAX
     )]
     CmdlineLength(usize),
-    /// No page of the size that is asked for.
-    #[error("--mem {0}: RAM is no multiple of its huge pages")]
+    /// The size of RAM is not a multiple of the size of its huge pages.
+    #[error("--mem {0}: the size is not a multiple of the huge page size")]
     HugePages(String),
-    /// No image.
-    #[error("--disk {0}: no PATH, or an empty one")]
+    /// A path is empty.
+    #[error("--disk {0}: PATH or snapshot-dir is empty")]
     DiskPath(String),
-    /// A name that a disk cannot carry.
+    /// The disk's name is not allowed.
     #[error("--disk id={0}: a name has 1 to 20 letters, digits, '-', '_' or '.'")]
     DiskId(String),
-    /// Two disks of one name.
+    /// Two disks have the same name.
     #[error("--disk id={0}: two disks have this name")]
     DiskIdTwice(String),
-    /// What excludes each other.
-    #[error("--disk {0:?}: direct has no meaning with snapshot: leave one out")]
+    /// `direct` and `snapshot` are given together.
+    #[error("--disk {0:?}: direct and snapshot exclude each other: leave one out")]
     DiskDirectSnapshot(PathBuf),
-    /// A place for what is not there.
-    #[error("--disk {0:?}: snapshot-dir has no meaning without snapshot=on: give both or none")]
+    /// `snapshot-dir` is given without `snapshot`.
+    #[error("--disk {0:?}: snapshot-dir needs snapshot=on: give both or none")]
     DiskSnapshotDir(PathBuf),
-    /// Two consoles for one terminal.
-    #[error("--virtio-console stdio: the UART's console is there already: give --console none too")]
+    /// Both consoles are on standard input and output.
+    #[error("--virtio-console stdio: the UART's console uses stdio: give --console none too")]
     TwoStdio,
-    /// What no interface is called.
+    /// No interface can have this name.
     #[error("--net tap={0}: an interface's name has 1 to 15 bytes, and no '/', ':' or blank")]
     TapName(String),
-    /// One tap for two interfaces.
+    /// Two interfaces have the same tap.
     #[error("--net tap={0}: two interfaces cannot share a tap")]
     TapTwice(String),
-    /// One address for two interfaces.
+    /// Two interfaces have the same address.
     #[error("--net mac={0}: two interfaces cannot share an address")]
     MacTwice(Mac),
-    /// A time for nothing.
-    #[error("--on-sigterm kill needs no time: timeout belongs to poweroff")]
+    /// `timeout` is given with `kill`.
+    #[error("--on-sigterm kill takes no timeout: only poweroff does")]
     KillTimeout,
-    /// What no command line can hold.
-    #[error("--cmdline: a NUL byte would end it")]
+    /// The command line contains a NUL byte.
+    #[error("--cmdline: there is a NUL byte in it, which would end it")]
     CmdlineNul,
 }
 
 impl VmConfig {
-    /// Checks what can be checked without a host.
+    /// Checks everything that does not depend on the host.
     ///
     /// # Errors
-    /// The first value that no host could serve.
+    /// Fails for the first value that no host can serve.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
         }
-        // No machine has so little, and people leave out the M.
+        // No machine has so little RAM: the user left out the M.
         if self.mem.size < ByteSize::kib(1) {
             return Err(ConfigError::MemoryUnit(self.mem.size.bytes()));
         }
@@ -305,10 +308,10 @@ impl VmConfig {
         self.kernel().map(drop)
     }
 
-    /// The kernel's file.
+    /// The path of the kernel.
     ///
     /// # Errors
-    /// None was given.
+    /// Fails if no path is given, or an empty one.
     pub fn kernel(&self) -> Result<&Path, ConfigError> {
         let kernel = self.kernel.as_deref();
         let named = kernel.filter(|path| !path.as_os_str().is_empty());
@@ -345,7 +348,7 @@ mod tests {
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)
         );
-        // JSON can say what the flag cannot.
+        // The JSON's parser accepts this; the flag's does not.
         assert_eq!(
             with(|c| {
                 let json = r#"{"act":"kill","timeout":"3s"}"#;

@@ -8,16 +8,17 @@ use serde::{Deserialize, Serialize};
 use super::ConfigError;
 use super::keyvalue::{self, KeyValue};
 
-/// A network interface of the guest, on a tap interface of the host.
+/// A network interface of the guest, connected to a tap interface of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap, which exists already. Its MTU is the guest's too.
+    /// The name of the tap, which has to exist. The guest's interface gets the tap's MTU.
     pub tap: String,
-    /// The guest's address; without it one that stays the same for this tap of this host.
+    /// The MAC address of the guest's interface. The default is computed from the host and the
+    /// tap's name, so it is the same at each start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
-    /// Let the host's kernel move the packets (vhost-net).
+    /// Let the host's kernel move the packets (vhost-net), not rvmm.
     #[serde(
         default,
         deserialize_with = "keyvalue::switch",
@@ -26,7 +27,7 @@ pub struct NetConfig {
     pub vhost: bool,
 }
 
-/// An Ethernet address of one station.
+/// A unicast Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
@@ -42,12 +43,12 @@ impl FromStr for Mac {
         let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
         match bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
             None => Err(format!(
-                "{text:?} is no MAC address: write 52:54:00:12:34:56"
+                "{text:?} is not a MAC address: write it as 52:54:00:12:34:56"
             )),
             Some(bytes) if bytes[0] & 1 != 0 => Err(format!(
-                "{text:?} is a MAC address of a group, not of one station"
+                "{text:?} is a multicast address: an interface needs a unicast address"
             )),
-            Some([0, 0, 0, 0, 0, 0]) => Err(format!("{text:?} is the address of no interface")),
+            Some([0, 0, 0, 0, 0, 0]) => Err(format!("no interface can have the address {text:?}")),
             Some(bytes) => Ok(Self(bytes)),
         }
     }
@@ -88,17 +89,17 @@ impl FromStr for NetConfig {
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&keyvalue::print(self))
     }
 }
 
-/// Bytes of an interface's name (IFNAMSIZ, without the NUL).
+/// The longest name of an interface in bytes (IFNAMSIZ, without the NUL).
 const NAME_MAX: usize = 15;
 
-/// Checks what can be checked without a host.
+/// Checks everything that does not depend on the host.
 pub(super) fn validate(interfaces: &[NetConfig]) -> Result<(), ConfigError> {
     for (index, interface) in interfaces.iter().enumerate() {
         let tap = &interface.tap;
@@ -167,9 +168,9 @@ mod tests {
             ("mac=52:54:00:12:34:56", "`tap`"),
             ("user", "unknown key `user`, expected one of `tap`"),
             ("tap=a,mac=52:54:00:12:34", "52:54:00:12:34:56"),
-            ("tap=a,mac=52:54:00:12:34:5", "no MAC"),
-            ("tap=a,mac=+2:54:00:12:34:56", "no MAC"),
-            ("tap=a,mac=53:54:00:12:34:56", "group"),
+            ("tap=a,mac=52:54:00:12:34:5", "not a MAC"),
+            ("tap=a,mac=+2:54:00:12:34:56", "not a MAC"),
+            ("tap=a,mac=53:54:00:12:34:56", "multicast"),
             ("tap=a,mac=00:00:00:00:00:00", "no interface"),
             ("tap=a,vhost=yes", "on or off"),
         ] {

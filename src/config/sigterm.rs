@@ -1,4 +1,4 @@
-//! What SIGTERM does.
+//! The flag `--on-sigterm`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,53 +8,56 @@ use serde::{Deserialize, Serialize};
 
 use super::keyvalue::{self, KeyValue};
 
-/// What SIGTERM does to a machine.
+/// What SIGTERM does to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SigtermConfig {
-    /// What happens at once.
+    /// What the first SIGTERM does at once.
     pub act: SigtermAct,
-    /// How long the guest has to power off, before the machine ends all the same.
+    /// The time that the guest has to power off. After it, rvmm ends the machine. Only for
+    /// [`SigtermAct::Poweroff`]; the default is 30 seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Time>,
 }
 
-/// What SIGTERM does at once.
+/// What the first SIGTERM does at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SigtermAct {
-    /// The machine ends as when its power fails.
+    /// End the machine, as a power cut would.
     #[default]
     Kill,
-    /// The guest is asked to power off, by a power key.
+    /// Ask the guest to power off: by a power key, or by SysRq on its UART if it has no driver for
+    /// the key.
     Poweroff,
 }
 
-/// A time as people write it: `30s`, `5m`, `1h 30m`. Above zero.
+/// A time above zero, written as `30s`, `5m` or `1h 30m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Time(pub Duration);
 
 impl SigtermConfig {
-    /// How long a guest has that is asked to power off; None where none is.
+    /// The time that the guest has to power off. `None` if SIGTERM ends the machine at once.
     pub fn patience(self) -> Option<Duration> {
         const DEFAULT: Duration = Duration::from_secs(30);
         let time = self.timeout.map_or(DEFAULT, |time| time.0);
         (self.act == SigtermAct::Poweroff).then_some(time)
     }
 
-    /// Whether there is a time for nothing: the flag refuses that, JSON does not.
+    /// Whether there is a timeout that has no use, because SIGTERM ends the machine at once. The
+    /// flag's parser refuses that, the JSON's does not.
     pub(super) fn has_idle_timeout(&self) -> bool {
         self.act == SigtermAct::Kill && self.timeout.is_some()
     }
 
-    /// Whether this is what rvmm does without being told.
+    /// Whether this is the default.
     pub(super) fn is_default(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Kill.
+/// The default is [`SigtermAct::Kill`].
 impl Default for SigtermConfig {
     fn default() -> Self {
         Self {
@@ -75,13 +78,13 @@ impl FromStr for SigtermConfig {
     fn from_str(text: &str) -> Result<Self, String> {
         let config: Self = keyvalue::parse(text)?;
         match config.has_idle_timeout() {
-            true => Err("kill needs no time: timeout belongs to poweroff".into()),
+            true => Err("kill takes no timeout: only poweroff does".into()),
             false => Ok(config),
         }
     }
 }
 
-/// As the flag takes it.
+/// The text that the flag accepts.
 impl fmt::Display for SigtermConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.act {
@@ -100,7 +103,7 @@ impl FromStr for Time {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match humantime::parse_duration(text) {
-            Ok(Duration::ZERO) => Err("a machine needs some time".into()),
+            Ok(Duration::ZERO) => Err("a time has to be longer than zero".into()),
             Ok(time) => Ok(Self(time)),
             Err(error) => Err(format!("{error}; write it as 30s, 5m or 1h 30m")),
         }
@@ -153,10 +156,10 @@ mod tests {
     fn errors_name_the_value() {
         for (text, part) in [
             ("stop", "`poweroff`"),
-            ("poweroff,timeout=0s", "some time"),
+            ("poweroff,timeout=0s", "longer than zero"),
             ("poweroff,timeout=soon", "30s"),
             ("poweroff,after=3s", "`timeout`"),
-            ("kill,timeout=3s", "belongs to poweroff"),
+            ("kill,timeout=3s", "only poweroff"),
         ] {
             let error = text.parse::<SigtermConfig>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -1,4 +1,5 @@
-//! KVM's binary statistics: `Documentation/virt/kvm/api.rst`, section 4.133 KVM_GET_STATS_FD.
+//! Parser for KVM's binary statistics: `Documentation/virt/kvm/api.rst`, section 4.133
+//! KVM_GET_STATS_FD. The file begins with a header; each value has a descriptor. Their fields are:
 //!
 //! ```text
 //!  0 flags       8 num_desc   16 desc_offset    a descriptor:  0 flags      8 offset in the data
@@ -6,7 +7,7 @@
 //!                                                              6 size      16 name
 //! ```
 
-/// One of KVM's counters of a vCPU.
+/// One of KVM's counters for a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counter {
     /// KVM's name, such as `mmio_exit_user`.
@@ -17,12 +18,12 @@ pub struct Counter {
 
 const HEADER_SIZE: usize = 24;
 const DESCRIPTOR_SIZE: usize = 16;
-/// Bits of a descriptor's flags that tell its type.
+/// The bits of a descriptor's flags that hold the type of the value.
 const TYPE_MASK: u32 = 0x0f;
-/// A counter that only grows. Other types are states, peaks and histograms.
+/// The type of a counter that only grows. Other types are instant values, peaks and histograms.
 const TYPE_CUMULATIVE: u32 = 0;
 
-/// The counters of a statistics file; `None` where it is none.
+/// The counters of a statistics file. `None` if `file` is not a statistics file.
 pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
     let mut counters = Vec::new();
     for value in values(file)? {
@@ -38,18 +39,18 @@ pub fn parse(file: &[u8]) -> Option<Vec<Counter>> {
     Some(counters)
 }
 
-/// Where in a statistics file the eight bytes of the value `name` are.
+/// The offset of the value `name` in a statistics file. The value has eight bytes.
 pub fn offset(file: &[u8], name: &str) -> Option<usize> {
     let value = values(file)?.into_iter().find(|value| value.name == name)?;
     Some(value.at)
 }
 
-/// What a descriptor tells.
+/// The content of a descriptor.
 struct Described {
     kind: u32,
-    /// Values of eight bytes.
+    /// The number of values, of eight bytes each.
     count: u16,
-    /// Where they are in the file.
+    /// The offset of the first value in the file.
     at: usize,
     name: String,
 }
@@ -138,7 +139,8 @@ mod tests {
     fn any_other_file_is_none() {
         let file = file();
         for end in 0..file.len() {
-            // A name more or less may go unseen; nothing may panic or be made up.
+            // A name that is cut short may go unnoticed, but the parser must not panic or invent
+            // values.
             if let Some(counters) = parse(&file[..end]) {
                 assert!(counters.len() < 2, "{end}");
             }

@@ -1,6 +1,6 @@
-//! The names of what KVM switches by number: ISA and SBI extensions
-//! (`arch/riscv/include/uapi/asm/kvm.h`; for the ISA as
-//! `Documentation/devicetree/bindings/riscv/extensions.yaml` names them).
+//! The names of the ISA and SBI extensions that KVM can switch. The numbers are those of
+//! `arch/riscv/include/uapi/asm/kvm.h`. The names of ISA extensions are those of
+//! `Documentation/devicetree/bindings/riscv/extensions.yaml`.
 
 use super::RegId;
 
@@ -86,7 +86,8 @@ pub const ISA: [&str; 78] = [
     "zalasr",
 ];
 
-/// SBI extensions by `KVM_RISCV_SBI_EXT_*` number. BASE is none of them: it cannot be switched.
+/// SBI extensions by `KVM_RISCV_SBI_EXT_*` number. BASE is not among them: it cannot be switched
+/// off.
 pub const SBI: [&str; 14] = [
     "v01",
     "time",
@@ -104,12 +105,12 @@ pub const SBI: [&str; 14] = [
     "mpxy",
 ];
 
-/// The register that switches ISA extension `name`.
+/// The register that switches ISA extension `name`. `None` if KVM does not know the name.
 pub fn isa_register(name: &str) -> Option<RegId> {
     index(&ISA, name).map(RegId::isa_ext)
 }
 
-/// The register that switches SBI extension `name`.
+/// The register that switches SBI extension `name`. `None` if KVM does not know the name.
 pub fn sbi_register(name: &str) -> Option<RegId> {
     index(&SBI, name).map(RegId::sbi_ext)
 }

@@ -1,5 +1,5 @@
-//! A hypervisor for unit tests, on any host. It keeps what it is told; what a test wants to be
-//! different it says in a field.
+//! A hypervisor for unit tests, which works on any host. It records the calls of the code under
+//! test. Tests change its behaviour by its fields.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -18,10 +18,10 @@ use super::{
 use crate::util::ByteSize;
 use crate::util::sync::lock;
 
-/// What happened, in its order.
+/// A record of calls, in their order.
 type Steps = Arc<Mutex<Vec<String>>>;
 
-/// Registers by id, shared by who wants to look.
+/// Registers by id. A test keeps a clone to see their values.
 pub(crate) type Registers = Arc<Mutex<HashMap<RegId, u64>>>;
 
 /// Registers with these values.
@@ -29,28 +29,28 @@ pub(crate) fn registers(values: &[(RegId, u64)]) -> Registers {
     Arc::new(Mutex::new(values.iter().copied().collect()))
 }
 
-/// A machine.
+/// A fake virtual machine.
 pub(crate) struct FakeVm {
     pub(crate) memslots: Mutex<Memslots>,
-    /// The kernel's dirty logs, by the memslots' names.
+    /// The dirty logs that the fake kernel returns, by the names of the memslots.
     pub(crate) dirty: Mutex<HashMap<String, Vec<u64>>>,
-    /// Each table of routes.
+    /// Each table of routes that was set.
     pub(crate) tables: Mutex<Vec<Vec<(u32, MsiMessage)>>>,
     /// Connected interrupt numbers.
     pub(crate) irqfds: Mutex<Vec<u32>>,
     /// Connected doorbells.
     pub(crate) doorbells: Mutex<Vec<Doorbell>>,
-    /// Levels that wires were set to.
+    /// The levels that wires were set to: source and level.
     pub(crate) levels: Mutex<Vec<(u32, bool)>>,
-    /// vCPUs that were created, and what was done to the AIA.
+    /// The vCPUs that were created, and the calls to the AIA.
     pub(crate) steps: Steps,
-    /// The AIA of its host.
+    /// The AIA. `None` for a host without one.
     pub(crate) aia: Option<FakeAia>,
     /// Makes the vCPU of a hart.
     pub(crate) vcpu: Box<dyn Fn(u32) -> FakeVcpu + Send + Sync>,
 }
 
-/// A host without an AIA, and vCPUs that do not run.
+/// The default has no AIA, and its vCPUs panic when they run.
 impl Default for FakeVm {
     fn default() -> Self {
         Self {
@@ -68,7 +68,7 @@ impl Default for FakeVm {
 }
 
 impl FakeVm {
-    /// `length` bytes of the guest's memory.
+    /// Reads `length` bytes of the guest's memory.
     pub(crate) fn read(&self, gpa: u64, length: usize) -> Vec<u8> {
         let memslots = lock(&self.memslots);
         let slot = memslots.iter().find_map(|placed| {
@@ -88,7 +88,7 @@ fn refused(act: &str, errno: Errno) -> Error {
     Error::refused(act, io::Error::from(errno))
 }
 
-/// Each life is on the same machine, which forgets what it was told.
+/// After a reset, the machine is the same `FakeVm`. `create_vm` clears most of its records.
 impl Hypervisor for Arc<FakeVm> {
     fn capabilities(&self) -> Vec<(&'static str, i32)> {
         Vec::new()
@@ -189,16 +189,16 @@ impl Vm for FakeVm {
     }
 }
 
-/// An AIA. Clones are of the same one.
+/// A fake AIA. A clone refers to the same AIA.
 #[derive(Clone, Default)]
 pub(crate) struct FakeAia {
-    /// The host has guest interrupt files.
+    /// Whether the host has guest interrupt files.
     pub(crate) has_guest_files: bool,
-    /// It loses the upper half of what is written to an IMSIC.
+    /// Whether it loses the upper half of a value that is written to an IMSIC.
     pub(crate) is_lossy: bool,
-    /// Registers of the IMSICs, by hart and number.
+    /// The registers of the IMSICs, by hart and number.
     pub(crate) imsics: Arc<Mutex<BTreeMap<(u32, u64), u64>>>,
-    /// Registers of the APLIC, by offset.
+    /// The registers of the APLIC, by offset.
     pub(crate) aplic: Arc<Mutex<BTreeMap<u32, u32>>>,
     pub(crate) steps: Steps,
 }
@@ -252,34 +252,34 @@ impl Aia for FakeAia {
     }
 }
 
-/// A vCPU.
+/// A fake vCPU.
 pub(crate) struct FakeVcpu {
-    /// The registers that it has, and
+    /// The registers that have a value of their own.
     pub(crate) registers: Registers,
-    /// the value of all others, if it has them too.
+    /// The value of all other registers. `None` if the vCPU does not have them.
     pub(crate) others: Option<u64>,
     pub(crate) state: Arc<Mutex<HartState>>,
     /// Called by [`Vcpu::run`].
     pub(crate) on_run: Box<dyn FnMut(VmEntry) -> VmExit + Send>,
     /// Called before the hart's state is read.
     pub(crate) on_state: Box<dyn Fn() + Send>,
-    /// What [`Vcpu::complete`] was given.
+    /// The entries that were passed to [`Vcpu::complete`].
     pub(crate) completed: Arc<Mutex<Vec<VmEntry>>>,
-    /// What its kicker says.
+    /// Whether the kicker requests an immediate exit.
     pub(crate) kicked: Arc<AtomicBool>,
     pub(crate) counters: Vec<Counter>,
-    /// Its external interrupt.
+    /// The wire to the external interrupt.
     pub(crate) wire: Arc<Wire>,
 }
 
-/// A hart that is started, has no registers, and does not run.
+/// The default hart is started and has no registers. It panics when it runs.
 impl Default for FakeVcpu {
     fn default() -> Self {
         Self {
             registers: Registers::default(),
             others: None,
             state: Arc::new(Mutex::new(HartState::Started)),
-            on_run: Box::new(|entry| panic!("a fake ran, with {entry:?}")),
+            on_run: Box::new(|entry| panic!("a fake vCPU ran without on_run, with {entry:?}")),
             on_state: Box::new(|| {}),
             completed: Arc::default(),
             kicked: Arc::default(),
@@ -298,7 +298,7 @@ impl FakeVcpu {
         }
     }
 
-    /// The value of a register that it has.
+    /// The value of a register. Panics if the vCPU does not have it.
     pub(crate) fn get(&self, id: RegId) -> u64 {
         self.reg(id).unwrap().unwrap()
     }
@@ -364,7 +364,7 @@ impl Vcpu for FakeVcpu {
     }
 }
 
-/// Keeps every level that a hart's external interrupt was given.
+/// Records every level that a hart's external interrupt was set to.
 #[derive(Default)]
 pub(crate) struct Wire(pub(crate) Mutex<Vec<bool>>);
 
@@ -375,7 +375,7 @@ impl ExternalIrq for Wire {
     }
 }
 
-/// Waits for no interrupt.
+/// Reports that the vCPU never waits for an interrupt.
 struct Awake;
 
 impl Waiting for Awake {
@@ -405,10 +405,10 @@ mod tests {
         let (vm, base) = (FakeVm::default(), GuestAddress(0x8000_0000));
         let ram = memory::create(base, MemConfig::new(ByteSize::mib(1)), Backing::Private).unwrap();
         vm.map_ram(&ram).unwrap();
-        assert!(vm.map_ram(&ram).is_err(), "two of one name");
+        assert!(vm.map_ram(&ram).is_err(), "two memslots have one name");
         ram.write_slice(b"seen", GuestAddress(base.0 + 9)).unwrap();
         assert_eq!(vm.read(base.0 + 9, 4), b"seen");
-        assert!(vm.dirty_log(RAM).is_err(), "not logged");
+        assert!(vm.dirty_log(RAM).is_err(), "the log is off");
         vm.set_dirty_log(RAM, true).unwrap();
         lock(&vm.dirty).insert(RAM.into(), vec![5]);
         assert_eq!(vm.dirty_log(RAM).unwrap(), [5, 0, 0, 0]);

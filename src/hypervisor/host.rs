@@ -1,4 +1,4 @@
-//! Why a host cannot run guests, told from what it shows, and the way out.
+//! Checks of the host. If it cannot run guests, the error says why, and what to do.
 
 use std::fs;
 use std::io;
@@ -7,10 +7,11 @@ use std::ops::Range;
 use rustix::system::uname;
 use thiserror::Error;
 
-/// A host that cannot run guests. Each is one line: what is missing, and what to do.
+/// The reason why a host cannot run guests. Each message is one line: what is missing, and what to
+/// do.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Unfit {
-    /// rvmm was built for another machine than RISC-V.
+    /// rvmm was built for another architecture than RISC-V.
     #[error(
         "rvmm needs a 64-bit RISC-V host with the H extension, and this machine is {0}: \
          scripts/demo in rvmm's source tree runs it nested in QEMU"
@@ -22,37 +23,38 @@ pub enum Unfit {
          KVM needs: scripts/demo in rvmm's source tree runs rvmm nested in QEMU"
     )]
     NoHypervisorExtension,
-    /// The harts have it, the kernel shows no /dev/kvm.
+    /// The harts have the H extension, but there is no /dev/kvm.
     #[error("Failed to open /dev/kvm: there is none; load KVM with `modprobe kvm` as root")]
     NoModule,
-    /// /dev/kvm belongs to others.
+    /// The user may not open /dev/kvm.
     #[error(
         "Failed to open /dev/kvm: no permission; join its group with `usermod -aG kvm $USER` \
          as root and log in again"
     )]
     NoPermission,
-    /// Anything else.
+    /// /dev/kvm cannot be opened for another reason.
     #[error("Failed to open /dev/kvm: {0}")]
     Other(String),
-    /// Not the KVM that every Linux since 2.6.22 has.
+    /// The version of KVM's API is not 12, which every Linux since 2.6.22 has.
     #[error("/dev/kvm speaks KVM API version {0}, not 12: this kernel cannot run rvmm")]
     ApiVersion(i32),
 }
 
-/// Explains why /dev/kvm did not open, from the error and the text of /proc/cpuinfo.
+/// Explains why /dev/kvm cannot be opened. `error` is the error of open(2), `cpuinfo` the content
+/// of /proc/cpuinfo.
 pub fn explain_open(error: &io::Error, cpuinfo: &str) -> Unfit {
     match error.kind() {
         io::ErrorKind::PermissionDenied => Unfit::NoPermission,
         io::ErrorKind::NotFound if !has_h_extension(cpuinfo) => Unfit::NoHypervisorExtension,
         io::ErrorKind::NotFound => Unfit::NoModule,
-        // ENODEV, ENXIO: the node is there, the driver is not.
+        // ENXIO (6), ENODEV (19): the device node exists, but the kernel has no driver for it.
         _ if matches!(error.raw_os_error(), Some(6 | 19)) => Unfit::NoModule,
         _ => Unfit::Other(error.to_string()),
     }
 }
 
-/// Whether the first hart's `isa` line has the single letter h. Without such a line (an ACPI or
-/// much older kernel) the answer is yes: then KVM itself must say no.
+/// Whether the `isa` line of the first hart has the single letter h. True if there is no such line,
+/// as with ACPI or on much older kernels: then only KVM itself can know.
 fn has_h_extension(cpuinfo: &str) -> bool {
     let isa = cpuinfo.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;
@@ -64,15 +66,15 @@ fn has_h_extension(cpuinfo: &str) -> bool {
     letters.trim_start_matches("rv64").contains('h')
 }
 
-/// The release of the host's kernel, as uname -r tells it.
+/// The release of the host's kernel, as `uname -r` prints it.
 pub(crate) fn kernel_release() -> String {
     uname().release().to_string_lossy().into_owned()
 }
 
-/// Whether a guest may have the legacy SBI calls of a host with this kernel release.
+/// Whether rvmm may give a guest KVM's legacy SBI calls, on a host with this kernel release.
 ///
-/// Where KVM is built with them (CONFIG_RISCV_SBI_V01), kernels before 7.2 follow a null pointer
-/// when a guest sends a legacy IPI to a hart that is not there (`vcpu_sbi_v01.c`).
+/// If KVM is built with these calls (CONFIG_RISCV_SBI_V01), kernels before 7.2 dereference a null
+/// pointer when a guest sends a legacy IPI to a hart that does not exist (`vcpu_sbi_v01.c`).
 pub fn legacy_sbi_is_safe(release: &str) -> bool {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
@@ -81,13 +83,14 @@ pub fn legacy_sbi_is_safe(release: &str) -> bool {
     version >= (Some(7), Some(2))
 }
 
-/// Where the host's kernel has its module `kvm`. None where it is built in, or where this user is not
-/// shown addresses (`kernel.kptr_restrict`).
+/// The addresses of the module `kvm` in the host's kernel. `None` if KVM is built in, or if the
+/// kernel hides addresses from this user (`kernel.kptr_restrict`).
 pub fn kvm_module() -> Option<Range<u64>> {
     parse_modules(&fs::read_to_string("/proc/modules").ok()?)
 }
 
-/// From the text of /proc/modules: name, bytes, users, their names, state, address.
+/// The addresses of the module `kvm`, from the content of /proc/modules. The fields of a line are:
+/// name, size, use count, users, state, address.
 fn parse_modules(modules: &str) -> Option<Range<u64>> {
     let line = modules.lines().find(|line| line.starts_with("kvm "))?;
     let mut words = line.split_whitespace().skip(1);

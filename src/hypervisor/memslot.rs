@@ -1,5 +1,5 @@
-//! Memslots: memory of the host's that a guest has, each known by a name.
-//! `Documentation/virt/kvm/api.rst`, KVM_SET_USER_MEMORY_REGION.
+//! Memslots: pieces of host memory that the guest can access. Each has a name. See
+//! KVM_SET_USER_MEMORY_REGION in `Documentation/virt/kvm/api.rst`.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,41 +10,43 @@ use vm_memory::GuestAddress;
 
 use crate::memory::{Mapping, PAGE_SIZE, words_of};
 
-/// Memory that a guest is given. Who has this keeps it mapped.
+/// Memory for the guest. It stays mapped as long as this value or a clone of it lives.
 #[derive(Clone, Debug)]
 pub struct Memslot {
-    /// By which the machine knows it, and people read of it: "RAM".
+    /// The name that identifies the memslot, also in messages, such as "RAM".
     pub name: &'static str,
-    /// Where the guest finds it, a multiple of the page size.
+    /// The guest-physical address, a multiple of the page size.
     pub gpa: GuestAddress,
-    /// What is there, whole pages of it.
+    /// The memory. Its size has to be a multiple of the page size.
     pub mapping: Arc<Mapping>,
-    /// A guest's store is an exit, [`VmExit::MmioWrite`](super::VmExit::MmioWrite).
+    /// If true, a store of the guest causes an exit,
+    /// [`VmExit::MmioWrite`](super::VmExit::MmioWrite).
     pub readonly: bool,
 }
 
-/// A memslot that the kernel has.
+/// A memslot with its number in the kernel.
 #[derive(Clone, Debug)]
 pub struct Placed {
-    /// The kernel's number for it.
+    /// The kernel's number for the memslot.
     pub number: u32,
-    /// What it is.
+    /// The memslot.
     pub memslot: Memslot,
-    /// The kernel logs the pages that the guest writes.
+    /// Whether the kernel logs the pages that the guest writes.
     pub logged: bool,
 }
 
 impl Placed {
-    /// Words of the kernel's dirty bitmap.
+    /// The number of words in the kernel's dirty bitmap.
     pub fn words(&self) -> usize {
         words_of(self.memslot.mapping.size())
     }
 
-    /// First page and count of pages that `words` words of the bitmap are about, from the word
-    /// `first` on. KVM wants whole words, but for the last one of a memslot (KVM_CLEAR_DIRTY_LOG).
+    /// The first page, and the number of pages, that `words` words of the bitmap stand for, from
+    /// word `first` on. KVM_CLEAR_DIRTY_LOG takes only whole words, except for the last one of a
+    /// memslot.
     ///
     /// # Errors
-    /// EINVAL: the bitmap has not that many, or there are none.
+    /// EINVAL if `words` is 0, or if the bitmap has fewer words.
     pub fn pages(&self, first: usize, words: usize) -> io::Result<(u64, u32)> {
         const WORD: usize = u64::BITS as usize;
         let end = first.checked_add(words);
@@ -62,11 +64,11 @@ impl Placed {
 pub struct Memslots(BTreeMap<u32, Placed>);
 
 impl Memslots {
-    /// `memslot` with the lowest free number, which it has when it is put back by
-    /// [`Memslots::insert`].
+    /// Gives `memslot` the lowest free number. The caller passes the result to the kernel, and then
+    /// to [`Memslots::insert`].
     ///
     /// # Errors
-    /// EEXIST: one has this name.
+    /// EEXIST if another memslot has this name. ENOSPC if no number is free.
     pub fn place(&self, memslot: Memslot) -> io::Result<Placed> {
         if self.find(memslot.name).is_ok() {
             return Err(Errno::EXIST.into());
@@ -79,26 +81,27 @@ impl Memslots {
         })
     }
 
-    /// Keeps `placed`, which the kernel has now.
+    /// Adds `placed`, which the kernel knows now, or replaces the memslot with the same number.
     pub fn insert(&mut self, placed: Placed) {
         self.0.insert(placed.number, placed);
     }
 
-    /// The memslot called `name`.
+    /// The memslot with this name.
     ///
     /// # Errors
-    /// ENOENT: there is none.
+    /// ENOENT if no memslot has this name.
     pub fn find(&self, name: &str) -> io::Result<&Placed> {
         let found = self.0.values().find(|placed| placed.memslot.name == name);
         found.ok_or_else(|| Errno::NOENT.into())
     }
 
-    /// Forgets it. Its memory goes when nobody else has it.
+    /// Removes the memslot with this number. Its memory is unmapped when no other reference is
+    /// left.
     pub fn remove(&mut self, number: u32) {
         self.0.remove(&number);
     }
 
-    /// All of them, by their numbers.
+    /// All memslots, in the order of their numbers.
     pub fn iter(&self) -> impl Iterator<Item = &Placed> {
         self.0.values()
     }

@@ -1,7 +1,7 @@
-//! The seam to the kernel: what rvmm needs of a hypervisor, in values that any host can make.
+//! The interface between rvmm and the hypervisor: traits, and plain values that any host can make.
 //!
-//! `kvm` speaks to KVM, on riscv64 only; unit tests have `fake`. Nothing outside this module
-//! names an ioctl.
+//! `kvm` implements it with KVM, on riscv64 only. `fake` implements it for unit tests. No other
+//! module uses KVM's ioctls.
 
 pub mod counters;
 pub mod extensions;
@@ -28,48 +28,48 @@ pub use counters::Counter;
 pub use memslot::Memslot;
 pub use regs::RegId;
 
-/// A request that the kernel refused, or that cannot be made on this host.
+/// A request that failed, or that this host cannot serve.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The act and its object, with the kernel's reason.
+    /// The kernel refused a request.
     #[error("Failed to {act}")]
     Refused {
-        /// "create vCPU 3", "map guest RAM".
+        /// What rvmm asked for, such as "create vCPU 3" or "map guest RAM".
         act: String,
-        /// The errno.
+        /// The error of the system call.
         source: io::Error,
     },
     /// This host cannot run guests at all.
     #[error(transparent)]
     Host(#[from] host::Unfit),
-    /// More guest RAM than guest-physical addresses reach.
+    /// Guest RAM would end beyond the largest guest-physical address.
     #[error(
         "{size} of guest RAM end beyond this host's {bits}-bit guest-physical addresses: \
          --mem can be at most {}", .max.as_flag_at_most()
     )]
     GpaWidth {
-        /// What was asked for.
+        /// The configured size.
         size: ByteSize,
-        /// Width of a guest-physical address (G-stage mode).
+        /// The width of a guest-physical address in bits, which the G-stage mode sets.
         bits: u32,
-        /// The most that fits above the RAM's base.
+        /// The largest size that fits above the base of RAM.
         max: ByteSize,
     },
-    /// More guest RAM than one memslot holds.
+    /// Guest RAM is larger than a memslot can be.
     #[error(
         "{size} of guest RAM are more than one KVM memslot holds: --mem can be at most {}",
         .max.as_flag_at_most()
     )]
     MemslotSize {
-        /// What was asked for.
+        /// The configured size.
         size: ByteSize,
-        /// KVM_MEM_MAX_NR_PAGES in bytes.
+        /// The largest size of a memslot: KVM_MEM_MAX_NR_PAGES in bytes.
         max: ByteSize,
     },
 }
 
 impl Error {
-    /// A refused request: "Failed to `act`", with the errno of `source`.
+    /// An [`Error::Refused`] with the message "Failed to `act`" and the cause `source`.
     pub fn refused(act: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Error::Refused {
             act: act.into(),
@@ -78,31 +78,36 @@ impl Error {
     }
 }
 
-/// The outcome of a request to the hypervisor.
+/// The result of a request to the hypervisor.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Makes virtual machines. One per process: `kvm::Kvm`, or a fake.
+/// Creates virtual machines. There is one per process: `kvm::Kvm`, or a fake.
 pub trait Hypervisor: Send + Sync {
-    /// Capabilities by name (KVM_CHECK_EXTENSION), 0 where there is none.
+    /// The host's capabilities: name and value (KVM_CHECK_EXTENSION). The value of a missing one is
+    /// 0.
     fn capabilities(&self) -> Vec<(&'static str, i32)>;
 
-    /// A machine without RAM and vCPUs.
+    /// Creates a machine without RAM and vCPUs.
     fn create_vm(&self) -> Result<Arc<dyn Vm>>;
 }
 
-/// A virtual machine. All calls may come from any thread.
+/// A virtual machine. Any thread may call any method.
 pub trait Vm: Send + Sync {
-    /// Refuses RAM of `size` bytes at `base` that no memslot or guest-physical address could
-    /// hold, before the host is asked for that much.
+    /// Checks that the guest can have `size` bytes of RAM at `base`. To be called before the host
+    /// allocates the RAM.
+    ///
+    /// # Errors
+    /// Fails if RAM would end beyond the largest guest-physical address, or if it is too large for
+    /// a memslot.
     fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()>;
 
-    /// Width of a guest-physical address.
+    /// The width of a guest-physical address in bits.
     fn gpa_bits(&self) -> u32;
 
-    /// The most vCPUs the kernel gives one machine.
+    /// The largest number of vCPUs that the kernel gives one machine.
     fn max_vcpus(&self) -> u32;
 
-    /// Makes `ram`, which is one region, the guest's RAM: the memslot called [`RAM`].
+    /// Makes `ram` the guest's RAM, as the memslot with the name [`RAM`]. It has to be one region.
     fn map_ram(&self, ram: &GuestMemory) -> Result<()> {
         ram.iter().try_for_each(|region| {
             self.add_memslot(Memslot {
@@ -114,90 +119,98 @@ pub trait Vm: Send + Sync {
         })
     }
 
-    /// Gives the guest memory. The VM keeps it mapped as long as it has the memslot and a vCPU
-    /// lives.
+    /// Gives memory to the guest. The memory stays mapped until the memslot is removed, or until
+    /// the VM and all its vCPUs are dropped.
     ///
     /// # Errors
-    /// A memslot has this name or overlaps, or it is not whole pages.
+    /// Fails if another memslot has this name or overlaps, or if the memslot is not whole pages.
     fn add_memslot(&self, memslot: Memslot) -> Result<()>;
 
-    /// Takes the memslot `name` away: the guest's accesses are exits from then on.
+    /// Takes the memslot `name` away from the guest. Each access to its addresses causes an exit
+    /// from then on.
     fn remove_memslot(&self, name: &str) -> Result<()>;
 
-    /// Has the kernel log the pages of memslot `name` that the guest writes, or not any more. What
-    /// rvmm itself writes is in [`crate::memory::DirtyLog`] instead.
+    /// Turns the kernel's log of the pages that the guest writes on or off, for memslot `name`.
+    /// rvmm's own writes are in [`crate::memory::DirtyLog`].
     ///
-    /// Linux 6.12 with huge pages reserved for the guest: a page that the guest has touched makes
-    /// its next store fail (`gstage_set_pte`), unless the memslot is removed and added with its log
-    /// on.
+    /// Linux 6.12 has a bug (`gstage_set_pte`) if RAM is in reserved huge pages: the guest's next
+    /// store to a page that it has touched fails. To avoid it, remove the memslot, and add it with
+    /// its log on.
     fn set_dirty_log(&self, name: &str, on: bool) -> Result<()>;
 
-    /// The pages of memslot `name` that the guest wrote since the last call: bit 0 of the first
-    /// word is its first page (KVM_GET_DIRTY_LOG). Where [`Vm::clear_dirty_log_by_hand`] said yes,
-    /// since they were cleared.
+    /// The pages of memslot `name` that the guest wrote since the last call (KVM_GET_DIRTY_LOG).
+    /// Bit 0 of the first word is the first page of the memslot. After a
+    /// [`Vm::clear_dirty_log_by_hand`] that returned true: the pages that the guest wrote since
+    /// they were last cleared.
     ///
     /// # Errors
-    /// Its log is off.
+    /// Fails if the log of the memslot is off.
     fn dirty_log(&self, name: &str) -> Result<Vec<u64>>;
 
-    /// From now on pages stay in the log until [`Vm::clear_dirty_log`]: so a page can be cleared
-    /// right before it is read, and the kernel write-protects few at a time. False where the host
-    /// cannot (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). For good, and for all memslots.
+    /// From now on, pages stay in the log until [`Vm::clear_dirty_log`] clears them. So rvmm can
+    /// clear a page right before it reads it, and the kernel write-protects few pages at a time.
+    /// This is for all memslots, and cannot be undone. Returns false if the host cannot do it
+    /// (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
     fn clear_dirty_log_by_hand(&self) -> Result<bool>;
 
-    /// Clears pages of memslot `name`: the bits of `pages`, whose first word is the word `first` of
-    /// the log (KVM_CLEAR_DIRTY_LOG).
+    /// Clears pages in the log of memslot `name` (KVM_CLEAR_DIRTY_LOG): those whose bits are set in
+    /// `pages`. The first word of `pages` is for word `first` of the log.
     ///
     /// # Errors
-    /// The log is cleared by [`Vm::dirty_log`], is off, or has not that many words.
+    /// Fails if [`Vm::dirty_log`] clears the log, if the log is off, or if it has fewer words.
     fn clear_dirty_log(&self, name: &str, first: usize, pages: &[u64]) -> Result<()>;
 
-    /// Creates the vCPU of hart `id`. The first one created boots; the others start stopped.
+    /// Creates the vCPU of hart `id`. The hart that is created first is started; the others are
+    /// stopped.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>>;
 
-    /// Creates the in-kernel AIA, before any vCPU; `None` where the host has no AIA.
+    /// Creates the in-kernel AIA. To be called before any vCPU is created. `None` if the host has
+    /// no AIA.
     fn create_aia(&self) -> Result<Option<Box<dyn Aia>>>;
 
     /// Sets the level of wired interrupt `source` (1 and up) of the in-kernel APLIC.
     fn set_irq_line(&self, source: u32, high: bool) -> Result<()>;
 
-    /// From now on a guest's store to `doorbell` signals `fd` inside the kernel, and causes no exit (KVM_IOEVENTFD).
+    /// From now on, a store of the guest to `doorbell` makes the kernel signal `fd`, without an
+    /// exit (KVM_IOEVENTFD).
     fn connect_doorbell(&self, doorbell: Doorbell, fd: &EventFd) -> Result<()>;
 
-    /// Ends what [`Vm::connect_doorbell`] began, with the same values.
+    /// Undoes [`Vm::connect_doorbell`]. The arguments have to be the same.
     fn disconnect_doorbell(&self, doorbell: Doorbell, fd: &EventFd) -> Result<()>;
 
-    /// From now on a signal of `fd` is the interrupt `gsi` (KVM_IRQFD), also one that came before.
-    /// Only a VM with an in-kernel AIA delivers it.
+    /// From now on, a signal of `fd` makes the kernel raise interrupt `gsi` (KVM_IRQFD). A signal
+    /// from before this call counts too. Only a VM with an in-kernel AIA can deliver the interrupt.
     fn connect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()>;
 
-    /// Ends what [`Vm::connect_irqfd`] began: signals stay in `fd`.
+    /// Undoes [`Vm::connect_irqfd`]. Signals stay in `fd` from then on.
     fn disconnect_irqfd(&self, gsi: u32, fd: &EventFd) -> Result<()>;
 
-    /// What each interrupt number is, in place of all that was said before (KVM_SET_GSI_ROUTING).
-    /// At most [`MSI_ROUTES_MAX`].
+    /// Sets the message that each interrupt number stands for (KVM_SET_GSI_ROUTING). Replaces all
+    /// earlier routes. There can be at most [`MSI_ROUTES_MAX`].
     fn set_msi_routes(&self, routes: &[(u32, MsiMessage)]) -> Result<()>;
 }
 
 /// The name of the memslot that is the guest's RAM.
 pub const RAM: &str = "RAM";
 
-/// Interrupt numbers that KVM routes (KVM_MAX_IRQ_ROUTES).
+/// The largest number of interrupts that KVM can route (KVM_MAX_IRQ_ROUTES).
 pub const MSI_ROUTES_MAX: u32 = 4096;
 
-/// A register whose stores only wake somebody up.
+/// A register to which a store does nothing but signal an eventfd, such as a virtio queue's notify
+/// register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Doorbell {
     /// Guest-physical address.
     pub gpa: u64,
-    /// Only 32-bit stores of this value ring; without it, a store of any width and value.
+    /// With a value, only a 32-bit store of this value signals. Without, a store of any width and
+    /// value does.
     pub value: Option<u32>,
 }
 
-/// A message-signalled interrupt: the store that makes it.
+/// A message-signalled interrupt: the address and the data of the store that raises it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
-    /// Guest-physical address of an IMSIC's page.
+    /// Guest-physical address in an IMSIC's page.
     pub address: u64,
     /// The interrupt identity.
     pub data: u32,
@@ -207,22 +220,24 @@ pub struct MsiMessage {
 pub trait Aia: Send + Sync {
     /// Sets an attribute of group CONFIG, `KVM_DEV_RISCV_AIA_CONFIG_*`.
     fn set_config(&self, attr: AiaConfig, value: u32) -> Result<()>;
-    /// Reads an attribute of group CONFIG.
+    /// Reads an attribute of group CONFIG, `KVM_DEV_RISCV_AIA_CONFIG_*`.
     fn config(&self, attr: AiaConfig) -> Result<u32>;
-    /// Places the APLIC's registers, 16 KiB.
+    /// Sets the guest-physical address of the APLIC's registers (16 KiB).
     fn place_aplic(&self, base: GuestAddress) -> Result<()>;
-    /// Places the IMSIC page of the vCPU that was created as number `index`.
+    /// Sets the guest-physical address of the IMSIC page of the vCPU that was created as number
+    /// `index`, counted from 0.
     fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()>;
-    /// Ends configuration, after all vCPUs exist.
+    /// Ends the configuration. To be called when all vCPUs exist.
     fn init(&self) -> Result<()>;
-    /// Reads the register `select` (an `miselect` value) of the IMSIC of hart `hart`, after `init`.
+    /// Reads a register of the IMSIC of hart `hart`, after [`Aia::init`]. `select` is the
+    /// register's number in `siselect`.
     fn imsic(&self, hart: u32, select: u64) -> Result<u64>;
-    /// Writes it.
+    /// Writes a register of the IMSIC of hart `hart`, as [`Aia::imsic`] reads it.
     fn set_imsic(&self, hart: u32, select: u64, value: u64) -> Result<()>;
-    /// Reads the APLIC's register at `offset`, as its domain has it in memory, after `init`. A look
-    /// at `in_clrip` tells the inputs of active sources only.
+    /// Reads the APLIC's register at `offset` bytes in its memory-mapped domain, after
+    /// [`Aia::init`]. `in_clrip` shows the inputs of active sources only.
     fn aplic(&self, offset: u32) -> Result<u32>;
-    /// Writes it. A write to `genmsi` sends a message.
+    /// Writes the APLIC's register at `offset`. A write to `genmsi` sends a message.
     fn set_aplic(&self, offset: u32, value: u32) -> Result<()>;
 }
 
@@ -231,9 +246,9 @@ pub trait Aia: Send + Sync {
 pub enum AiaMode {
     /// KVM emulates each IMSIC.
     Emulated = 0,
-    /// Each IMSIC is a guest interrupt file of the host's, or the vCPU cannot run.
+    /// Each IMSIC is a guest interrupt file of the host. Without a free one, a vCPU cannot run.
     Hardware = 1,
-    /// A guest interrupt file where one is free, emulation elsewhere.
+    /// Each IMSIC is a guest interrupt file if one is free; if not, KVM emulates it.
     Auto = 2,
 }
 
@@ -242,105 +257,108 @@ pub enum AiaMode {
 pub enum AiaConfig {
     /// An [`AiaMode`].
     Mode = 0,
-    /// Interrupt identities an IMSIC file has.
+    /// The number of interrupt identities of an IMSIC file.
     Ids = 1,
-    /// Wired sources of the APLIC.
+    /// The number of wired sources of the APLIC.
     Sources = 2,
-    /// Bits of the hart index in IMSIC addresses.
+    /// The number of bits for the hart index in IMSIC addresses.
     HartBits = 5,
-    /// Bits of the guest index in IMSIC addresses.
+    /// The number of bits for the guest index in IMSIC addresses.
     GuestBits = 6,
 }
 
-/// A virtual hart. It belongs to the thread that runs it.
+/// A vCPU, which is one hart of the guest. It belongs to the thread that runs it.
 pub trait Vcpu: Send {
-    /// Completes the last exit with `entry` and runs the guest until the next exit.
+    /// Completes the last exit with `entry`, and runs the guest until the next exit.
     ///
     /// # Errors
-    /// The kernel failed in a way no guest can cause.
+    /// Fails if KVM_RUN fails for a reason that a guest cannot cause.
     fn run(&mut self, entry: VmEntry) -> Result<VmExit>;
 
-    /// Completes the last exit with `entry`, and runs nothing: what the guest gets from its load,
-    /// call or CSR is in its registers then, and the next [`Vcpu::run`] takes [`VmEntry::Run`].
-    /// Registers read before this are not those of a guest between two instructions.
+    /// Completes the last exit with `entry`, without running the guest. Then the result of the
+    /// guest's load, SBI call or CSR access is in its registers, and the next [`Vcpu::run`] takes
+    /// [`VmEntry::Run`]. Before this call, the registers may be in the middle of an instruction.
     ///
-    /// A reset that waits for the hart (SBI HSM or SUSP) still waits: KVM serves it only on its way
-    /// into the guest. It may come at any time, also twice. A kick that another thread sets or
-    /// takes back meanwhile stays as that thread has it: see [`Kicker`].
+    /// Does not take a reset that is pending for the hart (SBI HSM or SUSP): KVM does that only
+    /// when it enters the guest. May be called at any time, also twice. Does not change the
+    /// immediate exit that another thread requests or takes back at the same time: see [`Kicker`].
     ///
     /// # Errors
-    /// The kernel failed in a way no guest can cause.
+    /// Fails if KVM_RUN fails for a reason that a guest cannot cause.
     fn complete(&mut self, entry: VmEntry) -> Result<()>;
 
-    /// Reads a register of up to 64 bits; `None` where this host has no such register.
+    /// Reads a register of up to 64 bits. `None` if the vCPU has no such register on this host.
     fn reg(&self, id: RegId) -> Result<Option<u64>>;
 
     /// Writes a register of up to 64 bits.
     fn set_reg(&self, id: RegId, value: u64) -> Result<()>;
 
-    /// Reads a register of any width, [`RegId::width`] bytes in the guest's order (little-endian);
-    /// `None` where this host has no such register.
+    /// Reads a register of any width: [`RegId::width`] bytes, little-endian. `None` if the vCPU has
+    /// no such register on this host.
     fn reg_bytes(&self, id: RegId) -> Result<Option<Vec<u8>>>;
 
-    /// Writes a register of any width.
+    /// Writes a register of any width. `bytes` are little-endian.
     ///
     /// # Errors
-    /// `bytes` are not as many as the register has; or the host's.
+    /// Fails if the length of `bytes` is not the register's width, or if the kernel refuses the
+    /// write.
     fn set_reg_bytes(&self, id: RegId, bytes: &[u8]) -> Result<()>;
 
-    /// The registers that this vCPU has (KVM_GET_REG_LIST), in the kernel's order, which is not one
-    /// they can be restored in. Switches of extensions are among them; those of several at once are
-    /// not.
+    /// The registers that this vCPU has (KVM_GET_REG_LIST), in the kernel's order. Registers cannot
+    /// be restored in this order. The list has the registers that switch one extension, but not
+    /// those that switch several at once.
     fn reg_list(&self) -> Result<Vec<RegId>>;
 
-    /// From now on each `ebreak` of the guest is [`VmExit::Breakpoint`], or its own trap again
-    /// (KVM_SET_GUEST_DEBUG). There are no watchpoints and no single steps on riscv64.
+    /// With `on`, each `ebreak` of the guest causes a [`VmExit::Breakpoint`]; without, it traps in
+    /// the guest as usual (KVM_SET_GUEST_DEBUG). riscv64 has no watchpoints and no single steps.
     fn set_guest_debug(&self, on: bool) -> Result<()>;
 
-    /// The wire to this hart's external interrupt; it may outlive the vCPU.
+    /// The wire to this hart's supervisor external interrupt. It may outlive the vCPU.
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>>;
 
     /// Whether the hart is started (KVM_GET_MP_STATE).
     fn hart_state(&self) -> Result<HartState>;
 
-    /// Starts or stops it (KVM_SET_MP_STATE). Registers stay as they are.
+    /// Starts or stops the hart (KVM_SET_MP_STATE). Its registers do not change.
     fn set_hart_state(&self, state: HartState) -> Result<()>;
 
-    /// KVM's counters of this vCPU.
+    /// KVM's counters for this vCPU.
     fn counters(&self) -> Result<Vec<Counter>>;
 
-    /// A handle with which other threads see this vCPU wait for an interrupt.
+    /// A handle by which other threads can see whether this vCPU waits for an interrupt.
     fn waiting(&self) -> Result<Box<dyn Waiting>>;
 
-    /// The vCPU as KVM's, where it is one: the loop of its thread is compiled for it.
+    /// The vCPU as a [`kvm::KvmVcpu`], if it is one. The loop of a vCPU's thread is compiled for
+    /// that type: see [`RunAnd`].
     #[cfg(target_arch = "riscv64")]
     fn as_kvm(&mut self) -> Option<&mut kvm::KvmVcpu> {
         None
     }
 
-    /// A handle with which other threads get this vCPU out of [`Vcpu::run`].
+    /// A handle by which other threads can make [`Vcpu::run`] return.
     fn kicker(&self) -> Result<Box<dyn Kicker>>;
 }
 
-/// Who serves exits.
+/// Serves the exits of a vCPU.
 pub trait Serve {
-    /// What comes of an exit.
+    /// The result of serving an exit.
     type Next;
 
-    /// Serves `exit`. To be inlined: see [`RunAnd`].
+    /// Serves `exit`. Implementations should be inlined: see [`RunAnd`].
     fn serve(&mut self, exit: VmExit) -> Self::Next;
 }
 
-/// The step of a vCPU's loop: run the guest, and serve its exit. For KVM's vCPU each frequent kind of exit has
-/// its own copy of [`Serve::serve`], so that no exit is written to memory and read back.
+/// One step of a vCPU's loop: runs the guest, and serves its exit. With KVM's vCPU, each frequent
+/// kind of exit has its own inlined copy of [`Serve::serve`], so that no exit has to be written to
+/// memory and read back.
 pub trait RunAnd {
-    /// [`Vcpu::run`], and what `server` makes of the exit.
+    /// Calls [`Vcpu::run`], lets `server` serve the exit, and returns its result.
     ///
     /// # Errors
-    /// As [`Vcpu::run`].
+    /// As for [`Vcpu::run`].
     fn run_and<S: Serve>(&mut self, entry: VmEntry, server: &mut S) -> Result<S::Next>;
 
-    /// Any vCPU.
+    /// This vCPU as a [`Vcpu`].
     fn as_vcpu(&mut self) -> &mut dyn Vcpu;
 }
 
@@ -354,138 +372,140 @@ impl RunAnd for &mut dyn Vcpu {
     }
 }
 
-/// A hart's state by the SBI's HSM extension, as far as KVM keeps it (KVM_MP_STATE_*).
+/// A hart's state in the SBI's HSM extension. KVM has only these two (KVM_MP_STATE_*).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HartState {
-    /// Started, or about to be: KVM_RUN runs it.
+    /// The hart is started, or about to be. KVM_RUN runs it.
     Started,
-    /// Stopped: KVM_RUN sleeps until another hart starts it.
+    /// The hart is stopped. KVM_RUN sleeps until another hart starts it.
     Stopped,
 }
 
-/// Sees from another thread whether a vCPU waits for an interrupt.
+/// Lets another thread see whether a vCPU waits for an interrupt.
 pub trait Waiting: Send + Sync {
-    /// True while the guest's WFI sleeps in the kernel. False where that cannot be known.
+    /// True while the vCPU sleeps in the kernel after a WFI. False if the host cannot say.
     fn waits(&self) -> bool;
 }
 
-/// Lets another thread interrupt a vCPU: set, then signal the thread.
+/// Lets another thread make [`Vcpu::run`] return. That thread calls
+/// [`Kicker::set_immediate_exit`] first, and then sends a signal to the vCPU's thread.
 ///
-/// KVM has one byte for this, `immediate_exit`, and asks only whether it is 0. Bit 0 of it is the
-/// kicker's, bit 1 is [`Vcpu::complete`]'s while that runs. Each changes its own bit alone, so
-/// neither undoes the other.
+/// KVM has one byte for this, `immediate_exit`, and checks only whether it is 0. The kicker uses
+/// bit 0; [`Vcpu::complete`] uses bit 1 while it runs. Each changes only its own bit, so neither
+/// undoes the other.
 pub trait Kicker: Send + Sync {
-    /// While true, [`Vcpu::run`] completes the last exit and returns [`VmExit::Interrupted`]
+    /// While `on`, [`Vcpu::run`] completes the last exit and returns [`VmExit::Interrupted`]
     /// without running the guest (KVM's `immediate_exit`).
     fn set_immediate_exit(&self, on: bool);
 }
 
 /// The supervisor external interrupt of one hart, for an interrupt controller in userspace.
 pub trait ExternalIrq: Send + Sync {
-    /// Sets its level, from any thread; the hart may be running.
+    /// Sets the level of the interrupt. Any thread may call this, also while the hart runs.
     fn set_external(&self, high: bool) -> Result<()>;
 }
 
-/// Why the guest stopped running. Values only: nothing borrows the vCPU.
+/// Why the guest stopped running. These are plain values, which borrow nothing from the vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmExit {
-    /// A load of `len` bytes (1, 2, 4, 8) from an address without RAM.
+    /// The guest loaded `len` bytes (1, 2, 4 or 8) from an address without RAM.
     MmioRead {
         /// Guest-physical address.
         gpa: u64,
-        /// Bytes to read.
+        /// The number of bytes to read.
         len: usize,
     },
-    /// A store of `len` bytes to an address without RAM.
+    /// The guest stored `len` bytes (1, 2, 4 or 8) to an address without RAM.
     MmioWrite {
         /// Guest-physical address.
         gpa: u64,
-        /// Bytes written.
+        /// The number of bytes written.
         len: usize,
-        /// The bytes, in guest order, the first `len` of them valid.
+        /// The bytes, in the guest's order. Only the first `len` are valid.
         data: [u8; 8],
     },
-    /// An ecall that KVM does not serve itself.
+    /// The guest made an SBI call (ecall) that KVM does not serve itself.
     Sbi(SbiCall),
-    /// An access to a CSR that KVM does not serve itself.
+    /// The guest accessed a CSR that KVM does not serve itself.
     Csr {
         /// The CSR's number.
         number: u64,
     },
-    /// SRST, or the legacy shutdown call.
+    /// The guest asked for a shutdown or reset, by SRST or the legacy shutdown call.
     System(SystemEvent),
-    /// An `ebreak`, which the program counter is at: see [`Vcpu::set_guest_debug`].
+    /// The guest executed an `ebreak`. The program counter is its address. See
+    /// [`Vcpu::set_guest_debug`].
     Breakpoint,
-    /// A signal, or `immediate_exit`.
+    /// A signal or `immediate_exit` interrupted KVM_RUN.
     Interrupted,
-    /// The guest did what KVM cannot emulate: KVM_RUN failed with this errno.
+    /// The guest did something that KVM cannot emulate, and KVM_RUN failed.
     Unrunnable {
-        /// EOPNOTSUPP, EIO or EFAULT.
+        /// The error of KVM_RUN: EOPNOTSUPP, EIO or EFAULT.
         errno: i32,
-        /// The program counter, where it could be read.
+        /// The program counter. 0 if the vCPU has no such register.
         pc: u64,
     },
-    /// The host could not enter the guest on this CPU.
+    /// The host could not enter the guest.
     FailEntry {
-        /// KVM's hardware reason.
+        /// `hardware_entry_failure_reason` of `kvm_run`.
         reason: u64,
-        /// The host CPU.
+        /// The number of the host's CPU.
         cpu: u32,
     },
-    /// An exit this rvmm does not know.
+    /// An exit that rvmm does not know.
     Unknown {
         /// `kvm_run.exit_reason`.
         reason: u32,
     },
 }
 
-/// How the last exit is completed when the vCPU runs again.
+/// The result of the last exit, which completes it when the vCPU runs again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmEntry {
-    /// Nothing to hand in.
+    /// The last exit needs no result, or is complete already.
     Run,
-    /// The value loaded, little-endian, for [`VmExit::MmioRead`].
+    /// The loaded value, little-endian, after a [`VmExit::MmioRead`].
     MmioRead(u64),
-    /// The answer to [`VmExit::Sbi`].
+    /// The call's result, after a [`VmExit::Sbi`].
     Sbi(SbiRet),
-    /// The CSR's old value for [`VmExit::Csr`].
+    /// The CSR's old value, after a [`VmExit::Csr`].
     Csr(u64),
 }
 
-/// An SBI call as the guest made it: raw register values.
+/// An SBI call: the guest's register values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SbiCall {
-    /// Extension id, a7.
+    /// The extension id (a7).
     pub extension: u64,
-    /// Function id, a6.
+    /// The function id (a6).
     pub function: u64,
-    /// a0 to a5.
+    /// The arguments (a0 to a5).
     pub args: [u64; 6],
 }
 
-/// The answer to an SBI call.
+/// The result of an SBI call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SbiRet {
-    /// a0: 0 or a negative error.
+    /// The error code (a0): 0, or a negative SBI_ERR_*.
     pub error: i64,
-    /// a1.
+    /// The value (a1).
     pub value: u64,
 }
 
-/// What the guest asked of the whole system (SBI SRST, chapter "System Reset Extension").
+/// The guest's request for the whole system (SBI specification, chapter "System Reset Extension").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SystemEvent {
-    /// Power off; `reason` 0 none, 1 system failure.
+    /// Power off.
     Shutdown {
-        /// The SRST reset reason.
+        /// The SRST reset reason: 0 for none, 1 for a system failure.
         reason: u64,
     },
-    /// Reboot, cold or warm: KVM does not tell which.
+    /// Reboot. KVM does not say whether it is a cold or a warm one.
     Reset {
-        /// The SRST reset reason.
+        /// The SRST reset reason: 0 for none, 1 for a system failure.
         reason: u64,
     },
-    /// A type that riscv's KVM does not make today.
+    /// A type of event that riscv64's KVM does not report today.
     Other {
         /// `kvm_run.system_event.type`.
         kind: u32,

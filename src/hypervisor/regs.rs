@@ -1,5 +1,6 @@
-//! KVM's ONE_REG ids for rv64 (`arch/riscv/include/uapi/asm/kvm.h`), spelled out here because the
-//! bindings carry them on riscv64 alone, and their index macros nowhere.
+//! KVM's ids of vCPU registers (ONE_REG) for rv64, from `arch/riscv/include/uapi/asm/kvm.h`. They
+//! are defined here because the bindings have them only on riscv64, and do not have the index
+//! macros.
 
 mod names;
 
@@ -7,20 +8,20 @@ use std::io;
 
 use rustix::io::Errno;
 
-/// The id of one register of a vCPU. It displays as a name, `csr.satp`.
+/// The id of one register of a vCPU. Its `Display` form is a name, such as `csr.satp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RegId(pub u64);
 
 const RISCV: u64 = 0x8000_0000_0000_0000;
 const SIZE_U64: u64 = 3 << 52;
 
-/// KVM_REG_ARCH_MASK, and the bits above those that it defines.
+/// The bits of an id that hold the architecture (KVM_REG_ARCH_MASK).
 const ARCH: u64 = 0xff00_0000_0000_0000;
-/// The largest width that KVM defines: KVM_REG_SIZE_U2048.
+/// The largest width that KVM defines, as log2 of the bytes: KVM_REG_SIZE_U2048.
 const WIDTH_MAX: u32 = 8;
 
 impl RegId {
-    /// Bytes of the register. None where the id has a width that KVM does not define.
+    /// The width of the register in bytes. `None` if KVM does not define the width in the id.
     pub const fn width(self) -> Option<usize> {
         let log2 = ((self.0 >> 52) & 0xf) as u32;
         if log2 <= WIDTH_MAX {
@@ -30,22 +31,22 @@ impl RegId {
         }
     }
 
-    /// Whether it is a register of a RISC-V vCPU.
+    /// Whether the id is one of a RISC-V vCPU.
     pub const fn is_riscv(self) -> bool {
         self.0 & ARCH == RISCV
     }
 
-    /// KVM_REG_RISCV_TYPE_*, such as 3 for CSRs.
+    /// The register's group, KVM_REG_RISCV_*: 3 for CSRs, for example.
     pub const fn group(self) -> u64 {
         (self.0 >> 24) & 0xff
     }
 
-    /// KVM_REG_RISCV_SUBTYPE_*, such as 1 for the CSRs of the AIA.
+    /// The register's subgroup, KVM_REG_RISCV_*: 1 for the CSRs of the AIA, for example.
     pub const fn subgroup(self) -> u64 {
         (self.0 >> 16) & 0xff
     }
 
-    /// Its number in the group.
+    /// The register's number in its group and subgroup.
     pub const fn index(self) -> u64 {
         self.0 & 0xffff
     }
@@ -54,50 +55,52 @@ impl RegId {
         Self(RISCV | SIZE_U64 | (kind << 24) | index)
     }
 
-    /// Group CONFIG.
+    /// A register of group CONFIG.
     pub const fn config(index: u64) -> Self {
         Self::u64(0x01, index)
     }
 
-    /// Group CORE: 0 is pc, 1 to 31 are x1 to x31, 32 is the mode.
+    /// A register of group CORE: 0 is pc, 1 to 31 are x1 to x31, 32 is the privilege mode.
     pub const fn core(index: u64) -> Self {
         Self::u64(0x02, index)
     }
 
-    /// Group CSR, the general ones.
+    /// A register of group CSR, subgroup GENERAL.
     pub const fn csr(index: u64) -> Self {
         Self::u64(0x03, index)
     }
 
-    /// Group TIMER.
+    /// A register of group TIMER.
     pub const fn timer(index: u64) -> Self {
         Self::u64(0x04, index)
     }
 
-    /// Group ISA_EXT, one extension: 1 on, 0 off. `index` is a `KVM_RISCV_ISA_EXT_*`.
+    /// A register of group ISA_EXT, which switches one extension: 1 is on, 0 is off. `index` is a
+    /// `KVM_RISCV_ISA_EXT_*`.
     pub const fn isa_ext(index: u64) -> Self {
         Self::u64(0x07, index)
     }
 
-    /// Group SBI_EXT, one extension: 1 on, 0 off. `index` is a `KVM_RISCV_SBI_EXT_*`.
+    /// A register of group SBI_EXT, which switches one extension: 1 is on, 0 is off. `index` is a
+    /// `KVM_RISCV_SBI_EXT_*`.
     pub const fn sbi_ext(index: u64) -> Self {
         Self::u64(0x08, index)
     }
 }
 
-/// Bytes a `cbo.clean`, `cbo.flush` or `cbo.inval` acts on.
+/// The block size of `cbo.clean`, `cbo.flush` and `cbo.inval` in bytes.
 pub const ZICBOM_BLOCK_SIZE: RegId = RegId::config(1);
-/// `mvendorid`, as the guest's SBI tells it.
+/// `mvendorid`, which the guest reads by an SBI call.
 pub const MVENDORID: RegId = RegId::config(2);
 /// `marchid`.
 pub const MARCHID: RegId = RegId::config(3);
 /// `mimpid`.
 pub const MIMPID: RegId = RegId::config(4);
-/// Bytes a `cbo.zero` acts on.
+/// The block size of `cbo.zero` in bytes.
 pub const ZICBOZ_BLOCK_SIZE: RegId = RegId::config(5);
-/// The largest `satp.MODE` the guest may use.
+/// The largest `satp.MODE` that the guest may use.
 pub const SATP_MODE: RegId = RegId::config(6);
-/// Bytes a prefetch acts on (Linux 7.x).
+/// The block size of the prefetch instructions in bytes (Linux 7.x).
 pub const ZICBOP_BLOCK_SIZE: RegId = RegId::config(7);
 
 /// The program counter.
@@ -122,39 +125,42 @@ pub const SEPC: RegId = RegId::csr(4);
 pub const SCAUSE: RegId = RegId::csr(5);
 /// `stval`.
 pub const STVAL: RegId = RegId::csr(6);
-/// `sip`, without what the hart's timer and IMSIC make pending.
+/// `sip`, without the pending bits of the hart's timer and IMSIC.
 pub const SIP: RegId = RegId::csr(7);
 /// `satp`.
 pub const SATP: RegId = RegId::csr(8);
 /// `scounteren`.
 pub const SCOUNTEREN: RegId = RegId::csr(9);
-/// `scounteren` with CY, TM and IR: processes may read `cycle`, `time` and `instret`. KVM before
-/// Linux 7.x starts harts so.
+/// The value of `scounteren` with CY, TM and IR set, so that U-mode may read `cycle`, `time` and
+/// `instret`. KVM before Linux 7.x starts harts with this value.
 pub const CYCLE_TIME_INSTRET: u64 = 0b111;
 
-/// Ticks a second of the `time` CSR.
+/// The frequency of the `time` CSR in Hz.
 pub const TIMER_FREQUENCY: RegId = RegId::timer(0);
 /// The guest's `time`.
 pub const TIMER_TIME: RegId = RegId::timer(1);
-/// The `time` from which on the hart's timer interrupt is pending: `stimecmp`, or what SBI set.
+/// The `time` from which on the hart's timer interrupt is pending: the value of `stimecmp`, or of
+/// the SBI call.
 pub const TIMER_COMPARE: RegId = RegId::timer(2);
 
-/// KVM_RISCV_SBI_EXT_V01: the legacy calls, 0 to 8.
+/// KVM_RISCV_SBI_EXT_V01: the legacy calls, extension ids 0 to 8.
 pub const SBI_V01: RegId = RegId::sbi_ext(0);
-/// KVM_RISCV_SBI_EXT_EXPERIMENTAL: 0x08000000 to 0x08FFFFFF.
+/// KVM_RISCV_SBI_EXT_EXPERIMENTAL: extension ids 0x08000000 to 0x08FFFFFF.
 pub const SBI_EXPERIMENTAL: RegId = RegId::sbi_ext(7);
-/// KVM_RISCV_SBI_EXT_VENDOR: 0x09000000 to 0x09FFFFFF.
+/// KVM_RISCV_SBI_EXT_VENDOR: extension ids 0x09000000 to 0x09FFFFFF.
 pub const SBI_VENDOR: RegId = RegId::sbi_ext(8);
 /// KVM_RISCV_SBI_EXT_SUSP: system suspend (Linux 7.x).
 pub const SBI_SUSP: RegId = RegId::sbi_ext(11);
 /// KVM_RISCV_SBI_EXT_DBCN: the debug console.
 pub const SBI_DBCN: RegId = RegId::sbi_ext(9);
 
-/// The ids of a list that the kernel fills by `ask`, as KVM_GET_REG_LIST: the first word is how
-/// many have room behind it, and becomes how many there are, also when they are too many (E2BIG).
+/// Reads a list of register ids. `ask` makes the kernel fill the list, as KVM_GET_REG_LIST does:
+/// the caller sets the first word to the number of ids that there is room for behind it; the kernel
+/// sets it to the number of ids that there are, also if it fails with E2BIG because those are too
+/// many.
 ///
 /// # Errors
-/// What `ask` says, or EIO: it tells more than there was room for.
+/// Returns the error of `ask`. EIO if the number that the kernel returns makes no sense.
 pub fn read_list(mut ask: impl FnMut(&mut [u64]) -> io::Result<()>) -> io::Result<Vec<RegId>> {
     let mut list = vec![0];
     loop {
@@ -169,14 +175,14 @@ pub fn read_list(mut ask: impl FnMut(&mut [u64]) -> io::Result<()>) -> io::Resul
                 return Ok(ids.iter().copied().map(RegId).collect());
             }
             Err(error) if Errno::from_io_error(&error) != Some(Errno::TOOBIG) => return Err(error),
-            // An extension can bring more of them between two calls.
+            // There can be more ids than at the last call, if an extension was switched on since.
             Err(_) if count > room && count <= LIST_MAX => list = vec![0; count + 1],
             Err(_) => return Err(Errno::IO.into()),
         }
     }
 }
 
-/// Far more registers than a vCPU has.
+/// The largest number of ids that [`read_list`] accepts: far more than a vCPU has.
 const LIST_MAX: usize = 1 << 16;
 
 #[cfg(test)]
@@ -195,7 +201,8 @@ mod tests {
         assert!(SATP.is_riscv() && !RegId(0x6030_0000_0000_0000).is_riscv());
     }
 
-    /// As the kernel does it, with as many ids as `counts` has it at each call.
+    /// Reads a list from a fake kernel. `counts` are the numbers of ids that it has at each call.
+    /// Returns the list, and the number of calls.
     fn listed(counts: &[u64]) -> (io::Result<Vec<RegId>>, usize) {
         let mut calls = 0;
         let list = read_list(|list| {

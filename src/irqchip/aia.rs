@@ -1,7 +1,8 @@
-//! The AIA in the kernel: an APLIC that turns wires into MSIs, and an IMSIC a hart.
+//! The in-kernel AIA: an APLIC, which turns wired interrupts into messages, and an IMSIC for each
+//! hart.
 //!
-//! RISC-V Advanced Interrupt Architecture 1.0; `arch/riscv/kvm/aia_device.c` for the order of
-//! set-up: created before the vCPUs, configured after them.
+//! The specification is RISC-V Advanced Interrupt Architecture 1.0. `arch/riscv/kvm/aia_device.c`
+//! demands the order of the set-up: the AIA is created before the vCPUs, and configured after them.
 
 use std::sync::Arc;
 
@@ -14,51 +15,55 @@ use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
 use crate::hypervisor::{Aia, AiaConfig, AiaMode, Result, Vm};
 use crate::util::{RateLimit, guest_info, guest_warn};
 
-/// Wired sources of the APLIC: those of QEMU's virt machine that rvmm serves are below 36, and
-/// KVM wants no more sources than interrupt identities (63 at least).
+/// The number of wired sources of the APLIC. rvmm uses sources below 36, as QEMU's virt machine
+/// does. KVM allows no more sources than there are interrupt identities, which are at least 63.
 pub const SOURCES: u32 = 63;
 
-/// Wired sources that the device tree tells of on a host with the lossy IMSIC: a guest that uses
-/// all of them, each with an identity of its own, and one more for IPIs, stays within 31.
+/// The number of wired sources in the device tree on a host with the lossy IMSIC. A guest that uses
+/// all of them, each with an identity of its own, and one more identity for IPIs, needs no more
+/// than 31 identities.
 pub const SOURCES_LOSSY: u32 = 30;
 
-/// Identities that work in a lossy file: 1 to 31. A guest takes the lowest first.
+/// The number of identities that work in a lossy file: 1 to 31. A guest takes the lowest ones
+/// first.
 const LOSSY_IDENTITIES: u32 = 31;
 
-/// Identities that Linux takes before any message's: the IPI's, and those of the wires it maps: UART,
-/// clock, and the four of PCI, which it maps for devices with messages too.
+/// The number of identities that Linux takes before it takes any for messages: one for IPIs, one
+/// each for the wires of the UART and the clock, and four for PCI's wires, which it maps also if
+/// the devices use messages.
 const RESERVED_IDENTITIES: u32 = 7;
 
-/// An APLIC's registers for one domain, as KVM maps them.
+/// The size of the APLIC's registers for one domain in bytes, as KVM has it.
 pub const APLIC_SIZE: u64 = 0x4000;
 
-/// An IMSIC's page for one hart.
+/// The size of the IMSIC's page for one hart in bytes.
 pub const IMSIC_SIZE: u64 = 0x1000;
 
 const APLIC_PHANDLE: u32 = 0x1000;
 const IMSIC_PHANDLE: u32 = 0x1001;
 
-/// Supervisor external interrupt, as a hart's local interrupt controller numbers it.
+/// The number of the supervisor external interrupt in a hart's local interrupt controller.
 const S_EXTERNAL: u32 = 9;
-/// IRQ_TYPE_LEVEL_HIGH of the interrupt bindings.
+/// IRQ_TYPE_LEVEL_HIGH of the device tree's interrupt bindings.
 const LEVEL_HIGH: u32 = 4;
 
-/// Registers of an IMSIC file, by their numbers in `siselect` (AIA 1.0, section 3.8).
+/// Registers of an IMSIC's interrupt file, by their numbers in `siselect` (AIA 1.0, section 3.8).
 const EIDELIVERY: u64 = 0x70;
 const EITHRESHOLD: u64 = 0x72;
-/// `eip0` and `eie0`: pending and enabled identities 0 to 63. On RV64 each further 64 are two on.
+/// `eip0` and `eie0` have the pending and the enabled bits of identities 0 to 63. On RV64, the
+/// register number of each further 64 identities is higher by 2.
 const EIP0: u64 = 0x80;
 const EIE0: u64 = 0xc0;
-/// `eidelivery`: interrupts of this file reach the hart.
+/// The value of `eidelivery` with which interrupts of the file reach the hart.
 const DELIVERS: u64 = 1;
 
-/// Where the controllers are.
+/// The guest-physical addresses of the controllers.
 #[derive(Clone, Copy, Debug)]
 pub struct Placement {
-    /// The APLIC's registers, [`APLIC_SIZE`].
+    /// The address of the APLIC's registers, [`APLIC_SIZE`] bytes.
     pub aplic: GuestAddress,
-    /// Hart 0's IMSIC page, the others follow; aligned to their number, rounded up to a power
-    /// of two, times [`IMSIC_SIZE`].
+    /// The address of hart 0's IMSIC page. The pages of the other harts follow. It has to be
+    /// aligned to the number of harts, rounded up to a power of two, times [`IMSIC_SIZE`].
     pub imsic: GuestAddress,
 }
 
@@ -71,19 +76,19 @@ pub struct InKernelAia {
     ids: u32,
     guest_files: bool,
     lossy: bool,
-    /// Wired sources that the guest is told of.
+    /// The number of wired sources that the device tree describes.
     sources: u32,
     failures: RateLimit,
 }
 
 impl InKernelAia {
-    /// Configures and starts `aia`, after all `harts` vCPUs of `vm` exist.
+    /// Configures and starts `aia`. To be called when all `harts` vCPUs of `vm` exist.
     ///
-    /// Uses the host's guest interrupt files where it has them (AUTO), KVM's emulation elsewhere
-    /// and where `emulate` asks for it.
+    /// Uses the host's guest interrupt files if it has them (mode AUTO). Uses KVM's emulation if
+    /// not, or if `emulate` is true.
     ///
     /// # Errors
-    /// KVM refused a step.
+    /// Fails if KVM refuses a step.
     pub fn start(
         vm: Arc<dyn Vm>,
         aia: Box<dyn Aia>,
@@ -92,7 +97,7 @@ impl InKernelAia {
         emulate: bool,
     ) -> Result<Self> {
         let set_mode = |mode: AiaMode| aia.set_config(AiaConfig::Mode, mode as u32);
-        // KVM takes AUTO only where the host has guest files.
+        // KVM accepts AUTO only if the host has guest interrupt files.
         let auto = !emulate && set_mode(AiaMode::Auto).is_ok();
         if !auto {
             set_mode(AiaMode::Emulated)?;
@@ -118,7 +123,8 @@ impl InKernelAia {
             guest_info!(
                 RateLimit::named("AIA is lossy"),
                 "in-kernel AIA: this host's KVM loses the upper half of every 64 identities of an \
-                 emulated IMSIC (lr.w in aia_imsic.c): the guest is offered what needs at most 31"
+                 emulated IMSIC (lr.w in aia_imsic.c): the guest gets so few \
+                 interrupts that 31 are enough"
             );
         }
         Ok(Self {
@@ -134,17 +140,17 @@ impl InKernelAia {
         })
     }
 
-    /// Whether MSIs go to the host's guest interrupt files.
+    /// Whether messages go to the host's guest interrupt files.
     pub fn has_guest_files(&self) -> bool {
         self.guest_files
     }
 
-    /// Interrupt identities of each hart's file.
+    /// The number of interrupt identities of each hart's file.
     pub fn identities(&self) -> u32 {
         self.ids
     }
 
-    /// The last wired source that the guest is told of.
+    /// The number of the last wired source that the device tree describes.
     pub fn sources(&self) -> u32 {
         self.sources
     }
@@ -158,10 +164,12 @@ impl InKernelAia {
         }
     }
 
-    /// Identities of one hart's file that are left for messages, whatever the guest does with them.
+    /// The number of identities in one hart's file that are left for messages. So many messages
+    /// work even if the guest sends all of them to one hart.
     ///
-    /// Where the host has guest interrupt files these serve: own vectors are worth more than the
-    /// case of more vCPUs than files, in which the lossy emulation steps in.
+    /// If the host has guest interrupt files, this counts the identities of those, and each queue
+    /// can have a vector of its own. If there are more vCPUs than files, KVM uses the lossy
+    /// emulation for the others, and messages may be lost there.
     fn message_identities(&self) -> u32 {
         let usable = if self.lossy && !self.guest_files {
             LOSSY_IDENTITIES
@@ -171,12 +179,13 @@ impl InKernelAia {
         usable.saturating_sub(RESERVED_IDENTITIES)
     }
 
-    /// Whether an emulated file loses identities.
+    /// Whether KVM's emulated interrupt files lose identities.
     pub fn is_lossy(&self) -> bool {
         self.lossy
     }
 
-    /// The numbers that the words of `eip` and `eie` have behind the first.
+    /// The offsets of the words of `eip` and `eie` from the first, in register numbers: 0, 2, 4 and
+    /// so on.
     fn words(&self) -> impl Iterator<Item = u64> {
         (0..=u64::from(self.ids) / 64).map(|word| 2 * word)
     }
@@ -216,8 +225,9 @@ impl InKernelAia {
     }
 }
 
-/// Whether the software IMSIC file drops enables above identity 31 of a 64-bit word: Linux to 7.2
-/// at least handles them as 32-bit words. It serves EMUL, and AUTO where guest files run out.
+/// Whether KVM's emulated IMSIC file drops enable bits above bit 31 in each 64-bit word. Linux up
+/// to at least 7.2 handles them as 32-bit words. KVM uses the emulated file in mode EMUL, and in
+/// mode AUTO when no guest interrupt file is free.
 fn is_lossy(aia: &dyn Aia) -> Result<bool> {
     const PROBE: u64 = (1 << 40) | (1 << 5);
     aia.set_imsic(0, EIE0, PROBE)?;
@@ -226,7 +236,7 @@ fn is_lossy(aia: &dyn Aia) -> Result<bool> {
     Ok(kept != PROBE)
 }
 
-/// Bits that number `harts` harts.
+/// The number of bits that are needed to number `harts` harts.
 fn hart_bits(harts: u32) -> u32 {
     harts.next_power_of_two().trailing_zeros()
 }
@@ -257,7 +267,7 @@ impl HartSide for InKernelAia {
         let threshold = value(EITHRESHOLD);
         for word in self.words() {
             let enabled = value(EIE0 + word);
-            // A register costs a call of the kernel, and most words have nothing enabled.
+            // Each register costs a system call, and most words have no enabled identity.
             if enabled == 0 {
                 continue;
             }
@@ -281,7 +291,7 @@ impl HartSide for InKernelAia {
     fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()> {
         for (register, value) in saved.iter().filter(|(_, value)| *value != 0) {
             let is_pending = (EIP0..EIE0).contains(register);
-            // Beside what came since the reset.
+            // Keep the interrupts that became pending since the reset.
             let now = if is_pending {
                 self.aia.imsic(hart, *register)?
             } else {

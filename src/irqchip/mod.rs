@@ -1,4 +1,4 @@
-//! Interrupt controllers: the AIA in the kernel, the PLIC in userspace.
+//! Interrupt controllers: the AIA in the kernel, and a PLIC in userspace.
 
 pub mod aia;
 pub mod msi;
@@ -10,7 +10,7 @@ use self::msi::MsiRouter;
 use crate::bus::{Device, IrqLine, IrqSink, MmioDevice};
 use crate::hypervisor::Result;
 
-/// The interrupt controller of a machine, whichever it is.
+/// The interrupt controller of a machine: an AIA or a PLIC.
 pub struct IrqChip {
     sink: Arc<dyn IrqSink>,
     device: Arc<dyn Device>,
@@ -20,45 +20,48 @@ pub struct IrqChip {
     sources: u32,
 }
 
-/// What a controller keeps for each hart. A hart that suspends the system waits for its interrupts, and KVM
-/// resets the hart then. The hart's vCPU is not in KVM_RUN when these are called.
+/// The state that an interrupt controller has for each hart. It is needed while the guest has
+/// suspended the system: the hart waits for an interrupt to wake it, and KVM resets the hart then.
+/// The hart's vCPU must not be in KVM_RUN when these methods are called.
 pub trait HartSide: Send + Sync {
-    /// Whether an interrupt is pending for `hart` that the guest has enabled in the controller. What is enabled
-    /// has not changed since [`HartSide::save`] returned `saved`.
+    /// Whether `hart` has a pending interrupt that is enabled in the controller. `saved` is the
+    /// result of [`HartSide::save`]; the enabled interrupts have not changed since.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if a register of the controller cannot be read from KVM.
     fn is_pending(&self, hart: u32, saved: &[SavedRegister]) -> Result<bool>;
 
-    /// The registers of `hart` that a reset by KVM clears, for [`HartSide::restore`].
+    /// Reads the registers of `hart` that KVM's reset clears, for [`HartSide::restore`].
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if a register of the controller cannot be read from KVM.
     fn save(&self, hart: u32) -> Result<Vec<SavedRegister>>;
 
-    /// Gives `hart` back what [`HartSide::save`] returned, after KVM reset it.
+    /// Restores the registers of `hart` that [`HartSide::save`] returned, after KVM has reset the
+    /// hart.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM refuses to write a register, or to set the hart's external interrupt.
     fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()>;
 }
 
-/// A register of a controller, by its number there, and its value.
+/// A register's number in the interrupt controller, and its value.
 pub type SavedRegister = (u64, u64);
 
 /// How devices that send messages reach the harts.
 #[derive(Clone)]
 pub struct Messages {
-    /// The routes.
+    /// Routes the messages inside the kernel.
     pub router: Arc<MsiRouter>,
-    /// The controller that takes them, in the device tree.
+    /// The phandle of the MSI controller in the device tree.
     pub phandle: u32,
-    /// Interrupts that all devices together may have, so that all of them fit one hart's file.
+    /// The largest number of messages that all devices together may use. That many fit into the
+    /// interrupt file of one hart.
     pub vectors: u32,
 }
 
 impl IrqChip {
-    /// A controller that the kernel serves, with wired sources 1 to `sources`, and that takes messages.
+    /// A controller in the kernel, which has wired sources 1 to `sources`, and also takes messages.
     pub fn in_kernel<C: IrqSink + Device + HartSide + 'static>(
         chip: C,
         sources: u32,
@@ -75,7 +78,8 @@ impl IrqChip {
         }
     }
 
-    /// A controller whose registers are on the bus, with wired sources 1 to `sources`.
+    /// A controller in rvmm, with registers on the bus. It has wired sources 1 to `sources`, and
+    /// takes no messages.
     pub fn on_bus<C: IrqSink + Device + HartSide + MmioDevice + 'static>(
         chip: C,
         sources: u32,
@@ -91,38 +95,38 @@ impl IrqChip {
         }
     }
 
-    /// A wire to `source`.
+    /// The wire to `source`.
     pub fn line(&self, source: u32) -> IrqLine {
         IrqLine::new(Arc::clone(&self.sink), source)
     }
 
-    /// The last wired source that the guest is told of.
+    /// The number of the last wired source that the device tree describes.
     pub fn sources(&self) -> u32 {
         self.sources
     }
 
-    /// How messages reach the harts, where they can.
+    /// How messages reach the harts. `None` if the controller takes no messages.
     pub fn messages(&self) -> Option<&Messages> {
         self.messages.as_ref()
     }
 
-    /// Its registers, where rvmm serves them.
+    /// The registers for the bus. `None` if the controller is in the kernel.
     pub fn mmio(&self) -> Option<Arc<dyn MmioDevice>> {
         self.mmio.clone()
     }
 
-    /// What it keeps for each hart.
+    /// The state for each hart.
     pub fn hart_side(&self) -> Arc<dyn HartSide> {
         Arc::clone(&self.hart_side)
     }
 
-    /// Its nodes in the device tree.
+    /// The controller as a device: it has nodes in the device tree, and a description.
     pub fn device(&self) -> Arc<dyn Device> {
         Arc::clone(&self.device)
     }
 }
 
-/// The phandle of the interrupt controller inside hart `hart`'s `cpu` node.
+/// The phandle of the `interrupt-controller` node in the `cpu` node of hart `hart`.
 pub fn hart_intc_phandle(hart: u32) -> u32 {
     1 + hart
 }

@@ -1,7 +1,8 @@
-//! Message-signalled interrupts made in the kernel: an eventfd for each, routed to an IMSIC.
+//! Message-signalled interrupts that the kernel delivers: each has an eventfd (irqfd), and a route
+//! to an IMSIC.
 //!
-//! KVM replaces its table of routes whole, and waits for all vCPUs to have seen it: the table is kept
-//! here, and handed over only when a message has changed.
+//! KVM can only replace its whole table of routes, and waits until all vCPUs have seen the new one.
+//! So rvmm keeps the table here, and passes it to KVM only when a message has changed.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,14 +25,14 @@ pub struct MsiRouter {
 
 #[derive(Default)]
 struct Table {
-    /// By interrupt number; without a message, one that was never connected.
+    /// The message of each interrupt number in use. `None` if it was never connected.
     routes: BTreeMap<u32, Option<MsiMessage>>,
-    /// Not handed to the kernel yet.
+    /// Whether KVM does not have the current routes yet.
     changed: bool,
 }
 
 impl MsiRouter {
-    /// No interrupt yet, on a machine with an in-kernel AIA.
+    /// A router without interrupts, for a machine with an in-kernel AIA.
     pub fn new(vm: Arc<dyn Vm>) -> Arc<Self> {
         Arc::new(Self {
             vm,
@@ -40,10 +41,10 @@ impl MsiRouter {
         })
     }
 
-    /// An interrupt of its own.
+    /// Creates an interrupt with an eventfd and an interrupt number of its own.
     ///
     /// # Errors
-    /// The host has no descriptors left, or KVM no numbers.
+    /// Fails if the host has no free descriptors, or KVM no free interrupt numbers.
     pub fn vector(self: &Arc<Self>) -> io::Result<MsiVector> {
         let signal = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
         let mut table = lock(&self.table);
@@ -58,7 +59,8 @@ impl MsiRouter {
         })
     }
 
-    /// Connects vectors, each to its message, with one change of the kernel's table at most.
+    /// Connects each vector to its message. Changes the kernel's table at most once. Logs a
+    /// failure.
     pub fn connect<'a>(&self, vectors: impl IntoIterator<Item = (&'a mut MsiVector, MsiMessage)>) {
         let vectors: Vec<_> = vectors.into_iter().collect();
         let mut table = lock(&self.table);
@@ -106,22 +108,23 @@ pub struct MsiVector {
 }
 
 impl MsiVector {
-    /// Makes the interrupt now, or keeps it pending while it is not connected.
+    /// Raises the interrupt. It stays pending while the vector is not connected.
     pub fn signal(&self) {
-        // It fails only when 2^64 signals wait.
+        // This fails only if the eventfd's counter is at its maximum; the interrupt is pending
+        // then.
         let _ = self.signal.write(1);
     }
 
-    /// A descriptor whose signals are [`MsiVector::signal`].
+    /// The vector's eventfd. To signal it is the same as [`MsiVector::signal`].
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host has no free descriptors.
     pub fn descriptor(&self) -> io::Result<EventFd> {
         self.signal.try_clone()
     }
 
-    /// From now on signals stay pending. The route stays too: to connect it again with the same
-    /// message costs no change of the table.
+    /// Disconnects the vector: from now on, its signals stay pending. Its route stays in the table,
+    /// so the table does not change if the vector is connected again with the same message.
     pub fn disconnect(&mut self) {
         if std::mem::take(&mut self.connected) {
             let router = &self.router;
@@ -131,7 +134,7 @@ impl MsiVector {
         }
     }
 
-    /// Whether a signal is kept for later.
+    /// Whether there is a signal that waits until the vector is connected.
     pub fn is_pending(&self) -> bool {
         !self.connected && poll_now(borrow(&self.signal), PollFlags::IN).contains(PollFlags::IN)
     }

@@ -1,9 +1,10 @@
-//! The PLIC, in userspace, for hosts without AIA: RISC-V Platform-Level Interrupt Controller
-//! Specification 1.0.0, level-triggered gateways.
+//! A PLIC in userspace, for hosts without an AIA: RISC-V Platform-Level Interrupt Controller
+//! Specification 1.0.0, with level-triggered gateways.
 //!
-//! `Core` is the controller, pure; [`Plic`] attaches it to the bus and to the harts. As under
-//! QEMU's TCG each hart has two contexts: the even one is machine mode's, kept for guests that
-//! count, and never delivers; the odd one is supervisor mode's.
+//! `Core` is the controller itself, without input or output; [`Plic`] attaches it to the bus and to
+//! the harts. As in QEMU's TCG, each hart has two contexts. The even one is for machine mode and
+//! never delivers an interrupt; it is there because guests compute context numbers that way. The
+//! odd one is for supervisor mode.
 
 mod core;
 
@@ -20,14 +21,15 @@ use crate::hypervisor::{self, ExternalIrq};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_warn};
 
-/// The range on the bus, as QEMU's virt machine has it.
+/// The size of the registers in bytes, as in QEMU's virt machine.
 pub const SIZE: u64 = 0x60_0000;
 
-/// Harts that [`SIZE`] has contexts for.
+/// The largest number of harts: so many have both contexts within [`SIZE`].
 pub const MAX_HARTS: u32 = 512;
 
 const PHANDLE: u32 = 0x1000;
-/// Machine and supervisor external interrupt, as a hart's local interrupt controller numbers them.
+/// The numbers of the machine and supervisor external interrupts in a hart's local interrupt
+/// controller.
 const M_EXTERNAL: u32 = 11;
 const S_EXTERNAL: u32 = 9;
 
@@ -45,7 +47,7 @@ struct State {
 
 struct Hart {
     line: Arc<dyn ExternalIrq>,
-    /// The level the hart's line has now.
+    /// The current level of `line`.
     level: bool,
 }
 
@@ -56,8 +58,8 @@ impl State {
 }
 
 impl Plic {
-    /// A PLIC at guest-physical address `base` for harts whose external interrupts are `lines`,
-    /// at most [`MAX_HARTS`].
+    /// A PLIC at guest-physical address `base`. `lines` are the wires to the external interrupts of
+    /// the harts, at most [`MAX_HARTS`].
     pub fn new(base: u64, lines: Vec<Arc<dyn ExternalIrq>>) -> Self {
         let harts = lines.into_iter().map(|line| Hart { line, level: false });
         let harts: Vec<Hart> = harts.collect();
@@ -71,7 +73,7 @@ impl Plic {
         }
     }
 
-    /// Accesses the controller, then moves the harts' lines whose level has changed.
+    /// Calls `access` on the controller. Then updates the harts' lines whose level has changed.
     fn with_core<T>(&self, access: impl FnOnce(&mut Core) -> T) -> T {
         let mut state = lock(&self.state);
         let State { core, harts } = &mut *state;
@@ -89,7 +91,7 @@ impl Plic {
     }
 }
 
-/// The contexts that deliver: of hart 0, hart 1, and so on.
+/// The contexts that deliver interrupts: the supervisor contexts of hart 0, hart 1, and so on.
 fn supervisor_contexts() -> impl Iterator<Item = usize> {
     (1..).step_by(2)
 }
@@ -120,12 +122,13 @@ impl HartSide for Plic {
         Ok(state.hart(hart).is_some_and(|hart| hart.level))
     }
 
-    /// The registers are rvmm's own: a hart's reset does not reach them.
+    /// Returns nothing: rvmm itself keeps the registers, so KVM's reset of a hart does not change
+    /// them.
     fn save(&self, _: u32) -> hypervisor::Result<Vec<SavedRegister>> {
         Ok(Vec::new())
     }
 
-    /// KVM forgot the level of the hart's wire.
+    /// Sets the level of the hart's line again, because KVM's reset clears it.
     fn restore(&self, hart: u32, _: &[SavedRegister]) -> hypervisor::Result<()> {
         let state = lock(&self.state);
         let hart = state.hart(hart);

@@ -1,17 +1,17 @@
-//! Which pages of guest RAM rvmm wrote: the part of dirty tracking that KVM does not see.
+//! The log of the pages of guest RAM that rvmm itself writes. KVM's dirty log does not have these.
 //!
 //! KVM logs the guest's own stores (KVM_GET_DIRTY_LOG). Devices, SBI calls and the loader write
-//! through rvmm's mapping, and so do system calls that rvmm makes for them. All of that is marked
-//! here, a bit for each page, while somebody asks for it.
+//! through rvmm's mapping, and so do system calls that rvmm makes for them. While tracking is on,
+//! this log marks all these writes, with one bit for each page.
 //!
-//! **The rule: first the bytes, then the mark.** Whoever copies RAM takes the marks first and reads
-//! the pages then. A mark that is taken comes with its bytes. Bytes whose mark is not there yet are
-//! found by the next take. So the last take has to come after the last write: devices stand still
-//! by then. A request that the kernel serves by itself (io_uring) is marked when it comes back. A
-//! read of a file marks all its buffers, whatever the call says: a direct read that fails, or is
-//! short, may have written more than it says.
+//! **The rule: a writer writes the bytes first, and marks the page then.** A reader that copies RAM
+//! takes the marks first, and reads the pages then. If it takes a mark, it sees the bytes. If bytes
+//! are written and not marked yet, a later take has their mark. So the last take has to come after
+//! the last write, when the devices are paused. A request that the kernel serves by itself
+//! (io_uring) is marked when it comes back. A read of a file marks all its buffers, whatever the
+//! result: a direct read that fails, or is short, may have written more bytes than it reports.
 //!
-//! While tracking is off, a write costs one relaxed load and a branch, and there are no bits.
+//! While tracking is off, a write costs one relaxed load and a branch, and the bits use no memory.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -28,20 +28,21 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::{GuestMemory, PAGE_SIZE};
 use crate::util::sync::lock;
 
-/// Bytes that a bit stands for.
+/// Bytes that one bit stands for.
 const PAGE: usize = 4096;
 const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
-/// Pages that a word of bits stands for.
+/// Pages that one word of the bitmap stands for.
 const WORD_PAGES: usize = 64;
 
-/// The words that a bitmap of `size` bytes of RAM has, by rvmm's log and by KVM's.
+/// The number of words in the bitmap of `size` bytes of RAM. It is the same for rvmm's log and
+/// KVM's.
 pub fn words_of(size: usize) -> usize {
     size.div_ceil(PAGE * WORD_PAGES)
 }
 
-/// The numbers of the pages that are marked in `words`, in their order. Page 0 is where the RAM
-/// starts.
+/// The numbers of the pages that are marked in `words`, in ascending order. Page 0 is the first
+/// page of RAM.
 pub fn pages_of(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
     let of_word = |(index, word): (usize, &u64)| {
         let word = *word;
@@ -52,27 +53,27 @@ pub fn pages_of(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
     words.filter(|(_, word)| **word != 0).flat_map(of_word)
 }
 
-/// The log of one mapping of guest RAM. Clones are of the same log.
+/// The log of one mapping of guest RAM. A clone refers to the same log.
 #[derive(Clone, Default)]
 pub struct DirtyLog(Arc<Log>);
 
-/// Where the bits are, if tracking is on.
+/// The bitmap, and whether tracking is on.
 #[derive(Default)]
 struct Log {
-    /// The first word; null while tracking is off.
+    /// Points to the first word of the bitmap. Null while tracking is off.
     on: AtomicPtr<AtomicU64>,
     pages: usize,
-    /// Made by the first start. It stays mapped, without memory behind it while tracking is off: a
-    /// thread that saw the pointer may mark a moment later.
+    /// The first start maps the bitmap. It stays mapped when tracking stops, because a thread that
+    /// has read the pointer may still mark a page. It uses no memory while tracking is off.
     bits: Mutex<Option<Bits>>,
 }
 
 impl DirtyLog {
-    /// Tracks writes from now on, with no page marked. What was written before is in RAM when this
-    /// returns, for every thread that reads it then; what is written later is marked.
+    /// Starts tracking, with no page marked. A write from before this call may not be marked, but
+    /// its bytes are visible to every thread when the call returns. All later writes are marked.
     ///
     /// # Errors
-    /// The host has no memory for the bits, or no membarrier.
+    /// Fails if the host has no memory for the bitmap, or no membarrier(2).
     pub fn start(&self) -> io::Result<()> {
         let log = &self.0;
         let mut bits = lock(&log.bits);
@@ -80,8 +81,8 @@ impl DirtyLog {
         if words == 0 {
             return Ok(());
         }
-        // A writer has no barrier between its bytes and its look at `on`. This call is the barrier,
-        // on each CPU that runs a thread of rvmm.
+        // A writer has no memory barrier between its write of the bytes and its load of `on`. The
+        // membarrier call below is that barrier, on each CPU that runs a thread of rvmm.
         membarrier(MembarrierCommand::RegisterPrivateExpedited)?;
         let bits = match bits.take() {
             Some(known) => bits.insert(known),
@@ -96,10 +97,10 @@ impl DirtyLog {
         Ok(passed?)
     }
 
-    /// Ends tracking, and gives the memory of the bits back.
+    /// Stops tracking, and gives the bitmap's memory back to the host.
     ///
     /// # Errors
-    /// The host refused to take it. Tracking is off all the same.
+    /// Fails if the memory cannot be given back. Tracking is off also then.
     pub fn stop(&self) -> io::Result<()> {
         let bits = lock(&self.0.bits);
         self.0.on.store(null_mut(), Ordering::Release);
@@ -111,12 +112,13 @@ impl DirtyLog {
         !self.0.on.load(Ordering::Relaxed).is_null()
     }
 
-    /// The marks since the last take, which are gone then: page 0 is bit 0 of the first word, as in
-    /// KVM's log. No words while tracking is off. The pages are to be read after this, not before.
+    /// Returns the marks since the last take, and clears them. Page 0 is bit 0 of the first word,
+    /// as in KVM's log. Returns no words while tracking is off. The caller has to read the pages
+    /// after this call, not before.
     pub fn take(&self) -> Vec<u64> {
         let _bits = lock(&self.0.bits);
         let words = self.0.words();
-        // Most words are 0; to look first leaves their cache lines shared.
+        // Most words are 0. A load before the swap leaves their cache lines shared.
         let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
             0 => 0,
             _ => word.swap(0, Ordering::AcqRel),
@@ -124,7 +126,7 @@ impl DirtyLog {
         words.map_or_else(Vec::new, |words| words.iter().map(take).collect())
     }
 
-    /// The `length` bytes at `offset` were written.
+    /// Marks the pages of the `length` bytes at `offset`. To be called after they were written.
     #[inline(always)]
     pub fn mark(&self, offset: usize, length: usize) {
         self.0.mark(offset, length);
@@ -134,14 +136,15 @@ impl DirtyLog {
 impl Log {
     #[inline(always)]
     fn mark(&self, offset: usize, length: usize) {
-        // The bytes are written before the look; `start` does the rest.
+        // The compiler must not move the load of `on` before the write of the bytes. The membarrier
+        // in `start` does the same for the CPU.
         compiler_fence(Ordering::SeqCst);
         if !self.on.load(Ordering::Relaxed).is_null() {
             self.mark_words(offset, length);
         }
     }
 
-    /// Marks beyond the end of RAM are none.
+    /// Ignores what is beyond the end of RAM.
     #[cold]
     #[inline(never)]
     fn mark_words(&self, offset: usize, length: usize) {
@@ -162,28 +165,29 @@ impl Log {
             if index == last_word {
                 marks &= u64::MAX >> (WORD_PAGES - 1 - last % WORD_PAGES);
             }
-            // Release: who takes the mark sees the bytes. So a bit that is set is set again.
+            // Release: a thread that takes the mark sees the bytes. For that, a bit has to be
+            // written also if it is set already.
             word.fetch_or(marks, Ordering::Release);
         }
     }
 
-    /// The bits, while tracking is on.
+    /// The words of the bitmap. `None` while tracking is off.
     fn words(&self) -> Option<&[AtomicU64]> {
         let start = NonNull::new(self.on.load(Ordering::Acquire))?;
         let count = self.pages.div_ceil(WORD_PAGES);
-        // SAFETY: `on` is the start of `bits`, which has that many words and stays mapped until
-        // `self` is dropped. All accesses are atomic; what `Bits::forget` does leaves zeros.
+        // SAFETY: `on` points to the start of `bits`, which has that many words and stays mapped
+        // until `self` is dropped. All accesses are atomic, and `Bits::forget` leaves zeros.
         Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), count) })
     }
 }
 
-/// A mapping of zeros.
+/// An anonymous mapping that holds the bitmap, at first all zeros.
 struct Bits {
     start: NonNull<AtomicU64>,
     bytes: usize,
 }
 
-// SAFETY: the mapping is of this process, and belongs to nobody else.
+// SAFETY: the mapping belongs to this value alone, and all threads of the process can access it.
 unsafe impl Send for Bits {}
 
 impl Bits {
@@ -191,16 +195,16 @@ impl Bits {
         let bytes = words * size_of::<AtomicU64>();
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping, for which the kernel chooses a free address.
         let start = unsafe { mmap_anonymous(null_mut(), bytes, access, flags) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { start, bytes })
     }
 
-    /// All bits are 0, and have no memory.
+    /// Clears all bits, and gives their memory back to the host.
     fn forget(&self) -> io::Result<()> {
         let start = self.start.as_ptr().cast();
-        // SAFETY: the mapping is `self`'s, and its bits are only read and written atomically.
+        // SAFETY: the mapping belongs to `self`, and all accesses to its words are atomic.
         unsafe { madvise(start, self.bytes, Advice::LinuxDontNeed) }?;
         Ok(())
     }
@@ -208,8 +212,8 @@ impl Bits {
 
 impl Drop for Bits {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length. The log goes with it, so nobody can mark. A
-        // failure could only leak it.
+        // SAFETY: `map` mapped this range. The log is dropped too, so no thread can mark any more.
+        // If munmap fails, the mapping is leaked, which is harmless.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
@@ -220,7 +224,7 @@ impl fmt::Debug for DirtyLog {
     }
 }
 
-/// A log as vm-memory's slices have it: offsets are from `base`.
+/// The log of a slice of RAM, for vm-memory. Offsets count from `base`.
 #[derive(Clone, Copy)]
 pub struct DirtySlice<'a> {
     log: &'a Log,
@@ -237,7 +241,7 @@ impl<'a> WithBitmapSlice<'a> for DirtyLog {
     type S = DirtySlice<'a>;
 }
 
-/// vm-memory marks after it has written.
+/// vm-memory calls `mark_dirty` after its write, as the rule of this module demands.
 impl Bitmap for DirtyLog {
     #[inline(always)]
     fn mark_dirty(&self, offset: usize, len: usize) {
@@ -301,14 +305,14 @@ pub fn dirty_log(ram: &GuestMemory) -> DirtyLog {
     log.unwrap_or_default()
 }
 
-/// Marks in the log of `ram` what vhost wrote, and takes that from vhost's log.
+/// Moves the marks from vhost's log to the log of `ram`.
 ///
 /// vhost writes to guest RAM inside the host's kernel, and keeps a log of its own:
 /// VHOST_SET_LOG_BASE with VHOST_F_LOG_ALL (`log_write` in `drivers/vhost/vhost.c`). `log` is that
-/// bitmap, which vhost sets bits in meanwhile: bit 0 of the first word is the page of
-/// guest-physical address 0, and it has to reach to the end of RAM. vhost too writes first and
-/// marks then. So this is called before each [`DirtyLog::take`], and once more when vhost has
-/// stopped. Nothing in rvmm asks vhost for a log yet.
+/// bitmap; vhost may set bits in it at the same time. Bit 0 of the first word is the page at
+/// guest-physical address 0, and the bitmap has to reach to the end of RAM. vhost too writes the
+/// bytes first and marks them then. So this has to be called before each [`DirtyLog::take`], and
+/// once more when vhost has stopped. rvmm does not make vhost keep a log yet.
 pub fn merge_vhost(ram: &GuestMemory, log: &[AtomicU64]) {
     for region in ram.iter() {
         let Ok(first) = usize::try_from(region.start_addr().0 / PAGE_SIZE) else {

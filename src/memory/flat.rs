@@ -1,7 +1,7 @@
-//! Guest RAM for rings and descriptors, of which a few bytes are read and written at a time.
+//! Access to guest RAM for rings and descriptors, a few bytes at a time.
 //!
-//! RAM is one region: to find a place in it is a subtraction, where vm-memory's own collections search
-//! for each access.
+//! RAM is one region, so one subtraction finds a place in it. vm-memory's own collections search
+//! for the region at each access.
 #![allow(unsafe_code)]
 
 use std::iter::FusedIterator;
@@ -17,7 +17,7 @@ use vm_memory::{
 use super::dirty::{DirtyLog, DirtySlice, dirty_log};
 use super::{GuestMemory, Region};
 
-/// All of guest RAM, which stays mapped as long as this lives.
+/// All of guest RAM. It stays mapped as long as this value lives.
 pub struct FlatRam {
     start: u64,
     size: u64,
@@ -26,13 +26,14 @@ pub struct FlatRam {
     ram: Arc<GuestMemory>,
 }
 
-// SAFETY: the pointer is to guest RAM, which `ram` keeps mapped and which any thread may access.
+// SAFETY: `host` points to guest RAM, which `ram` keeps mapped. Any thread may access guest RAM.
 unsafe impl Send for FlatRam {}
-// SAFETY: as above; what is done with it is done through raw pointers, never through references.
+// SAFETY: as above. All accesses are through raw pointers, never through references.
 unsafe impl Sync for FlatRam {}
 
 impl FlatRam {
-    /// `ram`, which is one region, as [`super::create`] makes it: of others only the first is seen.
+    /// Wraps `ram`, which has to be one region, as [`super::create`] makes it. Further regions
+    /// would be ignored.
     pub fn of(ram: &Arc<GuestMemory>) -> Arc<Self> {
         debug_assert_eq!(ram.num_regions(), 1);
         let region = ram.iter().next();
@@ -47,8 +48,8 @@ impl FlatRam {
         })
     }
 
-    /// Where the host has the `length` bytes at `gpa`, if they are all RAM. Who writes there says
-    /// so by [`FlatRam::wrote`].
+    /// The host address of the `length` bytes at `gpa`, if all of them are RAM. After a write
+    /// there, the caller has to call [`FlatRam::wrote`].
     pub(super) fn host_address(&self, gpa: GuestAddress, length: usize) -> Option<*mut u8> {
         let offset = gpa.0.checked_sub(self.start)?;
         let room = self.size.checked_sub(offset)?;
@@ -61,14 +62,14 @@ impl FlatRam {
 }
 
 impl FlatRam {
-    /// The `length` bytes of RAM that the host has at `host` were written, not by the guest.
+    /// Marks the `length` bytes at host address `host` as written by rvmm or by the host's kernel.
     #[inline(always)]
     pub(super) fn wrote(&self, host: *const u8, length: usize) {
         let offset = host.addr().wrapping_sub(self.host.addr());
         self.log.mark(offset, length);
     }
 
-    /// Whether anybody wants to know what is written.
+    /// Whether writes are logged now.
     #[inline(always)]
     pub(super) fn is_tracked(&self) -> bool {
         self.log.is_on()
@@ -94,7 +95,7 @@ impl vm_memory::GuestMemory for FlatRam {
         let marks = self
             .log
             .slice_at(host.addr().wrapping_sub(self.host.addr()));
-        // SAFETY: the range is mapped RAM, for as long as `self` is borrowed at least.
+        // SAFETY: the range is RAM that stays mapped at least as long as `self` is borrowed.
         let slice = unsafe { VolatileSlice::with_bitmap(host, length, marks, None) };
         Ok(OneSlice(Some(slice).filter(|_| length > 0)))
     }
@@ -104,7 +105,7 @@ impl vm_memory::GuestMemory for FlatRam {
     }
 }
 
-/// All of a range in one piece.
+/// An iterator over the one slice that a range consists of.
 struct OneSlice<'a>(Option<VolatileSlice<'a, DirtySlice<'a>>>);
 
 impl<'a> Iterator for OneSlice<'a> {

@@ -1,4 +1,5 @@
-//! Guest RAM as the host sees it: one mapping, private or of a memfd, populated on first touch.
+//! Guest RAM in the host's memory: one mapping, private or of a memfd. The host populates a page
+//! when it is touched first; reserved huge pages are set aside when RAM is mapped.
 
 mod dirty;
 mod flat;
@@ -25,38 +26,38 @@ pub use flat::FlatRam;
 pub use pieces::{Byte, NotRam, Pieces};
 pub use ring::{Ended, Op, Ring};
 
-/// Guest RAM, as every part of rvmm names it. What is written to it is marked in its [`DirtyLog`].
+/// Guest RAM. Writes through it are marked in its [`DirtyLog`].
 pub type GuestMemory = GuestMemoryMmap<DirtyLog>;
 
-/// One piece of it.
+/// A region of guest RAM. rvmm's RAM is one region.
 pub type Region = GuestRegionMmap<DirtyLog>;
 
-/// Memory of the host's that a guest can be given.
+/// A mapping of host memory that rvmm can give to the guest.
 pub type Mapping = MmapRegion<DirtyLog>;
 
 /// The page size of RISC-V hosts and guests, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Why there is no guest RAM.
+/// The reason why guest RAM cannot be made.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Not whole pages.
+    /// The size is not a multiple of the page size.
     #[error(
         "{} bytes of guest RAM are not whole pages: --mem takes multiples of {} here",
         .size.bytes(), .page.as_flag()
     )]
     Unaligned {
-        /// What was asked for.
+        /// The configured size.
         size: ByteSize,
-        /// What it is to be a multiple of.
+        /// The page size.
         page: ByteSize,
     },
-    /// More than the host could ever back.
+    /// The size is more than the host's RAM and swap.
     #[error(
         "{wanted} of guest RAM are more than this host has ({host} with swap): give less with --mem"
     )]
     HostTooSmall {
-        /// What was asked for.
+        /// The configured size.
         wanted: ByteSize,
         /// The host's RAM and swap.
         host: ByteSize,
@@ -69,39 +70,39 @@ pub enum Error {
         .page, .page.as_flag()
     )]
     TooFewHugePages {
-        /// What was asked for.
+        /// The configured size.
         wanted: ByteSize,
         /// The size of a page.
         page: ByteSize,
-        /// The same in KiB, as /sys names it.
+        /// The size of a page in KiB, as it stands in /sys.
         kib: u64,
-        /// Pages needed.
+        /// The number of pages that the guest needs.
         count: u64,
     },
-    /// The host refused the mapping.
+    /// The memory cannot be allocated or mapped.
     #[error("Failed to map {size} of guest RAM: {reason}")]
     Map {
         /// The size of the mapping.
         size: ByteSize,
-        /// What the host or vm-memory said.
+        /// The error message of the host or of vm-memory.
         reason: String,
     },
 }
 
-/// What is behind guest RAM.
+/// The kind of mapping that backs guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// Memory of this process alone.
+    /// Private memory of this process.
     Private,
-    /// A memfd, sealed in its size, which another process can map too.
+    /// A memfd with a sealed size, which another process can map too.
     Shared,
 }
 
 /// Maps guest RAM as `config` says, at guest-physical address `base`.
 ///
 /// # Errors
-/// The size is no multiple of the page size, is more than the host's RAM and swap together, or
-/// the host refuses the memory or the mapping.
+/// Fails if the size is not a multiple of the page size, if it is more than the host's RAM and swap
+/// together, or if the memory cannot be allocated or mapped.
 pub fn create(
     base: GuestAddress,
     config: MemConfig,
@@ -137,31 +138,31 @@ pub fn create(
 fn no_file(size: ByteSize) -> impl FnOnce(io::Error) -> Error {
     move |error| Error::Map {
         size,
-        reason: format!("no memfd: {error}"),
+        reason: format!("cannot create a memfd: {error}"),
     }
 }
 
-/// Zeroes all of `ram`, which was made as `config` says. Ordinary memory goes back to the host until
-/// it is touched again; reserved pages stay the guest's.
+/// Zeroes all of `ram`, which was created with `config`. Ordinary memory goes back to the host
+/// until it is touched again. Reserved huge pages stay allocated.
 ///
 /// # Errors
-/// The host refused.
+/// Fails if madvise(2) or fallocate(2) fails.
 #[allow(unsafe_code)]
 pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
     use rustix::mm::{Advice, madvise};
     for region in ram.iter() {
         if config.hugepages.is_some() {
-            // Giving them back would give up the reservation on older kernels, or is refused.
+            // To release huge pages would end their reservation on older kernels, or fail.
             zero(region)?;
             continue;
         }
         match region.file_offset() {
-            // MADV_DONTNEED would leave the bytes in the file.
+            // With MADV_DONTNEED the bytes would stay in the file.
             Some(file) => shared::clear(file.file(), region.size())?,
             None => {
                 let (start, length) = (region.as_ptr().cast(), region.size());
-                // SAFETY: the range is that of a private mapping without a file, whose bytes are
-                // the guest's alone: nothing holds a reference to them.
+                // SAFETY: the range is a private mapping without a file. Only the guest's bytes are
+                // in it, and no Rust reference to them exists.
                 unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
             }
         }
@@ -185,7 +186,7 @@ fn zero(region: &Region) -> io::Result<()> {
 
 const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
-/// Flags of a mapping of this file, or of none.
+/// The mmap flags for a mapping of `file`, or for an anonymous mapping.
 fn mapping_flags(file: Option<&FileOffset>) -> i32 {
     match file {
         Some(_) => libc::MAP_SHARED,
@@ -193,8 +194,8 @@ fn mapping_flags(file: Option<&FileOffset>) -> i32 {
     }
 }
 
-/// Ordinary memory, in transparent huge pages where the host gives them: a first touch costs half
-/// as much then.
+/// Maps ordinary memory, with transparent huge pages if the host has them: they halve the cost of
+/// the first touch.
 fn map_ordinary(length: usize, file: Option<FileOffset>) -> Result<Mapping, MmapRegionError> {
     let flags = mapping_flags(file.as_ref()) | libc::MAP_NORESERVE;
     let mapping = Mapping::build(file, length, ACCESS, flags)?;
@@ -206,13 +207,14 @@ fn map_ordinary(length: usize, file: Option<FileOffset>) -> Result<Mapping, Mmap
 fn advise_huge(mapping: &Mapping) {
     use rustix::mm::{Advice, madvise};
     let (start, length) = (mapping.as_ptr().cast(), mapping.size());
-    // SAFETY: the range is that of a mapping, and the advice changes no byte of it.
+    // SAFETY: the range is a whole mapping, and the advice changes none of its bytes.
     if let Err(error) = unsafe { madvise(start, length, Advice::LinuxHugepage) } {
-        debug!("no transparent huge pages for guest RAM: {error}");
+        debug!("the host has no transparent huge pages for guest RAM: {error}");
     }
 }
 
-/// Reserved pages: all of them are the guest's from now on, so that no touch can fail later.
+/// Maps the host's reserved huge pages. Without MAP_NORESERVE this sets all of them aside, so no
+/// later touch can fail.
 fn map_huge(
     size: ByteSize,
     length: usize,
@@ -224,7 +226,7 @@ fn map_huge(
         HugePages::TwoMib => libc::MAP_HUGE_2MB,
         HugePages::OneGib => libc::MAP_HUGE_1GB,
     };
-    // Of a memfd the pages are known.
+    // A memfd already knows the size of its pages.
     let kind = match file {
         Some(_) => 0,
         None => libc::MAP_HUGETLB | kind,
@@ -246,7 +248,7 @@ fn map_huge(
     })
 }
 
-/// The host's RAM and swap together.
+/// The size of the host's RAM and swap together.
 fn host_memory() -> ByteSize {
     let info = sysinfo();
     let unit = u64::from(info.mem_unit);
@@ -277,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn absurd_sizes_are_told() {
+    fn absurd_sizes_are_refused() {
         let line = |size| {
             let config = MemConfig::new(ByteSize(size));
             create(BASE, config, Backing::Shared)

@@ -1,4 +1,4 @@
-//! Pieces of guest RAM that a request names, for the host's scatter and gather calls.
+//! Pieces of guest RAM that make up a request's buffer, for readv(2), writev(2) and their like.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -10,17 +10,18 @@ use vm_memory::GuestAddress;
 
 use super::FlatRam;
 
-/// The most pieces that one call of the host's takes.
+/// The most pieces that one system call takes (UIO_MAXIOV).
 pub(super) const PIECES_MAX: u32 = libc::UIO_MAXIOV.unsigned_abs();
 
-/// A guest-physical range that is not all RAM.
+/// The error for a guest-physical range of which a part is not RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotRam;
 
-/// Pieces of guest RAM in the order the guest gave them. They stay mapped as long as this lives.
+/// Pieces of guest RAM, in the order in which the guest gave them. They stay mapped as long as this
+/// value lives.
 ///
-/// The guest may write to them at any time: bytes that matter twice are copied first. Everything
-/// the host writes to them goes through here, and is marked in the log of dirty pages.
+/// The guest can write to them at any time, so bytes that are used twice have to be copied first.
+/// All writes of the host to them go through this type, which marks them in the dirty log.
 #[derive(Clone)]
 pub struct Pieces {
     ram: Arc<FlatRam>,
@@ -28,22 +29,22 @@ pub struct Pieces {
     len: usize,
 }
 
-// SAFETY: the pointers are to guest RAM, which `ram` keeps mapped and which any thread may access.
+// SAFETY: the pointers are to guest RAM, which `ram` keeps mapped. Any thread may access guest RAM.
 unsafe impl Send for Pieces {}
 
-/// One byte of guest RAM. It stays mapped as long as this lives.
+/// One byte of guest RAM. It stays mapped as long as this value lives.
 pub struct Byte {
     host: *mut u8,
     ram: Arc<FlatRam>,
 }
 
-// SAFETY: as of `Pieces`.
+// SAFETY: as for `Pieces`.
 unsafe impl Send for Byte {}
 
 impl Byte {
-    /// Writes it.
+    /// Writes the byte.
     pub fn set(&self, value: u8) {
-        // SAFETY: it is mapped RAM, and no reference to it exists.
+        // SAFETY: the byte is mapped RAM, and no reference to it exists.
         unsafe { self.host.write_volatile(value) };
         self.ram.wrote(self.host, 1);
     }
@@ -56,7 +57,7 @@ impl fmt::Debug for Byte {
 }
 
 impl Pieces {
-    /// No piece yet, of this RAM.
+    /// An empty list of pieces of `ram`.
     pub fn of(ram: &Arc<FlatRam>) -> Self {
         Self {
             ram: Arc::clone(ram),
@@ -65,10 +66,10 @@ impl Pieces {
         }
     }
 
-    /// Adds `len` bytes at `gpa`.
+    /// Adds the `len` bytes at `gpa` at the end.
     ///
     /// # Errors
-    /// Not all of it is RAM.
+    /// [`NotRam`] if a part of the range is not RAM.
     pub fn push(&mut self, gpa: GuestAddress, len: usize) -> Result<(), NotRam> {
         if len == 0 {
             return Ok(());
@@ -82,7 +83,8 @@ impl Pieces {
         Ok(())
     }
 
-    /// Adds a piece; to the last one if it lies right behind, for the host's calls cost by the piece.
+    /// Adds a piece at the end. Merges it with the last one if it begins where that ends, because
+    /// the cost of a system call grows with the number of pieces.
     fn add(&mut self, piece: libc::iovec) {
         match self.iovecs.last_mut() {
             Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
@@ -92,17 +94,18 @@ impl Pieces {
         }
     }
 
-    /// Bytes in all.
+    /// The number of bytes in all pieces.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is nothing.
+    /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether each piece starts at a multiple of `address`, and is a multiple of `length` long.
+    /// Whether the host address of each piece is a multiple of `address`, and its length a multiple
+    /// of `length`.
     pub fn are_multiples(&self, address: usize, length: usize) -> bool {
         self.iovecs
             .iter()
@@ -113,7 +116,7 @@ impl Pieces {
         &self.iovecs
     }
 
-    /// Takes the first `count` bytes off, or all there are.
+    /// Removes the first `count` bytes, or all if there are fewer.
     pub fn advance(&mut self, count: usize) {
         let mut rest = count.min(self.len);
         self.len -= rest;
@@ -134,20 +137,20 @@ impl Pieces {
         }
     }
 
-    /// Adds the pieces of `more`, which are of the same RAM.
+    /// Adds the pieces of `more` at the end. They have to be of the same RAM.
     pub fn append(&mut self, more: &Pieces) {
         debug_assert!(Arc::ptr_eq(&self.ram, &more.ram));
         more.iovecs.iter().for_each(|piece| self.add(*piece));
         self.len += more.len;
     }
 
-    /// Takes all of it, and leaves nothing.
+    /// Takes all pieces, and leaves an empty list.
     pub fn take(&mut self) -> Pieces {
         let nothing = Pieces::of(&self.ram);
         std::mem::replace(self, nothing)
     }
 
-    /// Cuts off the last byte, and returns it. None where there is nothing.
+    /// Removes the last byte and returns it. `None` if there are no bytes.
     pub fn split_last(&mut self) -> Option<Byte> {
         let last = self.iovecs.last_mut()?;
         last.iov_len -= 1;
@@ -162,12 +165,12 @@ impl Pieces {
         Some(byte)
     }
 
-    /// Cuts off what is behind the first `count` bytes, and returns it.
+    /// Keeps the first `count` bytes. Removes the rest and returns it.
     pub fn split_off(&mut self, count: usize) -> Pieces {
         let mut rest = Pieces::of(&self.ram);
         let mut keep = count.min(self.len);
         (rest.len, self.len) = (self.len - keep, keep);
-        // The first piece that is not, or not wholly, kept.
+        // Find the first piece that is not kept as a whole.
         let first = self.iovecs.iter().position(|iovec| {
             let whole = iovec.iov_len <= keep;
             keep -= if whole { iovec.iov_len } else { 0 };
@@ -189,21 +192,22 @@ impl Pieces {
         rest
     }
 
-    /// Copies the first bytes out, as many as both have, and returns their number.
+    /// Copies bytes from the start of the pieces to `bytes`, until one of them ends. Returns the
+    /// number of bytes copied.
     pub fn copy_to(&self, bytes: &mut [u8]) -> usize {
         let mut done = 0;
         for iovec in &self.iovecs {
             let count = iovec.iov_len.min(bytes.len() - done);
             let to = &mut bytes[done..done + count];
-            // SAFETY: the piece is mapped RAM of `iov_len` bytes, and no reference to it exists:
-            // what the guest writes meanwhile can only change which bytes are copied.
+            // SAFETY: the piece is mapped RAM of `iov_len` bytes, and no reference to it exists. If
+            // the guest writes meanwhile, that only changes which bytes are copied.
             unsafe { std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), to.as_mut_ptr(), count) };
             done += count;
         }
         done
     }
 
-    /// Copies `bytes` to what is behind the first `skip` bytes, as many as there is room for.
+    /// Copies `bytes` to the pieces, behind their first `skip` bytes, as many as fit.
     pub fn copy_from_at(&self, mut skip: usize, mut bytes: &[u8]) {
         for iovec in &self.iovecs {
             if skip >= iovec.iov_len {
@@ -212,7 +216,7 @@ impl Pieces {
             }
             let count = (iovec.iov_len - skip).min(bytes.len());
             let to = iovec.iov_base.wrapping_byte_add(skip).cast::<u8>();
-            // SAFETY: as in `copy_to`; `skip + count` bytes are in the piece.
+            // SAFETY: as in `copy_to`; the piece has at least `skip + count` bytes.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, count) };
             self.ram.wrote(to, count);
             (skip, bytes) = (0, &bytes[count..]);
@@ -222,7 +226,8 @@ impl Pieces {
         }
     }
 
-    /// Copies `bytes` to the start, as many as there is room for, and returns their number.
+    /// Copies `bytes` to the start of the pieces, as many as fit. Returns the number of bytes
+    /// copied.
     pub fn copy_from(&self, bytes: &[u8]) -> usize {
         let mut done = 0;
         for iovec in &self.iovecs {
@@ -236,7 +241,7 @@ impl Pieces {
         done
     }
 
-    /// The host has written the first `count` bytes. To be told after that.
+    /// Marks the first `count` bytes in the dirty log. To be called after they were written.
     #[inline(always)]
     pub(super) fn wrote(&self, count: usize) {
         if self.ram.is_tracked() {
@@ -254,24 +259,27 @@ impl Pieces {
         }
     }
 
-    /// `preadv`: bytes of the file at `offset` into the pieces. May read fewer.
+    /// Reads from the file at `offset` into the pieces (preadv(2)), and returns the number of
+    /// bytes. May read fewer than there is room for.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if preadv(2) fails, or if `offset` is 2^63 or more.
     pub fn read_at(&self, fd: BorrowedFd, offset: u64) -> io::Result<usize> {
         let (offset, count) = (file_offset(offset)?, call_count(&self.iovecs));
-        // SAFETY: the pieces are mapped RAM that any bytes may be written to.
+        // SAFETY: the pieces are mapped RAM, in which any bytes are valid.
         let done = unsafe { libc::preadv(fd.as_raw_fd(), self.iovecs.as_ptr(), count, offset) };
         let done = transferred(done);
         self.wrote(self.len);
         done
     }
 
-    /// `pwritev`: the pieces' bytes, `most` of them, to the file at `offset`. May write fewer, and end
-    /// anywhere: no bound is for files that take whole blocks only.
+    /// Writes at most `most` bytes of the pieces to the file at `offset` (pwritev(2)), and returns
+    /// the number of bytes. Passes only whole pieces to the kernel, except if the first one is
+    /// longer than `most`. A short write can end at any byte. For a file that takes only whole
+    /// blocks, the caller has to give `most` as `usize::MAX`, because a bound may cut a block.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if pwritev(2) fails, or if `offset` is 2^63 or more.
     pub fn write_at(&self, fd: BorrowedFd, offset: u64, most: usize) -> io::Result<usize> {
         let offset = file_offset(offset)?;
         let mut room = most;
@@ -281,7 +289,7 @@ impl Pieces {
             fits
         });
         let (count, first) = (whole.count(), self.iovecs.first());
-        // A part of the first one, where not even that is to go whole.
+        // If even the first piece is longer than `most`, write a part of it.
         let part = first.filter(|_| count == 0).map(|first| libc::iovec {
             iov_base: first.iov_base,
             iov_len: most,
@@ -298,11 +306,11 @@ impl Pieces {
         transferred(done)
     }
 
-    /// `readv` of one message, as a tap gives them. None: it is longer than the pieces, or than the first
-    /// 1023 of them, and its end is lost.
+    /// Reads one message, such as a tap's packet, with one readv(2). Returns its length. `None` if
+    /// the message is longer than the pieces, or than the first 1023 of them; its end is lost then.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if readv(2) fails.
     pub fn read_message(&mut self, fd: BorrowedFd) -> io::Result<Option<usize>> {
         let most = PIECES_MAX as usize - 1;
         let (count, room) = if self.iovecs.len() <= most {
@@ -311,7 +319,8 @@ impl Pieces {
             let pieces = self.iovecs[..most].iter();
             (most, pieces.map(|piece| piece.iov_len).sum())
         };
-        // Behind them a byte of rvmm's own tells a message that ends with them from one that goes on.
+        // Add one byte of rvmm's own behind the pieces. The kernel writes to it only if the message
+        // is longer than the pieces.
         let mut beyond = 0u8;
         let behind = libc::iovec {
             iov_base: (&raw mut beyond).cast(),
@@ -319,7 +328,7 @@ impl Pieces {
         };
         self.iovecs.insert(count, behind);
         let pieces = &self.iovecs[..=count];
-        // SAFETY: as in `read_at`; the last piece is a byte that lives through the call.
+        // SAFETY: as in `read_at`; the last piece is `beyond`, which outlives the call.
         let done = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), call_count(pieces)) };
         let done = transferred(done);
         self.iovecs.remove(count);
@@ -328,10 +337,11 @@ impl Pieces {
         Ok(Some(done).filter(|done| *done <= room))
     }
 
-    /// `writev`. May write fewer.
+    /// Writes the pieces to `fd` (writev(2)), and returns the number of bytes. May write fewer than
+    /// there are.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if writev(2) fails.
     pub fn write_to(&self, fd: BorrowedFd) -> io::Result<usize> {
         // SAFETY: as in `write_at`.
         let done = unsafe {
@@ -345,7 +355,8 @@ impl Pieces {
     }
 }
 
-/// As many as one call takes; the rest is a short transfer.
+/// The number of pieces for one system call. If there are more than it takes, the transfer is
+/// short.
 fn call_count(pieces: &[libc::iovec]) -> i32 {
     let count = i32::try_from(pieces.len()).unwrap_or(i32::MAX);
     count.min(libc::UIO_MAXIOV)

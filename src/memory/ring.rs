@@ -1,4 +1,4 @@
-//! io_uring between a file and guest RAM.
+//! Transfers between a file and guest RAM by io_uring(7).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -15,37 +15,39 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Pieces;
 use super::pieces::PIECES_MAX;
 
-/// What to do with a request's pieces and the ring's file.
+/// The direction of a request, and the offset in the ring's file in bytes.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
-    /// Read at this offset.
+    /// Read from the file at this offset into the pieces.
     Read(u64),
-    /// Write at this offset.
+    /// Write the pieces to the file at this offset.
     Write(u64),
 }
 
-/// Until a host that could not wait is asked again whether a request has ended.
+/// The time until [`Ring::stop`] tries again if the host refuses to wait for a request.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// A ring for one file. It belongs to one thread. `T` is what the owner knows a request by.
+/// A ring for one file, used by one thread. `T` identifies a request for the ring's owner.
 pub struct Ring<T> {
     ring: IoUring,
     file: Arc<File>,
-    /// Requests in flight, each in the slot whose number is its user data.
+    /// Requests in flight. The `user_data` of a request's entry is the number of its slot.
     slots: Vec<Option<(Op, Pieces, T)>>,
     free: Vec<usize>,
-    /// Of all requests in flight.
+    /// The bytes of all requests in flight.
     bytes: usize,
 }
 
-/// A request that has ended: its pieces, what its owner knows it by, and the bytes transferred.
+/// A request that has ended: its pieces, its owner's `T`, and the number of bytes transferred or
+/// the error.
 pub type Ended<T> = (Pieces, T, io::Result<usize>);
 
 impl<T> Ring<T> {
-    /// A ring for so many requests at once on `file`. Each that ends signals `ended`.
+    /// Creates a ring on `file` for up to `requests` requests at a time. The kernel signals `ended`
+    /// when a request ends.
     ///
     /// # Errors
-    /// The host has no io_uring, or does not give it to this process.
+    /// Fails if the host has no io_uring, or does not allow it to this process.
     pub fn new(requests: u16, file: Arc<File>, ended: &EventFd) -> io::Result<Self> {
         let ring = IoUring::new(requests.into())?;
         ring.submitter().register_eventfd(ended.as_raw_fd())?;
@@ -58,20 +60,20 @@ impl<T> Ring<T> {
         })
     }
 
-    /// Requests that have not come back.
+    /// The number of requests that were pushed and have not been reaped.
     pub fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// Their bytes in all.
+    /// The bytes of all requests in flight.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Adds a request, which starts with [`Ring::submit`].
+    /// Queues a request. [`Ring::submit`] starts it.
     ///
     /// # Errors
-    /// The request itself, when there is no room or it has too many pieces.
+    /// Returns the request if the ring is full, or if the request has too many pieces.
     pub fn push(&mut self, op: Op, pieces: Pieces, request: T) -> Result<(), (Pieces, T)> {
         let iovecs = pieces.iovecs();
         let count = u32::try_from(iovecs.len()).unwrap_or(u32::MAX);
@@ -88,8 +90,8 @@ impl<T> Ring<T> {
             Op::Write(offset) => opcode::Writev::new(fd, start, count).offset(offset).build(),
         };
         let entry = entry.user_data(slot as u64);
-        // SAFETY: the file is open as long as the ring. The pieces are mapped RAM, their list is on
-        // the heap, and both are kept in the slot until the kernel has said that the request ended.
+        // SAFETY: the file is open as long as the ring. The pieces are mapped RAM, and their list
+        // is on the heap. The slot keeps both until the kernel reports the end of the request.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
             self.free.push(slot);
@@ -100,10 +102,10 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Starts what was pushed.
+    /// Starts the requests that were pushed.
     ///
     /// # Errors
-    /// The host's; what was pushed is still there.
+    /// Fails if io_uring_enter(2) fails. Requests that have not started stay queued.
     pub fn submit(&mut self) -> io::Result<()> {
         while self.has_unsubmitted() {
             match self.ring.submit() {
@@ -115,12 +117,12 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Whether requests were pushed that have not started.
+    /// Whether there are requests that were pushed and have not started.
     pub fn has_unsubmitted(&mut self) -> bool {
         !self.ring.submission().is_empty()
     }
 
-    /// A request that has ended.
+    /// Takes a request that has ended, if there is one. Does not wait.
     pub fn reap(&mut self) -> Option<Ended<T>> {
         let entry = self.ring.completion().next()?;
         let slot = usize::try_from(entry.user_data()).ok()?;
@@ -133,10 +135,11 @@ impl<T> Ring<T> {
         Some((pieces, request, result(&entry)))
     }
 
-    /// Starts what was pushed, and waits until a request has ended, if there is one.
+    /// Starts the requests that were pushed, and waits until one has ended. Returns at once if no
+    /// request is in flight, and early for a signal.
     ///
     /// # Errors
-    /// The host's; none for a signal.
+    /// Fails if io_uring_enter(2) fails for another reason than a signal.
     pub fn wait(&mut self) -> io::Result<()> {
         if self.in_flight() == 0 {
             return Ok(());
@@ -148,8 +151,9 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Ends everything. What the kernel has not begun is cancelled, and what it has is waited for,
-    /// however often it refuses to wait. What was pushed and never started just goes.
+    /// Ends all requests, and returns those that had started. Cancels the requests that the kernel
+    /// has not begun, and waits for the others; if the host refuses to wait, tries again. Drops the
+    /// requests that were pushed and never started.
     pub fn stop(mut self) -> Vec<Ended<T>> {
         self.end()
     }
@@ -158,7 +162,7 @@ impl<T> Ring<T> {
         let unsubmitted = self.ring.submission().len();
         let mut ended = Vec::new();
         if self.in_flight() > unsubmitted {
-            // Since Linux 6.0. It tells nothing that the ends do not tell.
+            // Needs Linux 6.0. Its result is not needed: each request reports its own end.
             let (all, now) = (CancelBuilder::any(), Timespec::new());
             let _ = self.ring.submitter().register_sync_cancel(Some(now), all);
         }
@@ -172,10 +176,10 @@ impl<T> Ring<T> {
         ended
     }
 
-    /// Waits until a request has ended, and starts none.
+    /// Waits until a request has ended. Starts no request.
     fn wait_for_end(&self) -> io::Result<()> {
         let flags = EnterFlags::GETEVENTS.bits();
-        // SAFETY: the kernel takes no entry and no argument, and only waits.
+        // SAFETY: the call submits no entry and passes no argument; the kernel only waits.
         unsafe { self.ring.submitter().enter::<()>(0, 1, flags, None) }?;
         Ok(())
     }
@@ -185,14 +189,15 @@ fn result(entry: &cqueue::Entry) -> io::Result<usize> {
     usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()))
 }
 
-/// The kernel may write to buffers until their requests end.
+/// Waits for all requests, because the kernel may write to their buffers until they have ended.
 impl<T> Drop for Ring<T> {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-// User-mode emulation, in which riscv64's unit tests run, has no io_uring; integration tests use it there.
+// The unit tests for riscv64 run in user-mode emulation, which has no io_uring. Integration tests
+// cover it there.
 #[cfg(all(test, not(target_arch = "riscv64")))]
 mod tests {
     use super::*;
@@ -256,10 +261,15 @@ mod tests {
         assert_eq!(&written, b"abc");
         ring.push(Op::Read(99), pieces(b"."), 'e').ok().unwrap();
         ring.wait().unwrap();
-        assert_eq!(ring.reap().unwrap().2.unwrap(), 0, "the file ends before");
+        assert_eq!(
+            ring.reap().unwrap().2.unwrap(),
+            0,
+            "the file ends before the offset"
+        );
     }
 
-    /// When they come back, however they ended. What was only written to the file is not.
+    /// A read's pages are marked when the request comes back, whatever its result. A write to the
+    /// file marks none.
     #[test]
     fn what_is_read_is_marked() {
         let (mut ring, ..) = ring(b"0123456789");
@@ -297,7 +307,7 @@ mod tests {
         drop(ring);
     }
 
-    /// A ring on a socket, whose reads take as long as a test likes.
+    /// A ring on a socket. A read waits until the test writes to the other end.
     fn slow_ring() -> (Ring<char>, UnixStream) {
         let (reader, writer) = UnixStream::pair().unwrap();
         let ended = EventFd::new(0).unwrap();
@@ -313,12 +323,13 @@ mod tests {
         ring.push(Op::Read(0), pieces(b"."), 'u').ok().unwrap();
         let ended = ring.stop();
         let [(_, 'r', Err(error))] = ended.as_slice() else {
-            panic!("what was not submitted never began")
+            panic!("only the submitted request ends, and it is cancelled")
         };
         assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
     }
 
-    /// The ring's descriptor is something else for a while: the kernel refuses to cancel and to wait.
+    /// For a while another file takes the place of the ring's descriptor, so that the kernel
+    /// refuses to cancel and to wait.
     #[test]
     fn a_ring_that_cannot_wait_does_not_give_up() {
         let (mut ring, mut writer) = slow_ring();
@@ -326,7 +337,7 @@ mod tests {
         ring.push(Op::Read(0), buffer.clone(), 'r').ok().unwrap();
         ring.submit().unwrap();
         let fd = ring.ring.as_raw_fd();
-        // SAFETY: descriptors of the test's own, which it puts back.
+        // SAFETY: these are the test's own descriptors, and it puts them back.
         let kept = unsafe { libc::dup(fd) };
         // SAFETY: as above.
         assert_eq!(unsafe { libc::dup2(writer.as_raw_fd(), fd) }, fd);
@@ -339,7 +350,7 @@ mod tests {
         // SAFETY: as above.
         unsafe { libc::close(kept) };
         let [(_, 'r', Ok(1))] = ended.as_slice() else {
-            panic!("it is still in flight")
+            panic!("the request has ended")
         };
         let mut byte = [0];
         buffer.copy_to(&mut byte);

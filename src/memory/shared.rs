@@ -1,4 +1,4 @@
-//! Guest RAM in a memfd (memfd_create(2)), for what has to map it too.
+//! Guest RAM in a memfd (memfd_create(2)), which other processes can map too.
 
 use std::fs::File;
 use std::io;
@@ -11,8 +11,8 @@ use vm_memory::FileOffset;
 use crate::config::HugePages;
 use crate::util::ByteSize;
 
-/// A file of `size` bytes, which are 0, in huge pages if asked for. Nobody can change its size any
-/// more, so that no other process can make rvmm fault by cutting it off.
+/// Creates a memfd of `size` zero bytes, in huge pages if `hugepages` says so. Its size is sealed,
+/// so no other process can truncate the file and so make rvmm fault.
 pub(super) fn file(size: ByteSize, hugepages: Option<HugePages>) -> io::Result<FileOffset> {
     let kind = match hugepages {
         None => MemfdFlags::empty(),
@@ -22,12 +22,13 @@ pub(super) fn file(size: ByteSize, hugepages: Option<HugePages>) -> io::Result<F
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
     let file = File::from(memfd_create("guest-ram", flags)?);
     ftruncate(&file, size.bytes())?;
-    // SEAL: nor can anybody forbid rvmm to write.
+    // F_SEAL_SEAL: no other process can add a seal against writes.
     fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(FileOffset::new(file, 0))
 }
 
-/// Gives the first `length` bytes back to the host: they are 0 in every mapping of the file.
+/// Gives the memory of the first `length` bytes back to the host. They read as 0 then, in every
+/// mapping of the file.
 pub(super) fn clear(file: &File, length: usize) -> io::Result<()> {
     let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(file, hole, 0, length as u64)?;
@@ -84,7 +85,7 @@ mod tests {
         assert!(ram.iter().all(|region| region.file_offset().is_none()));
     }
 
-    /// Where the host has such pages free; elsewhere the error says what to do.
+    /// Uses huge pages if the host has free ones. If not, the error has to explain what to do.
     #[test]
     fn huge_pages_are_reserved() {
         let huge = MemConfig {

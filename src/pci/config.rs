@@ -1,7 +1,8 @@
-//! The configuration space of a function: bytes, and which bits of them a guest can change
-//! (PCI Local Bus 3.0, chapter 6).
+//! The configuration space of a function (PCI Local Bus 3.0, chapter 6): its bytes, and the bits
+//! that a guest can change.
 
-/// Bytes that are there; an ECAM has 4096, the rest reads zero.
+/// The size of the configuration space in bytes. An ECAM has room for 4096 bytes; the rest reads
+/// zero.
 const SIZE: usize = 256;
 
 const COMMAND: usize = 0x04;
@@ -18,34 +19,35 @@ const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 const STATUS_INTERRUPT: u16 = 1 << 3;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 
-/// What a driver finds a function by.
+/// The ids by which a driver finds its function.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
-    /// Vendor.
+    /// The vendor id, which is also the subsystem vendor id.
     pub vendor: u16,
-    /// Device.
+    /// The device id.
     pub device: u16,
-    /// Base class, subclass, interface: 24 bits.
+    /// The class code: base class, subclass and interface, 8 bits each.
     pub class: u32,
-    /// Revision.
+    /// The revision id.
     pub revision: u8,
-    /// Subsystem.
+    /// The subsystem id.
     pub subsystem: u16,
 }
 
-/// A type 0 configuration space with at most one BAR, of 32-bit memory.
+/// A configuration space of header type 0, with at most one BAR, which is 32-bit memory.
 pub struct ConfigSpace {
     bytes: [u8; SIZE],
-    /// Bits that a guest can change.
+    /// The bits that a guest can change are set.
     writable: [u8; SIZE],
-    /// Where the last capability's link is, and where the next one goes.
+    /// The offset of the link in the last capability, which will point to the next one.
     link: usize,
+    /// The offset at which the next capability will be added.
     next: usize,
     bar_size: Option<u32>,
 }
 
 impl ConfigSpace {
-    /// A function without BAR and interrupt.
+    /// The configuration space of a function without a BAR and without a pin.
     pub fn new(identity: Identity) -> Self {
         let mut space = Self {
             bytes: [0; SIZE],
@@ -67,16 +69,17 @@ impl ConfigSpace {
         space
     }
 
-    /// Gives it BAR 0, of `size` bytes: a power of two from 4096 up.
+    /// Adds BAR 0 with `size` bytes, which has to be a power of two and at least 4096.
     #[must_use]
     pub fn with_bar(mut self, size: u32) -> Self {
-        // Bits below the size are zero, and so is the type: 32-bit memory, not prefetchable.
+        // The bits below the size always read zero. So do the type bits: the BAR is 32-bit memory,
+        // and not prefetchable.
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
         self.bar_size = Some(size);
         self
     }
 
-    /// Gives it the interrupt pin INTA.
+    /// Adds the interrupt pin INTA.
     #[must_use]
     pub fn with_pin(mut self) -> Self {
         self.put(INTERRUPT_PIN, &[1]);
@@ -86,8 +89,9 @@ impl ConfigSpace {
         self
     }
 
-    /// Adds a capability of this id, with the bytes behind id and link and the bits of them that a
-    /// guest can change; returns its offset. There is room for 192 bytes in all.
+    /// Adds a capability, and returns its offset. `body` are the bytes behind the id and the link.
+    /// In `writable`, the bits of `body` that a guest can change are set. All capabilities together
+    /// have room for 192 bytes.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
         let at = self.next;
         self.put(at, &[id, 0]);
@@ -101,14 +105,14 @@ impl ConfigSpace {
         offset.into()
     }
 
-    /// Reads. What is not there is zero.
+    /// Reads bytes at `offset`. Those beyond the end are zero.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let from = self.bytes.iter().skip(start(offset));
         let from = from.copied().chain(std::iter::repeat(0));
         data.iter_mut().zip(from).for_each(|(to, from)| *to = from);
     }
 
-    /// Writes, with a guest's rights.
+    /// Serves a store of the guest at `offset`: changes only the bits that a guest can change.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let to = self.bytes.iter_mut().zip(self.writable);
         for ((to, mask), from) in to.skip(start(offset)).zip(data) {
@@ -116,36 +120,37 @@ impl ConfigSpace {
         }
     }
 
-    /// Where BAR 0 is, if the function decodes memory now.
+    /// The address of BAR 0. `None` if there is no BAR, or if memory decoding is off.
     pub fn bar(&self) -> Option<u64> {
         self.bar_size?;
         let base = u32::from(self.word(BAR0)) | (u32::from(self.word(BAR0 + 2)) << 16);
         (self.word(COMMAND) & COMMAND_MEMORY != 0).then_some(base.into())
     }
 
-    /// Bytes of BAR 0.
+    /// The size of BAR 0 in bytes. 0 if there is no BAR.
     pub fn bar_size(&self) -> u64 {
         self.bar_size.unwrap_or(0).into()
     }
 
-    /// Whether the function may write to memory and read it, messages among its writes.
+    /// Whether the function may access memory (bus master enable). Messages are such accesses too.
     pub fn is_bus_master(&self) -> bool {
         self.word(COMMAND) & COMMAND_BUS_MASTER != 0
     }
 
-    /// Whether the guest keeps the interrupt pin low.
+    /// Whether the guest has disabled the interrupt pin (INTx disable).
     pub fn is_intx_disabled(&self) -> bool {
         self.word(COMMAND) & COMMAND_INTX_DISABLE != 0
     }
 
-    /// Tells whether the function would drive its pin.
+    /// Sets the interrupt status bit: whether the function asserts its pin, or would if INTx were
+    /// not disabled.
     pub fn set_interrupt_status(&mut self, asserted: bool) {
         let others = self.word(STATUS) & !STATUS_INTERRUPT;
         let bit = if asserted { STATUS_INTERRUPT } else { 0 };
         self.put(STATUS, &(others | bit).to_le_bytes());
     }
 
-    /// 16 bits at an even offset; zero where nothing is.
+    /// The 16-bit word at `offset`. Zero beyond the end.
     pub fn word(&self, offset: usize) -> u16 {
         match self.bytes.get(offset..).and_then(<[u8]>::first_chunk) {
             Some(bytes) => u16::from_le_bytes(*bytes),
@@ -164,7 +169,7 @@ impl ConfigSpace {
     }
 }
 
-/// An offset as an index, at most at the end.
+/// An offset as an index into the bytes.
 fn start(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(SIZE)
 }
@@ -200,13 +205,13 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_tells_its_size_and_is_placed() {
+    fn a_bar_has_its_size_and_is_placed() {
         let mut space = space();
         space.write(0x10, &[0xff; 4]);
         assert_eq!(read(&space, 0x10), 0xffff_8000);
         space.write(0x10, &0x4000_1234u32.to_le_bytes());
         assert_eq!(read(&space, 0x10), 0x4000_0000);
-        assert_eq!(space.bar(), None, "not decoded");
+        assert_eq!(space.bar(), None, "memory decoding is off");
         space.write(4, &[2]);
         assert_eq!(space.bar(), Some(0x4000_0000));
         // There is no other BAR, and no ROM.

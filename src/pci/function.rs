@@ -1,4 +1,4 @@
-//! A function of a PCI device: configuration space, BAR 0, interrupts.
+//! A function of a PCI device: its configuration space, BAR 0 and interrupts.
 //!
 //! ```text
 //! BAR 0   0x0000  the device's registers
@@ -14,46 +14,47 @@ use super::interrupts::Interrupts;
 use super::msix;
 use crate::util::sync::lock;
 
-/// Bytes of BAR 0.
+/// The size of BAR 0 in bytes.
 pub const BAR_SIZE: u32 = 0x8000;
-/// The device's registers end here.
+/// Offsets in BAR 0. The device's registers are below `TABLE`.
 const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const PENDING_END: u64 = 0x6000;
 
-/// The device behind BAR 0. Called by vCPU threads, any number at once.
+/// The device behind BAR 0. The vCPUs' threads call the methods, several at the same time.
 pub trait BarDevice: Send + Sync {
-    /// A load of `data`, zeroed, at `offset` from the BAR's start, below 0x4000.
+    /// Serves a load at `offset` in the BAR, which is below 0x4000. `data` is zero.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// A store.
+    /// Serves a store at `offset` in the BAR, which is below 0x4000.
     fn write(&self, offset: u64, data: &[u8]);
-    /// From now on the BAR is at this guest-physical address, or nowhere. Called for one move at a
-    /// time.
+    /// From now on, the BAR is at guest-physical address `base`. `None` if it is not mapped. Calls
+    /// of this method do not overlap.
     fn moved(&self, base: Option<u64>);
-    /// From now on the device may access memory, or may not: then no access is left when this returns,
-    /// and none begins. It may not at first. Called for one change at a time.
+    /// Sets whether the device may access guest memory; at first it may not. If `allowed` is false,
+    /// all accesses have ended when this returns, and no new one begins. Calls of this method do
+    /// not overlap.
     fn set_bus_master(&self, allowed: bool);
-    /// What people call the registers at `offset` of the BAR: `disk0, common configuration`. None: those
-    /// of the configuration space.
+    /// A readable name for the registers at `offset` in the BAR, such as
+    /// `disk0, common configuration`. `None` stands for the configuration space.
     fn registers_at(&self, offset: Option<u64>) -> String;
 }
 
-/// A window into BAR 0 in the configuration space: where its control (BAR, padding, offset, length)
-/// and its 4 bytes of data are. Drivers that cannot map BARs use it.
+/// A window in the configuration space through which drivers that cannot map BARs access BAR 0. It
+/// has a control (BAR, padding, offset, length) and 4 bytes of data: VIRTIO_PCI_CAP_PCI_CFG.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    /// Offset of struct virtio_pci_cap's `bar`.
+    /// The offset of the control: that of `bar` in struct virtio_pci_cap.
     pub control: u16,
-    /// Offset of the data.
+    /// The offset of the data.
     pub data: u16,
 }
 
-/// One function.
+/// A function of a PCI device.
 pub struct Function {
     config: Mutex<ConfigSpace>,
-    /// What the device and its messages know of COMMAND's bus master enable.
+    /// The bus master enable bit of COMMAND, as it was last passed to the device and to MSI-X.
     bus_master: Mutex<bool>,
-    /// Where MSI-X's message control is.
+    /// The offset of MSI-X's message control in the configuration space.
     msix_control: Option<u16>,
     window: Option<Window>,
     interrupts: Arc<Interrupts>,
@@ -61,7 +62,8 @@ pub struct Function {
 }
 
 impl Function {
-    /// `device` with a configuration space that has its own capabilities, without BAR and MSI-X.
+    /// Creates the function of `device`. `config` has the device's own capabilities; this adds BAR
+    /// 0, the pin and MSI-X.
     pub fn new(
         config: ConfigSpace,
         window: Option<Window>,
@@ -87,7 +89,7 @@ impl Function {
         }
     }
 
-    /// A load from the configuration space.
+    /// Serves a load from the configuration space.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
         if let Some(at) = self.window_target(offset, data.len()) {
             return self.read(at, data);
@@ -97,7 +99,8 @@ impl Function {
         config.read(offset, data);
     }
 
-    /// A store through the configuration space's window into BAR 0; whether it was one.
+    /// Serves a store through the configuration space's window into BAR 0. Returns false if the
+    /// store is not such a one.
     pub fn write_window(&self, offset: u64, data: &[u8]) -> bool {
         let target = self.window_target(offset, data.len());
         if let Some(at) = target {
@@ -106,8 +109,9 @@ impl Function {
         target.is_some()
     }
 
-    /// A store to the configuration space itself, one at a time. BAR 0 may have moved then, and the
-    /// device may have lost the bus: see [`Function::bar`] and `follow_bus_master`.
+    /// Serves a store to the configuration space itself. The caller makes sure that there is one at
+    /// a time. The store may have moved BAR 0, and may have changed the bus master enable bit: see
+    /// [`Function::bar`] and `follow_bus_master`.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         let (disabled, control) = {
             let mut config = lock(&self.config);
@@ -121,14 +125,17 @@ impl Function {
         self.interrupts.set_pin_disabled(disabled);
     }
 
-    /// After a store to the configuration space: lets the device on the bus, or waits until it is off.
+    /// Passes on a change of the bus master enable bit. To be called after a store to the
+    /// configuration space. If the bit was cleared, waits until the device has ended its accesses
+    /// to memory.
     pub(super) fn follow_bus_master(&self) {
         let mut known = lock(&self.bus_master);
         let allowed = lock(&self.config).is_bus_master();
         if std::mem::replace(&mut *known, allowed) == allowed {
             return;
         }
-        // Messages are writes too (PCI Local Bus 3.0, section 6.8). What the device ends with goes out.
+        // Messages are memory writes too (PCI Local Bus 3.0, section 6.8), so they need the bit as
+        // well. The device stops first, so that its last messages are still sent.
         if !allowed {
             self.device.set_bus_master(false);
         }
@@ -140,17 +147,17 @@ impl Function {
         }
     }
 
-    /// Where BAR 0 is, if it is decoded.
+    /// The guest-physical address of BAR 0. `None` if memory decoding is off.
     pub fn bar(&self) -> Option<u64> {
         lock(&self.config).bar()
     }
 
-    /// Tells the device where its BAR is.
+    /// Calls [`BarDevice::moved`].
     pub(super) fn moved(&self, base: Option<u64>) {
         self.device.moved(base);
     }
 
-    /// A load from BAR 0.
+    /// Serves a load from BAR 0.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         match (offset, &self.interrupts.msix) {
             (0..TABLE, _) => self.device.read(offset, data),
@@ -160,7 +167,7 @@ impl Function {
         }
     }
 
-    /// A store to BAR 0.
+    /// Serves a store to BAR 0.
     pub fn write(&self, offset: u64, data: &[u8]) {
         match (offset, &self.interrupts.msix) {
             (0..TABLE, _) => self.device.write(offset, data),
@@ -174,8 +181,9 @@ impl Function {
         self.device.registers_at(offset)
     }
 
-    /// Where in BAR 0 an access to the window's data goes: only one of the length that the guest set
-    /// before, and only inside.
+    /// The offset in BAR 0 of an access through the window's data. `None` if the access is not at
+    /// the window's data, does not have the length that the guest has set in the control, or if the
+    /// offset there is not aligned or not inside BAR 0.
     fn window_target(&self, offset: u64, length: usize) -> Option<u64> {
         let window = self
             .window
@@ -194,6 +202,7 @@ impl Function {
     }
 }
 
-/// Of the capability: an offset in BAR 0.
+/// The values of the MSI-X capability's table and pending bit array registers. The low bits, which
+/// are zero, select BAR 0; the others are the offset in it.
 const BAR0_TABLE: u32 = 0x4000;
 const BAR0_PENDING: u32 = 0x5000;

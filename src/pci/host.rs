@@ -1,5 +1,5 @@
-//! The host bridge: configuration space by ECAM (PCI Express Base, section 7.2.2), and the memory
-//! window in which the guest places BARs.
+//! The host bridge: access to the configuration space by an ECAM (PCI Express Base, section 7.2.2),
+//! and the memory window in which the guest places BARs.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -15,18 +15,19 @@ use crate::irqchip::Messages;
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_warn};
 
-/// Bytes of configuration space that a function has in an ECAM.
+/// The size of a function's configuration space in an ECAM, in bytes.
 const FUNCTION_SIZE: u64 = 4096;
-/// Functions of a bus: 32 devices with 8 each; rvmm's devices have one.
+/// The number of functions of a bus: 32 devices with 8 functions each. rvmm's devices have one
+/// each.
 const FUNCTIONS: u64 = 256;
-/// The ECAM of one bus.
+/// The size of the ECAM of one bus in bytes.
 pub const ECAM_SIZE: u64 = FUNCTIONS * FUNCTION_SIZE;
-/// Devices beside the bridge itself.
+/// The largest number of devices, without the bridge itself.
 pub const SLOTS: usize = 31;
-/// Interrupt wires of the bus.
+/// The number of interrupt wires of the bus.
 pub const WIRES: usize = 4;
 
-/// QEMU's generic PCI Express host bridge, which is as plain as this one.
+/// The ids of QEMU's generic PCI Express host bridge, which has no special features either.
 const BRIDGE: Identity = Identity {
     vendor: 0x1b36,
     device: 0x0008,
@@ -35,26 +36,28 @@ const BRIDGE: Identity = Identity {
     subsystem: 0x1100,
 };
 
-/// Bus 0, complete: nothing is plugged later.
+/// The host bridge with bus 0. There is no hotplug.
 pub struct HostBridge {
     ecam: Range<u64>,
     window: Range<u64>,
     bridge: Mutex<ConfigSpace>,
-    /// From device 1 on.
+    /// The functions, from device 1 on.
     functions: Vec<Arc<Function>>,
     wires: [IrqLine; WIRES],
     shared: [Arc<SharedLine>; WIRES],
     messages: Option<Messages>,
-    /// Held while the guest writes configuration space: one move at a time.
+    /// The address of each function's BAR, as its device knows it. Locked while the guest writes to
+    /// the configuration space, so that one move happens at a time.
     moving: Mutex<Vec<Option<u64>>>,
+    /// The functions whose BAR is in the window, by address.
     placed: RwLock<Vec<(Range<u64>, Arc<Function>)>>,
     overlaps: RateLimit,
     unmapped: RateLimit,
 }
 
 impl HostBridge {
-    /// A bus without devices: its ECAM and window on the machine's bus, its wires, and how messages
-    /// reach the harts.
+    /// A bus without devices. `ecam` and `window` are its guest-physical addresses, `wires` its
+    /// interrupt wires. `messages` is how messages reach the harts, `None` if they cannot.
     pub fn new(
         ecam: Range<u64>,
         window: Range<u64>,
@@ -76,25 +79,27 @@ impl HostBridge {
         }
     }
 
-    /// The interrupts of the next device to be attached, with so many messages where the machine has
-    /// them.
+    /// Creates the interrupts of the next device to be attached: its pin, and `vectors` messages if
+    /// the machine can deliver messages.
     ///
     /// # Errors
-    /// The bus is full, the host has no descriptors left, or KVM no interrupt numbers.
+    /// Fails if the bus is full, if the host has no free descriptors, or KVM no free interrupt
+    /// numbers.
     pub fn interrupts(&self, vectors: u16) -> Result<Arc<Interrupts>> {
         let device = self.next_device()?;
-        // As bridges swizzle: INTA of device n is wire n (PCI-to-PCI Bridge Architecture 1.2, 9.1).
+        // INTA of device n is wire n modulo 4, as bridges do it (PCI-to-PCI Bridge Architecture
+        // 1.2, section 9.1).
         let line = &self.shared[device % WIRES];
         let router = self.messages.as_ref().map(|m| (&m.router, vectors));
         let interrupts = Interrupts::new(line, u32::try_from(device)?, router)?;
         Ok(Arc::new(interrupts))
     }
 
-    /// Attaches a function, whose interrupts came from [`HostBridge::interrupts`], and tells its
-    /// device number.
+    /// Attaches a function as the next device, and returns its device number. Its interrupts have
+    /// to be the last result of [`HostBridge::interrupts`].
     ///
     /// # Errors
-    /// The bus is full.
+    /// Fails if the bus is full.
     pub fn attach(&mut self, function: Function) -> Result<usize> {
         let device = self.next_device()?;
         self.functions.push(Arc::new(function));
@@ -109,7 +114,7 @@ impl HostBridge {
         }
     }
 
-    /// The two ranges on the machine's bus.
+    /// The ranges of the ECAM and the memory window, for the machine's bus.
     pub fn on_bus(self: &Arc<Self>) -> [(Range<u64>, Arc<dyn MmioDevice>); 2] {
         [
             (self.ecam.clone(), Arc::new(Ecam(Arc::clone(self)))),
@@ -117,7 +122,8 @@ impl HostBridge {
         ]
     }
 
-    /// The function that an ECAM offset is for, and the offset in its configuration space.
+    /// The function that an offset in the ECAM belongs to, and the offset in its configuration
+    /// space.
     fn at(&self, offset: u64) -> (Slot<'_>, u64) {
         let (number, offset) = (offset / FUNCTION_SIZE, offset % FUNCTION_SIZE);
         let device = usize::try_from(number / 8).unwrap_or(usize::MAX);
@@ -132,14 +138,16 @@ impl HostBridge {
         (slot, offset)
     }
 
-    /// Follows the guest: after a store to configuration space every BAR may be elsewhere.
+    /// Updates the addresses of the BARs. To be called after each store to the configuration space,
+    /// which may have moved any BAR. `known` are the addresses that the devices know; calls
+    /// [`Function::moved`] for each one that has changed.
     fn follow(&self, known: &mut [Option<u64>]) {
         let wanted = self.wanted();
         if wanted == known {
             return;
         }
         *self.placed.write().unwrap_or_else(PoisonError::into_inner) = self.place(&wanted);
-        // Those that leave go first: another may come to the same place.
+        // First remove BARs from their old place, because another may move to the same place.
         for gone in [true, false] {
             for ((function, known), wanted) in self.functions.iter().zip(&mut *known).zip(&wanted) {
                 if known != wanted && (known.is_some() == gone) {
@@ -155,7 +163,8 @@ impl HostBridge {
         }
     }
 
-    /// Where each BAR is to be: inside the window, and not where an earlier device has one.
+    /// The address of each BAR. `None` if the BAR is not decoded, not inside the window, or
+    /// overlaps the BAR of an earlier device.
     fn wanted(&self) -> Vec<Option<u64>> {
         let (window, size) = (&self.window, u64::from(BAR_SIZE));
         let inside = |base: &u64| *base >= window.start && base + size <= window.end;
@@ -174,7 +183,7 @@ impl HostBridge {
         wanted
     }
 
-    /// The functions that have a place, in its order.
+    /// The functions that have an address in `bars`, in the order of their addresses.
     fn place(&self, bars: &[Option<u64>]) -> Vec<(Range<u64>, Arc<Function>)> {
         let bars = self.functions.iter().zip(bars);
         let placed = bars.filter_map(|(function, base)| {
@@ -190,7 +199,8 @@ impl HostBridge {
         self.placed.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The function whose BAR is at `offset` of the window, and the offset in it.
+    /// The function whose BAR contains the `length` bytes at `offset` in the window, and the offset
+    /// in the BAR.
     fn find(&self, offset: u64, length: usize) -> Option<(Arc<Function>, u64)> {
         let gpa = self.window.start + offset;
         let placed = self.placed();
@@ -209,7 +219,8 @@ enum Slot<'a> {
 
 struct Ecam(Arc<HostBridge>);
 
-/// Accesses of any width that do not leave a function's 4096 bytes; where no function is, all ones.
+/// Serves accesses of any width, also across registers. A load reads all ones where there is no
+/// function.
 impl MmioDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.0.at(offset) {
@@ -223,7 +234,7 @@ impl MmioDevice for Ecam {
         match self.0.at(offset) {
             (Slot::Bridge, offset) => lock(&self.0.bridge).write(offset, data),
             (Slot::Function(function), offset) => {
-                // The device runs without the lock.
+                // A store through the window calls the device, so `moving` must not be locked.
                 if function.write_window(offset, data) {
                     return;
                 }
@@ -232,7 +243,7 @@ impl MmioDevice for Ecam {
                     function.write_config(offset, data);
                     self.0.follow(&mut known);
                 }
-                // This may wait for the device.
+                // This may wait for the device, so `moving` must not be locked.
                 function.follow_bus_master();
             }
             (Slot::Empty, _) => {}
@@ -251,7 +262,7 @@ impl MmioDevice for Window {
                 let gpa = self.0.window.start + offset;
                 guest_warn!(
                     self.0.unmapped,
-                    "the guest read {gpa:#x}, where no PCI BAR is"
+                    "the guest read {gpa:#x}, where there is no PCI BAR"
                 );
             }
         }
@@ -264,7 +275,8 @@ impl MmioDevice for Window {
     }
 }
 
-/// `pci-host-ecam-generic` (the binding `pci/host-generic-pci.yaml`; PCI Bus Binding to IEEE 1275).
+/// In the device tree this is a `pci-host-ecam-generic` (binding `pci/host-generic-pci.yaml`, and
+/// PCI Bus Binding to IEEE 1275).
 impl Device for HostBridge {
     fn id(&self) -> &str {
         "pci"
@@ -286,7 +298,7 @@ impl Device for HostBridge {
     }
 
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
-        /// ss = 10: 32-bit memory.
+        /// The first cell of an address in 32-bit memory space (ss = 10).
         const MEMORY_32: u32 = 0x0200_0000;
         let cells = |value: u64| [Half::High.of(value), Half::Low.of(value)];
         let node = fdt.begin_node(&format!("pci@{:x}", self.ecam.start))?;
@@ -329,7 +341,8 @@ impl Device for HostBridge {
 }
 
 impl HostBridge {
-    /// Of devices 0 to 3, which stand for all, and their pins: the wire.
+    /// The property `interrupt-map`: the wire of each pin of devices 0 to 3. The mask makes these
+    /// stand for all devices.
     fn interrupt_map(&self) -> Vec<u32> {
         let mut map = Vec::new();
         for device in 0..4u32 {

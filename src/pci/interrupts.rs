@@ -1,4 +1,4 @@
-//! How a function interrupts: by messages, or by its pin, which it shares with others.
+//! The interrupts of a function: messages, or a pin, whose wire it shares with other functions.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -10,10 +10,10 @@ use crate::bus::IrqLine;
 use crate::irqchip::msi::MsiRouter;
 use crate::util::sync::lock;
 
-/// A wire that several functions pull high: it is high while one of them does.
+/// A wire that several functions share. It is high while at least one of them asserts its pin.
 pub(super) struct SharedLine {
     line: IrqLine,
-    /// A bit for each slot that pulls.
+    /// One bit for each slot. Set while the slot's function asserts its pin.
     high: Mutex<u32>,
 }
 
@@ -36,7 +36,7 @@ impl SharedLine {
     }
 }
 
-/// The interrupts of one function; its device raises them from any thread.
+/// The interrupts of one function. Its device can raise them from any thread.
 pub struct Interrupts {
     pub(super) msix: Option<Msix>,
     line: Arc<SharedLine>,
@@ -66,49 +66,52 @@ impl Interrupts {
         })
     }
 
-    /// Messages that the function can have, 0 where it has only its pin.
+    /// The number of messages that the function has. 0 if it has only its pin.
     pub fn vectors(&self) -> u16 {
         self.msix.as_ref().map_or(0, Msix::count)
     }
 
-    /// Whether the guest chose messages, and not the pin.
+    /// Whether the guest has enabled messages (MSI-X), so that the function does not use its pin.
     pub fn uses_messages(&self) -> bool {
         self.msix.as_ref().is_some_and(Msix::is_enabled)
     }
 
-    /// Sends the message of a vector, if there is such a vector.
+    /// Sends the message of `vector`. Does nothing if there is no such vector.
     pub fn message(&self, vector: u16) {
         if let Some(msix) = &self.msix {
             msix.signal(vector);
         }
     }
 
-    /// A descriptor whose signals are that message.
+    /// The eventfd of `vector`. To signal it sends the vector's message.
     pub fn message_fd(&self, vector: u16) -> Option<EventFd> {
         self.msix.as_ref()?.descriptor(vector)
     }
 
-    /// Sets the level of the pin, which stays low while the guest has disabled it or uses messages.
+    /// Asserts or deasserts the pin. It has no effect on the wire while the guest has disabled the
+    /// pin or uses messages.
     pub fn set_pin(&self, high: bool) {
         let mut pin = lock(&self.pin);
         pin.asserted = high;
         self.drive(&pin);
     }
 
-    /// COMMAND's INTx disable may have changed, or what [`Interrupts::uses_messages`] says.
+    /// Takes over COMMAND's INTx disable, and updates the wire. To be called when that bit, or
+    /// [`Interrupts::uses_messages`], may have changed.
     pub(super) fn set_pin_disabled(&self, disabled: bool) {
         let mut pin = lock(&self.pin);
         pin.disabled = disabled;
         self.drive(&pin);
     }
 
-    /// STATUS's interrupt bit: INTx disable does not hide it (PCI Local Bus 3.0, section 6.2.3).
+    /// The interrupt status bit of STATUS. INTx disable does not hide it (PCI Local Bus 3.0,
+    /// section 6.2.3).
     pub(super) fn is_pin_asserted(&self) -> bool {
         lock(&self.pin).asserted && !self.uses_messages()
     }
 
-    /// A function with messages enabled may not use its pin (section 6.8.2.3), also for what it
-    /// asserted before.
+    /// Sets the function's level on the shared wire. A function with messages enabled must not use
+    /// its pin (section 6.8.2.3), also if it asserted the pin before.
     fn drive(&self, pin: &Pin) {
         let high = pin.asserted && !pin.disabled && !self.uses_messages();
         self.line.set(self.slot, high);

@@ -1,7 +1,7 @@
-//! PCI: a host bridge with an ECAM and one window of memory, and functions with one BAR each.
+//! PCI: a host bridge with an ECAM and one memory window, and functions with one BAR each.
 //!
-//! PCI Local Bus Specification 3.0 for the configuration space and MSI-X, PCI Express Base
-//! Specification for the ECAM. The guest assigns and moves BARs; what depends on them follows.
+//! The configuration space and MSI-X follow the PCI Local Bus Specification 3.0, the ECAM the PCI
+//! Express Base Specification. The guest assigns and moves BARs; the doorbells move with them.
 
 pub mod config;
 pub mod function;

@@ -1,5 +1,5 @@
-//! MSI-X: a table of messages in BAR 0, and which of them may be sent (PCI Local Bus 3.0, section
-//! 6.8.2).
+//! MSI-X (PCI Local Bus 3.0, section 6.8.2): a table of messages in BAR 0, and the masks that hold
+//! them back.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,11 +12,11 @@ use crate::irqchip::msi::{MsiRouter, MsiVector};
 use crate::util::Half;
 use crate::util::sync::lock;
 
-/// Bytes of a table entry: address, data, control.
+/// The size of a table entry in bytes: address, data, vector control.
 const ENTRY: u64 = 16;
-/// The mask bit of an entry's control.
+/// The mask bit of an entry's vector control.
 const MASKED: u32 = 1;
-/// Of the capability's message control.
+/// Bits of the capability's message control.
 const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
 
@@ -25,9 +25,9 @@ pub(super) const CAPABILITY: u8 = 0x11;
 /// Bits of the message control that a guest can change.
 pub(super) const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 
-/// A function's messages.
+/// The messages of a function.
 pub(super) struct Msix {
-    /// Signals one vector each; no lock is needed for that.
+    /// The eventfd of each vector. A thread can signal it without the table's lock.
     signals: Vec<EventFd>,
     enabled: AtomicBool,
     table: Mutex<Table>,
@@ -47,10 +47,10 @@ struct Entry {
 }
 
 impl Msix {
-    /// `count` vectors, all masked.
+    /// Creates `count` vectors, all of them masked.
     ///
     /// # Errors
-    /// The host has no descriptors left, or KVM no interrupt numbers.
+    /// Fails if the host has no free descriptors, or KVM no free interrupt numbers.
     pub(super) fn new(router: &Arc<MsiRouter>, count: u16) -> io::Result<Self> {
         let entry = |_| {
             Ok(Entry {
@@ -73,30 +73,32 @@ impl Msix {
         })
     }
 
-    /// Vectors.
+    /// The number of vectors.
     pub(super) fn count(&self) -> u16 {
         u16::try_from(self.signals.len()).unwrap_or(u16::MAX)
     }
 
-    /// Whether the guest chose messages, and not the pin.
+    /// Whether the guest has enabled MSI-X, so that the function does not use its pin.
     pub(super) fn is_enabled(&self) -> bool {
         self.enabled.load(Ordering::Acquire)
     }
 
-    /// Sends the message of `vector`, or keeps it pending; nothing where there is no such vector.
+    /// Sends the message of `vector`, or keeps it pending if it may not be sent. Does nothing if
+    /// there is no such vector.
     pub(super) fn signal(&self, vector: u16) {
         if let Some(signal) = self.signals.get(usize::from(vector)) {
-            // It fails only when 2^64 signals wait.
+            // This fails only if the eventfd's counter is at its maximum; the message is pending
+            // then.
             let _ = signal.write(1);
         }
     }
 
-    /// A descriptor whose signals are [`Msix::signal`].
+    /// The eventfd of `vector`. To signal it is the same as [`Msix::signal`].
     pub(super) fn descriptor(&self, vector: u16) -> Option<EventFd> {
         self.signals.get(usize::from(vector))?.try_clone().ok()
     }
 
-    /// The guest has written the capability's message control.
+    /// Takes over the capability's message control, which the guest may have written.
     pub(super) fn set_control(&self, control: u16) {
         let mut table = lock(&self.table);
         if table.control != control & CONTROL_WRITABLE {
@@ -106,14 +108,16 @@ impl Msix {
         }
     }
 
-    /// Whether messages may be sent at all; not at first. Those that may not stay pending.
+    /// Sets whether the function is a bus master. If it is not, as at first, all messages stay
+    /// pending.
     pub(super) fn set_bus_master(&self, allowed: bool) {
         let mut table = lock(&self.table);
         table.bus_master = allowed;
         table.apply();
     }
 
-    /// Reads the table: 4 or 8 bytes, aligned; else zero.
+    /// Serves a load from the table. Only a load of 4 or 8 bytes at a multiple of 4 reads it; any
+    /// other leaves `data` zero.
     pub(super) fn read_table(&self, offset: u64, data: &mut [u8]) {
         let table = lock(&self.table);
         words(offset, data.len(), |at, range| {
@@ -122,7 +126,7 @@ impl Msix {
         });
     }
 
-    /// Writes it: 4 or 8 bytes, aligned; else nothing.
+    /// Serves a store to the table. Only a store of 4 or 8 bytes at a multiple of 4 has an effect.
     pub(super) fn write_table(&self, offset: u64, data: &[u8]) {
         let mut table = lock(&self.table);
         words(offset, data.len(), |at, range| {
@@ -133,7 +137,7 @@ impl Msix {
         table.apply();
     }
 
-    /// Reads the pending bits.
+    /// Serves a load from the pending bit array.
     pub(super) fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let table = lock(&self.table);
         for (ahead, byte) in (0u64..).zip(data) {
@@ -158,8 +162,8 @@ impl Table {
         self.index(offset).map(|index| &self.entries[index])
     }
 
-    /// Connects the vectors that may be sent, and keeps back the others, with one change of the
-    /// machine's routes at most.
+    /// Connects the vectors whose messages may be sent, and disconnects the others. Changes the
+    /// machine's routes at most once.
     fn apply(&mut self) {
         let all = self.control == ENABLE && self.bus_master;
         let may_send = |entry: &Entry| all && entry.control & MASKED == 0;
@@ -175,7 +179,7 @@ impl Table {
 }
 
 impl Entry {
-    /// The 32 bits of an entry at this offset of the table.
+    /// The 32-bit word of this entry at `offset` in the table.
     fn word(&self, offset: u64) -> u32 {
         match offset % ENTRY {
             0 => Half::Low.of(self.message.address),
@@ -188,7 +192,7 @@ impl Entry {
     fn set_word(&mut self, offset: u64, word: u32) {
         let address = &mut self.message.address;
         match offset % ENTRY {
-            // An address is aligned.
+            // The two lowest bits of an address are always zero.
             0 => *address = Half::Low.set(*address, word & !3),
             4 => *address = Half::High.set(*address, word),
             8 => self.message.data = word,
@@ -197,7 +201,8 @@ impl Entry {
     }
 }
 
-/// The 32-bit words of an access of 4 or 8 aligned bytes: where each is, and its part of the data.
+/// Calls `word` for each 32-bit word of an access, with the word's offset and its range in the
+/// data. Does so only for an access of 4 or 8 bytes at a multiple of 4.
 fn words(offset: u64, length: usize, mut word: impl FnMut(u64, std::ops::Range<usize>)) {
     if offset % 4 == 0 && (length == 4 || length == 8) {
         for first in (0..length).step_by(4) {
@@ -262,7 +267,7 @@ mod tests {
         assert_eq!(pending(&msix), 0b10);
         let tables = lock(&vm.tables).len();
         msix.write_table(16 + 12, &0u32.to_le_bytes());
-        assert_eq!(lock(&vm.tables).len(), tables, "the same message");
+        assert_eq!(lock(&vm.tables).len(), tables, "the message is the same");
         assert_eq!(*lock(&vm.irqfds), [1]);
     }
 

@@ -6,13 +6,13 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// A number of bytes. Suffixes are powers of 1024: K, M, G, T; `M`, `MB` and `MiB` mean the same.
-/// JSON has it as a string.
+/// A number of bytes. The suffixes K, M, G and T are powers of 1024; `M`, `MB` and `MiB` mean the
+/// same. In JSON it is a string, in the same form as on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ByteSize(pub u64);
 
-/// Suffix and binary exponent, largest first.
+/// The suffixes and their powers of two, the largest first.
 const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
 
 impl ByteSize {
@@ -31,7 +31,8 @@ impl ByteSize {
         self.0
     }
 
-    /// As a flag takes it, at most this size, with few digits: `8191G` for 8 TiB less a page.
+    /// This size, rounded down to a few digits, in the form that a flag accepts: `8191G` for a page
+    /// less than 8 TiB.
     pub fn as_flag_at_most(self) -> String {
         let unit = UNITS.iter().find(|(_, shift)| self.0 >> shift >= 1000);
         match unit {
@@ -40,7 +41,8 @@ impl ByteSize {
         }
     }
 
-    /// As a flag takes it: exact, with the largest suffix that divides it (`64M`, `1536K`).
+    /// The exact size in the form that a flag accepts, with the largest suffix that divides it
+    /// (`64M`, `1536K`).
     pub fn as_flag(self) -> String {
         let unit = UNITS
             .iter()
@@ -66,7 +68,7 @@ impl TryFrom<String> for ByteSize {
     }
 }
 
-/// For people: `128 MiB`, `30.4 MiB`, `17 bytes`.
+/// The size for messages, rounded down to a tenth: `128 MiB`, `30.4 MiB`, `17 bytes`.
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (suffix, shift) in UNITS {
@@ -83,13 +85,13 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// Why a text is not a size.
+/// The reason why a text is not a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ParseError {
-    /// Not digits with an optional suffix.
+    /// The text is not a number with an optional suffix.
     #[error("not a size: write a whole number with K, M, G or T, as in 128M")]
     Malformed,
-    /// More than 2^64 - 1 bytes.
+    /// The size is more than 2^64 - 1 bytes.
     #[error("too large: a size has at most 64 bits")]
     TooLarge,
 }

@@ -1,14 +1,16 @@
-//! Locks on single bytes of a file, which belong to the open file (OFD locks, fcntl_locking(2)) and end
-//! with its last descriptor.
+//! Locks on single bytes of a file: OFD locks, see fcntl_locking(2). Such a lock belongs to the
+//! open file description. The kernel releases it when the last descriptor of that description is
+//! closed.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Locks byte `at` for as many as like to share it.
+/// Takes a shared lock on the byte at offset `at`.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] where another open file has it alone; or the file system has no locks.
+/// [`io::ErrorKind::WouldBlock`] if another open file description has an exclusive lock on the
+/// byte. Also fails if the file system has no locks.
 pub fn share_byte(fd: BorrowedFd, at: i64) -> io::Result<()> {
     let mut lock = byte(at, libc::F_RDLCK);
     match fcntl(fd, libc::F_OFD_SETLK, &mut lock) {
@@ -19,31 +21,31 @@ pub fn share_byte(fd: BorrowedFd, at: i64) -> io::Result<()> {
     }
 }
 
-/// Whether another open file has a lock on byte `at`, shared or not.
+/// Whether another open file description has a shared or exclusive lock on the byte at offset `at`.
 ///
 /// # Errors
-/// The file system has no locks.
+/// Fails if the file system has no locks.
 pub fn is_byte_locked(fd: BorrowedFd, at: i64) -> io::Result<bool> {
     let mut lock = byte(at, libc::F_WRLCK);
     fcntl(fd, libc::F_OFD_GETLK, &mut lock)?;
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
-/// Whether another open file has a lock on any byte.
+/// Whether another open file description has a lock on any byte.
 ///
 /// # Errors
-/// The file system has no locks.
+/// Fails if the file system has no locks.
 pub fn is_locked(fd: BorrowedFd) -> io::Result<bool> {
     let mut lock = byte(0, libc::F_WRLCK);
-    // As far as a file can reach.
+    // Length 0 means: up to the largest possible offset.
     lock.l_len = 0;
     fcntl(fd, libc::F_OFD_GETLK, &mut lock)?;
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
-/// One byte, whose lock is to be of this kind.
+/// The lock of the byte at offset `at`, of this kind (`F_RDLCK`, `F_WRLCK`).
 fn byte(at: i64, kind: i32) -> libc::flock {
-    // SAFETY: every field is a number, and all zeros are its numbers.
+    // SAFETY: every field is an integer, for which zero is a valid value.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     // The constants fit: they are 0, 1 and 2.
     lock.l_type = i16::try_from(kind).unwrap_or(i16::MAX);
@@ -55,7 +57,7 @@ fn byte(at: i64, kind: i32) -> libc::flock {
 
 fn fcntl(fd: BorrowedFd, command: i32, lock: &mut libc::flock) -> io::Result<()> {
     loop {
-        // SAFETY: the descriptor is open, and the kernel reads and writes `lock` alone.
+        // SAFETY: the descriptor is open, and the kernel reads and writes only `lock`.
         if unsafe { libc::fcntl(fd.as_raw_fd(), command, std::ptr::from_mut(lock)) } != -1 {
             return Ok(());
         }
@@ -79,7 +81,10 @@ mod tests {
         let (one, other) = (File::open(&path).unwrap(), File::open(&path).unwrap());
         std::fs::remove_file(&path).unwrap();
         share_byte(one.as_fd(), 100).unwrap();
-        assert!(!is_byte_locked(one.as_fd(), 100).unwrap(), "its own");
+        assert!(
+            !is_byte_locked(one.as_fd(), 100).unwrap(),
+            "a lock does not show its own owner"
+        );
         assert!(is_byte_locked(other.as_fd(), 100).unwrap());
         assert!(!is_byte_locked(other.as_fd(), 101).unwrap());
         assert!(is_locked(other.as_fd()).unwrap() && !is_locked(one.as_fd()).unwrap());

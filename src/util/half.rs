@@ -1,6 +1,6 @@
-//! The halves of 64-bit values, for registers of 32 bits.
+//! The two halves of a 64-bit value that a device shows as two 32-bit registers.
 
-/// The half of a 64-bit register that a 32-bit access is for.
+/// The half of a 64-bit register that a 32-bit access reads or writes.
 #[derive(Clone, Copy, Debug)]
 pub enum Half {
     /// Bits 31 to 0.

@@ -1,6 +1,7 @@
-//! Text of others on a line of rvmm's.
+//! Text from users and guests in rvmm's one-line messages.
 
-/// `message` with the control characters of names in it escaped: it stays one line, and moves no cursor.
+/// Escapes the control characters in `message`, for example those in a file name. So the message
+/// stays on one line and cannot move a terminal's cursor.
 pub fn on_one_line(message: &str) -> String {
     let mut line = String::with_capacity(message.len());
     for letter in message.chars() {

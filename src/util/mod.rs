@@ -1,4 +1,4 @@
-//! Small things every other module may use.
+//! Small helpers that every other module may use.
 
 pub mod bytesize;
 pub mod filelock;

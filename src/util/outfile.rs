@@ -1,7 +1,7 @@
-//! Files that rvmm writes for its user, so that none empties what was there.
+//! Output files that the user names. rvmm does not destroy other data in them.
 //!
-//! A log or a console's output goes to the end of its file ([`append`]). What is written as a whole
-//! ([`Whole`]) takes the place of an empty file or of an earlier one of its kind, and of no other.
+//! The log and a console's output are appended to their file ([`append`]). A file that is written
+//! as a whole ([`Whole`]) replaces only an empty file, or an earlier file of the same kind.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read};
@@ -13,14 +13,15 @@ use std::path::{Path, PathBuf};
 use super::filelock::is_locked;
 use super::output::write_whole;
 
-/// A file of more bytes is none that rvmm wrote as a whole.
+/// The largest file in bytes that [`Whole`] replaces. rvmm writes no larger file as a whole.
 const LARGEST: u64 = 64 << 20;
 
-/// Opens the file at `path` to write at its end, and creates it if it is missing. Pipes and terminals
-/// are opened too.
+/// Opens the file at `path` for appending, and creates it if it is missing. Also opens pipes and
+/// terminals.
 ///
 /// # Errors
-/// It is a block device, or a disk that a virtual machine uses; or the host's.
+/// Fails for a directory, a block device, a disk image that a virtual machine uses, and a pipe
+/// without a reader, and if the file cannot be opened or created.
 pub fn append(path: &Path) -> io::Result<File> {
     if let Ok(there) = fs::metadata(path) {
         check_kind(&there)?;
@@ -31,28 +32,31 @@ pub fn append(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// A file that is to be written whole or not at all.
+/// An output file that gets its content in one piece. A regular file is replaced as a whole, or not
+/// changed at all.
 pub struct Whole {
     path: PathBuf,
     way: Way,
 }
 
-/// How a file gets its bytes.
+/// How the bytes get into the file.
 enum Way {
-    /// Under another name first, with this mode.
+    /// Write a temporary file, give it these permissions, and rename it to the file's name.
     Replace(Option<Permissions>),
-    /// As they come: a pipe, a terminal.
+    /// Write to what is there: a pipe, a terminal or another character device.
     InPlace(File),
-    /// A stream of rvmm's, by whatever name it goes.
+    /// The file is rvmm's own standard output (1) or standard error (2). Write to that descriptor.
     Stream(i32),
 }
 
 impl Whole {
-    /// Finds out how `path` is to be written, and that it can be; nothing changes yet. `is_replaceable`
-    /// gets what is in a file that is there and not empty.
+    /// Checks that `path` can be written, and how. Changes no existing file. If there is a file
+    /// that is not empty, `is_replaceable` gets its content and returns whether it may be replaced.
     ///
     /// # Errors
-    /// A file of another kind is there, a block device, a disk that a virtual machine uses; or the host's.
+    /// Fails if the file may not be replaced, if it is a directory, a block device, a disk image
+    /// that a virtual machine uses, or a pipe without a reader, and if it cannot be opened or
+    /// created.
     pub fn prepare(path: &Path, is_replaceable: fn(&[u8]) -> bool) -> io::Result<Self> {
         if path.as_os_str().as_bytes().ends_with(b"/") {
             return Err(io::Error::from_raw_os_error(libc::EISDIR));
@@ -81,17 +85,17 @@ impl Whole {
         let is_ours = content.is_empty() || (is_whole && is_replaceable(&content));
         if !is_ours {
             return Err(io::Error::other(
-                "something else is in this file: remove it, or choose another name",
+                "the file has other content: remove it, or choose another name",
             ));
         }
         check_unused(&file)?;
-        // What a link leads to is replaced, not the link.
+        // Replace the target of a symbolic link, not the link.
         Self::replace(&fs::canonicalize(path)?, Some(there.permissions()))
     }
 
     fn replace(path: &Path, mode: Option<Permissions>) -> io::Result<Self> {
         if fs::symlink_metadata(path).is_ok_and(|there| there.is_symlink()) {
-            return Err(io::Error::other("it is a link to what is not there"));
+            return Err(io::Error::other("it is a symbolic link to a missing file"));
         }
         let temporary = temporary_name(path);
         File::create_new(&temporary)?;
@@ -103,7 +107,7 @@ impl Whole {
     /// Writes `bytes`.
     ///
     /// # Errors
-    /// The host's; a regular file is then as it was.
+    /// Fails if the bytes cannot be written. A regular file keeps its old content then.
     pub fn write(self, bytes: &[u8]) -> io::Result<()> {
         match self.way {
             Way::InPlace(file) => write_whole(file, bytes),
@@ -125,20 +129,21 @@ impl Whole {
     }
 }
 
-/// Opens a file, or something that is none, without waiting for who reads it.
+/// Opens a file, a pipe or a device. Does not wait for a pipe's reader.
 fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let opened = options
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path);
     opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ENXIO) => {
-            io::Error::other("a pipe that nobody reads, or a socket: start its reader first")
+            io::Error::other("it is a socket, or a pipe without a reader: start the reader first")
         }
         _ => error,
     })
 }
 
-/// Which of rvmm's output streams `there` is: a shell's `>` names a file that must not be replaced.
+/// The descriptor, 1 or 2, of rvmm's output stream that is the same file as `there`. A shell opened
+/// that file for rvmm (`>`), so it must not be replaced.
 fn stream(there: &Metadata) -> Option<i32> {
     let is = |stream: io::Result<Metadata>| {
         stream.is_ok_and(|stream| (stream.dev(), stream.ino()) == (there.dev(), there.ino()))
@@ -160,15 +165,16 @@ fn check_kind(there: &Metadata) -> io::Result<()> {
     }
     if there.file_type().is_block_device() {
         return Err(io::Error::other(
-            "it is a block device, and rvmm writes a file",
+            "it is a block device: give the name of a file",
         ));
     }
     Ok(())
 }
 
-/// A virtual machine locks its disks' bytes, whether it writes them or not.
+/// Refuses a disk image that a virtual machine uses. Such an image has locked bytes, also if it is
+/// read-only.
 fn check_unused(file: &File) -> io::Result<()> {
-    // A file system without such locks has no such disks either.
+    // On a file system without locks, no disk image can be locked.
     if is_locked(file.as_fd()).unwrap_or(false) {
         return Err(io::Error::other("a virtual machine uses it as a disk"));
     }
@@ -188,7 +194,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::fs::symlink;
 
-    /// A directory of one test.
+    /// A directory for one test.
     struct Scratch(PathBuf);
 
     impl Scratch {
@@ -205,7 +211,7 @@ mod tests {
             path
         }
 
-        /// No other file than this one is left.
+        /// Checks that the directory has these files and no others.
         fn has_only(&self, names: &[&str]) {
             let entries = fs::read_dir(&self.0).unwrap();
             let mut found: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
@@ -238,7 +244,11 @@ mod tests {
         for (before, is_written) in [("", true), ("ours, old", true), ("a kernel", false)] {
             let path = scratch.file(before);
             let whole = Whole::prepare(&path, is_ours);
-            assert_eq!(fs::read_to_string(&path).unwrap(), before, "nothing yet");
+            assert_eq!(
+                fs::read_to_string(&path).unwrap(),
+                before,
+                "prepare changes nothing"
+            );
             assert_eq!(whole.is_ok(), is_written, "{before:?}");
             if let Ok(whole) = whole {
                 whole.write(b"ours, new").unwrap();
@@ -277,8 +287,8 @@ mod tests {
         let path = scratch.0.join("pipe");
         let made = std::process::Command::new("mkfifo").arg(&path).status();
         assert!(made.unwrap().success());
-        let told = append(&path).unwrap_err().to_string();
-        assert!(told.contains("reader first"), "{told}");
+        let error = append(&path).unwrap_err().to_string();
+        assert!(error.contains("reader first"), "{error}");
         assert!(Whole::prepare(&path, is_ours).is_err());
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_NONBLOCK);

@@ -1,4 +1,5 @@
-//! Output to descriptors that other programs share, and may have made non-blocking.
+//! Output to descriptors that rvmm shares with other programs. Those may have made them
+//! non-blocking.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -12,16 +13,19 @@ use rustix::io::{Errno, write};
 
 use super::poll::poll_now;
 
-/// A pipe that is ready for writing takes as much at once (PIPE_BUF of pipe(7)).
+/// Bytes for one write. A pipe that is ready for writing takes them without waiting (PIPE_BUF of
+/// pipe(7)).
 const AT_ONCE: usize = 4096;
 
-/// Between two attempts at what says it is ready and is not.
+/// The time between two attempts if a descriptor polls as ready, but a write still gives EAGAIN.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Writes all of `bytes` to `fd`, however long its reader takes, whether `fd` is blocking or not.
+/// Writes all of `bytes` to `fd`. Waits for the reader as long as it takes, also if `fd` is
+/// non-blocking.
 ///
 /// # Errors
-/// What is not written yet cannot be: the reader has gone, or the disk is full.
+/// Fails if a write fails, for example because the reader has gone or the disk is full. A part of
+/// `bytes` may have been written.
 pub fn write_whole(fd: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
     let mut waited = false;
     while !bytes.is_empty() {
@@ -36,7 +40,7 @@ pub fn write_whole(fd: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
                 if waited {
                     sleep(RETRY);
                 }
-                // A signal, or an error that the next write tells.
+                // If poll fails, the next write returns the error.
                 let _ = poll(&mut [PollFd::new(&fd, PollFlags::OUT)], None);
                 waited = true;
             }
@@ -46,8 +50,8 @@ pub fn write_whole(fd: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes what `fd` takes at once; the rest is dropped. A blocking terminal may still wait, where its
-/// room is less than a line.
+/// Writes as many of `bytes` as `fd` takes without waiting, and drops the rest. A write to a
+/// terminal in blocking mode may still wait, if the terminal has room for less than a line.
 pub fn write_now(fd: impl AsFd, mut bytes: &[u8]) {
     while !bytes.is_empty() && !poll_now(&fd, PollFlags::OUT).is_empty() {
         match write(&fd, &bytes[..bytes.len().min(AT_ONCE)]) {
@@ -58,23 +62,24 @@ pub fn write_now(fd: impl AsFd, mut bytes: &[u8]) {
     }
 }
 
-/// A file of rvmm's own that is written to as by [`write_now`]. Where it is a terminal or a pipe it
-/// never waits for a reader.
+/// A file to which every write is a [`write_now`]. A write to a terminal or a pipe never waits for
+/// the reader.
 #[derive(Debug)]
 pub struct Unwaiting(File);
 
 impl Unwaiting {
-    /// `file`, whose open file description no other program has: it becomes non-blocking.
+    /// Makes `file` non-blocking. No other program may share its open file description, because the
+    /// flag would apply to that program too.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the flag cannot be set (fcntl(2)).
     pub fn new(file: File) -> io::Result<Self> {
         fcntl_setfl(&file, fcntl_getfl(&file)? | OFlags::NONBLOCK)?;
         Ok(Self(file))
     }
 }
 
-/// Takes everything: what cannot be written is lost, and the next line is tried.
+/// A write always succeeds. Bytes that cannot be written are lost; the next write is tried again.
 impl Write for Unwaiting {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         (&*self).write(bytes)
@@ -115,7 +120,7 @@ mod tests {
         let bytes: Vec<u8> = (0..MUCH).map(|i| i.to_le_bytes()[1]).collect();
         let sent = bytes.clone();
         let writer = thread::spawn(move || write_whole(ours, &sent));
-        // Nobody reads before the stream is full, and the writer waits.
+        // The stream is full before the test reads on, so the writer has to wait.
         let mut first = [0];
         theirs.read_exact(&mut first).unwrap();
         let mut rest = Vec::new();
@@ -125,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_can_take_is_told() {
+    fn what_nobody_can_take_is_an_error() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         let error = write_whole(ours, b"x").unwrap_err();
@@ -135,7 +140,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     }
 
-    /// Nobody reads: a line that is longer than the room left must not wait for that.
+    /// Nobody reads from the terminal. A line that is longer than the room left must not wait.
     #[test]
     fn a_terminal_that_nobody_reads_is_waited_for_by_nobody() {
         let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();

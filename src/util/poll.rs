@@ -9,7 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Which of `wanted`, or hang-up and error, hold for `fd` now; nothing where it cannot be asked.
+/// The events of `wanted` that `fd` has now, and POLLHUP and POLLERR if it has those. Empty if
+/// poll(2) fails. Does not wait.
 pub fn poll_now(fd: impl AsFd, wanted: PollFlags) -> PollFlags {
     let mut fds = [PollFd::new(&fd, wanted)];
     let now = Timespec {
@@ -22,59 +23,61 @@ pub fn poll_now(fd: impl AsFd, wanted: PollFlags) -> PollFlags {
     }
 }
 
-/// Whether a read of `fd` would give something now, or the news that nothing comes any more.
+/// Whether a read of `fd` would return at once: with data, the end of the input, or an error.
 pub fn readable_now(fd: impl AsFd) -> bool {
     !poll_now(fd, PollFlags::IN).is_empty()
 }
 
-/// An EventFd's descriptor in the form that polls take.
+/// Borrows the descriptor of an EventFd, for calls to poll and epoll.
 #[allow(unsafe_code)]
 pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as the EventFd, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }
 
-/// Several descriptors that one thread waits for, each of them with a number below 64.
+/// Descriptors that one thread waits for (epoll(7)). The caller gives each of them a number from 0
+/// to 63.
 pub struct Events(OwnedFd);
 
-/// The numbers of those that have something.
+/// The numbers of the descriptors that have an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready(u64);
 
 impl Ready {
-    /// Whether number `number` is among them.
+    /// Whether the descriptor with this number has an event.
     pub fn has(self, number: u8) -> bool {
         self.0 & (1 << number) != 0
     }
 
-    /// Whether none is: the time was over, or there was a signal.
+    /// Whether no descriptor has an event: the time was over, or a signal ended the wait.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 }
 
 impl Events {
-    /// None yet.
+    /// Creates an empty set.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if epoll_create1(2) fails, for example without free descriptors.
     pub fn new() -> io::Result<Self> {
         Ok(Self(epoll::create(CreateFlags::CLOEXEC)?))
     }
 
-    /// From now on tells of each signal of `fd` once, and of one that came before. Nobody needs to
-    /// take the signals.
+    /// Adds `fd`, edge-triggered: [`Events::wait`] reports each signal once, also one from before
+    /// this call. The thread does not have to read the eventfd.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if epoll_ctl(2) fails.
     pub fn add_signal(&self, number: u8, fd: &EventFd) -> io::Result<()> {
         self.add(number, borrow(fd), EventFlags::IN | EventFlags::ET)
     }
 
-    /// From now on tells whenever `fd` is readable, or in a state that only a read tells.
+    /// Adds `fd`, level-triggered: [`Events::wait`] reports it as long as it is readable, or has a
+    /// hang-up or an error.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if epoll_ctl(2) fails.
     pub fn add_readable(&self, number: u8, fd: impl AsFd) -> io::Result<()> {
         self.add(number, fd, EventFlags::IN)
     }
@@ -84,26 +87,27 @@ impl Events {
         Ok(epoll::add(&self.0, fd, number, flags)?)
     }
 
-    /// Tells nothing of `fd` any more.
+    /// Removes `fd`.
     ///
     /// # Errors
-    /// It was not added.
+    /// Fails if `fd` was not added.
     pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(epoll::delete(&self.0, fd)?)
     }
 
-    /// Waits until there is something to tell, for `time` at most where that is given.
+    /// Waits until a descriptor has an event, and returns the numbers of those that have one. With
+    /// `time`, waits at most that long.
     pub fn wait(&self, time: Option<Duration>) -> Ready {
         let mut buffer = [MaybeUninit::uninit(); 8];
         let time = time.and_then(|time| Timespec::try_from(time).ok());
-        let told = epoll::wait(&self.0, &mut buffer, time.as_ref());
-        let (told, _) = told.unwrap_or_default();
-        let numbers = told.iter().map(|event| 1 << event.data.u64());
+        let events = epoll::wait(&self.0, &mut buffer, time.as_ref());
+        let (events, _) = events.unwrap_or_default();
+        let numbers = events.iter().map(|event| 1 << event.data.u64());
         Ready(numbers.fold(0, std::ops::BitOr::bitor))
     }
 }
 
-/// Waits until `fd` is readable, for `time` at most, and says whether it is.
+/// Waits at most `time` until `fd` is readable. Returns whether it is.
 pub fn wait_readable_for(fd: BorrowedFd, time: Duration) -> bool {
     let mut polled = [PollFd::new(&fd, PollFlags::IN)];
     let time = Timespec::try_from(time).ok();
@@ -119,7 +123,7 @@ mod tests {
     const NOW: Option<Duration> = Some(Duration::ZERO);
 
     #[test]
-    fn a_signal_is_told_once_and_what_is_readable_until_it_is_read() {
+    fn a_signal_is_reported_once_and_what_is_readable_until_it_is_read() {
         let events = Events::new().unwrap();
         let signal = EventFd::new(0).unwrap();
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
@@ -127,7 +131,10 @@ mod tests {
         events.add_signal(3, &signal).unwrap();
         events.add_readable(5, &ours).unwrap();
         let ready = events.wait(None);
-        assert!(ready.has(3) && !ready.has(5), "one that came before");
+        assert!(
+            ready.has(3) && !ready.has(5),
+            "a signal from before is reported"
+        );
         assert!(events.wait(NOW).is_empty());
         signal.write(1).unwrap();
         theirs.write_all(b"x").unwrap();

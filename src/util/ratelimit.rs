@@ -1,4 +1,4 @@
-//! A limit for what a guest can make rvmm log.
+//! Limits for the log lines that a guest can cause.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -11,16 +11,17 @@ pub(crate) const BURST: u32 = 10;
 /// Length of a period.
 pub(crate) const PERIOD: Duration = Duration::from_secs(5);
 
-/// Every limit of the process, by name. It outlives what logs: a guest that resets the machine, or a
-/// driver its device, gets no fresh limit.
+/// All limits of the process, by name. They outlive the devices that log: a guest does not get a
+/// fresh limit when it resets the machine, or when a driver resets its device.
 static WINDOWS: Mutex<BTreeMap<String, Arc<Mutex<Window>>>> = Mutex::new(BTreeMap::new());
 
-/// Lets through ten events in five seconds and counts the rest. All limits of one name are one.
+/// Admits ten events in five seconds, and counts the others. All limits with the same name share
+/// one count.
 ///
 /// ```
 /// let limit = rvmm::util::RateLimit::named("bus");
 /// if let Some(dropped) = limit.admit() {
-///     eprintln!("the guest read an unmapped address ({dropped} such lines left out)");
+///     eprintln!("the guest read an unmapped address ({dropped} similar lines were dropped)");
 /// }
 /// ```
 #[derive(Clone, Debug)]
@@ -37,21 +38,23 @@ struct Window {
 }
 
 impl RateLimit {
-    /// The limit of that name: one for each kind of line, of each device where there are several.
-    /// It is kept for ever, so a name must not be the guest's to choose.
+    /// The limit with this name. Each kind of log line has its own name; where a machine can have
+    /// several devices of a kind, each device has. Limits are never freed, so a guest must not be
+    /// able to choose a name.
     pub fn named(name: impl Into<String>) -> Self {
         Self::with_burst(name, BURST)
     }
 
-    /// The same with `burst` events in five seconds, the same number for all limits of that name.
+    /// A limit that admits `burst` events in five seconds. All limits with this name have to be
+    /// given the same number.
     pub fn with_burst(name: impl Into<String>, burst: u32) -> Self {
         let mut windows = lock(&WINDOWS);
         let window = Arc::clone(windows.entry(name.into()).or_default());
         Self { window, burst }
     }
 
-    /// `Some(n)` when the event may be logged, `n` being how many were dropped since the last one
-    /// that was; `None` when it must be dropped.
+    /// `None` if the event must be dropped. `Some(n)` if it may be logged; `n` is the number of
+    /// events that were dropped since the last one that was logged.
     pub fn admit(&self) -> Option<u64> {
         lock(&self.window).admit_at(Instant::now(), self.burst)
     }
@@ -76,12 +79,12 @@ impl Window {
 /// Logs a line that a guest can cause, at a [`log::Level`], within a [`RateLimit`].
 macro_rules! guest_log {
     ($level:expr, $limit:expr, $($arg:tt)+) => {
-        // What nobody sees takes nothing from the limit of what is seen.
+        // A line below the log's level is not counted.
         match log::log_enabled!($level).then(|| $limit.admit()).flatten() {
             Some(0) => log::log!($level, $($arg)+),
             Some(dropped) => log::log!(
                 $level,
-                "{} ({dropped} like it left out)",
+                "{} ({dropped} similar lines were dropped)",
                 format_args!($($arg)+)
             ),
             None => {}
@@ -89,21 +92,21 @@ macro_rules! guest_log {
     };
 }
 
-/// [`guest_log`] as a warning.
+/// [`guest_log`] at level warn.
 macro_rules! guest_warn {
     ($limit:expr, $($arg:tt)+) => {
         $crate::util::guest_log!(log::Level::Warn, $limit, $($arg)+)
     };
 }
 
-/// [`guest_log`] for what `-v` tells of each life of the guest.
+/// [`guest_log`] at level info (`-v`), for lines that come again with each reset of the guest.
 macro_rules! guest_info {
     ($limit:expr, $($arg:tt)+) => {
         $crate::util::guest_log!(log::Level::Info, $limit, $($arg)+)
     };
 }
 
-/// [`guest_log`] for what `-vv` tells.
+/// [`guest_log`] at level debug (`-vv`).
 macro_rules! guest_debug {
     ($limit:expr, $($arg:tt)+) => {
         $crate::util::guest_log!(log::Level::Debug, $limit, $($arg)+)

@@ -1,5 +1,5 @@
-//! Standard error that never blocks and never panics: a reader that has gone or does not read
-//! loses rvmm's messages, and nothing else.
+//! Standard error that never blocks and never panics. If its reader has gone or does not read,
+//! rvmm's messages are lost, but rvmm runs on.
 
 use std::fmt;
 use std::fs::OpenOptions;
@@ -11,7 +11,8 @@ use rustix::fs::{FileType, fstat};
 
 use super::output::{Unwaiting, write_now};
 
-/// Writes to standard error what it takes at once; the rest is dropped.
+/// A writer that gives standard error as many bytes as it takes without waiting, and drops the
+/// rest.
 #[derive(Debug)]
 pub struct Stderr;
 
@@ -30,8 +31,12 @@ impl Write for Stderr {
     }
 }
 
-/// The terminal or pipe that standard error is, non-blocking for rvmm alone: the flag belongs to an
-/// open file description, and other programs share that of standard error.
+/// Opens the terminal or pipe behind standard error again, and makes the new descriptor
+/// non-blocking. Standard error itself has to stay as it is: the flag belongs to the open file
+/// description, which other programs share.
+///
+/// # Errors
+/// Fails if standard error is neither a terminal nor a pipe, or cannot be opened.
 fn reopen() -> io::Result<Unwaiting> {
     let stderr = io::stderr();
     let kind = FileType::from_raw_mode(fstat(&stderr)?.st_mode);
@@ -45,7 +50,7 @@ fn reopen() -> io::Result<Unwaiting> {
     Unwaiting::new(options.open("/proc/self/fd/2")?)
 }
 
-/// Tells the user one line.
-pub fn tell(message: impl fmt::Display) {
+/// Prints `message` and a newline to standard error.
+pub fn print(message: impl fmt::Display) {
     let _ = Stderr.write_all(format!("{message}\n").as_bytes());
 }

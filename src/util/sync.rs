@@ -1,9 +1,9 @@
-//! Locks that survive a panic of another thread.
+//! Locking that goes on after another thread has panicked.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`. A panic elsewhere ends the VM by itself; here the data is still needed to end
-/// it well (the console's last bytes), so poison is ignored.
+/// Locks `mutex`, and ignores poison. A panic ends rvmm anyway, and the data is still needed to end
+/// in order, for example to write the console's last bytes.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

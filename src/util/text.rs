@@ -1,30 +1,32 @@
-//! The program's own code in memory.
+//! The memory that holds rvmm's own code.
 
 use std::fs;
 use std::io;
 
 use rustix::mm::{Advice, madvise};
 
-/// Lets go of the program's code: what is used again comes back, from the page cache, a few pages
-/// at a time. For once the guest runs: parsing, building and loading are most of rvmm's code, and
-/// are over.
+/// Releases the pages of the program's code. A page that is used again is mapped again from the
+/// page cache, a few pages at a time. To be called once the guest runs: most of rvmm's code parses
+/// flags, builds the machine and loads the kernel, and is not needed again.
 ///
 /// # Errors
-/// The host does not tell where the code is, or refused.
+/// Fails if /proc/self/maps cannot be read or does not list the code, and if madvise(2) fails.
 #[allow(unsafe_code)]
 pub fn release() -> io::Result<()> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let here = release as *const () as usize;
     let (start, end) = find(&maps, here).ok_or(io::ErrorKind::NotFound)?;
     let start = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: the range is a mapping of a file that nobody may write to, in memory or, while it
-    // runs, on disk: the same bytes come back. (MADV_DONTNEED of madvise(2). A debugger's software
-    // breakpoints are its own copies of pages, and are lost.)
+    // SAFETY: the range is a private, read-only mapping of the program's file, which the kernel
+    // protects from writes while the program runs. So the same bytes come back (MADV_DONTNEED of
+    // madvise(2)). Only a debugger's software breakpoints are lost: they are private copies of
+    // pages.
     unsafe { madvise(start, end - start.addr(), Advice::LinuxDontNeed) }?;
     Ok(())
 }
 
-/// The mapping of `maps` with `address` in it, if it is private, of a file, and not writable.
+/// Start and end of the mapping in `maps` that contains `address`, if it is a private, executable
+/// and read-only mapping of a file.
 fn find(maps: &str, address: usize) -> Option<(usize, usize)> {
     maps.lines().find_map(|line| {
         let mut words = line.split_ascii_whitespace();

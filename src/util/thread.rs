@@ -1,9 +1,10 @@
-//! The one place where threads start.
+//! Starts all of rvmm's threads.
 
 use std::io;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
-/// What a thread is for. Its name starts with this, and a sandbox can be chosen by it.
+/// The purpose of a thread. It is the first part of the thread's name. A sandbox could be chosen by
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Runs one vCPU.
@@ -16,7 +17,7 @@ pub enum Kind {
     Net,
     /// Serves another virtio device.
     Virtio,
-    /// Does what would hold the main loop up, or makes sure that rvmm ends.
+    /// Does work that would hold up the main loop, or makes sure that rvmm ends.
     Main,
     /// Starts and stops virtio devices.
     Devices,
@@ -36,10 +37,10 @@ impl Kind {
     }
 }
 
-/// Starts a thread named `<kind>-<name>` (Linux shows the first 15 bytes).
+/// Starts a thread with the name `<kind>-<name>`, of which Linux shows the first 15 bytes.
 ///
 /// # Errors
-/// The host has no resources for another thread.
+/// Fails if the host has no resources for another thread.
 pub fn spawn<T, F>(kind: Kind, name: &str, body: F) -> io::Result<JoinHandle<T>>
 where
     T: Send + 'static,
@@ -50,10 +51,10 @@ where
         .spawn(body)
 }
 
-/// The same for a thread that ends before `scope` does, and may borrow until then.
+/// As [`spawn`], for a thread that ends before `scope` does. It may borrow what lives that long.
 ///
 /// # Errors
-/// As [`spawn`].
+/// As for [`spawn`].
 pub fn spawn_scoped<'scope, T, F>(
     scope: &'scope Scope<'scope, '_>,
     kind: Kind,

@@ -18,38 +18,39 @@ use crate::util::sync::lock;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
-/// VIRTIO_CONSOLE_F_SIZE: the configuration tells columns and rows.
+/// VIRTIO_CONSOLE_F_SIZE: the configuration space has columns and rows.
 const F_SIZE: u32 = 0;
-/// Bytes moved at once.
+/// Bytes copied at a time.
 const CHUNK: usize = 4096;
-/// Bytes of output after which the thread looks whether to stop; and a guest's last words at its end.
+/// Bytes of output after which the thread checks whether it must stop. Also the most output that is
+/// written after a request to stop.
 const ROUND: usize = OUTPUT_CAPACITY;
 
-/// Columns and rows of whoever looks at the console, where that is known.
+/// Returns columns and rows of the window that shows the console; `None` if they are unknown.
 pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
 
 /// A console of the guest.
 pub struct ConsolePort {
     console: Arc<Console>,
     size: Size,
-    /// What the thread that serves has.
+    /// The state that the serving thread works on.
     progress: Arc<Mutex<Progress>>,
     workers: Workers,
     listener: Mutex<Option<Arc<Wake>>>,
 }
 
-/// Wakes the port's thread when the host's side has changed.
+/// Wakes the port's thread when the host's side of the console has changed.
 struct Wake(Arc<EventFd>);
 
 impl Listener for Wake {
     fn console_changed(&self) {
-        // It fails only when 2^64 changes wait.
+        // Fails only with 2^64 signals pending.
         let _ = self.0.write(1);
     }
 }
 
 impl ConsolePort {
-    /// A port that moves what `console` holds.
+    /// Returns a port between the guest and `console`.
     pub fn new(console: Arc<Console>, size: Size) -> Self {
         Self {
             console,
@@ -81,7 +82,7 @@ impl VirtioDevice for ConsolePort {
         vec![QUEUE_SIZE; 2]
     }
 
-    /// struct virtio_console_config: columns, rows, and the number of ports.
+    /// struct virtio_console_config: columns, rows, and the number of ports (1).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let [columns, rows] = (self.size)().unwrap_or_default().map(u16::to_le_bytes);
         let space = [columns[0], columns[1], rows[0], rows[1], 1, 0, 0, 0];
@@ -94,7 +95,7 @@ impl VirtioDevice for ConsolePort {
         };
         if !activation.resumes {
             *lock(&self.progress) = Progress {
-                told: (self.size)(),
+                known_size: (self.size)(),
                 sending: None,
             };
         }
@@ -117,7 +118,7 @@ impl VirtioDevice for ConsolePort {
         let listener: Arc<dyn Listener> = Arc::clone(&wake) as _;
         self.console
             .set_listener(Arc::downgrade(&listener) as Weak<dyn Listener>);
-        // What changed before somebody listened.
+        // Covers changes from before the listener was set.
         wake.console_changed();
         *lock(&self.listener) = Some(wake);
         Ok(())
@@ -133,16 +134,16 @@ impl VirtioDevice for ConsolePort {
     }
 }
 
-/// How far the thread is. It stays through a pause.
+/// The thread's progress, which is kept through a pause.
 #[derive(Default)]
 struct Progress {
-    /// The size that the driver knows.
-    told: Option<[u16; 2]>,
-    /// Output that the console had no room for.
+    /// The size that the driver was last notified of.
+    known_size: Option<[u16; 2]>,
+    /// A chain of output that the console had no room for, or not for all of it.
     sending: Option<Chain>,
 }
 
-/// What the thread works with.
+/// What the serving thread uses.
 struct Port {
     console: Arc<Console>,
     size: Size,
@@ -163,27 +164,27 @@ impl Port {
         while !stop.is_asked() {
             let more_input = self.receive(input)?;
             let more_output = self.send(output, progress)?;
-            self.tell_size(progress);
+            self.report_size(progress);
             if !more_input && !more_output {
                 kicks.wait(None);
             }
         }
-        // What the guest wrote before its end is its last words, as far as there is room at once.
+        // Passes on what the guest has written, as far as the console has room for it now.
         self.send(output, progress)?;
         Ok(())
     }
 
-    /// Moves input to the guest, as far as it has buffers. True when some came meanwhile.
+    /// Moves input to the guest's buffers. True if there may be more work at once.
     fn receive(&self, queue: &mut Virtq) -> Result<bool, Broken> {
         let mut bytes = [0; CHUNK];
         for _ in 0..queue.size() {
             if self.console.input_len() == 0 {
-                queue.tell()?;
+                queue.notify()?;
                 return Ok(false);
             }
             let Some(chain) = queue.pop()? else {
-                queue.tell()?;
-                return queue.ask_for_kick();
+                queue.notify()?;
+                return queue.enable_notifications();
             };
             let count = self
                 .console
@@ -191,12 +192,13 @@ impl Port {
             chain.writable.copy_from(&bytes[..count]);
             queue.push(chain.head, count)?;
         }
-        queue.tell()?;
+        queue.notify()?;
         Ok(true)
     }
 
-    /// Moves output of the guest to the console, as far as that has room, and no more than [`ROUND`] bytes:
-    /// however fast they are taken, the thread looks whether to stop. True when there may be more.
+    /// Moves output from the guest to the console, as far as the console has room. Moves at most
+    /// [`ROUND`] bytes, so that the thread checks whether it must stop even if a reader takes
+    /// everything at once. True if there may be more work at once.
     fn send(&self, queue: &mut Virtq, progress: &mut Progress) -> Result<bool, Broken> {
         let mut left = ROUND;
         for _ in 0..queue.size() {
@@ -205,25 +207,26 @@ impl Port {
                 None => match queue.pop()? {
                     Some(chain) => chain,
                     None => {
-                        queue.tell()?;
-                        return queue.ask_for_kick();
+                        queue.notify()?;
+                        return queue.enable_notifications();
                     }
                 },
             };
             self.write(&mut chain, &mut left);
             if !chain.readable.is_empty() {
                 progress.sending = Some(chain);
-                queue.tell()?;
-                // The console tells when there is room.
+                queue.notify()?;
+                // The console's listener wakes this thread when there is room.
                 return Ok(left == 0);
             }
             queue.push(chain.head, 0)?;
         }
-        queue.tell()?;
+        queue.notify()?;
         Ok(true)
     }
 
-    /// Writes what is left of `chain`, as far as the console has room, and no more than `left` bytes.
+    /// Writes the rest of `chain`: as much as the console has room for, and at most `left` bytes.
+    /// Subtracts the bytes written from `left`.
     fn write(&self, chain: &mut Chain, left: &mut usize) {
         let mut bytes = [0; CHUNK];
         while !chain.readable.is_empty() && *left > 0 {
@@ -238,10 +241,10 @@ impl Port {
         }
     }
 
-    fn tell_size(&self, progress: &mut Progress) {
+    fn report_size(&self, progress: &mut Progress) {
         let size = (self.size)();
-        if size != progress.told {
-            progress.told = size;
+        if size != progress.known_size {
+            progress.known_size = size;
             self.fault.config_changed();
         }
     }
@@ -313,7 +316,8 @@ mod tests {
         driver.wait_until("the rest", |d| d.used(1) == 1);
     }
 
-    /// The console has a part of a chain when the machine pauses, and it gets the rest once.
+    /// The machine pauses while the console has a part of a chain. The rest follows once, after the
+    /// pause.
     #[test]
     fn a_chain_half_sent_goes_on_after_a_pause() {
         let (mut driver, console, window) = port();
@@ -351,11 +355,11 @@ mod tests {
         assert!(all == sent);
         driver.wait_until("its end", |d| d.used(1) == 1);
         let typed = driver.request(0, &[(BUFFERS, 64, WRITE)]);
-        assert_eq!(typed, 15, "what was typed meanwhile");
+        assert_eq!(typed, 15, "the input from during the pauses");
         driver.core.pause();
         driver.core.resume();
         driver.core.pause();
-        assert_eq!(configs(), 1, "told once");
+        assert_eq!(configs(), 1, "one interrupt per change");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a virtio device is to its transport, and a transport to its device.
+//! The interface between a virtio device and its transport.
 
 use std::io;
 use std::sync::Arc;
@@ -10,69 +10,79 @@ use crate::memory::GuestMemory;
 
 /// A kind of virtio device (VIRTIO 1.2, chapter 5).
 ///
-/// What is asked of its type and its configuration space may come at any time, on any thread, also while
-/// it starts or stops: nothing of that waits. [`VirtioDevice::activate`], [`VirtioDevice::stop`] and
-/// [`VirtioDevice::deactivate`] come one at a time, in turns, the first and the last on the devices thread.
+/// The methods about the type and the configuration space may be called at any time and on any
+/// thread, even while the device starts or stops. They must not block. [`VirtioDevice::activate`],
+/// [`VirtioDevice::stop`] and [`VirtioDevice::deactivate`] are called in this order, one at a time;
+/// `activate` and `deactivate` on the devices thread.
 pub trait VirtioDevice: Send + Sync {
-    /// The device's type: VIRTIO_ID_*.
+    /// The device type, VIRTIO_ID_*.
     fn kind(&self) -> u32;
 
-    /// What people call this one: `disk0`.
+    /// The device's name for users, such as `disk0`.
     fn name(&self) -> &str;
 
-    /// Features of this type that are offered. The transport adds what every device has.
+    /// The features that this device offers. The transport adds those that every device has.
     fn features(&self) -> u64;
 
-    /// The largest size of each virtqueue, a power of two.
+    /// The largest size of each virtqueue: powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Reads the configuration space at `offset`. `data` is zeroed; beyond the end it stays so.
+    /// Reads the configuration space at `offset`. `data` is zeroed by the caller; bytes beyond the
+    /// end of the space stay zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes it. Most have nothing to write.
+    /// Writes the configuration space at `offset`. Most devices ignore this.
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
-    /// Starts serving.
+    /// Starts serving the queues.
     ///
     /// # Errors
-    /// The host has no resources for it: the driver finds DEVICE_NEEDS_RESET. Nothing is left of the
-    /// start then.
+    /// Fails if the host has no resources for this, or if the driver left out a queue that the
+    /// device needs. The driver then finds DEVICE_NEEDS_RESET. A failed start leaves nothing
+    /// behind.
     fn activate(&self, activation: Activation) -> io::Result<()>;
 
-    /// Stops serving, and returns when what was begun has ended: the device's threads make no access any
-    /// more. For a pause, all that was begun is finished, and what the device has to know to go on stays
-    /// in it or in its queues, until the next [`VirtioDevice::activate`]. On the thread of who wants that, a vCPU's mostly, which may neither make a thread nor open
-    /// a file. This alone may wait for the host's disk.
+    /// Stops serving. When this returns, the device's threads have finished and no longer access
+    /// guest RAM.
+    ///
+    /// For a pause, the device first completes every request that it has begun. The state that it
+    /// needs to go on stays in the device or in its queues until the next
+    /// [`VirtioDevice::activate`].
+    ///
+    /// Runs on the thread that asks for the stop. That is mostly a vCPU's thread, so this must
+    /// neither create a thread nor open a file. It may wait for the host's disk; no other method
+    /// may.
     fn stop(&self, why: StopFor);
 
-    /// After [`VirtioDevice::stop`]: takes apart what [`VirtioDevice::activate`] has made, and gives the
-    /// queues back as they are then, for the same reason.
+    /// Undoes [`VirtioDevice::activate`], and returns the queues in their present state. Called
+    /// after [`VirtioDevice::stop`], with the same `why`.
     fn deactivate(&self, why: StopFor) -> Vec<Virtq>;
 }
 
-/// What a device is given when its driver is ready.
+/// What a device gets when its driver is ready.
 pub struct Activation {
     /// Guest RAM.
     pub ram: Arc<GuestMemory>,
-    /// The features that both sides agreed on.
+    /// The features that device and driver agreed on.
     pub features: u64,
-    /// The queues that the driver enabled, in order; some may be missing.
+    /// The queues that the driver enabled, in ascending order. Some may be missing.
     pub queues: Vec<Virtq>,
-    /// For what goes wrong later.
+    /// Reports later faults and configuration changes to the driver.
     pub fault: Fault,
-    /// The device goes on after a pause: the queues are those that it gave back, features are as before,
-    /// and what it did for its driver still holds.
+    /// Whether the device goes on after a pause. Then these are the queues that it returned, and
+    /// the features and the state that it keeps for its driver are unchanged.
     pub resumes: bool,
 }
 
 impl Activation {
-    /// Whether feature bit `bit` was agreed on.
+    /// Whether device and driver agreed on feature bit `bit`.
     pub fn has(&self, bit: u32) -> bool {
         self.features & (1 << bit) != 0
     }
 }
 
-/// Reads `data` from a configuration space of these bytes; what is beyond them stays as it is.
+/// Copies the bytes of `space` at `offset` to `data`. Bytes of `data` beyond the end of `space`
+/// stay unchanged.
 pub fn read_bytes(space: &[u8], offset: u64, data: &mut [u8]) {
     let from = usize::try_from(offset).unwrap_or(usize::MAX);
     let rest = space.get(from..).unwrap_or_default();

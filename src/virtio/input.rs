@@ -1,4 +1,5 @@
-//! A power key: virtio-input (VIRTIO 1.2, section 5.8) with one key, which asks the guest to power off.
+//! A power key: virtio-input (VIRTIO 1.2, section 5.8) with one key, which asks the guest to power
+//! off.
 //!
 //! Linux passes the key to the readers of its input device; systemd-logind then powers off.
 
@@ -24,15 +25,15 @@ use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
 const NAME: &[u8] = b"rvmm power key";
-/// `include/uapi/linux/input-event-codes.h`.
+/// From `include/uapi/linux/input-event-codes.h`.
 const EV_SYN: u16 = 0;
 const EV_KEY: u16 = 1;
 const SYN_REPORT: u16 = 0;
 const KEY_POWER: u16 = 116;
-/// `include/uapi/linux/input.h`.
+/// From `include/uapi/linux/input.h`.
 const BUS_VIRTUAL: u16 = 6;
 
-/// The key pressed and released, each followed by a report: type, code, value.
+/// Events of one press: key down and key up, each followed by a report. Type, code, value.
 const PRESS: [(u16, u16, u32); 4] = [
     (EV_KEY, KEY_POWER, 1),
     (EV_SYN, SYN_REPORT, 0),
@@ -40,52 +41,52 @@ const PRESS: [(u16, u16, u32); 4] = [
     (EV_SYN, SYN_REPORT, 0),
 ];
 
-/// Events to come: type, code, value.
-type Untold = &'static [(u16, u16, u32)];
+/// Events that the driver has yet to get: type, code, value.
+type Unsent = &'static [(u16, u16, u32)];
 
-/// The host's end of the key, which outlives a reset.
+/// The host's side of the key. It outlives a reset.
 #[derive(Default)]
 pub struct Button {
     pressed: AtomicBool,
-    /// Wakes the device's thread, while a driver is ready.
+    /// Wakes the device's thread. `None` while no driver is ready.
     wake: Mutex<Option<Arc<EventFd>>>,
 }
 
 impl Button {
-    /// Presses the key. False where no driver is ready for it.
+    /// Presses the key. False if no driver is ready.
     pub fn press(&self) -> bool {
         let wake = lock(&self.wake);
         if let Some(wake) = &*wake {
             self.pressed.store(true, Ordering::Release);
-            // It fails only when 2^64 wait.
+            // Fails only with 2^64 signals pending.
             let _ = wake.write(1);
         }
         wake.is_some()
     }
 }
 
-/// The key of the guest.
+/// The guest's side of the key.
 pub struct PowerKey {
     button: Arc<Button>,
-    /// What the driver wants to read of the configuration: `select` and `subsel`.
+    /// What the driver has selected in the configuration space: `select` and `subsel`.
     selected: Mutex<[u8; 2]>,
-    /// What of a press the driver was not told yet. The thread that serves has it.
-    untold: Arc<Mutex<Untold>>,
+    /// The part of a press that the driver has yet to get. The serving thread works on it.
+    unsent: Arc<Mutex<Unsent>>,
     workers: Workers,
 }
 
 impl PowerKey {
-    /// The key that `button` presses.
+    /// Returns the key that `button` presses.
     pub fn new(button: Arc<Button>) -> Self {
         Self {
             button,
             selected: Mutex::default(),
-            untold: Arc::default(),
+            unsent: Arc::default(),
             workers: Workers::default(),
         }
     }
 
-    /// What is selected; nothing where there is no such thing.
+    /// Returns the data that the driver has selected; empty for an unknown selection.
     fn answer(&self) -> Vec<u8> {
         let [select, subsel] = *lock(&self.selected);
         match (select.into(), subsel.into()) {
@@ -118,7 +119,7 @@ impl VirtioDevice for PowerKey {
         vec![QUEUE_SIZE; 2]
     }
 
-    /// struct virtio_input_config: select, subsel, the answer's size, five reserved bytes, the answer.
+    /// struct virtio_input_config: select, subsel, size of the data, five reserved bytes, the data.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let answer = self.answer();
         let size = u8::try_from(answer.len()).unwrap_or(u8::MAX);
@@ -146,11 +147,11 @@ impl VirtioDevice for PowerKey {
         kicks.add_signal(1, statuses.kick())?;
         let (wake, button) = (Arc::clone(events.kick()), Arc::clone(&self.button));
         if !activation.resumes {
-            *lock(&self.untold) = &[];
+            *lock(&self.unsent) = &[];
         }
-        let untold = Arc::clone(&self.untold);
+        let unsent = Arc::clone(&self.unsent);
         let serve = move |queues: &mut [Virtq], stop: &Stop| {
-            serve(queues, &button, &mut lock(&untold), &kicks, stop)
+            serve(queues, &button, &mut lock(&unsent), &kicks, stop)
         };
         let worker = Worker::serve(Kind::Virtio, "power key", vec![events, statuses], serve)?;
         self.workers.add(worker);
@@ -158,7 +159,7 @@ impl VirtioDevice for PowerKey {
         Ok(())
     }
 
-    /// Through a pause the key can be pressed: the driver hears of it later.
+    /// The key can be pressed during a pause. The driver gets the events after it.
     fn stop(&self, why: StopFor) {
         if why == StopFor::Reset {
             *lock(&self.button.wake) = None;
@@ -171,7 +172,7 @@ impl VirtioDevice for PowerKey {
     }
 }
 
-/// A machine may end while it is paused.
+/// A machine may end while it is paused; then `stop` was not called for a reset.
 impl Drop for PowerKey {
     fn drop(&mut self) {
         *lock(&self.button.wake) = None;
@@ -181,7 +182,7 @@ impl Drop for PowerKey {
 fn serve(
     queues: &mut [Virtq],
     button: &Button,
-    untold: &mut Untold,
+    unsent: &mut Unsent,
     kicks: &Events,
     stop: &Stop,
 ) -> Result<(), Broken> {
@@ -189,25 +190,26 @@ fn serve(
         return Ok(());
     };
     while !stop.is_asked() {
-        // Lights of a keyboard, which this has none of.
+        // Status events set a keyboard's lights. This keyboard has none, so they are ignored.
         let more_statuses = statuses.drain(stop, |_| Ok(0));
         more_statuses?;
-        if untold.is_empty() && button.pressed.swap(false, Ordering::AcqRel) {
-            *untold = &PRESS;
+        if unsent.is_empty() && button.pressed.swap(false, Ordering::AcqRel) {
+            *unsent = &PRESS;
         }
-        if !send(events, untold)? {
+        if !send(events, unsent)? {
             kicks.wait(None);
         }
     }
     Ok(())
 }
 
-/// Tells the driver of `untold`, as far as it has buffers. True when it may have more by now.
-fn send(queue: &mut Virtq, untold: &mut Untold) -> Result<bool, Broken> {
-    while let Some(((kind, code, value), rest)) = untold.split_first() {
+/// Sends events from `unsent` as far as the driver has buffers. True if the driver may have added
+/// buffers meanwhile.
+fn send(queue: &mut Virtq, unsent: &mut Unsent) -> Result<bool, Broken> {
+    while let Some(((kind, code, value), rest)) = unsent.split_first() {
         let Some(chain) = queue.pop()? else {
-            queue.tell()?;
-            return queue.ask_for_kick();
+            queue.notify()?;
+            return queue.enable_notifications();
         };
         let mut event = [0; 8];
         event[..2].copy_from_slice(&kind.to_le_bytes());
@@ -215,9 +217,9 @@ fn send(queue: &mut Virtq, untold: &mut Untold) -> Result<bool, Broken> {
         event[4..].copy_from_slice(&value.to_le_bytes());
         let count = chain.writable.copy_from(&event);
         queue.push(chain.head, count)?;
-        *untold = rest;
+        *unsent = rest;
     }
-    queue.tell()?;
+    queue.notify()?;
     Ok(false)
 }
 
@@ -249,7 +251,7 @@ mod tests {
         }
     }
 
-    /// The driver has a part of a press when the machine pauses; and the key is pressed during a pause.
+    /// The machine pauses after each event of a press, and the key is pressed again during a pause.
     #[test]
     fn a_press_goes_on_after_a_pause() {
         let button = Arc::new(Button::default());
@@ -262,7 +264,7 @@ mod tests {
             driver.wait_until("an event", |d| d.used(0) == index + 1);
             driver.core.pause();
             if index == 3 {
-                assert!(button.press(), "through a pause");
+                assert!(button.press(), "pressed during a pause");
             }
             assert_eq!(driver.used(0), index + 1);
             driver.core.resume();
@@ -277,14 +279,14 @@ mod tests {
         assert_eq!(events, [press, press].concat()[..]);
         driver.core.pause();
         drop(driver);
-        assert!(!button.press(), "its device has gone");
+        assert!(!button.press(), "device is gone");
     }
 
-    /// Buffers come late, and the driver's reset takes the key's end from it.
+    /// The driver offers buffers late. After its reset the key cannot be pressed.
     #[test]
     fn a_press_comes_as_soon_as_there_is_room() {
         let button = Arc::new(Button::default());
-        assert!(!button.press(), "nobody is there");
+        assert!(!button.press(), "no driver yet");
         let mut driver = Driver::ready(Box::new(PowerKey::new(Arc::clone(&button))));
         assert!(button.press());
         for index in 0..4 {

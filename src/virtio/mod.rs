@@ -1,8 +1,8 @@
-//! Virtio devices: one state machine, two transports, a folder for each kind of device.
+//! Virtio devices: one state machine, two transports, and a file or folder for each kind of device.
 //!
-//! Virtual I/O Device (VIRTIO) Version 1.2. A device implements [`device::VirtioDevice`]; its
-//! registers, and when it starts and stops, are the [`transport`]'s; its queues are
-//! [`queue::Virtq`]s that a [`worker::Worker`] serves.
+//! Follows Virtual I/O Device (VIRTIO) Version 1.2. A device implements [`device::VirtioDevice`].
+//! The [`transport`] has the device's registers, and starts and stops it. The device's queues are
+//! [`queue::Virtq`]s, which a [`worker::Worker`] serves.
 
 mod bits;
 pub mod blk;

@@ -1,4 +1,4 @@
-//! How a device reaches its driver: interrupts, and the status that both see.
+//! How a device reaches its driver: by interrupts, and by the device status.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,32 +9,33 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::util::{RateLimit, guest_warn};
 
-/// A device's interrupts, as its transport makes them.
+/// A device's interrupts, as its transport raises them.
 pub trait Interrupt: Send + Sync {
-    /// Used buffers are in queue `index`.
+    /// Interrupts the driver: queue `index` has used buffers.
     fn queue(&self, index: u16);
 
-    /// The configuration, or DEVICE_NEEDS_RESET, changed.
+    /// Interrupts the driver: the configuration space or DEVICE_NEEDS_RESET has changed.
     fn config(&self);
 
-    /// A descriptor whose signals are [`Interrupt::queue`] without userspace, where there is such
-    /// a way.
+    /// Returns an eventfd that interrupts the driver like [`Interrupt::queue`], without userspace.
+    /// `None` if only userspace can raise this interrupt.
     fn queue_fd(&self, index: u16) -> Option<EventFd>;
 
-    /// The driver resets the device, which has stopped: no cause of an interrupt is left.
+    /// Clears all pending interrupts. Called when the driver resets the device, after the device
+    /// has stopped.
     fn reset(&self);
 }
 
 /// State that a device's threads change while its driver reads it.
 #[derive(Default)]
 pub(super) struct Shared {
-    /// VIRTIO_CONFIG_S_*.
+    /// The device status, VIRTIO_CONFIG_S_*.
     pub(super) status: AtomicU8,
-    /// Changes with the configuration space.
+    /// Incremented with each change of the configuration space.
     pub(super) generation: AtomicU32,
 }
 
-/// How a device that runs tells its driver that something went wrong or changed.
+/// Lets a running device report faults and configuration changes to its driver.
 #[derive(Clone)]
 pub struct Fault(Arc<Inner>);
 
@@ -55,19 +56,20 @@ impl Fault {
         }))
     }
 
-    /// The device cannot go on until its driver resets it (VIRTIO 1.2, section 2.1.1).
+    /// Sets DEVICE_NEEDS_RESET and logs `why`: the device cannot go on until its driver resets it
+    /// (VIRTIO 1.2, section 2.1.1).
     pub fn needs_reset(&self, why: impl fmt::Display) {
         let Inner { name, .. } = self.0.as_ref();
         guest_warn!(self.0.warnings, "{name} needs a reset by its driver: {why}");
         let bit = NEEDS_RESET;
         let before = self.0.shared.status.fetch_or(bit, Ordering::AcqRel);
-        // Told once until it is reset.
+        // Interrupts the driver only once until the next reset.
         if before & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
             self.0.interrupt.config();
         }
     }
 
-    /// The configuration space has changed.
+    /// Interrupts the driver because the configuration space has changed.
     pub fn config_changed(&self) {
         self.0.shared.generation.fetch_add(1, Ordering::AcqRel);
         self.0.interrupt.config();
@@ -78,7 +80,7 @@ impl Fault {
     }
 }
 
-/// A bit of the status, which is a byte.
+/// Converts a status flag to 8 bits, the width of the status.
 pub(super) const fn status_bit(bit: u32) -> u8 {
     bit.to_le_bytes()[0]
 }

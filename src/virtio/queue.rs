@@ -1,7 +1,8 @@
-//! A live virtqueue, as a device sees it: chains out, used buffers in, one interrupt for a batch.
+//! A live virtqueue from the device's side: takes descriptor chains, returns used buffers, and
+//! interrupts the driver once per batch.
 //!
-//! Split virtqueues of Virtual I/O Device (VIRTIO) 1.2, section 2.7; the descriptors and the driver's ring
-//! are read by the crate virtio-queue.
+//! Implements split virtqueues (VIRTIO 1.2, section 2.7). The crate virtio-queue reads the
+//! descriptors and the driver's ring.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +16,8 @@ use super::stop::Stop;
 use super::used::UsedRing;
 use crate::memory::{FlatRam, GuestMemory, Pieces};
 
-/// There is no way to go on with a queue, mostly by its driver's fault: the device needs a reset.
+/// A queue that the device cannot go on with, mostly through its driver's fault. The device needs a
+/// reset.
 #[derive(Debug, Error)]
 #[error("queue {queue}: {how}")]
 pub struct Broken {
@@ -23,42 +25,43 @@ pub struct Broken {
     how: How,
 }
 
-/// How a queue was broken; by the number of a descriptor chain, mostly.
+/// How a queue broke. A number is that of the descriptor chain.
 #[derive(Debug, Error)]
 enum How {
-    /// The rings themselves.
+    /// The rings are invalid.
     #[error("{0}")]
     Ring(virtio_queue::Error),
-    /// A chain that loops, leaves its table, nests indirect tables, is longer than 4 GiB, or has more
+    /// A chain loops, leaves its table, nests indirect tables, is longer than 4 GiB, or has more
     /// than 1024 descriptors.
-    #[error("descriptor chain {0} has no end")]
+    #[error("descriptor chain {0} is malformed or too long")]
     Chain(u16),
-    /// A buffer, wholly or in part.
-    #[error("descriptor chain {0} names what is not RAM")]
+    /// A buffer is not, or not wholly, in RAM.
+    #[error("descriptor chain {0} has a buffer outside RAM")]
     NotRam(u16),
-    /// No request of the device's.
-    #[error("descriptor chain {0} is no request")]
+    /// The chain is not a request that the device knows.
+    #[error("descriptor chain {0} is not a valid request")]
     NoRequest(u16),
-    /// A device-readable buffer behind a device-writable one.
-    #[error("descriptor chain {0} is out of order")]
+    /// A device-readable buffer follows a device-writable one.
+    #[error("descriptor chain {0} has a readable buffer after a writable one")]
     Order(u16),
-    /// The host refused what the device cannot do without.
+    /// The host refused something that the device needs.
     #[error("{0}")]
     Host(String),
 }
 
-/// Descriptors of one chain, as QEMU has it too: more than drivers use, and what one call of the host's
-/// takes.
+/// The most descriptors of one chain. QEMU has the same limit. Drivers use fewer, and one system
+/// call (IOV_MAX) takes no more.
 const DESCRIPTORS_MAX: usize = 1024;
 
-/// A request: what the device may read, then what it may write. Give it back with [`Virtq::push`].
+/// A request: buffers that the device may read, then buffers that it may write. [`Virtq::push`]
+/// returns it to the driver.
 #[derive(Debug)]
 pub struct Chain {
-    /// Its number in the descriptor table.
+    /// The index of its first descriptor.
     pub head: u16,
-    /// The driver's bytes.
+    /// The bytes from the driver.
     pub readable: Pieces,
-    /// Room for the device's.
+    /// Room for the bytes from the device.
     pub writable: Pieces,
 }
 
@@ -68,7 +71,7 @@ impl fmt::Debug for Pieces {
     }
 }
 
-/// One virtqueue of a running device. It belongs to the thread that serves it.
+/// One virtqueue of a running device. The thread that serves the queue owns it.
 pub struct Virtq {
     index: u16,
     queue: Queue,
@@ -77,9 +80,10 @@ pub struct Virtq {
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     fault: Fault,
-    /// Used buffers that the driver was not told of.
-    untold: bool,
-    /// The device was given up for what is wrong with this queue, or with another that its thread serves.
+    /// There are used buffers that the driver was not notified of.
+    unnotified: bool,
+    /// The device needs a reset, because this queue broke or another one that the same thread
+    /// serves.
     broken: bool,
 }
 
@@ -99,60 +103,62 @@ impl Virtq {
             kick: Arc::clone(kick),
             interrupt: Arc::clone(fault.interrupt()),
             fault: fault.clone(),
-            untold: false,
+            unnotified: false,
             broken: false,
         }
     }
 
-    /// Its number among the device's queues.
+    /// The queue's number within the device.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Its entries: no more requests can be on their way.
+    /// The number of entries. No more requests than that can be in flight.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// Signalled by the driver's notifications, and to stop whoever waits for them.
+    /// The eventfd that the driver's notifications signal. A request to stop the device's thread
+    /// signals it too.
     pub fn kick(&self) -> &Arc<EventFd> {
         &self.kick
     }
 
-    /// The ring, for what serves it in the kernel.
+    /// The rings' addresses and size, for the kernel (vhost) to serve.
     pub fn ring(&self) -> &Queue {
         &self.queue
     }
 
-    /// What served the ring in the kernel has taken its requests up to `next` (an index of the
-    /// available ring), and returned all that it took.
-    pub fn took_until(&mut self, next: u16) {
+    /// Sets the queue's position after the kernel has served it: `next` is the available ring's
+    /// index of the next request. The kernel must have returned all requests before that one. Reads
+    /// the used ring's index from RAM.
+    pub fn set_next_avail(&mut self, next: u16) {
         self.queue.set_next_avail(next);
-        // Its ring was in RAM when the queue went live, and still is.
+        // Cannot fail: the ring was in RAM when the queue went live, and still is.
         let _ = self.used.follow(&self.ram);
     }
 
-    /// How to interrupt the driver, for who does not own the queue.
+    /// Returns a function that interrupts the driver, for a thread that does not own the queue.
     pub fn interrupter(&self) -> impl Fn() + Send + use<> {
         let (interrupt, index) = (Arc::clone(&self.interrupt), self.index);
         move || interrupt.queue(index)
     }
 
-    /// The interrupt of this queue, for what serves it in the kernel: none where only userspace can
-    /// make it.
+    /// Returns an eventfd that interrupts the driver for this queue, for the kernel to signal.
+    /// `None` if only userspace can raise the interrupt.
     pub fn interrupt_fd(&self) -> Option<EventFd> {
         self.interrupt.queue_fd(self.index)
     }
 
-    /// For buffers of several requests.
+    /// Returns an empty list, to which the buffers of several requests can be appended.
     pub fn no_pieces(&self) -> Pieces {
         Pieces::of(&self.ram)
     }
 
-    /// The next request.
+    /// Takes the next request from the available ring. `None` if there is none.
     ///
     /// # Errors
-    /// The driver broke the queue.
+    /// Fails if the available ring or the chain is invalid.
     pub fn pop(&mut self) -> Result<Option<Chain>, Broken> {
         let broken = broken(self.index);
         let chains = self.queue.iter(self.ram.as_ref());
@@ -166,8 +172,8 @@ impl Virtq {
             readable: Pieces::of(&self.ram),
             writable: Pieces::of(&self.ram),
         };
-        // The iterator just ends where a chain goes wrong: only a chain whose last descriptor says
-        // so is whole.
+        // The iterator also ends at an invalid descriptor. The chain is complete only if its last
+        // descriptor has no successor.
         let mut whole = false;
         for (number, descriptor) in chain.enumerate() {
             if number == DESCRIPTORS_MAX {
@@ -192,26 +198,28 @@ impl Virtq {
         }
     }
 
-    /// Puts back the request that [`Virtq::pop`] gave last, to be given again. Several can be put back,
-    /// the last one first.
+    /// Puts the last request from [`Virtq::pop`] back; the next `pop` returns it again. Several
+    /// requests can be put back, the last one first.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Returns a request, with the number of bytes that were written from the start of its writable
-    /// part. [`Virtq::tell`] lets the driver know.
+    /// Returns a request to the driver through the used ring. `written` is the number of bytes that
+    /// were written from the start of its writable part. Does not interrupt the driver: see
+    /// [`Virtq::notify`].
     ///
     /// # Errors
-    /// The driver broke the queue.
+    /// Fails if the used ring cannot be accessed.
     pub fn push(&mut self, head: u16, written: usize) -> Result<(), Broken> {
         self.push_together([(head, written)])
     }
 
-    /// The same for several requests that the driver has to find together, as the buffers of one packet
-    /// (section 5.1.6.4). They are at most as many as the queue has entries.
+    /// Like [`Virtq::push`] for several requests that must become visible to the driver at once,
+    /// such as the buffers of one packet (section 5.1.6.4). There must be no more of them than the
+    /// queue has entries.
     ///
     /// # Errors
-    /// The driver broke the queue.
+    /// Fails if the used ring cannot be accessed.
     pub fn push_together(
         &mut self,
         requests: impl IntoIterator<Item = (u16, usize)>,
@@ -228,16 +236,17 @@ impl Virtq {
         }
         let shown = self.used.show(&self.ram, count);
         shown.map_err(self.ring_broken())?;
-        self.untold = true;
+        self.unnotified = true;
         Ok(())
     }
 
-    /// Interrupts the driver for all that was pushed since the last time, if it wants that.
+    /// Sends a used buffer notification (an interrupt) if there are used buffers since the last
+    /// call and the driver wants one.
     ///
     /// # Errors
-    /// The driver broke the queue.
-    pub fn tell(&mut self) -> Result<(), Broken> {
-        if !std::mem::take(&mut self.untold) {
+    /// Fails if the available ring cannot be accessed.
+    pub fn notify(&mut self) -> Result<(), Broken> {
+        if !std::mem::take(&mut self.unnotified) {
             return Ok(());
         }
         let wanted = self.used.wants_interrupt(&self.ram);
@@ -247,31 +256,34 @@ impl Virtq {
         Ok(())
     }
 
-    /// Asks the driver for a notification of its next request. True when one came already, and
-    /// perhaps without a notification.
+    /// Asks the driver to send an available buffer notification for its next request. True if there
+    /// is a request already, for which the driver may not have sent a notification.
     ///
     /// # Errors
-    /// The driver broke the queue.
-    pub fn ask_for_kick(&mut self) -> Result<bool, Broken> {
+    /// Fails if the rings cannot be accessed.
+    pub fn enable_notifications(&mut self) -> Result<bool, Broken> {
         let more = self.queue.enable_notification(self.ram.as_ref());
         more.map_err(self.ring_broken())
     }
 
-    /// Tells the driver that nobody needs notifications now; it may still send them.
+    /// Asks the driver not to send notifications. It may still send them.
     ///
     /// # Errors
-    /// The driver broke the queue.
-    pub fn mute_kicks(&mut self) -> Result<(), Broken> {
+    /// Fails if the used ring cannot be accessed.
+    pub fn disable_notifications(&mut self) -> Result<(), Broken> {
         let muted = self.queue.disable_notification(self.ram.as_ref());
         muted.map_err(self.ring_broken())
     }
 
-    /// Serves every request there is with `serve`, which gives back how much it wrote; tells the
-    /// driver once. Ends early when `stop` is asked, and after as many requests as the queue has entries,
-    /// with another kick to come: its caller may have other work.
+    /// Serves all available requests with `serve`, which returns the number of bytes it wrote.
+    /// Notifies the driver once for the requests served together.
+    ///
+    /// Returns early when `stop` asks for it. Also returns after as many requests as the queue has
+    /// entries, so that the caller can do other work. It then signals the kick, so the caller comes
+    /// back.
     ///
     /// # Errors
-    /// The driver broke the queue.
+    /// Fails if the rings or a chain are invalid, or if `serve` fails.
     pub fn drain(
         &mut self,
         stop: &Stop,
@@ -279,7 +291,7 @@ impl Virtq {
     ) -> Result<(), Broken> {
         let mut left = self.size();
         loop {
-            self.mute_kicks()?;
+            self.disable_notifications()?;
             while !stop.is_asked() {
                 let Some(chain) = self.pop()? else { break };
                 let head = chain.head;
@@ -287,46 +299,46 @@ impl Virtq {
                 self.push(head, written)?;
                 left = left.saturating_sub(1);
                 if left == 0 {
-                    self.tell()?;
+                    self.notify()?;
                     self.kick_again();
                     return Ok(());
                 }
             }
-            self.tell()?;
-            if stop.is_asked() || !self.ask_for_kick()? {
+            self.notify()?;
+            if stop.is_asked() || !self.enable_notifications()? {
                 return Ok(());
             }
         }
     }
 
-    /// Signals the kick, for work that is left.
+    /// Signals the kick, because there is work left.
     pub fn kick_again(&self) {
-        // It fails only when 2^64 signals wait.
+        // Fails only with 2^64 signals pending.
         let _ = self.kick.write(1);
     }
 
-    /// The device is broken for `why`: its driver finds DEVICE_NEEDS_RESET.
+    /// Sets DEVICE_NEEDS_RESET because of `why`.
     pub fn needs_reset(&mut self, why: &Broken) {
         self.broken = true;
         self.fault.needs_reset(why);
     }
 
-    /// Whether [`Virtq::needs_reset`] was called: there is no use in serving it.
+    /// Whether [`Virtq::needs_reset`] was called. Such a queue must not be served.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// The chain that starts at `head` is nothing that the device knows.
+    /// The error for a chain that is not a request of this device.
     pub fn no_request(&self, head: u16) -> Broken {
         broken(self.index)(How::NoRequest(head))
     }
 
-    /// The host refused what the device cannot do without.
+    /// The error for something that the device needs and the host refused.
     pub fn refused(&self, why: impl fmt::Display) -> Broken {
         broken(self.index)(How::Host(why.to_string()))
     }
 
-    /// Each index of the used ring that the driver could see.
+    /// Every value of the used ring's index so far.
     #[cfg(test)]
     pub(super) fn shown(&self) -> &[u16] {
         &self.used.shown

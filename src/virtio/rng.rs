@@ -1,6 +1,7 @@
-//! An entropy source: virtio-rng (VIRTIO 1.2, section 5.4), from the host's getrandom.
+//! An entropy source: virtio-rng (VIRTIO 1.2, section 5.4). The bytes are from the host's
+//! getrandom(2).
 //!
-//! What a guest takes is bounded, so that none can keep a host's CPU busy with it.
+//! The rate is limited, so that a guest cannot keep a host's CPU busy.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -20,18 +21,20 @@ use crate::util::sync::lock;
 use crate::util::thread::Kind;
 
 const QUEUE_SIZE: u16 = 64;
-/// Bytes in one second, in the long run.
+/// Bytes per second, on average.
 const RATE: u32 = 1 << 20;
-/// Bytes of one answer; the driver asks again for more.
+/// The most bytes per request. The driver asks again for more.
 const ANSWER_MAX: usize = 4096;
 
-/// What an answer costs at least, so that small ones are bounded too.
+/// The least number of bytes that a request counts as, so that the rate of small requests is
+/// limited too.
 const LEAST: usize = 64;
 
 /// An entropy source of the guest.
 #[derive(Default)]
 pub struct Rng {
-    /// What the guest has taken counts on through pauses and resets. The thread that serves has it.
+    /// Kept through pauses and resets, so that the guest gains nothing by a reset. The serving
+    /// thread works on it.
     budget: Arc<Mutex<Budget>>,
     workers: Workers,
 }
@@ -81,8 +84,8 @@ fn serve(queue: &mut Virtq, budget: &mut Budget, stop: &Stop) -> Result<(), Brok
     pause(queue, stop, debt);
     while !stop.is_asked() {
         let Some(chain) = queue.pop()? else {
-            queue.tell()?;
-            if !queue.ask_for_kick()? {
+            queue.notify()?;
+            if !queue.enable_notifications()? {
                 wait(queue.kick());
             }
             continue;
@@ -91,14 +94,14 @@ fn serve(queue: &mut Virtq, budget: &mut Budget, stop: &Stop) -> Result<(), Brok
         queue.push(chain.head, written)?;
         let debt = budget.spend(written.max(LEAST), Instant::now());
         if !debt.is_zero() {
-            queue.tell()?;
+            queue.notify()?;
             pause(queue, stop, debt);
         }
     }
     Ok(())
 }
 
-/// Waits for `time`, whatever the driver does, or until the worker is to stop.
+/// Waits for `time`, or until the worker must stop. Ignores the driver's notifications.
 fn pause(queue: &Virtq, stop: &Stop, time: Duration) {
     let until = Instant::now() + time;
     while !stop.is_asked() {
@@ -112,17 +115,19 @@ fn pause(queue: &Virtq, stop: &Stop, time: Duration) {
     }
 }
 
-/// Fills the start of `room`, and tells how many bytes of it.
+/// Fills the start of `room` with random bytes, and returns their number.
 fn fill(room: &Pieces) -> usize {
     let mut bytes = [0; ANSWER_MAX];
     let wanted = room.len().min(ANSWER_MAX);
-    // The host's pool is ready long before a VM is: this does not wait. A signal may end it.
+    // Does not block: the host's entropy pool was initialized long before a VM starts. A signal may
+    // interrupt the call.
     let got = retry_on_intr(|| getrandom(&mut bytes[..wanted], GetRandomFlags::empty()));
     let got = got.unwrap_or(0);
     room.copy_from(&bytes[..got])
 }
 
-/// What may still be taken at once; it grows by [`RATE`], up to that of one tenth of a second.
+/// The number of bytes that the guest may take at once. It grows by [`RATE`] per second, up to a
+/// tenth of that. Negative after a request that took more.
 struct Budget {
     bytes: f64,
     at: Instant,
@@ -144,7 +149,7 @@ impl Budget {
         }
     }
 
-    /// Takes `count` bytes, and tells how long to wait before the next ones.
+    /// Takes `count` bytes, and returns how long to wait before the next request.
     fn spend(&mut self, count: usize, now: Instant) -> Duration {
         let grown = now.duration_since(self.at).as_secs_f64() * f64::from(RATE);
         self.at = now;
@@ -192,18 +197,18 @@ mod tests {
         assert_eq!(
             budget.spend(100_000, later),
             Duration::ZERO,
-            "no more than a burst is saved"
+            "unused time gives one burst at most"
         );
         assert!(budget.spend(100_000, later) > Duration::ZERO);
     }
 
-    /// Neither a pause nor a reset fills it.
+    /// Neither a pause nor a reset refills the budget.
     #[test]
     fn the_budget_stays() {
         let rng = Box::<Rng>::default();
         let budget = Arc::clone(&rng.budget);
         let mut driver = Driver::ready(rng);
-        // As if the guest had taken as much, and could take nothing for a long time.
+        // As if the guest had taken so much that it has to wait for days.
         let empty = |budget: &mut Budget| budget.bytes = -1e12;
         driver.core.pause();
         empty(&mut lock(&budget));
@@ -217,7 +222,7 @@ mod tests {
         driver.restart();
         driver.core.pause();
         assert!(lock(&budget).bytes < 0.0);
-        assert_eq!(driver.used(0), 0, "not at once");
+        assert_eq!(driver.used(0), 0, "served in debt");
         *lock(&budget) = Budget::default();
         driver.core.resume();
         assert_eq!(driver.request(0, &buffers), 8);

@@ -1,5 +1,5 @@
-//! The driver's side of a device, for unit tests: rings in guest RAM, registers set up as a guest
-//! does it, and the freedom to do all of it wrong.
+//! The driver's side of a device, for unit tests: rings in guest RAM, and registers set up as a
+//! guest does it. A test can also do any of this wrongly.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,27 +23,27 @@ use crate::memory::{self, GuestMemory};
 use crate::util::thread::Kind;
 use crate::util::{ByteSize, Half};
 
-/// Guest RAM starts here, 4 MiB of it.
+/// Start of guest RAM, which has 4 MiB.
 pub(crate) const RAM: u64 = 0x8000_0000;
-/// Entries of every test queue.
+/// Number of entries of every test queue.
 pub(crate) const SIZE: u16 = 16;
-/// Device-writable.
+/// Descriptor flag: the buffer is device-writable.
 pub(crate) const WRITE: u16 = word(VRING_DESC_F_WRITE);
-/// Another descriptor follows.
+/// Descriptor flag: another descriptor follows.
 pub(crate) const NEXT: u16 = word(VRING_DESC_F_NEXT);
-/// A table of descriptors.
+/// Descriptor flag: the buffer is a table of descriptors.
 pub(crate) const INDIRECT: u16 = word(VRING_DESC_F_INDIRECT);
-/// ACKNOWLEDGE, DRIVER, FEATURES_OK.
+/// Status bits ACKNOWLEDGE, DRIVER, FEATURES_OK.
 pub(crate) const NEGOTIATED: u8 = 1 | 2 | 8;
-/// The same, and DRIVER_OK.
+/// [`NEGOTIATED`] and DRIVER_OK.
 pub(crate) const READY: u8 = NEGOTIATED | 4;
-/// DEVICE_NEEDS_RESET.
+/// Status bit DEVICE_NEEDS_RESET.
 pub(crate) const BROKEN: u8 = 64;
 
-/// How long a device's thread may take. Only a failing test gets there.
+/// How long a test waits for a device's thread. Only a failing test waits that long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Counts interrupts.
+/// Counts the device's interrupts.
 #[derive(Default)]
 pub(crate) struct Counter {
     pub(crate) queues: AtomicU32,
@@ -63,7 +63,7 @@ impl Interrupt for Counter {
     fn reset(&self) {}
 }
 
-/// Answers each request with as many bytes as it has room for.
+/// A device that fills the writable part of each request.
 #[derive(Default)]
 pub(crate) struct Echo {
     workers: Workers,
@@ -110,7 +110,8 @@ impl VirtioDevice for Echo {
     }
 }
 
-/// The device that the tests of cores and transports drive: two queues, feature 5, and "abcdefgh".
+/// The device for tests of the core and the transports: two queues, feature 5, and a configuration
+/// space of "abcdefgh".
 pub(crate) fn echo() -> Box<Echo> {
     Box::new(Echo {
         config: *b"abcdefgh",
@@ -118,11 +119,11 @@ pub(crate) fn echo() -> Box<Echo> {
     })
 }
 
-/// Hands its one queue to the test.
+/// A device that hands its queues to the test.
 pub(crate) struct Taker(mpsc::Sender<Vec<Virtq>>);
 
 impl Taker {
-    /// With where its queues come when it is activated.
+    /// Returns the device, and a channel that gets its queues when it is activated.
     pub(crate) fn new() -> (Box<Self>, mpsc::Receiver<Vec<Virtq>>) {
         let (sender, taken) = mpsc::channel();
         (Box::new(Self(sender)), taken)
@@ -152,7 +153,7 @@ impl VirtioDevice for Taker {
     }
 }
 
-/// A live queue in the test's own hands, and its driver that accepted `features`.
+/// Returns a driver that accepted `features`, and its live queue for the test to serve.
 pub(crate) fn taken(features: u64) -> (Driver, Virtq) {
     let (device, taken) = Taker::new();
     let mut driver = Driver::of(device);
@@ -162,7 +163,7 @@ pub(crate) fn taken(features: u64) -> (Driver, Virtq) {
     (driver, taken.recv().unwrap().remove(0))
 }
 
-/// A descriptor as it lies in RAM.
+/// The fields of a descriptor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Desc {
     pub(crate) addr: u64,
@@ -182,7 +183,7 @@ impl Desc {
     }
 }
 
-/// A device under test, with its driver's memory.
+/// A device under test, with the driver's memory.
 pub(crate) struct Driver {
     pub(crate) core: Core,
     pub(crate) ram: Arc<GuestMemory>,
@@ -191,12 +192,12 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    /// The device after power-on.
+    /// Returns the device after power-on.
     pub(crate) fn of(device: Box<dyn VirtioDevice>) -> Self {
         Self::with(device, &Starter::new().unwrap())
     }
 
-    /// The same, started and stopped by this thread.
+    /// Like [`Driver::of`], but `starter` starts and stops the device.
     pub(crate) fn with(device: Box<dyn VirtioDevice>, starter: &Arc<Starter>) -> Self {
         let ram = memory::create(
             GuestAddress(RAM),
@@ -205,8 +206,8 @@ impl Driver {
         )
         .unwrap();
         let interrupts = Arc::new(Counter::default());
-        let told = Arc::clone(&interrupts) as _;
-        let core = Core::new(device, Arc::clone(&ram), told, starter).unwrap();
+        let interrupt = Arc::clone(&interrupts) as _;
+        let core = Core::new(device, Arc::clone(&ram), interrupt, starter).unwrap();
         let avail = vec![0; core.registers().queues().len()];
         Self {
             core,
@@ -216,7 +217,7 @@ impl Driver {
         }
     }
 
-    /// The device with its driver ready: every feature accepted, every queue set up.
+    /// Returns the device with its driver ready: every feature accepted, every queue set up.
     pub(crate) fn ready(device: Box<dyn VirtioDevice>) -> Self {
         let mut driver = Self::of(device);
         driver.negotiate(u64::MAX);
@@ -228,7 +229,7 @@ impl Driver {
         driver
     }
 
-    /// Sets DRIVER_OK, and returns when the device has started, or could not.
+    /// Sets DRIVER_OK, and returns when the device has started or failed to start.
     pub(crate) fn become_ready(&self) {
         self.core.set_status(READY);
         self.core.wait_settled();
@@ -239,7 +240,7 @@ impl Driver {
         self.core.registers().status()
     }
 
-    /// Accepts what is offered of `features`.
+    /// Accepts those of `features` that the device offers.
     pub(crate) fn negotiate(&mut self, features: u64) {
         self.core.set_status(3);
         for (select, half) in [(0, Half::Low), (1, Half::High)] {
@@ -252,7 +253,8 @@ impl Driver {
         self.core.set_status(NEGOTIATED);
     }
 
-    /// Sets up a queue with its parts at these addresses.
+    /// Sets up a queue. Its parts are at the addresses `rings`: descriptors, available ring, used
+    /// ring.
     pub(crate) fn set_up(&mut self, queue: usize, rings: [u64; 3]) {
         let mut registers = self.core.registers();
         registers.queue_select = u16::try_from(queue).unwrap();
@@ -268,25 +270,25 @@ impl Driver {
         registers.enable_queue();
         drop(registers);
         self.avail[queue] = 0;
-        // As memory is after a driver's allocation.
+        // A driver's freshly allocated memory is zeroed.
         for address in rings {
             let _ = self.ram.write_slice(&[0; 512], GuestAddress(address));
         }
     }
 
-    /// Writes descriptor `index` of `queue`.
+    /// Writes descriptor `index` of `queue`'s table.
     pub(crate) fn describe(&self, queue: usize, index: u16, desc: Desc) {
         self.describe_at(rings(queue)[0], index, desc);
     }
 
-    /// Writes descriptor `index` of the table at `table`.
+    /// Writes descriptor `index` of the table at address `table`.
     pub(crate) fn describe_at(&self, table: u64, index: u16, desc: Desc) {
         let at = GuestAddress(table + 16 * u64::from(index));
         self.ram.write_slice(&desc.bytes(), at).unwrap();
     }
 
-    /// Writes a chain of these buffers (address, length, flags but NEXT) to the table at `table`, from
-    /// descriptor `first` on.
+    /// Writes a chain of `buffers` (address, length, flags without NEXT) to the table at `table`,
+    /// starting at descriptor `first`.
     pub(crate) fn describe_chain(&self, table: u64, first: u16, buffers: &[(u64, u32, u16)]) {
         let last = buffers.len() - 1;
         for (place, (addr, len, flags)) in buffers.iter().copied().enumerate() {
@@ -303,7 +305,7 @@ impl Driver {
         }
     }
 
-    /// Makes the chain that starts at `head` available, and notifies the device.
+    /// Makes the chain with head `head` available, and notifies the device.
     pub(crate) fn offer(&mut self, queue: usize, head: u16) {
         let next = self.avail[queue];
         let slot = rings(queue)[1] + 4 + 2 * u64::from(next % SIZE);
@@ -312,44 +314,44 @@ impl Driver {
         self.core.registers().kick(u16::try_from(queue).unwrap());
     }
 
-    /// The available ring's index: the number of the next chain that is offered.
+    /// The available ring's index, which counts the chains offered so far.
     pub(crate) fn next_offer(&self, queue: usize) -> u16 {
         self.avail[queue]
     }
 
-    /// Writes the available ring's index, whatever is in the ring.
+    /// Writes the available ring's index. The ring's entries stay as they are.
     pub(crate) fn set_avail(&mut self, queue: usize, index: u16) {
         self.avail[queue] = index;
         let at = GuestAddress(rings(queue)[1] + 2);
         self.ram.store(index, at, Ordering::Release).unwrap();
     }
 
-    /// The used ring's index.
+    /// Reads the used ring's index.
     pub(crate) fn used(&self, queue: usize) -> u16 {
         let at = GuestAddress(rings(queue)[2] + 2);
         self.ram.load(at, Ordering::Acquire).unwrap()
     }
 
-    /// Used element `index`: the chain's head and the bytes written.
+    /// Reads used element `index`: the chain's head, and the number of bytes written.
     pub(crate) fn used_element(&self, queue: usize, index: u16) -> (u32, u32) {
         let at = rings(queue)[2] + 4 + 8 * u64::from(index % SIZE);
         let read = |at| self.ram.read_obj(GuestAddress(at)).unwrap();
         (read(at), read(at + 4))
     }
 
-    /// Offers a chain of these buffers (address, length, flags) from descriptor 0 on, waits for it,
-    /// and returns the bytes written.
+    /// Offers a chain of `buffers` (address, length, flags) from descriptor 0 on, waits until the
+    /// device returns it, and returns the number of bytes written.
     pub(crate) fn request(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> u32 {
         self.describe_chain(rings(queue)[0], 0, buffers);
         let before = self.used(queue);
         self.offer(queue, 0);
         self.wait_until("a used buffer", |d| d.used(queue) != before);
         let (head, written) = self.used_element(queue, before);
-        assert_eq!(head, 0, "the chain's head comes back");
+        assert_eq!(head, 0, "head of the returned chain");
         written
     }
 
-    /// Waits for what a device's thread does.
+    /// Waits until `done`, which depends on a device's thread.
     #[track_caller]
     pub(crate) fn wait_until(&self, what: &str, done: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
@@ -359,8 +361,8 @@ impl Driver {
         }
     }
 
-    /// The device finds that it needs a reset, tells so, takes the reset, and works again when
-    /// `works` says so.
+    /// Waits until the device sets DEVICE_NEEDS_RESET and interrupts the driver. Then resets it,
+    /// and checks with `works` that it works again.
     #[track_caller]
     pub(crate) fn breaks_and_recovers(&mut self, works: impl FnOnce(&mut Self)) {
         self.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
@@ -371,7 +373,7 @@ impl Driver {
         works(self);
     }
 
-    /// A reset, and everything set up again.
+    /// Resets the device, and sets everything up again.
     pub(crate) fn restart(&mut self) {
         self.core.set_status(0);
         assert_eq!(self.status(), 0);
@@ -384,13 +386,13 @@ impl Driver {
     }
 }
 
-/// Where [`Driver::ready`] puts a queue's parts.
+/// Addresses of a queue's parts as [`Driver::ready`] places them.
 pub(crate) fn rings(queue: usize) -> [u64; 3] {
     let base = RAM + 0x1000 * queue as u64;
     [base, base + 0x400, base + 0x800]
 }
 
-/// RAM for buffers.
+/// Start of the RAM for buffers.
 pub(crate) const BUFFERS: u64 = RAM + (1 << 20);
-/// The first address behind RAM.
+/// The first address after RAM.
 pub(crate) const RAM_END: u64 = RAM + (4 << 20);

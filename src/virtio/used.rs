@@ -1,7 +1,7 @@
 //! The used ring, which the device writes (VIRTIO 1.2, section 2.7.8).
 //!
-//! virtio-queue's `add_used` stores the ring's index for each element; the buffers of one packet have
-//! to appear at once (section 5.1.6.4).
+//! virtio-queue's `add_used` is not used: it stores the ring's index after each element, but the
+//! buffers of one packet have to become visible at once (section 5.1.6.4).
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
@@ -13,15 +13,17 @@ use vm_memory::{Bytes, GuestAddress};
 use super::bits::word;
 use crate::memory::FlatRam;
 
-/// The index is behind the flags, both 16 bits; then come the elements of 8 bytes.
+/// Layout of the used ring: flags and index of 16 bits each, then elements of 8 bytes.
 const INDEX: u64 = 2;
 const ELEMENTS: u64 = 4;
 const ELEMENT: u64 = 8;
-/// In the driver's ring, entries of 2 bytes lie between flags and index and `used_event`.
+/// Layout of the available ring: flags and index of 16 bits each, entries of 2 bytes, then
+/// `used_event`.
 const ENTRIES: u64 = 4;
 const ENTRY: u64 = 2;
 
-/// The used ring of a live queue. All its parts are in RAM: that was checked before the queue went live.
+/// The used ring of a live queue. All its parts are in RAM: this was checked before the queue went
+/// live.
 pub(super) struct UsedRing {
     ring: u64,
     driver_ring: u64,
@@ -29,15 +31,15 @@ pub(super) struct UsedRing {
     event_idx: bool,
     /// The index that the driver sees.
     next: Wrapping<u16>,
-    /// Elements shown since [`UsedRing::wants_interrupt`] was asked last.
+    /// Elements made visible since the last call of [`UsedRing::wants_interrupt`].
     fresh: Wrapping<u16>,
-    /// Each index stored.
+    /// Every index stored so far.
     #[cfg(test)]
     pub(super) shown: Vec<u16>,
 }
 
 impl UsedRing {
-    /// That of `queue`, which the driver has set up and has not used yet.
+    /// The used ring of `queue`, which the driver has set up and not used yet.
     pub(super) fn of(queue: &Queue) -> Self {
         Self {
             ring: queue.used_ring(),
@@ -51,8 +53,8 @@ impl UsedRing {
         }
     }
 
-    /// Writes the element `ahead` places behind those that the driver sees: the chain's head, and the
-    /// bytes that were written to it.
+    /// Writes a used element: the head of a chain, and the number of bytes written to it. Its place
+    /// is `ahead` elements after the last one that the driver can see.
     pub(super) fn write(
         &self,
         ram: &FlatRam,
@@ -67,7 +69,7 @@ impl UsedRing {
             .map_err(Error::GuestMemory)
     }
 
-    /// Shows the driver the next `count` elements, which were written before.
+    /// Makes the next `count` elements, which have been written, visible to the driver.
     pub(super) fn show(&mut self, ram: &FlatRam, count: u16) -> Result<(), Error> {
         self.next += count;
         self.fresh += count;
@@ -78,10 +80,11 @@ impl UsedRing {
         shown.map_err(Error::GuestMemory)
     }
 
-    /// Whether the driver wants an interrupt for what was shown since the last time (section 2.7.7).
+    /// Whether the driver wants an interrupt for the elements made visible since the last call
+    /// (section 2.7.7).
     pub(super) fn wants_interrupt(&mut self, ram: &FlatRam) -> Result<bool, Error> {
         let fresh = std::mem::take(&mut self.fresh);
-        // The index is stored before the driver's wish is read.
+        // The index must be stored before `used_event` or the flags are read.
         fence(Ordering::SeqCst);
         let wish = if self.event_idx {
             ENTRIES + ENTRY * u64::from(self.size)
@@ -91,14 +94,14 @@ impl UsedRing {
         let wish = ram.load(GuestAddress(self.driver_ring + wish), Ordering::Relaxed);
         let wish = u16::from_le(wish.map_err(Error::GuestMemory)?);
         Ok(if self.event_idx {
-            // One of the fresh elements has the index that the driver waits for.
+            // The driver waits for one of the new elements.
             self.next - Wrapping(wish) - Wrapping(1) < fresh
         } else {
             wish & word(VRING_AVAIL_F_NO_INTERRUPT) == 0
         })
     }
 
-    /// Another has written the ring: goes on behind what the driver sees.
+    /// Reads the index from RAM again, because the kernel has written the ring.
     pub(super) fn follow(&mut self, ram: &FlatRam) -> Result<(), Error> {
         let index = ram.load(GuestAddress(self.ring + INDEX), Ordering::Acquire);
         self.next = Wrapping(u16::from_le(index.map_err(Error::GuestMemory)?));
@@ -115,7 +118,7 @@ mod tests {
 
     const EVENT_IDX: u64 = 1 << 29;
 
-    /// A queue with so many requests taken, and none of them returned.
+    /// Returns a queue from which `count` requests were taken, none of them returned yet.
     fn with_requests(features: u64, count: u16) -> (Driver, Virtq) {
         let (mut driver, mut queue) = taken(features);
         for head in 0..count {
@@ -138,7 +141,7 @@ mod tests {
         let (driver, mut queue) = with_requests(u64::MAX, 12);
         for (first, count) in [(0, 1), (1, 8), (9, 3)] {
             let heads = first..first + count;
-            let heads = heads.inspect(|_| assert_eq!(driver.used(0), first, "the index moved"));
+            let heads = heads.inspect(|_| assert_eq!(driver.used(0), first, "index moved early"));
             queue.push_together(heads.map(|head| (head, 3))).unwrap();
             assert_eq!(driver.used(0), first + count);
             for head in first..first + count {
@@ -149,7 +152,7 @@ mod tests {
         assert_eq!(driver.used(0), 12);
     }
 
-    /// The driver waits for any of the elements: it hears of that one.
+    /// The driver sets `used_event` to any of the elements, and is interrupted for that one.
     #[test]
     fn an_interrupt_comes_for_the_element_that_is_waited_for() {
         let used_event = GuestAddress(rings(0)[1] + 4 + 2 * u64::from(SIZE));
@@ -157,9 +160,9 @@ mod tests {
             let (driver, mut queue) = with_requests(u64::MAX, 3);
             driver.ram.write_obj(waited, used_event).unwrap();
             queue.push_together((0..3).map(|head| (head, 4))).unwrap();
-            queue.tell().unwrap();
-            let told = driver.interrupts.queues.load(Ordering::Acquire);
-            assert_eq!(told == 1, wanted, "waited for {waited}");
+            queue.notify().unwrap();
+            let raised = driver.interrupts.queues.load(Ordering::Acquire);
+            assert_eq!(raised == 1, wanted, "waited for {waited}");
         }
     }
 
@@ -170,14 +173,14 @@ mod tests {
             let at = GuestAddress(rings(0)[1]);
             driver.ram.write_obj(flags, at).unwrap();
             queue.push(head, 4).unwrap();
-            queue.tell().unwrap();
-            let told = driver.interrupts.queues.load(Ordering::Acquire);
-            assert_eq!(told, u32::from(flags == 0));
+            queue.notify().unwrap();
+            let raised = driver.interrupts.queues.load(Ordering::Acquire);
+            assert_eq!(raised, u32::from(flags == 0));
         }
     }
 
-    /// The ring's elements, its index, and what the crate virtio-queue writes there: the device's
-    /// own pages.
+    /// The device marks its own writes in the dirty log: elements, the index, and what the crate
+    /// virtio-queue writes to the used ring.
     #[test]
     fn what_is_written_is_marked() {
         for features in [u64::MAX, !EVENT_IDX] {
@@ -187,13 +190,13 @@ mod tests {
             let marked = || pages_of(&log.take()).collect::<Vec<_>>();
             queue.push(0, 4).unwrap();
             assert_eq!(marked(), [0], "element and index");
-            queue.tell().unwrap();
-            assert!(marked().is_empty(), "only read");
-            queue.mute_kicks().unwrap();
-            queue.ask_for_kick().unwrap();
+            queue.notify().unwrap();
+            assert!(marked().is_empty(), "notify only reads");
+            queue.disable_notifications().unwrap();
+            queue.enable_notifications().unwrap();
             assert_eq!(marked(), [0], "flags or avail_event");
             queue.pop().unwrap();
-            assert!(marked().is_empty(), "only read");
+            assert!(marked().is_empty(), "pop only reads");
         }
     }
 }

@@ -12,7 +12,7 @@ use super::stop::{Stop, StopFor};
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
-/// A thread that works for a device until it is stopped, and then gives back what it owned.
+/// A thread that works for a device until it is stopped, and then returns what it owned.
 pub struct Worker<T: Send + 'static = Vec<Virtq>> {
     stop: Stop,
     wake: Arc<EventFd>,
@@ -20,7 +20,7 @@ pub struct Worker<T: Send + 'static = Vec<Virtq>> {
     thread: Option<JoinHandle<T>>,
 }
 
-/// Whether a worker's thread has nothing left to do but to go.
+/// Whether the worker's thread has done all its work and is about to exit.
 #[derive(Default)]
 struct Ended(Mutex<bool>, Condvar);
 
@@ -31,10 +31,10 @@ impl Ended {
     }
 }
 
-/// Tells at its end, also at that of a panic.
-struct TellEnd(Arc<Ended>);
+/// Marks the thread as ended when dropped, also when the thread panics.
+struct NotifyEnd(Arc<Ended>);
 
-impl Drop for TellEnd {
+impl Drop for NotifyEnd {
     fn drop(&mut self) {
         *lock(&self.0.0) = true;
         self.0.1.notify_all();
@@ -42,13 +42,15 @@ impl Drop for TellEnd {
 }
 
 impl Worker {
-    /// Starts a thread that runs `serve` on `queues`, at least one. `serve` returns when its
-    /// [`Stop`] asks for that, which wakes the first queue's kick; or when the driver broke a
-    /// queue: then the device needs a reset, and the thread waits for it. It is not called for queues
-    /// of which one was broken before a pause. What was pushed is told in any case.
+    /// Starts a thread that runs `serve` on `queues`, of which there must be at least one.
+    ///
+    /// `serve` must return soon after its [`Stop`] asks for that; the request to stop signals the
+    /// first queue's kick. `serve` returns an error if a queue breaks. Then the device needs a
+    /// reset, and the thread waits until it is stopped. If one of the queues broke before a pause,
+    /// `serve` is not called. In any case the driver is notified of used buffers.
     ///
     /// # Errors
-    /// The host has no resources for a thread; or there is no queue.
+    /// Fails if the host has no resources for a thread, or if there is no queue.
     pub fn serve<F>(kind: Kind, name: &str, mut queues: Vec<Virtq>, serve: F) -> io::Result<Self>
     where
         F: FnOnce(&mut [Virtq], &Stop) -> Result<(), Broken> + Send + 'static,
@@ -61,8 +63,8 @@ impl Worker {
                 }
             }
             for queue in &mut queues {
-                // A broken one may refuse.
-                let _ = queue.tell();
+                // A broken queue may return an error.
+                let _ = queue.notify();
             }
             while !stop.is_asked() {
                 wait(queues[0].kick());
@@ -73,11 +75,11 @@ impl Worker {
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Starts a thread that runs `body`, which returns soon after its [`Stop`] asks for that; `wake`
-    /// is signalled then.
+    /// Starts a thread that runs `body`. `body` must return soon after its [`Stop`] asks for that;
+    /// the request to stop signals `wake`.
     ///
     /// # Errors
-    /// The host has no resources for a thread.
+    /// Fails if the host has no resources for a thread.
     pub fn start<F>(kind: Kind, name: &str, wake: Arc<EventFd>, body: F) -> io::Result<Self>
     where
         F: FnOnce(&Stop) -> T + Send + 'static,
@@ -85,9 +87,9 @@ impl<T: Send + 'static> Worker<T> {
         let stop = Stop::default();
         let asked = stop.clone();
         let ended = Arc::<Ended>::default();
-        let tell = TellEnd(Arc::clone(&ended));
+        let notify_end = NotifyEnd(Arc::clone(&ended));
         let thread = spawn(kind, name, move || {
-            let _tell = tell;
+            let _notify_end = notify_end;
             body(&asked)
         })?;
         Ok(Self {
@@ -98,8 +100,8 @@ impl<T: Send + 'static> Worker<T> {
         })
     }
 
-    /// Ends the thread, which ends what it has begun, and takes what it owned. None where it
-    /// panicked, which ends the process.
+    /// Stops the thread as for a reset, and returns what it owned. `None` if the thread panicked,
+    /// which ends the process anyway.
     pub fn stop(mut self) -> Option<T> {
         self.end()
     }
@@ -112,8 +114,8 @@ impl<T: Send + 'static> Worker<T> {
         }
     }
 
-    /// Waits until the thread, which was asked to end, has ended what it had begun. What it owned is
-    /// still to be taken.
+    /// Waits until the thread, which was asked to end, has done so. What it owned can still be
+    /// taken with [`Worker::stop`].
     fn wait_end(&self) {
         self.ended.wait();
     }
@@ -125,33 +127,34 @@ impl<T: Send + 'static> Worker<T> {
     }
 }
 
-/// No thread outlives its device, whatever went wrong.
+/// No thread outlives its device, even after an error.
 impl<T: Send + 'static> Drop for Worker<T> {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-/// The threads that serve the queues of a device which is active: what most devices consist of.
+/// The threads that serve the queues of an active device. Most devices consist of these.
 #[derive(Default)]
 pub struct Workers(Mutex<Vec<Worker>>);
 
 impl Workers {
-    /// Adds one that was started.
+    /// Adds a worker.
     pub fn add(&self, worker: Worker) {
         lock(&self.0).push(worker);
     }
 
-    /// Ends all threads, and returns when they have ended what they had begun: all that most devices need
-    /// for [`stop`](super::device::VirtioDevice::stop).
+    /// Stops all threads, and returns when they have ended. Most devices need nothing else for
+    /// [`stop`](super::device::VirtioDevice::stop).
     pub fn stop(&self, why: StopFor) {
         let workers = lock(&self.0);
-        // All at once: none begins anything while another is waited for.
+        // Asks all threads before it waits for one, so that none begins a request meanwhile.
         workers.iter().for_each(|worker| worker.ask(why));
         workers.iter().for_each(Worker::wait_end);
     }
 
-    /// The queues of all, in the order in which they were added. Threads that were not stopped are.
+    /// Returns the queues of all workers, in the order in which the workers were added. Stops
+    /// threads that still run.
     pub fn take_back(&self) -> Vec<Virtq> {
         let workers = std::mem::take(&mut *lock(&self.0));
         workers.iter().for_each(|worker| worker.ask(StopFor::Reset));
@@ -160,20 +163,19 @@ impl Workers {
     }
 }
 
-/// Gives up the device for `why`: its driver finds DEVICE_NEEDS_RESET. What was done before is told all
-/// the same.
+/// Sets DEVICE_NEEDS_RESET because of `why`. First notifies the driver of the buffers used so far.
 fn give_up(queues: &mut [Virtq], why: &Broken) {
     for queue in queues.iter_mut() {
-        // The broken one may refuse.
-        let _ = queue.tell();
+        // The broken queue may return an error.
+        let _ = queue.notify();
     }
     if let Some(queue) = queues.first_mut() {
         queue.needs_reset(why);
     }
 }
 
-/// Waits until `kick` is signalled, and takes the signal.
+/// Waits until `kick` is signalled, and clears the signal.
 pub fn wait(kick: &EventFd) {
-    // EINTR is no signal, but callers look whether there is work anyway.
+    // After EINTR the callers look for work in vain, which is harmless.
     let _ = kick.read();
 }

@@ -1,4 +1,5 @@
-//! KVM on riscv64, through kvm-ioctls: `arch/riscv/kvm/vm.c` and `aia_device.c` from the other side.
+//! KVM on riscv64, mostly through kvm-ioctls. The kernel's side is in `arch/riscv/kvm/vm.c` and
+//! `aia_device.c`.
 #![allow(unsafe_code)]
 
 mod vcpu;
@@ -36,13 +37,14 @@ use crate::memory::PAGE_SIZE;
 use crate::util::sync::lock;
 use crate::util::{ByteSize, Half};
 
-/// The most pages a memslot holds (KVM_MEM_MAX_NR_PAGES, `include/linux/kvm_host.h`).
+/// The largest memslot (KVM_MEM_MAX_NR_PAGES in `include/linux/kvm_host.h`, in pages).
 const MEMSLOT_MAX: ByteSize = ByteSize(((1 << 31) - 1) * PAGE_SIZE);
 
-/// The G-stage's narrowest mode, Sv39x4, for a kernel that does not tell.
+/// The guest-physical address width of the narrowest G-stage mode, Sv39x4. Used if the kernel does
+/// not report the width.
 const GPA_BITS_MIN: u32 = 41;
 
-/// /dev/kvm, opened.
+/// An open /dev/kvm.
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
@@ -52,7 +54,7 @@ impl Kvm {
     /// Opens /dev/kvm.
     ///
     /// # Errors
-    /// [`Error::Host`], which says what this host lacks.
+    /// [`Error::Host`], whose message says what this host lacks.
     pub fn open() -> Result<Self> {
         let fd = kvm_ioctls::Kvm::new().map_err(|errno| {
             let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -65,7 +67,7 @@ impl Kvm {
     }
 }
 
-/// What `rvmm info` tells of. The kernel's header names them KVM_CAP_*.
+/// The capabilities that `rvmm info` shows. In the kernel's header their names begin with KVM_CAP_.
 const CAPABILITIES: [(&str, u32); 18] = [
     ("BINARY_STATS_FD", KVM_CAP_BINARY_STATS_FD),
     ("COALESCED_MMIO", KVM_CAP_COALESCED_MMIO),
@@ -109,15 +111,16 @@ impl Hypervisor for Kvm {
     }
 }
 
-/// The VM's descriptor, and the memory that the kernel reaches through it.
+/// The VM's descriptor, and the memory that the VM uses.
 struct VmInner {
     fd: VmFd,
-    /// Kept mapped until the last vCPU is gone.
+    /// Each vCPU holds a reference to this, so the memory stays mapped until the last one is
+    /// dropped.
     memslots: Mutex<Memslots>,
 }
 
 impl VmInner {
-    /// Tells the kernel of `placed`, or that it is gone.
+    /// Adds or changes the memslot `placed` in the kernel, or removes it if `is_there` is false.
     fn set_memslot(&self, placed: &Placed, is_there: bool) -> io::Result<()> {
         let Memslot { gpa, mapping, .. } = &placed.memslot;
         let flag = |flag, is_set| if is_set { flag } else { 0 };
@@ -129,20 +132,20 @@ impl VmInner {
             memory_size: if is_there { mapping.size() as u64 } else { 0 },
             userspace_addr: mapping.as_ptr() as u64,
         };
-        // SAFETY: the mapping is as long as that. `self.memslots` keeps it until the memslot is
-        // removed, or the VM and all its vCPUs, which hold `self`, are gone.
+        // SAFETY: the mapping has this size. `self.memslots` keeps it mapped until the memslot is
+        // removed, or until the VM and all its vCPUs, which hold `self`, are dropped.
         unsafe { self.fd.set_user_memory_region(region) }?;
         Ok(())
     }
 }
 
-/// The memslot `name`, for `act`.
+/// The memslot `name`. `act` is what the caller wants to do with it, for the error message.
 fn find(memslots: &Memslots, name: &str, act: &str) -> Result<Placed> {
     let found = memslots.find(name).cloned();
     found.map_err(|e| Error::refused(format!("{act} memslot {name}"), e))
 }
 
-/// What kvm-ioctls has not.
+/// Ioctls that kvm-ioctls does not have.
 mod ioctls {
     use super::{KVMIO, kvm_clear_dirty_log};
 
@@ -154,7 +157,7 @@ struct KvmVm(Arc<VmInner>);
 impl Vm for KvmVm {
     fn check_ram(&self, base: GuestAddress, size: ByteSize) -> Result<()> {
         let bits = self.gpa_bits();
-        // KVM wants the end below the limit, not at it (kvm_arch_prepare_memory_region).
+        // KVM requires that RAM ends below the limit, not at it (kvm_arch_prepare_memory_region).
         let max = ByteSize((1u64 << bits.min(63)) - base.0 - PAGE_SIZE);
         if size > max {
             return Err(Error::GpaWidth { size, bits, max });
@@ -213,7 +216,8 @@ impl Vm for KvmVm {
     fn dirty_log(&self, name: &str) -> Result<Vec<u64>> {
         let act = "read the dirty log of";
         let placed = find(&lock(&self.0.memslots), name, act)?;
-        // kvm-ioctls makes room for the size it is told, and the kernel writes for the memslot's.
+        // kvm-ioctls allocates the bitmap for the given size, and the kernel writes the bitmap of
+        // the whole memslot. So this has to be the memslot's size.
         let size = placed.memslot.mapping.size();
         let read = self.0.fd.get_dirty_log(placed.number, size);
         read.map_err(|e| Error::refused(format!("{act} memslot {name} (KVM_GET_DIRTY_LOG)"), e))
@@ -250,8 +254,8 @@ impl Vm for KvmVm {
                 dirty_bitmap: pages.as_ptr().cast_mut().cast(),
             },
         };
-        // SAFETY: the descriptor is a VM's. KVM only reads the bitmap, and no more than the whole
-        // words that `num_pages` takes, which `pages` has.
+        // SAFETY: the descriptor is a VM's. KVM only reads the bitmap, and no more words than
+        // `num_pages` needs, which `pages` has.
         match unsafe { ioctl_with_ref(&self.0.fd, ioctls::KVM_CLEAR_DIRTY_LOG(), &request) } {
             0 => Ok(()),
             _ => Err(refused(io::Error::last_os_error())),
@@ -360,8 +364,8 @@ struct KvmAia {
 }
 
 impl KvmAia {
-    /// Sets an attribute whose value KVM reads from memory as a `T`: u32 for CONFIG and APLIC, u64
-    /// for ADDR and IMSIC.
+    /// Sets an attribute. KVM reads its value from memory as a `T`, which has to be u32 for the
+    /// groups CONFIG and APLIC, and u64 for ADDR and IMSIC.
     fn set<T>(&self, group: u32, attr: u64, value: &T, act: &str) -> Result<()> {
         let attr = kvm_device_attr {
             flags: 0,
@@ -377,7 +381,7 @@ impl KvmAia {
     /// Reads an attribute.
     ///
     /// # Safety
-    /// KVM writes the attribute as a `T`.
+    /// `T` has to be the type that KVM writes for this attribute.
     unsafe fn get<T: Default>(&self, group: u32, attr: u64, act: &str) -> Result<T> {
         let mut value = T::default();
         let mut request = kvm_device_attr {
@@ -386,13 +390,13 @@ impl KvmAia {
             attr,
             addr: std::ptr::from_mut(&mut value) as u64,
         };
-        // SAFETY: KVM writes a `T`, says the caller, and `value` is one.
+        // SAFETY: the caller guarantees that KVM writes a `T`, and `value` is one.
         unsafe { self.fd.get_device_attr(&mut request) }.map_err(|e| Error::refused(act, e))?;
         Ok(value)
     }
 }
 
-/// KVM_DEV_RISCV_AIA_IMSIC_MKATTR, a macro the bindings do not carry.
+/// KVM_DEV_RISCV_AIA_IMSIC_MKATTR, a macro that the bindings do not have.
 fn imsic_attr(hart: u32, select: u64) -> u64 {
     (u64::from(hart) << KVM_DEV_RISCV_AIA_IMSIC_ISEL_BITS) | select
 }
@@ -416,7 +420,7 @@ impl Aia for KvmAia {
     }
 
     fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()> {
-        // KVM_DEV_RISCV_AIA_ADDR_IMSIC(i), a macro the bindings do not carry.
+        // KVM_DEV_RISCV_AIA_ADDR_IMSIC(i), a macro that the bindings do not have.
         let attr = 1 + u64::from(index);
         let act = format!("place the IMSIC of vCPU {index} at {:#x}", base.0);
         self.set(KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &base.0, &act)

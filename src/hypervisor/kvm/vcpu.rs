@@ -1,4 +1,4 @@
-//! A vCPU on KVM: registers by ONE_REG, and `kvm_run` decoded into values.
+//! A vCPU of KVM: reads and writes its registers (ONE_REG), and decodes `kvm_run` into values.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -29,10 +29,10 @@ use crate::hypervisor::{
     SystemEvent, Vcpu, VmEntry, VmExit, Waiting, counters, regs,
 };
 
-/// A vCPU of KVM's.
+/// A vCPU of KVM.
 pub struct KvmVcpu {
     fd: VcpuFd,
-    /// The same descriptor, for KVM_RUN.
+    /// The descriptor of `fd`, for KVM_RUN.
     run: BorrowedFd<'static>,
     /// Keeps the guest's RAM mapped.
     _vm: Arc<VmInner>,
@@ -41,7 +41,7 @@ pub struct KvmVcpu {
 
 impl KvmVcpu {
     pub(super) fn new(fd: VcpuFd, vm: Arc<VmInner>, id: u32) -> Self {
-        // SAFETY: it is used as long as `fd` is open, which is as long as this vCPU lives.
+        // SAFETY: only this vCPU uses `run`, and it keeps `fd` open as long as it lives.
         let run = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         Self {
             fd,
@@ -51,7 +51,7 @@ impl KvmVcpu {
         }
     }
 
-    /// Writes what the guest is to see of its last exit into `kvm_run`.
+    /// Writes the result of the last exit into `kvm_run`. The next KVM_RUN gives it to the guest.
     #[inline(always)]
     fn enter(&mut self, entry: VmEntry) {
         let run = self.fd.get_kvm_run();
@@ -67,12 +67,12 @@ impl KvmVcpu {
         }
     }
 
-    /// Reads a register to `bytes`, which have room for it: false where this host has no such
-    /// register.
+    /// Reads a register into `bytes`, which has to have room for it. Returns false if the vCPU has
+    /// no such register on this host.
     fn read_reg(&self, id: RegId, bytes: &mut [u8]) -> Result<bool> {
         match self.fd.get_one_reg(id.0, bytes) {
             Ok(_) => Ok(true),
-            // Linux 6.12 says ENOENT for some absent registers and EINVAL for others.
+            // Linux 6.12 returns ENOENT for some absent registers, and EINVAL for others.
             Err(e) if e.errno() == Errno::NOENT.raw_os_error() => Ok(false),
             Err(e) if e.errno() == Errno::INVAL.raw_os_error() => Ok(false),
             Err(e) => Err(self.refused_reg("read", id, e)),
@@ -90,14 +90,14 @@ impl KvmVcpu {
         Error::refused(format!("{act} {register} of vCPU {}", self.id), error)
     }
 
-    /// The file of KVM's statistics, and what is in it now.
+    /// The file with KVM's statistics of this vCPU, and its content now.
     fn statistics(&self) -> Result<(File, Vec<u8>)> {
         // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
         let fd = unsafe { vmm_sys_util::ioctl::ioctl(&self.fd, KVM_GET_STATS_FD()) };
         if fd < 0 {
             return Err(self.no_statistics(io::Error::last_os_error()));
         }
-        // SAFETY: KVM made the descriptor just now, for this call.
+        // SAFETY: KVM has created the descriptor for this call, so nothing else owns it.
         let mut file = unsafe { File::from_raw_fd(fd) };
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)
@@ -110,7 +110,8 @@ impl KvmVcpu {
         Error::refused(act, error)
     }
 
-    /// An errno of KVM_RUN that the guest can cause (`vcpu_exit.c`, `vcpu_insn.c`).
+    /// Decodes the error of a KVM_RUN. EOPNOTSUPP, EIO and EFAULT are those that the guest can
+    /// cause (`vcpu_exit.c`, `vcpu_insn.c`).
     #[cold]
     #[inline(never)]
     fn failed_run(&self, errno: Errno) -> Result<VmExit> {
@@ -129,19 +130,20 @@ impl RunAnd for KvmVcpu {
     #[inline(always)]
     fn run_and<S: Serve>(&mut self, entry: VmEntry, server: &mut S) -> Result<S::Next> {
         self.enter(entry);
-        // Not kvm-ioctls' `run`: it decodes `kvm_run` too, for every architecture, and this is the
-        // path of every exit.
-        // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
+        // This is the path of every exit, so it does not use kvm-ioctls' `run`: that decodes
+        // `kvm_run` too, for every architecture. SAFETY: the descriptor is a vCPU's; the ioctl
+        // takes no argument.
         match unsafe { ioctl(self.run, RunVcpu) } {
             Ok(()) => {}
             Err(errno) => return Ok(server.serve(self.failed_run(errno)?)),
         }
         let run = self.fd.get_kvm_run();
         let exit = &run.__bindgen_anon_1;
-        // The union member that `exit_reason` selects, copied out.
+        // Copy the member of the union that `exit_reason` selects.
         Ok(match run.exit_reason {
             KVM_EXIT_MMIO => {
-                // SAFETY: KVM filled the member that belongs to the exit reason; it is plain integers.
+                // SAFETY: KVM has filled the member for this exit reason, and all its fields are
+                // integers.
                 let mmio = unsafe { exit.mmio };
                 let (gpa, len, data) = (mmio.phys_addr, mmio.len.min(8) as usize, mmio.data);
                 if mmio.is_write == 0 {
@@ -168,7 +170,7 @@ impl RunAnd for KvmVcpu {
     }
 }
 
-/// Hands exits on.
+/// Returns each exit unchanged.
 struct AsItIs;
 
 impl Serve for AsItIs {
@@ -187,17 +189,19 @@ impl Vcpu for KvmVcpu {
     fn complete(&mut self, entry: VmEntry) -> Result<()> {
         self.enter(entry);
         let run: *mut kvm_run = self.fd.get_kvm_run();
-        // SAFETY: the page is mapped as long as `self.fd`, and the byte is only used atomically.
+        // SAFETY: the page is mapped as long as `self.fd` lives, and all accesses to the byte are
+        // atomic.
         let immediate_exit = unsafe { immediate_exit(run) };
         immediate_exit.fetch_or(COMPLETING, Ordering::Release);
         // SAFETY: the descriptor is a vCPU's; the ioctl takes no argument.
         let ended = unsafe { ioctl(self.run, RunVcpu) };
         immediate_exit.fetch_and(!COMPLETING, Ordering::Release);
-        // KVM commits, then looks at the byte (kvm_arch_vcpu_ioctl_run).
+        // KVM first commits the last exit to the registers, and checks the byte then
+        // (kvm_arch_vcpu_ioctl_run).
         let error = match ended {
             Err(Errno::INTR) => return Ok(()),
             Err(errno) => errno.into(),
-            Ok(()) => io::Error::other("the guest ran"),
+            Ok(()) => io::Error::other("KVM_RUN ran the guest, in spite of immediate_exit"),
         };
         let act = format!("complete the last exit of vCPU {}", self.id);
         Err(Error::refused(act, error))
@@ -226,10 +230,10 @@ impl Vcpu for KvmVcpu {
     }
 
     fn reg_list(&self) -> Result<Vec<RegId>> {
-        // Not kvm-ioctls' RegList: it holds 200 ids, and a vCPU has more.
+        // kvm-ioctls' RegList holds only 200 ids, and a vCPU has more.
         let list = regs::read_list(|list| {
-            // SAFETY: the descriptor is a vCPU's. The first word says for how many ids there is
-            // room behind it, and KVM writes no more.
+            // SAFETY: the descriptor is a vCPU's. The first word is the number of ids that the list
+            // has room for behind it. KVM writes no more.
             match unsafe { ioctl_with_mut_ptr(&self.fd, KVM_GET_REG_LIST(), list.as_mut_ptr()) } {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
@@ -255,7 +259,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn external_irq(&self) -> Result<Arc<dyn ExternalIrq>> {
-        // SAFETY: `fd` is open, and outlives this borrow.
+        // SAFETY: `self.fd` is open, and outlives this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
         let fd = fd.try_clone_to_owned().map_err(|e| {
             Error::refused(format!("duplicate the descriptor of vCPU {}", self.id), e)
@@ -305,13 +309,14 @@ impl Vcpu for KvmVcpu {
     }
 }
 
-/// Exits that are rarer than MMIO and SBI calls.
+/// Decodes the exits that are rarer than MMIO and SBI calls.
 #[inline(never)]
 fn decode(run: &kvm_run) -> VmExit {
     let exit = &run.__bindgen_anon_1;
     match run.exit_reason {
         KVM_EXIT_RISCV_CSR => {
-            // SAFETY: KVM filled the member that belongs to the exit reason; all are plain integers.
+            // SAFETY: KVM has filled the member for this exit reason, and all its fields are
+            // integers.
             let number = unsafe { exit.riscv_csr.csr_num };
             VmExit::Csr { number }
         }
@@ -334,7 +339,7 @@ fn decode(run: &kvm_run) -> VmExit {
 type Event = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_19;
 
 fn decode_system_event(event: Event) -> VmExit {
-    // SAFETY: `data` and `flags` share a place and are both u64s.
+    // SAFETY: the union's members, `data` and `flags`, are u64s, so any bytes are valid.
     let data = unsafe { event.__bindgen_anon_1.data };
     let reason = if event.ndata > 0 { data[0] } else { 0 };
     VmExit::System(match event.type_ {
@@ -344,13 +349,13 @@ fn decode_system_event(event: Event) -> VmExit {
     })
 }
 
-/// KVM_RUN, which kvm-ioctls keeps to itself.
+/// The ioctl KVM_RUN, which kvm-ioctls does not export.
 struct RunVcpu;
 
-// SAFETY: KVM_RUN takes no argument and returns 0; what it writes is the mapped `kvm_run`.
+// SAFETY: KVM_RUN takes no argument and returns 0. It writes only to the mapped `kvm_run`.
 unsafe impl Ioctl for RunVcpu {
     type Output = ();
-    // It writes memory that no argument names.
+    // KVM_RUN writes to memory that is not among its arguments.
     const IS_MUTATING: bool = true;
 
     fn opcode(&self) -> Opcode {
@@ -367,14 +372,16 @@ unsafe impl Ioctl for RunVcpu {
     }
 }
 
-// kvm-ioctls has no KVM_INTERRUPT and no KVM_SET_GUEST_DEBUG on riscv64, KVM_GET_STATS_FD nowhere,
-// and keeps KVM_GET_REG_LIST to itself. The list's type is a word and what is behind it.
+// Ioctls that kvm-ioctls does not have: KVM_INTERRUPT and KVM_SET_GUEST_DEBUG on riscv64, and
+// KVM_GET_STATS_FD on any architecture. It does not export KVM_GET_REG_LIST. That ioctl's argument
+// is a u64 with the ids behind it.
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_GUEST_DEBUG, KVMIO, 0x9b, kvm_guest_debug);
 ioctl_iowr_nr!(KVM_GET_REG_LIST, KVMIO, 0xb0, u64);
 ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
-/// A vCPU's descriptor, for KVM_INTERRUPT alone: the one ioctl that takes no lock of the vCPU's.
+/// A vCPU's descriptor, used only for KVM_INTERRUPT: that ioctl does not take the vCPU's mutex in
+/// the kernel, so it works while the vCPU runs.
 struct InterruptFd {
     fd: OwnedFd,
     id: u32,
@@ -399,10 +406,11 @@ impl ExternalIrq for InterruptFd {
     }
 }
 
-/// KVM's statistic `blocking` of a vCPU: 1 while kvm_vcpu_block waits (`virt/kvm/kvm_main.c`).
+/// KVM's statistic `blocking` of a vCPU. It is 1 while kvm_vcpu_block waits
+/// (`virt/kvm/kvm_main.c`).
 struct Blocking {
     file: File,
-    /// Where in the file it is; none on a host that has no such value.
+    /// Where in the file the value is. `None` if the host has no such statistic.
     at: Option<u64>,
 }
 
@@ -414,10 +422,10 @@ impl Waiting for Blocking {
     }
 }
 
-/// A mapping of a vCPU's `kvm_run` page of its own, so that it may outlive the vCPU's.
+/// A second mapping of a vCPU's `kvm_run` page, which can outlive the vCPU's own mapping.
 struct RunPage(NonNull<kvm_run>);
 
-// SAFETY: only `immediate_exit` is touched, and atomically.
+// SAFETY: only `immediate_exit` is accessed, and atomically.
 unsafe impl Send for RunPage {}
 // SAFETY: as above.
 unsafe impl Sync for RunPage {}
@@ -426,8 +434,8 @@ impl RunPage {
     fn map(fd: &VcpuFd) -> io::Result<Self> {
         // SAFETY: `fd` is open, and outlives this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-        // SAFETY: a new mapping at an address of the kernel's choice; KVM's first page of a vCPU
-        // is its `kvm_run`.
+        // SAFETY: a new mapping, for which the kernel chooses a free address. The first page of a
+        // vCPU's descriptor is its `kvm_run`.
         let page = unsafe {
             mmap(
                 std::ptr::null_mut(),
@@ -446,7 +454,7 @@ impl RunPage {
 
 impl Kicker for RunPage {
     fn set_immediate_exit(&self, on: bool) {
-        // SAFETY: the page is mapped until drop, and the byte is only used atomically.
+        // SAFETY: the page is mapped until drop, and all accesses to the byte are atomic.
         let immediate_exit = unsafe { immediate_exit(self.0.as_ptr()) };
         if on {
             immediate_exit.fetch_or(KICKED, Ordering::Release);
@@ -456,26 +464,26 @@ impl Kicker for RunPage {
     }
 }
 
-/// Bits of `immediate_exit`: KVM asks only whether it is 0. Set by a kicker,
+/// The bit of `immediate_exit` that a kicker sets. KVM checks only whether the byte is 0.
 const KICKED: u8 = 1 << 0;
-/// and by [`Vcpu::complete`].
+/// The bit of `immediate_exit` that [`Vcpu::complete`] sets while it runs.
 const COMPLETING: u8 = 1 << 1;
 
-/// The byte that makes KVM_RUN return at once. KVM reads it once per KVM_RUN (READ_ONCE), and never
-/// writes it.
+/// The byte that makes KVM_RUN return at once if it is not 0. KVM reads it once per KVM_RUN
+/// (READ_ONCE), and never writes it.
 ///
 /// # Safety
-/// `run` is the page of a vCPU, mapped as long as the result is used. Nothing else than this uses
-/// the byte.
+/// `run` has to be the `kvm_run` page of a vCPU, and has to stay mapped as long as the result is
+/// used. All accesses to the byte have to go through this function.
 unsafe fn immediate_exit<'a>(run: *mut kvm_run) -> &'a AtomicU8 {
-    // SAFETY: as the caller says; a byte is always aligned.
+    // SAFETY: the caller guarantees that the byte is mapped. A byte is always aligned.
     unsafe { AtomicU8::from_ptr(std::ptr::addr_of_mut!((*run).immediate_exit)) }
 }
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and not unmapped since. A failure could only
-        // leak the page.
+        // SAFETY: `map` mapped this range, and nothing has unmapped it since. If munmap fails, the
+        // page is leaked, which is harmless.
         let _ = unsafe { munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
     }
 }

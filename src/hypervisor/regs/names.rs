@@ -1,5 +1,5 @@
-//! What registers are called, for people: a group and a register of it, such as `csr.satp`.
-//! Numbers are those of `arch/riscv/include/uapi/asm/kvm.h`.
+//! Readable names of registers: the group and the register, such as `csr.satp`. The tables are in
+//! the order of the numbers in `arch/riscv/include/uapi/asm/kvm.h`.
 
 use std::fmt;
 
@@ -49,13 +49,14 @@ const FWFT: &[&str] = &[
     "pointer_masking.value",
 ];
 
-/// Registers that are numbered: how many, and what comes before the number.
+/// Numbered registers, such as `v0` to `v31`: how many there are, and the prefix before the number.
 type Numbered = (usize, &'static str);
 
-/// Of a group: what it is called, its registers by number, and those that follow, numbered from 0.
+/// The names of a group: its own name, the names of its first registers, and the numbered registers
+/// behind those.
 type Names = (&'static str, &'static [&'static str], Numbered);
 
-/// None for a group that no kernel known here has.
+/// The names of the registers of a group. `None` if rvmm does not know the group.
 fn names(group: u64, subgroup: u64) -> Option<Names> {
     const NONE: Numbered = (0, "");
     Some(match (group, subgroup) {
@@ -80,8 +81,8 @@ fn names(group: u64, subgroup: u64) -> Option<Names> {
     })
 }
 
-/// `csr.satp`; by its number where the register has no name here, as `csr.77`; the whole id in
-/// hexadecimal where the group has none.
+/// Group and name, such as `csr.satp`. A register without a known name has its number in place of
+/// the name, as in `csr.77`. If the group is unknown too, this is the whole id in hexadecimal.
 impl fmt::Display for RegId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let known = names(self.group(), self.subgroup()).filter(|_| self.is_riscv());

@@ -18,12 +18,16 @@ fn the_table_changes_only_with_a_message() {
     assert_eq!(*lock(&vm.irqfds), [0, 1]);
     one.disconnect();
     router.connect([(&mut one, message(5))]);
-    assert_eq!(lock(&vm.tables).len(), 1, "the same message again");
+    assert_eq!(lock(&vm.tables).len(), 1, "the message is the same");
     router.connect([(&mut two, message(7))]);
     assert_eq!(lock(&vm.tables)[1], [(0, message(5)), (1, message(7))]);
     drop(one);
     assert_eq!(*lock(&vm.irqfds), [1]);
-    assert_eq!(router.vector().unwrap().number, 0, "a number comes back");
+    assert_eq!(
+        router.vector().unwrap().number,
+        0,
+        "a free number is used again"
+    );
 }
 
 #[test]
@@ -35,5 +39,5 @@ fn signals_stay_until_they_can_go() {
     vector.signal();
     assert!(vector.is_pending());
     router.connect([(&mut vector, message(1))]);
-    assert!(!vector.is_pending(), "the kernel has it now");
+    assert!(!vector.is_pending(), "the kernel takes the signal");
 }

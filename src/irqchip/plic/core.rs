@@ -1,22 +1,24 @@
-//! The controller itself: registers, gateways, and who is interrupted.
+//! The controller itself: registers, gateways, and which contexts are interrupted.
 //!
 //! ```text
-//! 0x00_0000 + 4 s      priority of source s        0x20_0000 + 0x1000 c      threshold of context c
-//! 0x00_1000            pending, a bit a source     0x20_0004 + 0x1000 c      claim / complete
-//! 0x00_2000 + 0x80 c   enables of context c
+//! 0x00_0000 + 4 s        priority of source s
+//! 0x00_1000              pending, one bit for each source
+//! 0x00_2000 + 0x80 c     enables of context c, one bit for each source
+//! 0x20_0000 + 0x1000 c   threshold of context c
+//! 0x20_0004 + 0x1000 c   claim and complete of context c
 //! ```
 
-/// Interrupt sources, 1 to this; as many as QEMU's virt machine has.
+/// The number of interrupt sources, 1 to 95, as in QEMU's virt machine.
 pub const SOURCES: u32 = 95;
 
-/// Source numbers with 0, which is none.
+/// The number of source numbers. 0 is one of them, but stands for no source.
 const IDS: usize = SOURCES as usize + 1;
-/// Words of a bit for each source.
+/// The number of 32-bit words that have a bit for each source.
 const WORDS: usize = IDS.div_ceil(32);
-/// Priorities and thresholds are 0 to 7: three bits.
+/// The bits of a priority or threshold, which are 0 to 7.
 const PRIORITY_MASK: u32 = 7;
 
-/// What a 32-bit register is.
+/// A 32-bit register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
     Priority(usize),
@@ -38,9 +40,9 @@ struct Context {
 pub(super) struct Core {
     priorities: [u32; IDS],
     pending: [u32; WORDS],
-    /// Levels of the wires.
+    /// The levels of the wires.
     levels: [u32; WORDS],
-    /// Claimed and not yet completed: the gateway lets nothing through.
+    /// Sources that are claimed and not yet completed. Their gateways pass no request.
     in_service: [u32; WORDS],
     contexts: Vec<Context>,
 }
@@ -56,7 +58,7 @@ impl Core {
         }
     }
 
-    /// Sets the level of the wire of `source`; other numbers than 1 to [`SOURCES`] have none.
+    /// Sets the level of the wire of `source`. Ignores numbers other than 1 to [`SOURCES`].
     pub(super) fn set_level(&mut self, source: u32, high: bool) {
         if (1..=SOURCES).contains(&source) {
             let (word, bit) = place(source as usize);
@@ -65,16 +67,16 @@ impl Core {
         }
     }
 
-    /// Whether the context's hart is interrupted: by an enabled, pending source above its
-    /// threshold (section 1.6, "Priority Thresholds").
+    /// Whether the context interrupts its hart: whether a source is pending, enabled, and of a
+    /// priority above the context's threshold (section 1.6, "Priority Thresholds").
     pub(super) fn delivers(&self, context: usize) -> bool {
         let threshold = self.contexts.get(context).map_or(0, |c| c.threshold);
         self.best(context)
             .is_some_and(|source| self.priorities[source] > threshold)
     }
 
-    /// A load of 1, 2, 4 or 8 bytes. A register's effect, a claim, happens where the load takes
-    /// its lowest byte.
+    /// Serves a load of 1, 2, 4 or 8 bytes. A load of the claim register is a claim only if it
+    /// includes the register's lowest byte.
     pub(super) fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (register, shift, bytes) in words(offset, data.len()) {
             let claims = shift == 0;
@@ -83,7 +85,8 @@ impl Core {
         }
     }
 
-    /// A store of 1, 2, 4 or 8 bytes; what it leaves out of a register stays.
+    /// Serves a store of 1, 2, 4 or 8 bytes. Bytes of a register outside the store keep their
+    /// value.
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
         for (register, shift, bytes) in words(offset, data.len()) {
             let register = register_at(register, self.contexts.len());
@@ -121,8 +124,9 @@ impl Core {
         }
     }
 
-    /// The source that a claim of `context` gets: of the highest priority, then of the lowest
-    /// number; one of priority 0 never interrupts. The threshold has no say in a claim.
+    /// The source that a claim of `context` returns: the one with the highest priority, and of
+    /// those the one with the lowest number. A source with priority 0 never interrupts. The
+    /// threshold does not matter for a claim.
     fn best(&self, context: usize) -> Option<usize> {
         let enables = &self.contexts.get(context)?.enables;
         let mut best = None;
@@ -150,8 +154,8 @@ impl Core {
         u32::try_from(source).unwrap_or(0)
     }
 
-    /// Completion of a source that the context has enabled opens its gateway; any other is
-    /// ignored (section 1.8, "Interrupt Completion").
+    /// Completes `source` and opens its gateway. Ignores a source that the context has not enabled
+    /// (section 1.8, "Interrupt Completion").
     fn complete(&mut self, context: usize, source: usize) {
         if source == 0 || source >= IDS {
             return;
@@ -163,8 +167,8 @@ impl Core {
         }
     }
 
-    /// A wire that is high passes its gateway, unless its last request is still in service. A
-    /// request that has passed stays, whatever the wire does.
+    /// Makes a source pending if its wire is high, and its last request is not in service any more.
+    /// It stays pending when the wire goes low.
     fn open_gateway(&mut self, word: usize, bit: u32) {
         if self.levels[word] & bit & !self.in_service[word] != 0 {
             self.pending[word] |= bit;
@@ -172,7 +176,7 @@ impl Core {
     }
 }
 
-/// Word and bit of a source.
+/// The index of a source's word, and its bit in the word.
 fn place(source: usize) -> (usize, u32) {
     (source / 32, 1 << (source % 32))
 }
@@ -181,8 +185,9 @@ fn set(word: &mut u32, bit: u32, on: bool) {
     *word = if on { *word | bit } else { *word & !bit };
 }
 
-/// Splits an access into the 32-bit registers it touches: the register's offset, the first of its
-/// bytes that is touched, and which bytes of the access these are.
+/// Splits an access into the 32-bit registers that it touches. For each one, returns the register's
+/// offset, the number of its first byte that is touched, and the range of these bytes in the
+/// access.
 fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize, std::ops::Range<usize>)> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -195,7 +200,7 @@ fn words(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize, std::ops:
     })
 }
 
-/// The register at a multiple of 4, for so many contexts.
+/// The register at `offset`, a multiple of 4, of a PLIC with this number of contexts.
 fn register_at(offset: u64, contexts: usize) -> Register {
     let Ok(offset) = usize::try_from(offset) else {
         return Register::Reserved;

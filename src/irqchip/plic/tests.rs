@@ -28,7 +28,7 @@ fn write(core: &mut Core, offset: u64, value: u32) {
     core.write(offset, &value.to_le_bytes());
 }
 
-/// Two harts; source 10 has priority 3 and is enabled in context 1.
+/// A PLIC for two harts. Source 10 has priority 3 and is enabled in context 1.
 fn ready() -> Core {
     let mut core = Core::new(4);
     write(&mut core, 4 * 10, 3);
@@ -45,8 +45,8 @@ fn a_level_interrupts_until_it_is_served() {
     assert_eq!(read(&mut core, PENDING), 1 << 10);
     assert_eq!(read(&mut core, claim(1)), 10);
     assert!(!core.delivers(1));
-    assert_eq!(read(&mut core, claim(1)), 0, "claimed once");
-    // Still asserted at completion: it comes back.
+    assert_eq!(read(&mut core, claim(1)), 0, "a request is claimed once");
+    // The wire is still high at the completion, so the source becomes pending again.
     write(&mut core, claim(1), 10);
     assert!(core.delivers(1));
     assert_eq!(read(&mut core, claim(1)), 10);
@@ -101,7 +101,8 @@ fn two_harts_race_for_one_claim() {
     assert_eq!(read(&mut core, claim(3)), 10);
     assert!(!core.delivers(1));
     assert_eq!(read(&mut core, claim(1)), 0);
-    // A context that has the source enabled may complete what another claimed; others may not.
+    // A context that has the source enabled may complete the claim of another context. Others may
+    // not.
     write(&mut core, enable(1), 0);
     write(&mut core, claim(1), 10);
     assert!(!core.delivers(3), "still in service");
@@ -128,7 +129,7 @@ fn every_access_size_reads_and_writes_the_same_registers() {
     core.write(4 * 10, &[5]);
     assert_eq!(read(&mut core, 4 * 10), 5);
     core.write(4 * 10 + 1, &[0xff, 0xff]);
-    assert_eq!(read(&mut core, 4 * 10), 5, "no bits there");
+    assert_eq!(read(&mut core, 4 * 10), 5, "the upper bytes have no bits");
     core.write(enable(1) + 1, &[0xff]);
     assert_eq!(read(&mut core, enable(1)), 0xff00);
     core.write(enable(1), &[0xff; 8]);
@@ -139,7 +140,7 @@ fn every_access_size_reads_and_writes_the_same_registers() {
     let mut both = [0; 8];
     core.read(threshold(1), &mut both);
     assert_eq!(u64::from_le_bytes(both), 10 << 32);
-    // Upper bytes of a claim are no claim, and no completion.
+    // An access to the upper bytes only is no claim and no completion.
     let mut upper = [0xee];
     core.read(claim(1) + 1, &mut upper);
     core.write(claim(1) + 1, &[0]);
@@ -180,7 +181,7 @@ fn hostile_offsets_do_nothing() {
 }
 
 #[test]
-fn harts_are_told_changes_only() {
+fn lines_are_set_only_when_they_change() {
     let wires = [Arc::new(Wire::default()), Arc::new(Wire::default())];
     let lines = wires.iter().map(|wire| wire.clone() as _).collect();
     let plic = Plic::new(0x0c00_0000, lines);
@@ -198,7 +199,7 @@ fn harts_are_told_changes_only() {
     }
 }
 
-/// The specification as sets, written to be read beside it.
+/// A model of the specification, made of sets, which is easy to compare with the text.
 #[derive(Clone, Default)]
 struct Model {
     priority: BTreeMap<u32, u32>,
@@ -213,12 +214,13 @@ impl Model {
     fn priority(&self, source: u32) -> u32 {
         self.priority.get(&source).copied().unwrap_or(0)
     }
-    /// Requests that pass their gateways.
+    /// Lets requests pass their gateways.
     fn settle(&mut self) {
         let passing = self.high.difference(&self.in_service);
         self.pending.extend(passing);
     }
-    /// Pending, enabled and able to interrupt, the one to claim first at the end.
+    /// The sources that are pending, enabled and of a priority above 0. The one that a claim
+    /// returns first is the last.
     fn candidates(&self, context: u64) -> Vec<u32> {
         let mut sources: Vec<u32> = self.pending.iter().copied().collect();
         sources.retain(|s| self.enabled.contains(&(context, *s)) && self.priority(*s) > 0);
@@ -246,7 +248,7 @@ impl Model {
     }
 }
 
-/// Numbers that look random and are the same every time (xorshift64).
+/// Pseudo-random numbers, the same in each run (xorshift64).
 struct Numbers(u64);
 
 impl Numbers {
@@ -260,9 +262,9 @@ impl Numbers {
 
 const CONTEXTS: u32 = 6;
 
-/// One random operation on both; the values that a guest would see must agree.
+/// Does one random operation on both, and checks that the values a guest would see agree.
 fn step(core: &mut Core, model: &mut Model, numbers: &mut Numbers) {
-    // Few sources meet often; all of them must work.
+    // Mostly use a few sources, so that operations on the same source are frequent.
     let source = match numbers.below(4) {
         0 => numbers.below(SOURCES) + 1,
         _ => numbers.below(5) + 30,
@@ -299,7 +301,7 @@ fn step(core: &mut Core, model: &mut Model, numbers: &mut Numbers) {
         }
         5 | 6 => assert_eq!(read(core, claim(context)), model.claim(context)),
         _ => {
-            // Mostly what is in service, sometimes anything.
+            // Mostly complete a source that is in service, sometimes any source.
             let served = model.in_service.iter().next().copied();
             let done = served.filter(|_| numbers.below(4) > 0).unwrap_or(source);
             write(core, claim(context), done);
@@ -338,7 +340,7 @@ fn random_operations_agree_with_the_model() {
                 .count();
         }
     }
-    // The walk met what it is meant to check.
+    // Check that the random walk had enough claims, and enough interrupts masked by a threshold.
     assert!(
         claims > 1000 && masked > 1000,
         "{claims} claims, {masked} masked"

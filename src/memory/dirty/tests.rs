@@ -1,4 +1,4 @@
-//! Marks, page by page.
+//! Which writes mark which pages.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
@@ -14,7 +14,7 @@ const BASE: u64 = 0x8000_0000;
 const PAGES: usize = 256;
 const NONE: [usize; 0] = [];
 
-/// RAM that is tracked, and its log.
+/// RAM with tracking on, and its log.
 fn tracked() -> (Arc<GuestMemory>, DirtyLog) {
     let ram = memory::create(
         GuestAddress(BASE),
@@ -57,7 +57,7 @@ fn each_page_that_is_touched_is_marked_once() {
             pages.collect::<Vec<_>>(),
             "{length} at {offset}"
         );
-        assert_eq!(taken(&log), NONE, "taken before");
+        assert_eq!(taken(&log), NONE, "a take clears the marks");
     }
     let slice = log.slice_at(2 * PAGE);
     slice.slice_at(PAGE).mark_dirty(PAGE, 1);
@@ -65,7 +65,7 @@ fn each_page_that_is_touched_is_marked_once() {
     assert!(!log.dirty_at(5 * PAGE) && !log.dirty_at(usize::MAX));
 }
 
-/// Nothing is there before the first start, and nothing is left after a stop.
+/// There is no bitmap before the first start, and there are no marks after a stop.
 #[test]
 fn what_is_off_has_no_bits() {
     let log = DirtyLog::with_len(64 * PAGE);
@@ -80,7 +80,7 @@ fn what_is_off_has_no_bits() {
     let bits = lock(&log.0.bits);
     let bits = bits.as_ref().unwrap();
     #[allow(unsafe_code)]
-    // SAFETY: it is mapped, and nobody else knows it.
+    // SAFETY: the bitmap is mapped, and no other thread uses it.
     let word = unsafe { bits.start.as_ref() };
     assert_eq!(word.load(Ordering::Acquire), 0);
 }
@@ -97,7 +97,7 @@ fn a_start_begins_without_marks() {
         log.mark(8 * PAGE, 1);
         log.stop().unwrap();
     }
-    // RAM that is none has nothing to track.
+    // The log of no RAM has no pages.
     let none = DirtyLog::default();
     none.start().unwrap();
     none.mark(0, 1);
@@ -133,7 +133,7 @@ fn what_flat_ram_writes_is_marked() {
     assert_eq!(taken(&log), NONE);
 }
 
-/// Two buffers, of the pages 1 to 3 and of page 8.
+/// Two buffers: one on the pages 1 to 3, one on page 8.
 fn two(ram: &Arc<GuestMemory>) -> Pieces {
     let mut pieces = Pieces::of(&FlatRam::of(ram));
     pieces.push(GuestAddress(page(1).0 + 8), 2 * PAGE).unwrap();
@@ -165,17 +165,21 @@ fn what_the_kernel_reads_into_pieces_is_marked() {
         pieces.len()
     );
     assert_eq!(taken(&log), NONE);
-    // All of a file's read, however long it was.
+    // A read of a file marks all pieces, whatever its length.
     pieces.read_at(file.as_fd(), 100).unwrap();
     assert_eq!(taken(&log), [1, 2, 3, 8]);
 
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     theirs.send(&[5; PAGE]).unwrap();
     pieces.read_message(ours.as_fd()).unwrap().unwrap();
-    assert_eq!(taken(&log), [1, 2], "what the message has");
+    assert_eq!(taken(&log), [1, 2], "only the pages of the message");
     theirs.send(&[5; 3 * PAGE]).unwrap();
     assert_eq!(pieces.read_message(ours.as_fd()).unwrap(), None);
-    assert_eq!(taken(&log), [1, 2, 3, 8], "what was written all the same");
+    assert_eq!(
+        taken(&log),
+        [1, 2, 3, 8],
+        "a message that is too long fills all"
+    );
     ours.set_nonblocking(true).unwrap();
     pieces.read_message(ours.as_fd()).unwrap_err();
     assert_eq!(taken(&log), NONE);
@@ -201,13 +205,13 @@ fn vhosts_log_is_taken_over() {
     merge_vhost(&ram, &vhost);
     assert_eq!(taken(&log), [0, 70]);
     merge_vhost(&ram, &vhost);
-    assert_eq!(taken(&log), NONE, "taken before");
-    // A log that ends too early, or that is none.
+    assert_eq!(taken(&log), NONE, "a take clears the marks");
+    // A log that ends before RAM begins, and an empty one.
     merge_vhost(&ram, &vhost[..1]);
     merge_vhost(&ram, &[]);
 }
 
-/// While one thread writes and marks, whoever takes a mark finds the bytes that came before it.
+/// While one thread writes and marks, another that takes a mark sees the bytes from before it.
 #[test]
 fn marks_come_with_their_bytes() {
     const ROUNDS: u64 = 20_000;

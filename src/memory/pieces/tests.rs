@@ -1,4 +1,4 @@
-//! Pieces, and what the host writes to them.
+//! How pieces are cut and joined, and how the host reads and writes them.
 
 use super::*;
 use crate::config::MemConfig;
@@ -136,7 +136,7 @@ fn the_last_byte_is_its_own() {
     let ram = &all.ram;
     let byte = |offset| {
         let host = ram.host_address(GuestAddress(BASE + offset), 1).unwrap();
-        // SAFETY: it is mapped RAM.
+        // SAFETY: the address is mapped RAM.
         unsafe { *host }
     };
     assert_eq!([0, 1, 2, 3, 50].map(byte), *b"01234");

@@ -8,7 +8,7 @@ use crate::pci::function;
 const ECAM: u64 = 0x3000_0000;
 const WINDOW: u64 = 0x4000_0000;
 const WINDOW_END: u64 = 0x8000_0000;
-/// Where the tests' functions have the window's control and data: see [`machine`].
+/// The offsets of the window's control and data in the functions of these tests: see [`plug`].
 const CONTROL: u64 = 0x44;
 const DATA: u64 = 0x50;
 
@@ -17,7 +17,7 @@ const BUS_MASTER: u32 = 1 << 2;
 const INTX_DISABLE: u32 = 1 << 10;
 const MSIX_ENABLE: u32 = 1 << 31;
 
-/// Answers a load with its offset, and keeps stores and moves.
+/// A device that answers a load with its offset, and records stores, moves and bus mastering.
 #[derive(Default)]
 struct Registers {
     written: Mutex<Vec<(u64, Vec<u8>)>>,
@@ -33,7 +33,7 @@ impl BarDevice for Registers {
     fn write(&self, offset: u64, data: &[u8]) {
         let bridge = lock(&self.bridge);
         let free = bridge.as_ref().is_none_or(|b| b.moving.try_lock().is_ok());
-        assert!(free, "a device runs without the bus's lock");
+        assert!(free, "the bus's lock must be free in a store");
         lock(&self.written).push((offset, data.to_vec()));
     }
     fn moved(&self, base: Option<u64>) {
@@ -45,7 +45,7 @@ impl BarDevice for Registers {
     fn set_bus_master(&self, allowed: bool) {
         let bridge = lock(&self.bridge);
         let free = bridge.as_ref().is_none_or(|b| b.moving.try_lock().is_ok());
-        assert!(free, "a device stops without the bus's lock");
+        assert!(free, "the bus's lock must be free in a stop");
         lock(&self.mastered).push(allowed);
     }
 }
@@ -56,7 +56,7 @@ impl Registers {
     }
 }
 
-/// The levels of the wires, as they changed.
+/// Records each change of a wire's level.
 #[derive(Default)]
 struct Levels(Mutex<Vec<(u32, bool)>>);
 
@@ -89,7 +89,7 @@ fn bridge(vm: &Arc<FakeVm>, levels: &Arc<Levels>) -> HostBridge {
     HostBridge::new(ecam, window, wires, Some(messages))
 }
 
-/// The next device: a capability with a window into BAR 0, and `vectors` messages.
+/// Attaches a device with `vectors` messages, and a capability with a window into BAR 0.
 fn plug(bridge: &mut HostBridge, vectors: u16) -> Result<(Arc<Registers>, Arc<Interrupts>)> {
     let interrupts = bridge.interrupts(vectors)?;
     let device = Arc::new(Registers::default());
@@ -110,7 +110,7 @@ fn plug(bridge: &mut HostBridge, vectors: u16) -> Result<(Arc<Registers>, Arc<In
     Ok((device, interrupts))
 }
 
-/// A bus with a device for each number of messages.
+/// A bus with one device for each entry of `vectors`, which is its number of messages.
 fn machine(vectors: &[u16]) -> Machine {
     let (vm, levels) = (Arc::new(FakeVm::default()), Arc::new(Levels::default()));
     let mut bridge = bridge(&vm, &levels);
@@ -153,7 +153,7 @@ impl Machine {
         self.set_config(device, 0x10, u32::try_from(base).unwrap());
     }
 
-    /// Where the device has its MSI-X capability.
+    /// The offset of the device's MSI-X capability.
     fn msix(&self, device: u64) -> Option<u64> {
         let mut at = self.config(device, 0x34) & 0xff;
         while at != 0 {
@@ -193,7 +193,7 @@ fn configuration_takes_any_width() {
     assert_eq!(machine.bus.read(config_at(1, 0), 8), 0x10_0000_1042_1af4);
     assert_eq!(machine.bus.read(config_at(1, 1), 2), 0x421a);
     assert_eq!(machine.bus.read(config_at(1, 0xffc), 8), 0);
-    // BAR 0 byte by byte, and with COMMAND in one store of 8 bytes that is not aligned to 8.
+    // Write BAR 0 byte by byte, and then by an unaligned store of 8 bytes.
     machine.bus.write(config_at(1, 0x11), &[0xff]);
     machine.bus.write(config_at(1, 0x13), &[0x40]);
     assert_eq!(machine.config(1, 0x10), 0x4000_8000);
@@ -213,7 +213,7 @@ fn a_bar_is_sized_placed_and_moved() {
     machine.set_config(1, 4, MEMORY);
     assert_eq!(device.take_moves(), [Some(WINDOW)]);
     assert_eq!(machine.bus.read(WINDOW + 8, 4), 8);
-    // As a guest asks for the size without switching it off.
+    // A guest may find out a BAR's size without switching memory decoding off.
     machine.set_config(1, 0x10, 0xffff_ffff);
     assert_eq!(machine.config(1, 0x10), 0xffff_8000);
     assert_eq!(machine.bus.read(WINDOW + 8, 4), 0xffff_ffff);
@@ -221,10 +221,10 @@ fn a_bar_is_sized_placed_and_moved() {
     assert_eq!(device.take_moves(), [None, Some(WINDOW + 0x8000)]);
     machine.place(1, WINDOW + 0x1_0000);
     let moved = [None, Some(WINDOW + 0x1_0000)];
-    assert_eq!(device.take_moves(), moved, "from one place to the next");
+    assert_eq!(device.take_moves(), moved, "the old place is left first");
     machine.set_config(1, 4, 0);
     machine.set_config(1, 4, 0);
-    assert_eq!(device.take_moves(), [None], "once");
+    assert_eq!(device.take_moves(), [None], "reported once");
     assert_eq!(machine.bus.read(WINDOW + 0x1_0008, 4), 0xffff_ffff);
 }
 
@@ -237,7 +237,11 @@ fn a_bar_outside_the_window_is_nowhere() {
     }
     assert_eq!(machine.devices[0].take_moves(), []);
     machine.place(1, WINDOW_END - 0x8000);
-    assert_eq!(machine.bus.read(WINDOW_END - 8, 4), 0, "MSI-X is not there");
+    assert_eq!(
+        machine.bus.read(WINDOW_END - 8, 4),
+        0,
+        "the BAR's end reads zero"
+    );
     assert_eq!(machine.bus.read(WINDOW_END - 0x8000 + 4, 4), 4);
 }
 
@@ -252,12 +256,16 @@ fn of_two_bars_at_one_place_the_first_device_has_it() {
     machine.bus.write(WINDOW, &[1]);
     assert_eq!(lock(&first.written).len(), 1);
     assert_eq!(lock(&second.written).len(), 0);
-    // Doorbells follow moves, so these must say the same.
+    // Doorbells move with the BARs, so the devices must be notified of the same.
     assert_eq!(first.take_moves(), [Some(WINDOW)]);
     assert_eq!(second.take_moves(), [Some(WINDOW), None]);
     machine.set_config(1, 4, 0);
     assert_eq!(first.take_moves(), [None]);
-    assert_eq!(second.take_moves(), [Some(WINDOW)], "it is free again");
+    assert_eq!(
+        second.take_moves(),
+        [Some(WINDOW)],
+        "the place is free again"
+    );
     machine.bus.write(WINDOW, &[2]);
     assert_eq!(lock(&second.written).len(), 1);
 }
@@ -285,7 +293,11 @@ fn messages_are_set_up_through_the_bar() {
     assert_eq!(lock(&machine.vm.tables).len(), 1);
     assert_eq!(lock(&machine.vm.tables)[0][0].1.data, 7);
     assert_eq!(*lock(&machine.vm.irqfds), [1]);
-    assert_eq!(machine.bus.read(WINDOW + 0x5000, 4), 0, "the kernel has it");
+    assert_eq!(
+        machine.bus.read(WINDOW + 0x5000, 4),
+        0,
+        "the kernel takes the signal"
+    );
     machine.set_config(2, at, 0);
     assert!(!interrupts.uses_messages());
     assert!(lock(&machine.vm.irqfds).is_empty());
@@ -314,7 +326,7 @@ fn a_device_hears_of_each_change_of_bus_mastering() {
         machine.set_config(1, 4, command);
     }
     assert_eq!(heard(), [true, false]);
-    // Whatever the width, and where the store begins.
+    // The width of the store, and where it begins, do not matter.
     machine.bus.write(config_at(1, 4), &[4]);
     machine.bus.write(config_at(1, 0), &[0; 8]);
     machine.bus.write(config_at(1, 5), &[4]);
@@ -393,7 +405,8 @@ fn configuration_has_a_window_into_the_bar() {
     assert_eq!(*lock(&machine.devices[0].written), [(0x14, vec![3])]);
     aim(0x400c, 4);
     assert_eq!(machine.config(1, DATA), 1, "MSI-X entries are masked");
-    // Not of the length set, not aligned, outside, in another BAR: plain bytes.
+    // Such accesses do not reach the BAR: another length than the one set, an unaligned offset, an
+    // offset outside the BAR, and another BAR.
     for (offset, length) in [
         (0x14, 2),
         (0x15, 4),
@@ -419,7 +432,8 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-/// Stores and loads of every width: all over both ranges, but mostly where something is.
+/// Does random stores and loads of every width, all over both ranges, but mostly where there are
+/// registers.
 #[test]
 fn nothing_a_guest_does_breaks_the_bus() {
     let machine = machine(&[0, 4, 1]);
@@ -455,7 +469,7 @@ fn nothing_a_guest_does_breaks_the_bus() {
     for bar in bars {
         assert_eq!(machine.bus.read(bar + 4, 4), 4, "{bar:#x} is mapped");
     }
-    // Each move is a change, and none goes from a place to a place.
+    // Each call of `moved` is a change, and between two places there is always a `None`.
     for device in &machine.devices {
         let moves = lock(&device.moves);
         assert!(moves.len() > 10, "moves were tried");

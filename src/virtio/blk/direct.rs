@@ -1,7 +1,9 @@
-//! A file past the host's page cache (O_DIRECT), which takes whole units of memory and of the file only.
+//! Access to a file past the host's page cache (O_DIRECT). The host then takes only whole units of
+//! memory and of the file.
 //!
-//! The disk stays as it is without that: what does not fit goes through a buffer that does, and what
-//! covers a unit of the file in part is read, changed and written as a whole.
+//! The guest sees no difference. A request that does not fit the units goes through a buffer that
+//! does. If it covers a unit of the file only in part, that unit is read, changed and written as a
+//! whole.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,32 +16,34 @@ use rustix::fs::{AtFlags, StatxFlags, ioctl_blksszget, statx};
 use super::file::{read_all, read_some, uninterrupted, write_all, write_some};
 use crate::memory::Pieces;
 
-/// Bytes that go through a buffer at once, where a unit is not more.
+/// The most bytes that go through a buffer at once, unless a unit is larger.
 const BUFFER: u64 = 64 << 10;
-/// Units of more than this are not believed.
+/// A larger unit is taken for an error of the host.
 const UNIT_MAX: u32 = 1 << 20;
-/// What every host takes.
+/// A unit in bytes that every host accepts.
 const PAGE: u32 = 4096;
 
-/// What the host wants addresses and lengths to be multiples of, in bytes: powers of two.
+/// Addresses and lengths must be multiples of these numbers of bytes. Both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Units {
-    /// Addresses in memory.
+    /// For addresses in memory.
     pub memory: usize,
-    /// Offsets and lengths in the file, and the length of each piece of memory.
+    /// For offsets and lengths in the file, and for the length of each piece of memory.
     pub file: u64,
 }
 
 impl Units {
-    /// What the host tells of `file` by STATX_DIOALIGN (Linux 6.1). Where it tells nothing, a block
-    /// device takes its own blocks, and a file is believed to take pages only.
+    /// Asks the host for the units of `file` with STATX_DIOALIGN (Linux 6.1). If the host does not
+    /// know them, uses a block device's own block size, and whole pages for a regular file.
     pub(super) fn of(file: &File, is_regular: bool) -> Self {
-        let told = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-        let told = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-        let told = told.map(|told| (told.stx_dio_mem_align, told.stx_dio_offset_align));
+        let reported = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+        let reported =
+            reported.filter(|reported| reported.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+        let reported =
+            reported.map(|reported| (reported.stx_dio_mem_align, reported.stx_dio_offset_align));
         let is_unit = |unit: u32| unit.is_power_of_two() && unit <= UNIT_MAX;
-        let told = told.filter(|(memory, file)| is_unit(*memory) && is_unit(*file));
-        let (memory, file) = told.unwrap_or_else(|| {
+        let reported = reported.filter(|(memory, file)| is_unit(*memory) && is_unit(*file));
+        let (memory, file) = reported.unwrap_or_else(|| {
             let block = ioctl_blksszget(file).ok().filter(|block| is_unit(*block));
             let unit = block.filter(|_| !is_regular).unwrap_or(PAGE);
             (unit, unit)
@@ -51,25 +55,28 @@ impl Units {
     }
 }
 
-/// How to reach a file that was opened with O_DIRECT.
+/// Access to a file that was opened with O_DIRECT.
 pub(super) struct Direct {
     units: Units,
-    /// Requests may cover a unit in part.
+    /// Whether the guest's blocks are smaller than a unit, so that a request may cover a unit in
+    /// part.
     is_coarse: bool,
-    /// Held shared by writes of whole units, and alone from the read to the write of one that is
-    /// covered in part; not at all where there is no such thing.
+    /// Writes of whole units hold this shared. A write that covers a unit in part holds it
+    /// exclusively from the read to the write of that unit. Not used if there are no such writes.
     blocks: RwLock<()>,
-    /// Where the last whole unit of the file ends.
+    /// Offset of the end of the file's last whole unit.
     edge: u64,
-    /// The same file through the page cache, for what is behind that: a whole unit would make it longer.
+    /// The same file through the page cache, for the bytes after `edge`. To write those as a whole
+    /// unit would make the file longer.
     tail: Option<File>,
 }
 
 impl Direct {
-    /// For a file of which the guest sees `len` bytes in blocks of `block_size`; `reopen` opens it again.
+    /// `len` is the number of bytes that the guest sees, in blocks of `block_size`. `reopen` opens
+    /// the file again, through the page cache.
     ///
     /// # Errors
-    /// The file has a part behind its last unit, and cannot be opened again for that.
+    /// Fails if the file does not end with a whole unit and cannot be opened again.
     pub(super) fn new(
         units: Units,
         len: u64,
@@ -88,7 +95,7 @@ impl Direct {
         })
     }
 
-    /// Whether the host takes `pieces` at `offset` as they are.
+    /// Whether the host takes `pieces` at `offset` without a buffer.
     pub(super) fn fits(&self, pieces: &Pieces, offset: u64) -> bool {
         let length = usize::try_from(self.units.file).unwrap_or(usize::MAX);
         offset % self.units.file == 0
@@ -96,16 +103,16 @@ impl Direct {
             && pieces.are_multiples(self.units.memory, length)
     }
 
-    /// Whether the host takes them as a write that nobody waits for: not where that could meet one that
-    /// is read, changed and written.
+    /// Whether io_uring may write `pieces` at `offset` without a buffer. It must not if another
+    /// write could read, change and write the same unit meanwhile.
     pub(super) fn fits_write(&self, pieces: &Pieces, offset: u64) -> bool {
         !self.is_coarse && self.fits(pieces, offset)
     }
 
-    /// Fills `pieces` with what is at `offset`.
+    /// Fills `pieces` with the bytes at `offset`.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host cannot read the file, or if the file ends before.
     pub(super) fn read(&self, file: &File, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
         let mut rest = self.split(pieces, offset);
         while !pieces.is_empty() {
@@ -122,7 +129,7 @@ impl Direct {
     /// Writes `pieces` at `offset`.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host cannot write the file, or cannot read a unit that is written in part.
     pub(super) fn write(
         &self,
         file: &File,
@@ -147,10 +154,10 @@ impl Direct {
         write_all(tail, &mut rest, offset, usize::MAX)
     }
 
-    /// Writes zeros, for hosts that have no quicker way.
+    /// Writes zeros, for hosts where fallocate(2) cannot do it.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host cannot write the file, or cannot read a unit that is written in part.
     pub(super) fn write_zeros(&self, file: &File, mut offset: u64, length: u64) -> io::Result<()> {
         let end = offset + length;
         while offset < end.min(self.edge) {
@@ -161,20 +168,21 @@ impl Direct {
         super::file::write_zeros(tail, offset, end - offset)
     }
 
-    /// Runs `call`, which changes the file in the kernel, while no unit is being changed here.
+    /// Runs `call`, which changes the file inside the kernel, while no unit is read, changed and
+    /// written.
     pub(super) fn between_changes<T>(&self, call: impl FnOnce() -> T) -> T {
         let _whole = self.lock_whole();
         call()
     }
 
-    /// Cuts off what is behind the last whole unit.
+    /// Splits off the part of `pieces` that lies after the last whole unit.
     fn split(&self, pieces: &mut Pieces, offset: u64) -> Pieces {
         let before = self.edge.saturating_sub(offset);
         pieces.split_off(usize::try_from(before).unwrap_or(usize::MAX))
     }
 
-    /// The units that hold `length` bytes at `offset`, or the first of them: where they start, and a
-    /// buffer for them.
+    /// Returns a buffer for the units that contain `length` bytes at `offset`, or for the first of
+    /// those units. Also returns the offset of the first unit.
     fn buffer(&self, offset: u64, length: u64) -> (u64, Buffer) {
         let unit = self.units.file;
         let start = offset - offset % unit;
@@ -184,7 +192,8 @@ impl Direct {
         (start, Buffer::new(count, self.units.memory))
     }
 
-    /// Reads the start of `pieces` through a buffer, and tells how many bytes it took off.
+    /// Reads the start of `pieces` through a buffer. Removes what it has read from `pieces`, and
+    /// returns its length.
     fn read_through(&self, file: &File, pieces: &mut Pieces, offset: u64) -> io::Result<u64> {
         let (start, mut buffer) = self.buffer(offset, pieces.len() as u64);
         let got = uninterrupted(|| file.read_at(buffer.bytes(), start))?;
@@ -199,8 +208,8 @@ impl Direct {
         }
     }
 
-    /// Writes the first of `length` bytes at `offset` through a buffer that `fill` fills, and tells how
-    /// many.
+    /// Writes the first of `length` bytes at `offset` through a buffer, which `fill` fills. Returns
+    /// how many bytes it has written.
     fn write_through(
         &self,
         file: &File,
@@ -238,16 +247,16 @@ impl Direct {
     }
 }
 
-/// Reads a unit that is to be changed in part.
+/// Reads a unit that will be changed in part.
 fn read_unit(file: &File, at: u64, unit: &mut [u8]) -> io::Result<()> {
     match uninterrupted(|| file.read_at(unit, at))? {
         count if count == unit.len() => Ok(()),
-        // The image was truncated: no zeros in place of what is gone.
+        // The image was truncated. Zeros in place of the lost bytes would hide that.
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 
-/// Bytes that start at a multiple of the host's unit of memory.
+/// A buffer whose address is a multiple of the host's unit of memory.
 struct Buffer {
     bytes: Vec<u8>,
     start: usize,
@@ -257,7 +266,7 @@ struct Buffer {
 impl Buffer {
     fn new(length: usize, unit: usize) -> Self {
         let bytes = vec![0; length + unit];
-        // Never more than `unit`, which is a power of two.
+        // `unit` is a power of two, so the offset is less than `unit`.
         let start = bytes.as_ptr().align_offset(unit).min(unit);
         Self {
             bytes,

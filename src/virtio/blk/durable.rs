@@ -1,9 +1,10 @@
-//! What of a disk is known to be lost, and who syncs it.
+//! Syncs a disk's file, and keeps track of lost data.
 //!
-//! Linux tells of data that it could not write back once for each open file, to whoever asks first, and
-//! it is gone then (`Documentation/filesystems/vfs.rst`, "Handling errors during writeback"). So one
-//! thread syncs at a time, for all that wait, by an open file that nobody writes through, and what a
-//! failure covers is counted for all of them.
+//! When Linux cannot write data back, it reports that only once for each open file, to the first
+//! caller who syncs, and the data is lost (`Documentation/filesystems/vfs.rst`, "Handling errors
+//! during writeback"). Therefore only one thread syncs at a time, on behalf of all that wait. It
+//! uses an open file through which nobody writes. A failure counts for every write that it may
+//! concern.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,12 +12,12 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::util::sync::lock;
 
-/// How many failures there had been: what is written later is not in them.
+/// A point in time: the number of failures before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mark(u64);
 
 impl Mark {
-    /// Before everything.
+    /// The point before all writes.
     pub(super) const FIRST: Self = Self(0);
 }
 
@@ -28,7 +29,7 @@ pub(super) struct Durable {
     ended: Condvar,
 }
 
-/// Syncs so far. One at a time: `begun` is `ended`, or one more.
+/// Numbers of syncs so far. Only one runs at a time: `begun` equals `ended` or is one more.
 #[derive(Default)]
 struct Syncs {
     begun: u64,
@@ -36,21 +37,23 @@ struct Syncs {
 }
 
 impl Durable {
-    /// Where a write begins.
+    /// Returns the mark for a write that begins now.
     pub(super) fn mark(&self) -> Mark {
         Mark(self.failures.load(Ordering::Acquire))
     }
 
-    /// Whether something that was written before `mark`, or was on its way since, is lost.
+    /// Whether a sync has failed since `mark`. If so, data that was not durable then, or was
+    /// written since, may be lost.
     pub(super) fn is_lost_since(&self, mark: Mark) -> bool {
         self.mark() != mark
     }
 
-    /// Returns when a sync has ended that began after this was called: by `sync` on this thread or by
-    /// another caller's. Whether it made everything durable tells [`Durable::is_lost_since`].
+    /// Waits for a sync that begins after this call. `sync` runs on this thread, or another
+    /// caller's `sync` on its thread. Call [`Durable::is_lost_since`] then to find out whether all
+    /// data is durable.
     ///
     /// # Errors
-    /// That of `sync`, where this thread ran it.
+    /// Fails if this thread ran `sync`, and it failed.
     pub(super) fn sync(&self, sync: impl Fn() -> io::Result<()>) -> io::Result<()> {
         let mut syncs = lock(&self.syncs);
         let mine = syncs.begun + 1;
@@ -62,7 +65,7 @@ impl Durable {
             }
             syncs.begun += 1;
             drop(syncs);
-            // Counted before anyone can see that the sync has ended.
+            // The failure is counted before another thread can see that the sync has ended.
             let result = sync();
             if result.is_err() {
                 self.failures.fetch_add(1, Ordering::AcqRel);
@@ -84,11 +87,11 @@ mod tests {
 
     const WRITERS: usize = 8;
 
-    /// A file whose one error is told once, to the first sync.
+    /// The file reports its one error once, to the first sync.
     #[test]
     fn an_error_told_once_is_everyones() {
-        let (durable, told) = (Durable::default(), AtomicU64::new(0));
-        let once = || match told.fetch_add(1, Ordering::AcqRel) {
+        let (durable, calls) = (Durable::default(), AtomicU64::new(0));
+        let once = || match calls.fetch_add(1, Ordering::AcqRel) {
             0 => Err(io::Error::from_raw_os_error(libc::EIO)),
             _ => Ok(()),
         };
@@ -101,13 +104,13 @@ mod tests {
             writers.map(|writer| writer.join().unwrap())
         });
         assert_eq!(acknowledged, [false; WRITERS]);
-        // What begins later was not lost with them; what was flushed never, is.
+        // A write that begins later is not affected. A check of all writes is.
         let later = durable.mark();
         assert!(durable.sync(once).is_ok() && !durable.is_lost_since(later));
         assert!(durable.is_lost_since(Mark::FIRST));
     }
 
-    /// A sync that is at work already is not enough: it may have begun before the write had ended.
+    /// A sync that is already running is not enough: it may have begun before the write ended.
     #[test]
     fn a_sync_begins_after_what_it_covers() {
         let (durable, count) = (Durable::default(), AtomicU64::new(0));
@@ -137,7 +140,7 @@ mod tests {
                 });
             }
             coming.iter().take(WRITERS).for_each(drop);
-            assert_eq!(count.load(Ordering::Acquire), 0, "one at a time");
+            assert_eq!(count.load(Ordering::Acquire), 0, "one sync at a time");
             end.send(()).unwrap();
         });
     }

@@ -1,4 +1,5 @@
-//! A request done here and now, in steps: between them the worker looks whether a reset cancels it.
+//! Executes one request at once, in steps. Between two steps the worker checks whether a reset
+//! cancels the request.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -9,27 +10,27 @@ use crate::memory::Pieces;
 use crate::util::guest_warn;
 use crate::virtio::stop::Stop;
 
-/// Bytes of one step: a driver can ask for 4 GiB at once, by naming the same RAM again and again. Linux's
-/// asks for less than this.
+/// Bytes of one step. A driver can ask for 4 GiB in one request, by naming the same RAM again and
+/// again. Linux's requests are smaller than a step.
 pub(super) const STEP: usize = 4 << 20;
 
-/// How a request ended, as its driver is told.
+/// The result of a request, as reported to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outcome {
-    /// Its status.
+    /// The status byte.
     pub status: Status,
     /// Bytes written from the start of the room for data.
     pub data: usize,
 }
 
 impl Outcome {
-    /// As asked, with so many bytes of data.
+    /// The request succeeded, and `data` bytes were read.
     pub(super) fn ok(data: usize) -> Self {
         let status = Status::Ok;
         Self { status, data }
     }
 
-    /// Not as asked. How much data came before that is not known.
+    /// The request failed. How many bytes were read is unknown, so none are reported.
     fn not(status: Status) -> Self {
         Self { status, data: 0 }
     }
@@ -37,9 +38,9 @@ impl Outcome {
 
 /// Why a request was not done.
 enum Unfinished {
-    /// A reset cancels it.
+    /// A reset cancelled it.
     Stopped,
-    /// The host's, or the driver's.
+    /// The host or the driver caused an error.
     Failed(io::Error),
 }
 
@@ -50,8 +51,8 @@ impl From<io::Error> for Unfinished {
 }
 
 impl Shared {
-    /// Does `request`. None where a reset cancelled it: the driver is told nothing then, as when the power
-    /// goes. A pause waits for its end.
+    /// Executes `request`. Returns `None` if a reset cancelled it. The driver then gets no result,
+    /// as in a power failure. A pause does not cancel.
     pub(super) fn execute(&self, request: &mut Request, stop: &Stop) -> Option<Outcome> {
         if stop.cancels() {
             return None;
@@ -77,7 +78,7 @@ impl Shared {
                 each(ranges, stop, |range| image.discard(range)).map(|()| 0)
             }
             Operation::Flush => image.flush().map(|()| 0).map_err(Unfinished::from),
-            Operation::Id => Ok(self.tell_id(data)),
+            Operation::Id => Ok(self.write_id(data)),
             Operation::Unsupported => return Some(Outcome::not(Status::Unsupported)),
         };
         match done {
@@ -87,12 +88,12 @@ impl Shared {
         }
     }
 
-    /// Whether each write is durable when it ends.
+    /// Whether each write must be durable before its request ends.
     pub(super) fn is_through(&self) -> bool {
         self.through.load(Ordering::Acquire)
     }
 
-    /// Runs `write`, and makes it durable if each write is to be.
+    /// Runs `write`, and syncs afterwards if each write must be durable.
     fn kept(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mark = self.image.mark();
         write()?;
@@ -103,7 +104,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Runs `step` on `data`, whose place on the disk is `offset`, so many bytes at a time.
+    /// Runs `step` on `data` in pieces of at most [`STEP`] bytes. `offset` is where the data is on
+    /// the disk.
     fn in_steps(
         &self,
         data: &mut Pieces,
@@ -124,7 +126,8 @@ impl Shared {
         Ok(step(data, offset)?)
     }
 
-    /// `operation`, with `length` bytes of data, failed with `error`.
+    /// Logs that `operation`, with `length` bytes of data, failed with `error`. Returns an I/O
+    /// error for the driver.
     pub(super) fn failed(
         &self,
         operation: &Operation,
@@ -142,12 +145,13 @@ impl Shared {
         let (name, path) = (&self.name, self.image.path());
         guest_warn!(
             self.failures,
-            "{name} ({path:?}): Failed to {act}: {error}; the guest was told"
+            "{name} ({path:?}): Failed to {act}: {error}; the guest got an I/O error"
         );
         Outcome::not(Status::IoError)
     }
 
-    fn tell_id(&self, room: &Pieces) -> usize {
+    /// Writes the disk's name to `room`, padded with zeros. Returns the number of bytes written.
+    fn write_id(&self, room: &Pieces) -> usize {
         let mut id = [0; ID_BYTES];
         let name = self.name.as_bytes();
         let count = name.len().min(ID_BYTES);
@@ -156,7 +160,8 @@ impl Shared {
     }
 }
 
-/// Runs `call` for each of `ranges`, none of which is long.
+/// Runs `call` for each of `ranges`. None of them is long, so a reset is checked for only in
+/// between.
 fn each(
     ranges: &[Range],
     stop: &Stop,

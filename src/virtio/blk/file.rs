@@ -1,4 +1,4 @@
-//! What rvmm does with the files of disks: whole transfers, holes and zeros.
+//! System calls on disks' files: whole transfers, holes and zeros.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -11,7 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::memory::Pieces;
 
-/// `include/uapi/linux/magic.h`.
+/// From `include/uapi/linux/magic.h`.
 mod magic {
     pub(super) const RAMFS: u64 = 0x8584_58f6;
     pub(super) const TMPFS: u64 = 0x0102_1994;
@@ -19,54 +19,59 @@ mod magic {
     pub(super) const CIFS: u64 = 0xff53_4d42;
 }
 
-/// What kind of file system a regular file is on.
+/// Returns the type of the file system that contains `file`.
 fn magic(file: &File) -> Option<u64> {
     let system = fstatfs(file).ok()?;
     u64::try_from(system.f_type).ok()
 }
 
-/// Whether the file is in the host's memory alone. Such file systems cannot say that a request would
-/// wait (RWF_NOWAIT): io_uring hands each to another thread, which takes longer than to serve it.
+/// Whether the file is on a file system in the host's RAM. Such file systems do not support
+/// RWF_NOWAIT, so io_uring would pass each request to another thread. That takes longer than to
+/// serve the request here.
 pub(super) fn is_in_memory(file: &File) -> bool {
-    // Of a device it would be where its node is, which is a tmpfs too.
+    // For a device, fstatfs gives the file system of the device's node, which is a tmpfs too.
     let is_device = !file.metadata().is_ok_and(|metadata| metadata.is_file());
     !is_device && matches!(magic(file), Some(magic::RAMFS | magic::TMPFS))
 }
 
-/// Whether flock(2) on `file` is a lock on all of its bytes: others' locks on single bytes would meet it
+/// Whether flock(2) on `file` locks all of its bytes, and so conflicts with locks on single bytes
 /// (`fs/nfs/file.c`, nfs_flock; `fs/smb/client/file.c`, cifs_flock).
 pub(super) fn flock_is_by_bytes(file: &File) -> bool {
     matches!(magic(file), Some(magic::NFS | magic::CIFS))
 }
 
-/// Opens the file at `path`, which is `file`, once more: an open file of its own, with errors of its own.
+/// Opens `file`, whose path is `path`, again. The result is an open file of its own, to which Linux
+/// reports write errors separately.
 ///
 /// # Errors
-/// It cannot be opened, or another file has that name now.
+/// Fails if the file cannot be opened, or if another file now has this path.
 pub(super) fn reopen(file: &File, path: &Path, how: &OpenOptions) -> io::Result<File> {
-    // By its descriptor it is the same whatever happened to its name; but a chroot may have no /proc.
+    // /proc/self/fd gives the same file even if it was renamed or deleted; but a chroot may lack
+    // /proc.
     if let Ok(again) = how.open(format!("/proc/self/fd/{}", file.as_raw_fd())) {
         return Ok(again);
     }
     let again = how.open(path)?;
     let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
     if identity(again.metadata()?) != identity(file.metadata()?) {
-        return Err(io::Error::other("another file has its name now"));
+        return Err(io::Error::other("another file now has this path"));
     }
     Ok(again)
 }
 
-/// Linux, of 6.12 at least, writes to tmpfs a page at a time, and before each page looks at all that is
-/// left: a large write takes the square of its length.
+/// Returns the most bytes to write at once. Linux (at least 6.12) writes to tmpfs page by page, and
+/// before each page looks at all pages that are left: the time for a large write grows with the
+/// square of its length.
 pub(super) fn write_step(file: &File) -> usize {
     const STEP: usize = 32 << 10;
     if is_in_memory(file) { STEP } else { usize::MAX }
 }
 
-/// Runs a call to fallocate(2), again where a signal ended it. False where the host cannot do that.
+/// Runs a call to fallocate(2), and repeats it if a signal interrupts it. Returns false if the host
+/// does not support the operation.
 ///
 /// # Errors
-/// Others of the host's.
+/// Fails with any other error of the host.
 pub(super) fn fallocated(call: impl FnMut() -> Result<(), Errno>) -> io::Result<bool> {
     match retry_on_intr(call) {
         Ok(()) => Ok(true),
@@ -77,10 +82,10 @@ pub(super) fn fallocated(call: impl FnMut() -> Result<(), Errno>) -> io::Result<
     }
 }
 
-/// Fills `pieces` from `fd`; a file that ends before is an error.
+/// Fills `pieces` from `fd`, starting at `offset`.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the host cannot read the file, or if the file ends before.
 pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> io::Result<()> {
     while !pieces.is_empty() {
         offset += read_some(fd, pieces, offset)?;
@@ -88,10 +93,11 @@ pub(super) fn read_all(fd: BorrowedFd, pieces: &mut Pieces, mut offset: u64) -> 
     Ok(())
 }
 
-/// Takes what one call reads off `pieces`, and tells how many bytes that are; more than none.
+/// Reads the start of `pieces` with one call. Removes what it has read from `pieces`, and returns
+/// its length, which is at least 1.
 ///
 /// # Errors
-/// The file ends here, or the host's.
+/// Fails if the host cannot read the file, or if the file ends at `offset`.
 pub(super) fn read_some(fd: BorrowedFd, pieces: &mut Pieces, offset: u64) -> io::Result<u64> {
     match uninterrupted(|| pieces.read_at(fd, offset))? {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -102,10 +108,10 @@ pub(super) fn read_some(fd: BorrowedFd, pieces: &mut Pieces, offset: u64) -> io:
     }
 }
 
-/// Writes all of `pieces`, `step` bytes at a time.
+/// Writes all of `pieces`, at most `step` bytes at a time.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the host cannot write the file.
 pub(super) fn write_all(
     file: &File,
     pieces: &mut Pieces,
@@ -118,10 +124,11 @@ pub(super) fn write_all(
     Ok(())
 }
 
-/// Takes what one call writes off `pieces`, and tells how many bytes that are; more than none.
+/// Writes the start of `pieces` with one call. Removes what it has written from `pieces`, and
+/// returns its length, which is at least 1.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the host cannot write the file.
 pub(super) fn write_some(
     file: &File,
     pieces: &mut Pieces,
@@ -137,10 +144,10 @@ pub(super) fn write_some(
     }
 }
 
-/// Writes zeros, for hosts that have no quicker way.
+/// Writes zeros, for hosts where fallocate(2) cannot do it.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the host cannot write the file.
 pub(super) fn write_zeros(file: &File, offset: u64, length: u64) -> io::Result<()> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut done = 0;
@@ -153,10 +160,10 @@ pub(super) fn write_zeros(file: &File, offset: u64, length: u64) -> io::Result<(
     Ok(())
 }
 
-/// Reads as much as there is, up to the length of `bytes`.
+/// Reads up to the length of `bytes`, or up to the end of the file. Returns the number of bytes.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the host cannot read the file.
 pub(super) fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < bytes.len() {
@@ -168,10 +175,10 @@ pub(super) fn read_up_to(file: &File, offset: u64, bytes: &mut [u8]) -> io::Resu
     Ok(done)
 }
 
-/// Runs `call` again where a signal ended it.
+/// Runs `call`, and repeats it if a signal interrupts it.
 ///
 /// # Errors
-/// Others of its.
+/// Fails with any other error of `call`.
 pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -198,7 +205,7 @@ mod tests {
         let run = |answers: &[Result<(), Errno>]| {
             let mut answers = answers.iter();
             let result = fallocated(|| *answers.next().unwrap());
-            assert!(answers.next().is_none(), "all were asked for");
+            assert!(answers.next().is_none(), "all answers were used");
             result.map_err(|error| error.raw_os_error())
         };
         assert_eq!(run(&[Err(Errno::INTR), Err(Errno::INTR), Ok(())]), Ok(true));

@@ -1,4 +1,4 @@
-//! What an image's first bytes say it is: rvmm reads raw ones only.
+//! Recognizes image formats by their first bytes. rvmm supports raw images only.
 
 use std::fs::File;
 use std::io;
@@ -6,12 +6,12 @@ use std::path::Path;
 
 use super::file::read_up_to;
 
-/// Bytes that tell.
+/// Number of bytes to look at.
 const HEAD: usize = 512;
 
-/// Formats of other programs, and what begins at which byte of them.
+/// Formats of other programs: name, offset of the magic number, magic number.
 const KNOWN: [(&str, usize, &[u8]); 9] = [
-    // docs/interop/qcow2.rst of QEMU; version 1 has the same bytes.
+    // From QEMU's docs/interop/qcow2.rst. Version 1 has the same magic number.
     ("qcow2", 0, b"QFI\xfb"),
     ("qed", 0, b"QED\0"),
     ("vmdk", 0, b"KDMV"),
@@ -19,15 +19,16 @@ const KNOWN: [(&str, usize, &[u8]); 9] = [
     ("vmdk", 0, b"# Disk DescriptorFile"),
     ("vdi", 64, &[0x7f, 0x10, 0xda, 0xbe]),
     ("vhdx", 0, b"vhdxfile"),
-    // A dynamic one; a fixed one is a raw image with 512 bytes behind it.
+    // A dynamic image. A fixed image is a raw image followed by 512 bytes.
     ("vpc", 0, b"conectix"),
     ("parallels", 0, b"WithoutFreeSpace"),
 ];
 
-/// The name that qemu-img has for the format of the image at `path`, if it is a known one that is not raw.
+/// Returns qemu-img's name for the format of the image at `path`. `None` if the format is raw or
+/// unknown.
 ///
 /// # Errors
-/// The host's.
+/// Fails if the image cannot be opened or read.
 pub(super) fn foreign(path: &Path) -> io::Result<Option<&'static str>> {
     let mut head = [0; HEAD];
     let count = read_up_to(&File::open(path)?, 0, &mut head)?;

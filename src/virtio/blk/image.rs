@@ -1,4 +1,4 @@
-//! What is behind a disk: a raw image or a block device of the host.
+//! The content of a disk: a raw image file, or a block device of the host.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -22,54 +22,54 @@ use crate::config::{Cache, DiskConfig, DiskFormat};
 use crate::memory::Pieces;
 use crate::util::ByteSize;
 
-/// Why a disk cannot be had.
+/// Why a disk could not be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// The host said no.
+    /// The host reported an error.
     #[error("Failed to open disk {path:?}: {error}{}", hint(.error, *.writes))]
     Open {
-        /// Which.
+        /// The disk's file.
         path: PathBuf,
-        /// Whether the guest is to write it.
+        /// Whether rvmm would write to the file.
         writes: bool,
-        /// Why.
+        /// The host's error.
         error: io::Error,
     },
-    /// A directory, a pipe, a terminal.
+    /// The path is a directory, a pipe or a terminal, for example.
     #[error("Failed to open disk {0:?}: neither a file nor a block device")]
     Kind(PathBuf),
-    /// Not a whole sector in it.
+    /// The file is smaller than one sector.
     #[error(
-        "Failed to open disk {0:?}: it has no {SECTOR} bytes, the least a disk can have: is this the \
-         right file? truncate -s 1G NEW makes an empty disk"
+        "Failed to open disk {0:?}: it has less than {SECTOR} bytes, the smallest size of a disk: \
+         is this the right file? truncate -s 1G NEW makes an empty disk"
     )]
     Empty(PathBuf),
-    /// Another program's image.
+    /// The image has the format of another program.
     #[error(
-        "Failed to open disk {path:?}: it is a {format} image, and rvmm reads raw ones: qemu-img \
-         convert -O raw {path:?} NEW makes one; format=raw takes this one as it is"
+        "Failed to open disk {path:?}: it is a {format} image, and rvmm reads only raw images: \
+         qemu-img convert -O raw {path:?} NEW makes one; format=raw takes this file as it is"
     )]
     Format {
-        /// Which.
+        /// The disk's file.
         path: PathBuf,
-        /// As qemu-img calls it.
+        /// qemu-img's name for the format.
         format: &'static str,
     },
-    /// In use.
+    /// Another process uses the image.
     #[error(
-        "Failed to lock disk {0:?}: another process uses it: end that one; several can read it, \
-         each with readonly or snapshot=on"
+        "Failed to lock disk {0:?}: another process uses it: stop that process, or use readonly or \
+         snapshot=on in both"
     )]
     Locked(PathBuf),
-    /// Nowhere to keep what the guest writes.
+    /// The file for the guest's writes could not be created.
     #[error(
-        "Failed to make a file for a disk's snapshot in {directory:?}: {error}: \
+        "Failed to create a file for a disk's snapshot in {directory:?}: {error}: \
          snapshot-dir=DIR chooses another place"
     )]
     Snapshot {
-        /// Where.
+        /// The directory.
         directory: PathBuf,
-        /// Why.
+        /// The host's error.
         error: io::Error,
     },
 }
@@ -79,39 +79,42 @@ fn hint(error: &io::Error, writes: bool) -> &'static str {
         Some(libc::EACCES | libc::EROFS | libc::EPERM) if writes => {
             ": readonly or snapshot=on needs no permission to write"
         }
-        Some(libc::EINVAL) => ": its file system may know no O_DIRECT: leave out direct",
-        Some(libc::EBUSY) => ": the host itself uses it, as a mounted file system does",
+        Some(libc::EINVAL) => ": its file system may not support O_DIRECT: leave out direct",
+        Some(libc::EBUSY) => ": the host itself uses it, for example as a mounted file system",
         _ => "",
     }
 }
 
-/// An open image. Many threads may use it at once.
+/// An open image. Several threads may use it at once.
 pub struct Image {
     path: PathBuf,
-    /// Not closed before the end, whoever else has it: a close can take an error that a flush is to tell.
+    /// Kept open until the image is dropped, even when rings that share it end: a close can take
+    /// the error that a later flush must report.
     file: Arc<File>,
-    /// The same file, through which nobody writes: some file systems tell of earlier writes' errors by a
-    /// write too (NFS), and a sync of the same open file would find none.
+    /// The same file, opened again for syncs. Nobody writes through it: on some file systems (NFS)
+    /// a write reports the errors of earlier writes too, and a sync of the same open file would
+    /// miss them.
     synced: File,
-    /// Bytes that the guest sees, whole sectors.
+    /// Size in bytes that the guest sees, whole sectors.
     len: u64,
-    /// A file that could be truncated.
+    /// Whether it is a regular file, which can be truncated.
     is_regular: bool,
     block_size: u32,
     read_only: bool,
     cache: Cache,
     overlay: Option<Overlay>,
     direct: Option<Direct>,
-    /// Bytes that one write to the file, or to the overlay, is to have at most.
+    /// Most bytes of a single write to the file, or to the overlay.
     step: usize,
     durable: Durable,
 }
 
 impl Image {
-    /// Opens and locks what `config` names: for this process alone if it writes.
+    /// Opens and locks the image that `config` names: exclusively if rvmm writes to it, otherwise
+    /// shared with other readers.
     ///
     /// # Errors
-    /// [`OpenError`], one line.
+    /// Fails with an [`OpenError`], whose message is one line.
     pub fn open(config: &DiskConfig) -> Result<Self, OpenError> {
         let path = config.path.as_path();
         let writes = !config.readonly && !config.snapshot;
@@ -143,8 +146,8 @@ impl Image {
         }
         if rest > 0 {
             warn!(
-                "disk {path:?}: its last {rest} bytes are no sector of {SECTOR} bytes: the guest does \
-                 not see them"
+                "disk {path:?}: its last {rest} bytes are not a whole sector of {SECTOR} bytes: \
+                 the guest does not see them"
             );
         }
         let is_regular = metadata.is_file();
@@ -176,22 +179,22 @@ impl Image {
         })
     }
 
-    /// For messages.
+    /// The path, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Bytes, whole sectors.
+    /// Size in bytes, whole sectors.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether it has no sector: never, once open.
+    /// Always false: an image without a sector cannot be opened.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// What requests are to be multiples of, in bytes.
+    /// The block size in bytes. Offsets and lengths of requests must be multiples of it.
     pub fn block_size(&self) -> u32 {
         self.block_size
     }
@@ -206,29 +209,31 @@ impl Image {
         self.cache != Cache::Writethrough
     }
 
-    /// The file, for requests that need not wait for each other: none where there is an overlay, or
-    /// where none of them would wait.
+    /// Returns the file for io_uring, where requests do not wait for each other. `None` if there is
+    /// an overlay, or if requests to the file never wait (it is in RAM).
     pub(super) fn unwaiting(&self) -> Option<Arc<File>> {
         let waits = self.overlay.is_none() && !is_in_memory(&self.file);
         waits.then(|| Arc::clone(&self.file))
     }
 
-    /// Whether that file takes a read of `pieces` at `offset`, a range of the disk, as it is.
+    /// Whether io_uring may read `pieces` at `offset`, which must be a range of the disk, without a
+    /// buffer.
     pub(super) fn fits_read(&self, pieces: &Pieces, offset: u64) -> bool {
         let direct = self.direct.as_ref();
         direct.is_none_or(|direct| direct.fits(pieces, offset))
     }
 
-    /// The same for a write.
+    /// Whether io_uring may write `pieces` at `offset` without a buffer.
     pub(super) fn fits_write(&self, pieces: &Pieces, offset: u64) -> bool {
         let direct = self.direct.as_ref();
         direct.is_none_or(|direct| direct.fits_write(pieces, offset))
     }
 
-    /// Fills `pieces` with what is at `offset`.
+    /// Fills `pieces` with the bytes at `offset`.
     ///
     /// # Errors
-    /// Out of range, or the host's; the pieces may have changed in part.
+    /// Fails if the range is invalid, or if the host cannot read the file. A part of `pieces` may
+    /// have been filled.
     pub fn read(&self, pieces: &mut Pieces, offset: u64) -> io::Result<()> {
         self.check(offset, pieces.len() as u64)?;
         match (&self.overlay, &self.direct) {
@@ -241,7 +246,8 @@ impl Image {
     /// Writes `pieces` at `offset`.
     ///
     /// # Errors
-    /// Out of range, read-only, or the host's; some of it may have been written.
+    /// Fails if the range is invalid, if the disk is read-only, or if the host cannot write the
+    /// file. A part may have been written.
     pub fn write(&self, pieces: &mut Pieces, offset: u64) -> io::Result<()> {
         let len = pieces.len() as u64;
         self.check_write(offset, len)?;
@@ -256,10 +262,11 @@ impl Image {
         }
     }
 
-    /// Makes durable what was written, all of it ever.
+    /// Makes all writes so far durable.
     ///
     /// # Errors
-    /// The host's, now or ever before: what was lost then stays lost.
+    /// Fails if a sync fails now, or has failed at any time before: the data that was lost then is
+    /// still lost.
     pub fn flush(&self) -> io::Result<()> {
         if !self.is_durable() || self.read_only {
             return Ok(());
@@ -271,23 +278,23 @@ impl Image {
         self.is_kept_since(Mark::FIRST)
     }
 
-    /// Where a write begins that [`Image::is_kept_since`] is asked of.
+    /// Returns the mark for a write that begins now, for [`Image::is_kept_since`].
     pub(super) fn mark(&self) -> Mark {
         self.durable.mark()
     }
 
-    /// Syncs once what has been written, whoever else wants that now.
+    /// Syncs all writes so far. Threads that sync at the same time share one sync.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host cannot sync the file.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.durable.sync(|| self.synced.sync_data())
     }
 
-    /// Whether what was written since `mark`, and then synced, is durable.
+    /// Checks that data written since `mark` and synced afterwards is durable.
     ///
     /// # Errors
-    /// A sync failed meanwhile, and that it was not for this nobody can tell.
+    /// Fails if any sync has failed since `mark`, because the failure may concern this data.
     pub(super) fn is_kept_since(&self, mark: Mark) -> io::Result<()> {
         if self.durable.is_lost_since(mark) {
             return Err(lost());
@@ -295,24 +302,25 @@ impl Image {
         Ok(())
     }
 
-    /// Forgets what is in `range`, if the host can; the bytes may stay.
+    /// Discards the bytes in `range`, if the host supports that. Otherwise they stay.
     ///
     /// # Errors
-    /// Out of range, read-only, or the host's.
+    /// Fails if the range is invalid, if the disk is read-only, or if the host reports an error.
     pub(super) fn discard(&self, range: Range) -> io::Result<()> {
         self.check_write(range.offset, range.length)?;
         if self.overlay.is_some() || range.length == 0 {
             return Ok(());
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        // A hint only: what cannot be done need not be.
+        // A discard is only a hint, so it does not matter if the host does not support it.
         self.allocate(hole, range).map(drop)
     }
 
     /// Fills `range` with zeros.
     ///
     /// # Errors
-    /// Out of range, read-only, or the host's.
+    /// Fails if the range is invalid, if the disk is read-only, or if the host cannot write the
+    /// file.
     pub(super) fn write_zeroes(&self, range: Range) -> io::Result<()> {
         let Range { offset, length, .. } = range;
         self.check_write(offset, length)?;
@@ -338,7 +346,7 @@ impl Image {
         }
     }
 
-    /// fallocate(2) on `range`; false where the host cannot do that.
+    /// Calls fallocate(2) for `range`. False if the host does not support the operation.
     fn allocate(&self, how: FallocateFlags, range: Range) -> io::Result<bool> {
         let call = || fallocated(|| fallocate(&self.file, how, range.offset, range.length));
         match &self.direct {
@@ -347,30 +355,32 @@ impl Image {
         }
     }
 
-    /// Whether flushes mean something.
+    /// Whether a flush has an effect.
     pub fn is_durable(&self) -> bool {
         self.cache != Cache::Unsafe && self.overlay.is_none()
     }
 
-    /// Whether a range is on the disk, and of whole blocks.
+    /// Checks that a range consists of whole blocks of the disk.
     ///
     /// # Errors
-    /// It is not.
+    /// Fails if it does not.
     pub fn check(&self, offset: u64, length: u64) -> io::Result<()> {
         let block = u64::from(self.block_size);
         let end = offset.checked_add(length).filter(|end| *end <= self.len);
         match end {
             Some(_) if offset % block == 0 && length % block == 0 => Ok(()),
-            Some(_) => Err(io::Error::other("not whole blocks")),
-            None => Err(io::Error::other("beyond the end of the disk")),
+            Some(_) => Err(io::Error::other(
+                "offset or length is no multiple of the block size",
+            )),
+            None => Err(io::Error::other("the range ends beyond the disk")),
         }
     }
 
-    /// The same for a write. A file that was truncated gets no new end: that would turn what was
-    /// cut off into zeros, in silence.
+    /// Checks a range like [`Image::check`], and that it may be written. A file that was truncated
+    /// must not grow again: the lost bytes would silently become zeros.
     ///
     /// # Errors
-    /// It may not be written.
+    /// Fails if the range is invalid, if the disk is read-only, or if the file was truncated.
     pub fn check_write(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check(offset, length)?;
         if self.read_only {
@@ -395,7 +405,7 @@ fn open_file(
         flags |= libc::O_DIRECT;
     }
     if writes && metadata.file_type().is_block_device() {
-        // Refused while a file system on it is mounted.
+        // Fails with EBUSY while a file system on the device is mounted.
         flags |= libc::O_EXCL;
     }
     let mut options = OpenOptions::new();
@@ -403,7 +413,8 @@ fn open_file(
     options.open(path)
 }
 
-/// What writes go to instead of the image. Says where that is, and warns if it is RAM that nobody chose.
+/// Opens the overlay for the guest's writes. Logs where it is, and warns if it is in RAM and the
+/// user did not choose that.
 fn open_overlay(config: &DiskConfig, len: u64) -> Result<Overlay, OpenError> {
     let path = &config.path;
     let chosen = config.snapshot_dir.clone();
@@ -415,21 +426,22 @@ fn open_overlay(config: &DiskConfig, len: u64) -> Result<Overlay, OpenError> {
     })?;
     if !is_chosen && is_in_memory(overlay.file()) {
         warn!(
-            "disk {path:?}: what the guest writes fills the host's RAM, for {directory:?} is there: \
-             snapshot-dir=DIR chooses another place"
+            "disk {path:?}: what the guest writes fills the host's RAM, because {directory:?} is \
+             in RAM: snapshot-dir=DIR chooses another place"
         );
     } else {
-        info!("disk {path:?}: what the guest writes is in {directory:?} until the end");
+        info!("disk {path:?}: what the guest writes is kept in {directory:?} until rvmm ends");
     }
     Ok(overlay)
 }
 
 fn lost() -> io::Error {
-    io::Error::other("the host failed to keep what was written before")
+    io::Error::other("the host failed to write earlier data to the disk")
 }
 
-/// What requests are to be multiples of: a block device's own blocks, as its partition table was written
-/// for them, be they 512 or 4096 bytes; sectors of a file. How rvmm reaches either changes nothing.
+/// The block size that the guest sees. A block device keeps its own (512 or 4096 bytes), because
+/// its partition table was written for that. A file has blocks of one sector. It is the same with
+/// and without O_DIRECT or an overlay.
 fn block_size(file: &File, is_regular: bool) -> u32 {
     const PAGE: u32 = 4096;
     if is_regular {

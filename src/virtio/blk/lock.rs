@@ -1,7 +1,9 @@
-//! Who else uses an image: rvmm by flock(2), QEMU and what is made of it by locks on single bytes.
+//! Locks an image against other processes: against rvmm by flock(2), against QEMU and its tools by
+//! locks on single bytes.
 //!
-//! QEMU (`block/file-posix.c`) shares a lock on byte 100 + n for each permission n that it holds, and on
-//! 200 + n for each that it lets nobody else hold; then it looks whether another has what it may not.
+//! QEMU (`block/file-posix.c`) takes a shared lock on byte 100 + n for each permission n that it
+//! holds, and on byte 200 + n for each permission that it denies to others. Then it checks whether
+//! another process has a conflicting lock.
 
 use std::fs::File;
 use std::io;
@@ -15,9 +17,9 @@ use rustix::io::retry_on_intr;
 use super::file::flock_is_by_bytes;
 use crate::util::filelock::{is_byte_locked, share_byte};
 
-/// The byte of a permission that is held.
+/// First of the bytes for permissions that a process holds.
 const HELD: i64 = 100;
-/// The byte of a permission that others may not hold.
+/// First of the bytes for permissions that a process denies to others.
 const DENIED: i64 = 200;
 
 /// QEMU's permissions (`BLK_PERM_*` in `include/block/block-common.h`), as bit numbers.
@@ -28,10 +30,12 @@ mod permission {
 }
 use permission::{CONSISTENT_READ, RESIZE, WRITE};
 
-/// Locks `file`, the image at `path`: for this open file alone if it `writes`, else for all that read.
+/// Locks `file`, the image at `path`: exclusively if it `writes`, otherwise shared with other
+/// readers.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] where another uses it; else the host's.
+/// Fails with [`io::ErrorKind::WouldBlock`] if another process uses the image. Fails with the
+/// host's error if the image cannot be locked.
 pub(super) fn lock(file: &File, path: &Path, writes: bool) -> io::Result<()> {
     let how = if writes {
         FlockOperation::NonBlockingLockExclusive
@@ -44,8 +48,8 @@ pub(super) fn lock(file: &File, path: &Path, writes: bool) -> io::Result<()> {
     match lock_bytes(file, writes) {
         Err(error) if is_unknown(&error) => {
             warn!(
-                "disk {path:?}: its file system has no locks on bytes ({error}): let no QEMU use it \
-                 meanwhile"
+                "disk {path:?}: its file system does not support locks on bytes ({error}): do not \
+                 use the image with QEMU at the same time"
             );
             Ok(())
         }
@@ -61,7 +65,8 @@ fn lock_bytes(file: &File, writes: bool) -> io::Result<()> {
     };
     let denied = &[WRITE, RESIZE];
     let fd = file.as_fd();
-    // All locks first: of two that come at once, both see the other's.
+    // All locks come before the checks. If two processes lock at the same time, each sees the
+    // other's locks.
     for permission in held {
         share_byte(fd, HELD + permission)?;
     }
@@ -77,7 +82,8 @@ fn lock_bytes(file: &File, writes: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the file system has no such locks, and so nobody else's on it either.
+/// Whether the file system does not support such locks, so that no other process can have one
+/// either.
 fn is_unknown(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

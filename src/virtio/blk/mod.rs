@@ -1,8 +1,11 @@
 //! A disk: virtio-blk (VIRTIO 1.2, section 5.2).
 //!
-//! `request` parses, `image` does, `serve` is the thread of each queue where the two meet (`execute` for one
-//! request at a time); here is what the driver's registers tell. Below `image`: `file` is what any file is asked to do, `direct` a file past
-//! the page cache, `overlay` a snapshot, `durable` what is known to be lost, `lock` who else uses it.
+//! `request` parses requests and `image` is the disk's content. `serve` is the thread of each
+//! queue, which connects the two; `execute` serves a single request. This file has the device's
+//! registers.
+//!
+//! `image` uses: `file` for system calls on any file, `direct` for files past the page cache,
+//! `overlay` for snapshots, `durable` for syncs and lost data, `lock` against other processes.
 
 mod direct;
 mod durable;
@@ -32,11 +35,11 @@ use super::worker::{Worker, Workers};
 use crate::util::RateLimit;
 use crate::util::thread::Kind;
 
-/// Entries of each queue: requests of three descriptors, or 256 with indirect ones.
+/// Entries of each queue. A request takes three descriptors, or one with an indirect table.
 const QUEUE_SIZE: u16 = 256;
-/// Pieces of one request's data: header and status take two descriptors more.
+/// The most pieces of data in one request. Header and status take two more descriptors.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Bytes that file systems write at once.
+/// The block size that file systems typically write.
 const PHYSICAL_BLOCK: u32 = 4096;
 
 /// A disk of the guest.
@@ -45,18 +48,18 @@ pub struct Disk {
     workers: Workers,
 }
 
-/// What all queues' threads use.
+/// The state that the threads of all queues share.
 struct Shared {
     name: String,
     image: Arc<Image>,
     queues: u16,
-    /// Each write is durable when it ends.
+    /// Whether each write must be durable before its request ends.
     through: AtomicBool,
     failures: RateLimit,
 }
 
 impl Disk {
-    /// `image` as a disk of that name, with so many queues.
+    /// Returns a disk with this `image`, and at least one queue.
     pub fn new(name: &str, image: Arc<Image>, queues: u16) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -130,7 +133,7 @@ impl VirtioDevice for Disk {
     }
 
     fn activate(&self, activation: Activation) -> io::Result<()> {
-        // A driver that does not flush takes what it wrote for durable.
+        // A driver that does not flush assumes that a completed write is durable.
         let through = self.shared.image.is_durable() && !activation.has(VIRTIO_BLK_F_FLUSH);
         self.shared.through.store(through, Ordering::Release);
         for queue in activation.queues {

@@ -1,5 +1,5 @@
-//! What a guest writes to a disk with `snapshot=on`: a temporary file without a name, over an image
-//! that is only read.
+//! What a guest writes to a disk with `snapshot=on`: kept in a temporary file without a name. The
+//! image itself is only read.
 
 use std::env;
 use std::fs::{self, File};
@@ -17,26 +17,27 @@ use super::file::{read_all, read_up_to};
 use crate::memory::Pieces;
 use crate::util::sync::lock;
 
-/// Bytes that are taken from the image or from the overlay as one.
+/// A cluster is the unit that is read either from the image or from the overlay, in bytes.
 const CLUSTER: u64 = CLUSTER_BYTES as u64;
 const CLUSTER_BYTES: usize = 4096;
 
-/// The clusters that were written.
+/// The clusters that the guest has written.
 pub(super) struct Overlay {
     file: File,
-    /// Bytes of the image.
+    /// Size of the image in bytes.
     len: u64,
-    /// A bit for each cluster.
+    /// One bit per cluster: whether it is in the overlay.
     written: Vec<AtomicU64>,
-    /// Held while a cluster is written for the first time, so that two writes to it keep both.
+    /// Held while a cluster is written for the first time. Otherwise one of two writes to it could
+    /// be lost.
     first_writes: Mutex<()>,
 }
 
 impl Overlay {
-    /// Nothing written yet, for an image of `len` bytes; what will be goes to a file in `directory`.
+    /// Returns an empty overlay for an image of `len` bytes. Its file is in `directory`.
     ///
     /// # Errors
-    /// The host has no place for it there.
+    /// Fails if the host cannot create the file there.
     pub(super) fn new(len: u64, directory: &Path) -> io::Result<Self> {
         let clusters = len.div_ceil(CLUSTER);
         let words = usize::try_from(clusters.div_ceil(64)).map_err(io::Error::other)?;
@@ -50,15 +51,16 @@ impl Overlay {
         })
     }
 
-    /// Where they are.
+    /// The file with the written clusters.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// Fills `pieces` with what is at `offset`, from `image` where nothing was written.
+    /// Fills `pieces` with the bytes at `offset`: from the overlay if the guest has written them,
+    /// otherwise from `image`.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host cannot read a file, or if the image ends before.
     pub(super) fn read(
         &self,
         image: &File,
@@ -76,10 +78,11 @@ impl Overlay {
         Ok(())
     }
 
-    /// Lets `write` write all of the `length` bytes at `offset` to the overlay's file.
+    /// Calls `write`, which must write all of the `length` bytes at `offset` to the given file, the
+    /// overlay's. Copies the rest of clusters that are covered in part from `image` first.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if `write` fails, or if a cluster cannot be copied.
     pub(super) fn write(
         &self,
         image: &File,
@@ -106,14 +109,14 @@ impl Overlay {
         Ok(())
     }
 
-    /// Copies a cluster that was not written yet.
+    /// Copies a cluster from the image, unless it is in the overlay already.
     fn copy_up(&self, image: &File, cluster: u64) -> io::Result<()> {
         if self.is_written(cluster) {
             return Ok(());
         }
         let mut bytes = [0; CLUSTER_BYTES];
         let count = read_up_to(image, cluster * CLUSTER, &mut bytes)?;
-        // Less is an image that was truncated: no zeros in its place.
+        // The image was truncated. Zeros in place of the lost bytes would hide that.
         if (count as u64) < CLUSTER.min(self.len - cluster * CLUSTER) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -122,7 +125,8 @@ impl Overlay {
         Ok(())
     }
 
-    /// Whether `offset` was written, and for how many of the `length` bytes there that is the same.
+    /// Whether the cluster at `offset` is in the overlay, and for how many of the `length` bytes
+    /// from there the answer is the same.
     fn run(&self, offset: u64, length: u64) -> (bool, u64) {
         let first = offset / CLUSTER;
         let here = self.is_written(first);
@@ -152,8 +156,8 @@ fn place(cluster: u64) -> (usize, u64) {
     (word, 1 << (cluster % 64))
 }
 
-/// Where overlays go if nobody chooses: $TMPDIR; or /var/tmp, which is on a disk where /tmp is not; or
-/// /tmp, on a host that has no other.
+/// The default directory for overlays: $TMPDIR, or /var/tmp, or /tmp if there is no /var/tmp.
+/// /var/tmp is preferred because it is on a disk, where /tmp may be in RAM.
 pub(super) fn default_directory() -> PathBuf {
     let chosen = env::var_os("TMPDIR").filter(|path| !path.is_empty());
     let on_disk = Path::new("/var/tmp");
@@ -164,18 +168,18 @@ pub(super) fn default_directory() -> PathBuf {
     }
 }
 
-/// A file in `directory` that goes with its last descriptor.
+/// Creates a file in `directory` that disappears when its last descriptor is closed.
 fn temporary(directory: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match openat(CWD, directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
-        // Not every file system has files without a name.
+        // Some file systems do not support files without a name.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => unlinked(directory),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// The same, of a file that has a name for a moment.
+/// Like [`temporary`], but the file has a name for a moment.
 fn unlinked(directory: &Path) -> io::Result<File> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let mut options = File::options();
@@ -185,7 +189,7 @@ fn unlinked(directory: &Path) -> io::Result<File> {
         let name = format!(".rvmm-snapshot-{}-{number}", std::process::id());
         let path = directory.join(name);
         match options.open(&path) {
-            // Of an rvmm of the same number, in another container or killed.
+            // Left by a killed rvmm with the same process id, or made by one in another container.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             file => return file.and_then(|file| fs::remove_file(&path).map(|()| file)),
         }
@@ -205,6 +209,6 @@ mod tests {
             assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
         }
         fs::remove_dir(&directory).unwrap();
-        assert!(temporary(&directory).is_err(), "and not elsewhere");
+        assert!(temporary(&directory).is_err(), "no other directory is used");
     }
 }

@@ -1,4 +1,4 @@
-//! A disk's requests as their driver writes them: parsed here, without a disk.
+//! Parses a driver's requests to a disk. Does not access the disk.
 //!
 //! VIRTIO 1.2, section 5.2.6.
 
@@ -7,78 +7,79 @@ use virtio_bindings::virtio_blk::*;
 use crate::memory::{Byte, Pieces};
 use crate::virtio::queue::Chain;
 
-/// Bytes of a sector, whatever the disk's block size.
+/// Bytes per sector. The same for every disk, whatever its block size.
 pub(super) const SECTOR: u64 = SECTOR_BYTES as u64;
-/// The same, as block sizes are told.
+/// [`SECTOR`] in the type of block sizes.
 pub(super) const SECTOR_BYTES: u32 = 512;
-/// Sectors of one such range: what a slow host zeroes in a moment.
+/// Most sectors in one range of a discard or write-zeroes request. Even a slow host zeroes so many
+/// quickly.
 pub(super) const RANGE_MAX: u32 = 1 << 15;
-/// Ranges that one discard or write-zeroes request may name.
+/// Most ranges in one discard or write-zeroes request.
 pub(super) const RANGES_MAX: u32 = 16;
-/// Bytes of a disk's name.
+/// Length of a disk's name in bytes.
 pub(super) const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// Type, reserved, sector.
+/// Size of a request's header: type, reserved, sector.
 const HEADER: usize = 16;
-/// Sector, count, flags.
+/// Size of a range: sector, count, flags.
 const SEGMENT: usize = 16;
 
-/// A request, ready to be served.
+/// A parsed request.
 #[derive(Debug)]
 pub(super) struct Request {
     /// What to do.
     pub operation: Operation,
-    /// Where its data is in RAM: to write to the disk, or room for what is read.
+    /// The request's data in RAM: bytes to write to the disk, or room for the bytes that are read.
     pub data: Pieces,
-    /// Room for the status byte.
+    /// Where the status byte goes.
     status: Byte,
-    /// Bytes the device may write before the status.
+    /// Bytes that the device may write before the status byte.
     pub room: usize,
 }
 
-/// What a driver asks of a disk. Offsets and lengths are in bytes.
+/// The operation that a request asks for. Offsets and lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
-    /// Read to the request's data.
+    /// Read from this offset to the request's data.
     Read(u64),
-    /// Write the request's data.
+    /// Write the request's data at this offset.
     Write(u64),
-    /// Make durable what was written and acknowledged.
+    /// Make all completed writes durable.
     Flush,
-    /// Tell the disk's name.
+    /// Return the disk's name.
     Id,
-    /// Forget these ranges.
+    /// Discard the contents of these ranges.
     Discard(Vec<Range>),
     /// Fill these ranges with zeros.
     WriteZeroes(Vec<Range>),
-    /// Something else, or a range list that cannot be.
+    /// An unknown type, or an invalid list of ranges.
     Unsupported,
 }
 
 /// A part of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Range {
-    /// From here.
+    /// Offset of the first byte.
     pub offset: u64,
-    /// So many bytes.
+    /// Number of bytes.
     pub length: u64,
-    /// They may become a hole.
+    /// Whether the range may become a hole in the file.
     pub unmap: bool,
 }
 
-/// How a request ended.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Status {
-    /// As asked.
+    /// Success.
     Ok = VIRTIO_BLK_S_OK as isize,
-    /// Not, or not wholly.
+    /// The operation failed, wholly or in part.
     IoError = VIRTIO_BLK_S_IOERR as isize,
-    /// Not something this disk does.
+    /// The disk does not support the operation.
     Unsupported = VIRTIO_BLK_S_UNSUPP as isize,
 }
 
 impl Request {
-    /// Parses `chain`; `None` where there is no header, or no room for a status.
+    /// Parses `chain`. `None` if it has no complete header, or no room for the status.
     pub(super) fn parse(mut chain: Chain) -> Option<Self> {
         let mut header = [0; HEADER];
         if chain.readable.copy_to(&mut header) != HEADER {
@@ -88,7 +89,7 @@ impl Request {
         let status = chain.writable.split_last()?;
         let room = chain.writable.len();
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        // A sector beyond 2^55 is beyond every disk, and stays so as an offset.
+        // A sector number beyond 2^55 is beyond any disk, and so is the saturated offset.
         let offset = u64::from_le_bytes(sector).saturating_mul(SECTOR);
         let operation =
             match u32::from_le_bytes([a, b, c, d]) {
@@ -114,9 +115,9 @@ impl Request {
         })
     }
 
-    /// Writes the status. `data` bytes were written from the start of the room before it. Returns for
-    /// how many bytes from the start of the whole room that is so: the status counts only where nothing
-    /// is left out before it (VIRTIO 1.2, section 2.7.8.2).
+    /// Writes the status. `data` is the number of bytes written from the start of the room before
+    /// it. Returns the used length for the driver. That includes the status only if the room before
+    /// it was filled (VIRTIO 1.2, section 2.7.8.2).
     pub(super) fn finish(&self, status: Status, data: usize) -> usize {
         self.status.set(status as u8);
         if data >= self.room {
@@ -127,7 +128,7 @@ impl Request {
     }
 }
 
-/// The ranges of a discard or write-zeroes request.
+/// Parses the ranges of a discard or write-zeroes request. `None` if they are invalid.
 fn ranges(list: &Pieces, may_unmap: bool) -> Option<Vec<Range>> {
     const MOST: usize = SEGMENT * RANGES_MAX as usize;
     let count = list.len() / SEGMENT;

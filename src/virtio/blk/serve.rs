@@ -1,7 +1,8 @@
-//! A queue's thread: each request is served here and now, or by io_uring while others are.
+//! The thread of a queue. It executes a request itself, or passes it to io_uring.
 //!
-//! A request that comes alone is served at once: nothing is quicker, and what arrives meanwhile
-//! waits for a moment. Several at a time go to the ring, where the host has one for this image.
+//! A single request is executed at once: nothing is faster, and requests that arrive meanwhile wait
+//! only briefly. Several requests at a time go to an io_uring, if the host has one and it suits the
+//! image.
 
 use std::io;
 use std::thread::sleep;
@@ -18,27 +19,29 @@ use crate::virtio::queue::{Broken, Chain, Virtq};
 use crate::virtio::stop::Stop;
 use crate::virtio::worker::wait;
 
-/// Until requests that the host could not start are tried again.
+/// How long to wait before requests that the host could not start are submitted again.
 const RETRY: Duration = Duration::from_millis(10);
-/// Bytes on their way in the rings of a disk, but for a single request of each: a reset waits for them.
+/// Most bytes in flight in all rings of a disk, because a reset waits for them. A ring without
+/// requests takes one of any size.
 const IN_FLIGHT: usize = 4 * STEP;
 
-/// A request that came from this chain.
+/// A request in progress, with the head of its chain.
 struct Pending {
     head: u16,
     request: Request,
-    /// When it began.
+    /// When the request began.
     mark: Mark,
 }
 
 impl Shared {
-    /// Serves `queue` until the worker is to stop. What was begun has ended then, or a reset has cancelled
-    /// it; what was not is as it was, and the driver is told of nothing that it could take for done.
+    /// Serves `queue` until the worker must stop. When this returns, requests that have begun have
+    /// ended, or a reset has cancelled them. The others are still in the queue. The driver is never
+    /// notified of a request that was not completed.
     pub(super) fn serve(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         let mut ring = self.ring(queue);
         while !stop.is_asked() {
             self.serve_all(queue, ring.as_mut(), stop)?;
-            // What the host could not start is tried again soon.
+            // If the host could not start requests, try again soon.
             let must_retry = ring.as_mut().is_some_and(Ring::has_unsubmitted);
             if !must_retry || wait_readable_for(borrow(queue.kick()), RETRY) {
                 wait(queue.kick());
@@ -48,21 +51,22 @@ impl Shared {
             self.finish(queue, &mut ring, stop)?;
             self.stop(queue, ring)?;
         }
-        queue.tell()
+        queue.notify()
     }
 
-    /// A ring whose ends wake this thread as the driver's notifications do.
+    /// Returns an io_uring whose completions signal the queue's kick, as the driver's notifications
+    /// do. `None` if there is no io_uring, or if it does not suit the image.
     fn ring(&self, queue: &Virtq) -> Option<Ring<Pending>> {
         let file = self.image.unwaiting()?;
         let ring = Ring::new(queue.size(), file, queue.kick());
         if let Err(error) = &ring {
             let limit = RateLimit::named("io_uring");
-            guest_debug!(limit, "{}: no io_uring: {error}", self.name);
+            guest_debug!(limit, "{}: Failed to set up io_uring: {error}", self.name);
         }
         ring.ok()
     }
 
-    /// Serves every request there is, and all that have ended in the ring.
+    /// Serves all available requests, and all completions of the ring.
     fn serve_all(
         &self,
         queue: &mut Virtq,
@@ -70,22 +74,22 @@ impl Shared {
         stop: &Stop,
     ) -> Result<(), Broken> {
         while !stop.is_asked() {
-            queue.mute_kicks()?;
+            queue.disable_notifications()?;
             let more = self.serve_some(queue, ring.as_deref_mut(), stop)?;
             if let Some(ring) = ring.as_deref_mut().filter(|_| !stop.is_asked()) {
                 self.submit(ring);
                 self.reap(queue, ring, stop)?;
             }
-            queue.tell()?;
-            if !more && !queue.ask_for_kick()? {
+            queue.notify()?;
+            if !more && !queue.enable_notifications()? {
                 return Ok(());
             }
         }
         Ok(())
     }
 
-    /// Serves or begins as many requests as the queue has entries, or as there are. True when there may be
-    /// more.
+    /// Executes or begins the available requests, but no more than the queue has entries. True if
+    /// there may be more.
     fn serve_some(
         &self,
         queue: &mut Virtq,
@@ -140,7 +144,7 @@ impl Shared {
         }
     }
 
-    /// Hands `pending` to the ring, if it is something the ring does.
+    /// Passes `pending` to the ring. Executes it here if the ring does not take it.
     fn begin(
         &self,
         queue: &mut Virtq,
@@ -149,10 +153,10 @@ impl Shared {
         stop: &Stop,
     ) -> Result<(), Broken> {
         let Some(op) = self.op(&pending.request) else {
-            // It may take its time: what came before does not wait for it.
+            // This request may take long. Start and complete earlier ones first.
             self.submit(ring);
             self.reap(queue, ring, stop)?;
-            queue.tell()?;
+            queue.notify()?;
             return self.serve_now(queue, pending, stop);
         };
         let data = pending.request.data.take();
@@ -175,7 +179,7 @@ impl Shared {
         }
     }
 
-    /// What the ring is to do for `request`, if that is a thing for it.
+    /// Returns the ring's operation for `request`; `None` if the request must be executed here.
     fn op(&self, request: &Request) -> Option<Op> {
         let (image, data) = (&self.image, &request.data);
         let length = data.len() as u64;
@@ -195,7 +199,7 @@ impl Shared {
 
     fn submit(&self, ring: &mut Ring<Pending>) {
         if let Err(error) = ring.submit() {
-            // They stay in the ring, and are tried again with the next request.
+            // The requests stay in the ring. They are submitted again later.
             guest_warn!(
                 self.failures,
                 "{}: Failed to start requests: {error}",
@@ -204,7 +208,7 @@ impl Shared {
         }
     }
 
-    /// Ends what has ended in the ring.
+    /// Ends the requests that the ring has completed.
     fn reap(&self, queue: &mut Virtq, ring: &mut Ring<Pending>, stop: &Stop) -> Result<(), Broken> {
         let mut unsynced = Vec::new();
         while let Some((data, mut pending, result)) = ring.reap() {
@@ -214,12 +218,12 @@ impl Shared {
                 End::Stopped => {}
             }
         }
-        // Of what is not durable when a reset comes the driver is told nothing.
+        // A reset comes: the driver must not be notified of writes that are not durable.
         if unsynced.is_empty() || stop.cancels() {
             return Ok(());
         }
-        // Nothing else waits for the host's disk.
-        queue.tell()?;
+        // Notify the driver of the other requests first. They need not wait for the sync.
+        queue.notify()?;
         let synced = self.image.sync();
         for pending in unsynced {
             let Pending { request, mark, .. } = &pending;
@@ -233,7 +237,8 @@ impl Shared {
         Ok(())
     }
 
-    /// What the driver is to be told of a request that came back from the ring with `result`.
+    /// Determines the result of a request from `result`, the ring's. Executes the request again if
+    /// the ring has done a part of it or did not support it.
     fn ended(
         &self,
         pending: &mut Pending,
@@ -248,7 +253,8 @@ impl Shared {
         match result {
             Ok(count) if count == length && is_write && self.is_through() => End::Unsynced,
             Ok(count) if count == length => End::As(done(request)),
-            // Not once more: an error can be told once, and be that of other requests.
+            // Do not try again: Linux may report an error only once, and it may concern other
+            // requests too.
             Err(error) if !is_to_try(&error) => {
                 End::As(self.failed(&request.operation, length, &error))
             }
@@ -256,7 +262,8 @@ impl Shared {
         }
     }
 
-    /// Waits for all that is on its way, and tells the driver, unless a reset cancels it.
+    /// Waits for all requests in flight, and returns them to the driver. Stops waiting if a reset
+    /// cancels them.
     fn finish(
         &self,
         queue: &mut Virtq,
@@ -272,8 +279,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends what is on its way. The driver is told of what was done; what was cancelled, or needs more than
-    /// it has had, it will not hear of.
+    /// Cancels the requests in flight. Returns those that were completed to the driver; not those
+    /// that were cancelled or are incomplete.
     fn stop(&self, queue: &mut Virtq, ring: Ring<Pending>) -> Result<(), Broken> {
         for (data, pending, result) in ring.stop() {
             let is_write = matches!(pending.request.operation, Operation::Write(_));
@@ -294,17 +301,17 @@ impl Pending {
     }
 }
 
-/// How a request came back from the ring.
+/// What to do with a request that the ring has completed.
 enum End {
-    /// Done, or not.
+    /// Return it to the driver with this result.
     As(Outcome),
-    /// Written, and to be synced before its driver is told.
+    /// Written, but to be synced before it is returned to the driver.
     Unsynced,
-    /// The worker is to stop.
+    /// A reset has cancelled it.
     Stopped,
 }
 
-/// The end of a request that the ring did wholly.
+/// The result of a request that the ring has done in full.
 fn done(request: &Request) -> Outcome {
     match request.operation {
         Operation::Read(_) => Outcome::ok(request.room),
@@ -312,7 +319,7 @@ fn done(request: &Request) -> Outcome {
     }
 }
 
-/// Whether what the ring could not do for this reason is tried without it.
+/// Whether to try a request without the ring, which failed with this error.
 fn is_to_try(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

@@ -1,4 +1,4 @@
-//! Disks, driven through their queues.
+//! Tests disks through their queues.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -23,10 +23,10 @@ const MIB: u64 = 1 << 20;
 const HEADER: u64 = BUFFERS;
 const DATA: u64 = BUFFERS + 0x1000;
 const STATUS: u64 = BUFFERS + 0x800;
-/// What no status is.
+/// A value that is not a status.
 const NO_STATUS: u8 = 0x55;
 
-/// An image of its own for each test.
+/// An image file of its own for each test. Deleted at the test's end.
 pub(super) struct TempImage(PathBuf);
 
 impl TempImage {
@@ -70,7 +70,7 @@ impl Drop for TempImage {
     }
 }
 
-/// One request: its status, and the bytes written.
+/// Sends one request. Returns its status, and the number of bytes written.
 fn ask(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (u8, u32) {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -94,7 +94,7 @@ fn write(driver: &mut Driver, sector: u64, bytes: &[u8]) -> u8 {
     driver.ram.write_slice(bytes, GuestAddress(DATA)).unwrap();
     let len = u32::try_from(bytes.len()).unwrap();
     let (status, written) = ask(driver, VIRTIO_BLK_T_OUT, sector, &[(DATA, len, 0)]);
-    assert_eq!(written, 1, "the status alone");
+    assert_eq!(written, 1, "only the status is written");
     status
 }
 
@@ -111,18 +111,19 @@ fn read(driver: &mut Driver, sector: u64, count: u32) -> Result<Vec<u8>, u8> {
             Ok(bytes)
         }
         (status, written) => {
-            // Only what comes before the status could be told, and that is unknown.
+            // The used length can only report bytes before the status, and how many those are is
+            // unknown.
             assert_eq!(
                 written,
                 u32::from(count == 0),
-                "what is known to be written"
+                "the used length of a failed read"
             );
             Err(status)
         }
     }
 }
 
-/// A list of ranges, for discard and write-zeroes.
+/// Sends a list of ranges, for discard and write-zeroes.
 fn ranges(driver: &mut Driver, kind: u32, list: &[(u64, u32, u32)]) -> u8 {
     let mut bytes = Vec::new();
     for (sector, count, flags) in list {
@@ -150,7 +151,7 @@ fn what_is_written_is_read() {
     assert_eq!(ask(&mut driver, VIRTIO_BLK_T_IN, 2047, &last), (0, 513));
 }
 
-/// A read's buffers, status and used ring, each on pages of its own; the driver's side is page 0.
+/// Each of buffers, status and used ring has pages of its own. The driver writes to page 0.
 #[test]
 fn what_a_disk_writes_is_marked() {
     const USED: u64 = RAM + 0x2000;
@@ -206,15 +207,15 @@ fn hostile_ranges_are_errors() {
         let bytes = vec![7; count as usize];
         assert_eq!(write(&mut driver, sector, &bytes), 1, "{sector} {count}");
     }
-    assert_eq!(fs::metadata(&image.0).unwrap().len(), MIB, "nothing grew");
-    assert_eq!(read(&mut driver, 0, 0), Ok(vec![]), "no data is no error");
+    assert_eq!(fs::metadata(&image.0).unwrap().len(), MIB, "the image grew");
+    assert_eq!(read(&mut driver, 0, 0), Ok(vec![]), "a read of no bytes");
 }
 
 #[test]
 fn hostile_requests_that_are_none() {
     let image = TempImage::new(MIB);
     for buffers in [
-        // No status; a header that is too short, or the device's to write.
+        // No status; a header that is too short; a header that is device-writable.
         vec![(HEADER, 16, 0)],
         vec![(HEADER, 15, 0), (STATUS, 1, WRITE)],
         vec![(HEADER, 16, WRITE), (STATUS, 1, WRITE)],
@@ -258,7 +259,7 @@ fn hostile_types_are_unsupported() {
         let status = ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &list);
         assert_eq!(status, 2, "{list:?}");
     }
-    // A discard knows no flag.
+    // A discard has no valid flags.
     assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_DISCARD, &[(0, 8, 1)]), 2);
 }
 
@@ -320,11 +321,12 @@ fn the_name_is_told() {
     let mut id = [0; 20];
     driver.ram.read_slice(&mut id, GuestAddress(DATA)).unwrap();
     assert_eq!(&id, b"disk0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-    // As much as there is room for; and no more than there is of it, before the status.
+    // The name is cut off if there is too little room. The status does not count if room is left
+    // before it.
     for (room, written) in [(3, 4), (0, 1), (512, 20)] {
         let buffer = [(DATA, room, WRITE)];
-        let told = ask(&mut driver, VIRTIO_BLK_T_GET_ID, 0, &buffer);
-        assert_eq!(told, (0, written), "{room}");
+        let reply = ask(&mut driver, VIRTIO_BLK_T_GET_ID, 0, &buffer);
+        assert_eq!(reply, (0, written), "{room}");
     }
 }
 
@@ -351,7 +353,7 @@ fn a_snapshot_leaves_the_image_alone() {
     let image = TempImage::new(MIB + 512);
     image.file().write_all_at(&[3; 20_000], 0).unwrap();
     let (mut one, mut other) = (image.driver(",snapshot=on"), image.driver(",snapshot=on"));
-    // Parts of clusters, whole ones, and the end, which is no whole one.
+    // Parts of clusters, whole clusters, and the last cluster, which is incomplete.
     assert_eq!(write(&mut one, 9, &[5; 512]), 0);
     assert_eq!(write(&mut one, 16, &[6; 8192]), 0);
     assert_eq!(write(&mut one, 2048, &[7; 512]), 0);
@@ -381,7 +383,7 @@ fn a_truncated_image_is_an_error_and_does_not_grow() {
     assert_eq!(write(&mut driver, 0, &[1; 512]), 1);
     assert_eq!(fs::metadata(&image.0).unwrap().len(), 4096);
     assert_eq!(read(&mut driver, 7, 512), Ok(vec![0; 512]));
-    // Whole again, well again.
+    // Once the file has its size again, writes succeed.
     image.file().set_len(MIB).unwrap();
     assert_eq!(write(&mut driver, 1024, &[1; 512]), 0);
 }
@@ -411,7 +413,7 @@ fn the_configuration_space_ends() {
     }
 }
 
-/// A driver that cannot flush: each write is durable, and the disk is told so with each.
+/// Without flushes, each write must be durable before its request ends.
 #[test]
 fn a_driver_without_flushes_can_write() {
     let image = TempImage::new(MIB);
@@ -429,8 +431,8 @@ fn a_driver_without_flushes_can_write() {
     }
 }
 
-/// Room that nothing is written to is not told as written, although the status behind it is
-/// (VIRTIO 1.2, section 2.7.8.2).
+/// Room that nothing was written to does not count as written, so the status after it does not
+/// count either (VIRTIO 1.2, section 2.7.8.2).
 #[test]
 fn used_lengths_are_what_was_written() {
     let image = TempImage::new(MIB);
@@ -449,7 +451,7 @@ fn used_lengths_are_what_was_written() {
     }
 }
 
-/// What the base of a snapshot has lost is an error, not zeros.
+/// Reading a part of the base image that was cut off is an error. It does not read as zeros.
 #[test]
 fn a_snapshot_of_a_truncated_image() {
     let image = TempImage::new(MIB);
@@ -458,18 +460,18 @@ fn a_snapshot_of_a_truncated_image() {
     assert_eq!(
         write(&mut driver, 1, &[1; 512]),
         1,
-        "the rest of its cluster is lost"
+        "the rest of its cluster was cut off"
     );
     assert_eq!(read(&mut driver, 1, 512), Err(1));
     assert_eq!(
         write(&mut driver, 8, &[1; 4096]),
         0,
-        "a whole one needs nothing of it"
+        "a whole cluster does not need the image"
     );
     assert_eq!(read(&mut driver, 8, 4096), Ok(vec![1; 4096]));
 }
 
-/// 1025 pieces: more than one request may have.
+/// 1025 pieces, one more than a request may have.
 #[test]
 fn hostile_pieces_without_number() {
     let image = TempImage::new(MIB);

@@ -1,4 +1,4 @@
-//! The control queue: how many pairs of queues the driver uses.
+//! The control queue, by which the driver sets how many pairs of queues it uses.
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_ERR, VIRTIO_NET_OK};
 
@@ -12,7 +12,7 @@ const CLASS_PAIRS: u8 = 4;
 const SET_PAIRS: u8 = 0;
 
 impl Shared {
-    /// Answers commands until the worker is to stop.
+    /// Answers commands until the worker must stop.
     pub(super) fn control(&self, queue: &mut Virtq, stop: &Stop) -> Result<(), Broken> {
         while !stop.is_asked() {
             queue.drain(stop, |chain| Ok(self.command(&chain)))?;
@@ -34,7 +34,8 @@ impl Shared {
         chain.writable.copy_from(&answer.to_le_bytes()[..1])
     }
 
-    /// Lets the tap hand packets to the first `count` pairs only.
+    /// Makes the tap pass packets to the first `count` pairs only. False if `count` is invalid or
+    /// the tap refuses.
     pub(super) fn use_pairs(&self, count: u16) -> bool {
         let count = usize::from(count);
         if !(1..=self.pairs.len()).contains(&count) {

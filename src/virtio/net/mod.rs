@@ -1,8 +1,8 @@
 //! A network interface: virtio-net on a tap (VIRTIO 1.2, section 5.1).
 //!
-//! Queues come in pairs, receive and transmit, and a control queue behind them all. `pair` is the thread
-//! that serves a pair by `receive` and `transmit`, `control` the one of that queue; with `vhost` the
-//! host's kernel serves the pairs instead.
+//! Queues come in pairs: receive and transmit. The control queue follows all pairs. `pair` is the
+//! thread that serves a pair, with `receive` and `transmit`. `control` serves the control queue.
+//! With `vhost` the host's kernel serves the pairs instead.
 
 mod control;
 mod pair;
@@ -35,7 +35,7 @@ use crate::util::{RateLimit, guest_warn};
 
 /// Entries of each receive and transmit queue.
 const QUEUE_SIZE: u16 = 256;
-/// Of the control queue.
+/// Entries of the control queue.
 const CONTROL_SIZE: u16 = 64;
 
 /// A network interface of the guest.
@@ -48,26 +48,27 @@ pub struct Net {
     kernel: Mutex<InKernel>,
 }
 
-/// What all queues' threads use.
+/// The state that the threads of all queues share.
 struct Shared {
     name: String,
     tap: String,
     pairs: Vec<Arc<TapQueue>>,
-    /// The tap has gone, and with it the link.
+    /// The link goes down for good when the tap is deleted.
     link: Link,
     failures: RateLimit,
-    /// For packets that the guest has no room for.
+    /// Limits warnings about packets that do not fit in the guest's buffers.
     losses: RateLimit,
 }
 
-/// What the host's kernel serves.
+/// The pairs that the host's kernel serves.
 #[derive(Default)]
 struct InKernel {
     pairs: Vec<vhost::Pair>,
+    /// Watches the pairs for errors, and the tap for its end.
     watch: Option<Worker<()>>,
 }
 
-/// Whether the tap is there, and whom to tell when it goes.
+/// Whether the tap is gone, and how to notify the driver when it goes.
 #[derive(Default)]
 struct Link(Mutex<LinkState>);
 
@@ -82,7 +83,7 @@ impl Link {
         lock(&self.0).gone
     }
 
-    /// From now on there is none. Returns whether that is news.
+    /// Sets the link down, and notifies the driver. False if the link was down already.
     fn lose(&self) -> bool {
         let mut state = lock(&self.0);
         let news = !std::mem::replace(&mut state.gone, true);
@@ -94,8 +95,8 @@ impl Link {
 }
 
 impl Net {
-    /// An interface with this address on `pairs`, the queues of the tap of that name, which has this MTU
-    /// where it is known.
+    /// Returns an interface with address `mac`. `pairs` are the queues of the tap named `tap`;
+    /// `mtu` is the tap's MTU, if known. With `vhost` the host's kernel serves the queues.
     pub fn new(
         name: &str,
         tap: &str,
@@ -125,23 +126,25 @@ impl Net {
         u16::try_from(self.shared.pairs.len()).unwrap_or(1)
     }
 
-    /// struct virtio_net_config: the address, the link, the most pairs, the MTU.
+    /// struct virtio_net_config: address, link status, largest number of pairs, MTU.
     fn config(&self) -> [u8; 12] {
         let mut space = [0; 12];
         space[..6].copy_from_slice(&self.mac.0);
         space[6] = u8::from(!self.shared.link.is_gone());
         space[8..10].copy_from_slice(&self.pairs().to_le_bytes());
-        space[10..].copy_from_slice(&self.told_mtu().unwrap_or(0).to_le_bytes());
+        space[10..].copy_from_slice(&self.offered_mtu().unwrap_or(0).to_le_bytes());
         space
     }
 
-    /// The MTU that the driver is told of.
-    fn told_mtu(&self) -> Option<u16> {
+    /// The MTU to report to the driver; `None` if it is unknown or less than a device should
+    /// report.
+    fn offered_mtu(&self) -> Option<u16> {
         self.mtu.filter(|mtu| *mtu >= MTU_LEAST)
     }
 
-    /// Lets the tap hand over what the driver agreed to, and nothing that came before. A packet that is
-    /// on its way meanwhile may still be as the driver before wanted it: the receiver drops it.
+    /// Sets the tap's header and offloads as the driver has negotiated, and drops packets from
+    /// before. A packet that arrives meanwhile may still be made for the previous driver's
+    /// offloads; the receiver drops such packets.
     fn prepare_tap(&self, header: usize, offloads: Offloads) {
         for tap in &self.shared.pairs {
             let prepared = tap.set_header(header);
@@ -155,11 +158,12 @@ impl Net {
         }
     }
 
-    /// What the driver gives room for.
+    /// Describes the packets that the driver is prepared for.
     fn room(&self, activation: &Activation, offloads: Offloads) -> Room {
         let mtu = self.mtu.unwrap_or(0).max(MTU_ETHERNET);
         let mergeable = activation.has(VIRTIO_NET_F_MRG_RXBUF);
-        // A driver of before VIRTIO 1.0 knows `num_buffers` only with buffers to count (section 5.1.6.1).
+        // Drivers older than VIRTIO 1.0 expect `num_buffers` only with VIRTIO_NET_F_MRG_RXBUF
+        // (section 5.1.6.1).
         let is_whole = mergeable || activation.has(VIRTIO_F_VERSION_1);
         let header = if is_whole {
             tap::HEADER
@@ -179,14 +183,14 @@ impl Net {
     }
 }
 
-/// Bytes of the largest packet of segments to come, and of the header before it: 64 KiB and their own
-/// headers.
+/// The largest packet that is yet to be split into TCP segments, with its virtio header, in bytes:
+/// 64 KiB and the headers before them.
 const PACKET_SEGMENTS: usize = 65_562 + tap::HEADER;
-/// Before what the MTU counts: Ethernet's header, and two VLANs' tags.
+/// Bytes that the MTU does not count: the Ethernet header and two VLAN tags.
 const LINK_HEADER: usize = 14 + 2 * 4;
-/// What Ethernet carries.
+/// The MTU of Ethernet.
 const MTU_ETHERNET: u16 = 1_500;
-/// The least MTU that a device should tell of (VIRTIO 1.2, section 5.1.4.1).
+/// The smallest MTU that a device should report (VIRTIO 1.2, section 5.1.4.1).
 const MTU_LEAST: u16 = 1_280;
 
 impl VirtioDevice for Net {
@@ -215,7 +219,7 @@ impl VirtioDevice for Net {
         if self.pairs() > 1 {
             all |= features(&[VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ]);
         }
-        if self.told_mtu().is_some() {
+        if self.offered_mtu().is_some() {
             all |= features(&[VIRTIO_NET_F_MTU]);
         }
         all
@@ -242,7 +246,8 @@ impl VirtioDevice for Net {
             ecn: activation.has(VIRTIO_NET_F_GUEST_ECN),
         };
         let room = self.room(&activation, offloads);
-        // After a pause the tap is as the driver has it, and what came meanwhile is the driver's.
+        // After a pause the tap is set up already, and packets that arrived meanwhile are for this
+        // driver.
         if !activation.resumes {
             self.prepare_tap(room.header, offloads);
         }
@@ -304,7 +309,7 @@ impl Net {
         Ok(())
     }
 
-    /// Hands a pair to the kernel; if that refuses, serves it here.
+    /// Hands a pair to the kernel. If the kernel refuses, serves the pair here.
     fn start_in_kernel(
         &self,
         ram: &Arc<GuestMemory>,
@@ -318,14 +323,18 @@ impl Net {
             Ok(pair) => lock(&self.kernel).pairs.push(pair),
             Err(refused) => {
                 let (queues, error) = *refused;
-                guest_warn!(shared.failures, "{}: {error}: it does without", shared.name);
+                guest_warn!(
+                    shared.failures,
+                    "{}: {error}: rvmm serves this pair of queues without vhost",
+                    shared.name
+                );
                 self.start_pair(queues.into(), room)?;
             }
         }
         Ok(())
     }
 
-    /// Serves a pair of queues, or one of a pair.
+    /// Serves a pair of queues, or the only enabled queue of a pair.
     fn start_pair(&self, queues: Vec<Virtq>, room: Room) -> io::Result<()> {
         let events = pair::kicks(&queues)?;
         let name = format!("{}.{}", self.shared.name, queues[0].index() / 2);

@@ -1,6 +1,7 @@
-//! The thread of a pair of queues, receive and transmit.
+//! The thread that serves a pair of queues, receive and transmit.
 //!
-//! One thread for both: who answers a packet finds it awake, or has but one to wake.
+//! One thread serves both queues. So it is often awake already when the guest or the host answers a
+//! packet, and there is only one thread to wake.
 
 use std::io;
 
@@ -11,15 +12,15 @@ use crate::util::poll::Events;
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::stop::Stop;
 
-/// Numbers of what the thread waits for.
+/// Numbers of the events that the thread waits for.
 const RECEIVE: u8 = 0;
 const TRANSMIT: u8 = 1;
 const TAP: u8 = 2;
 
-/// The kicks of `queues`, which are of one pair, to wait for.
+/// Returns the events for the kicks of `queues`, which are one pair or half of it.
 ///
 /// # Errors
-/// The host has no descriptors left.
+/// Fails if the host has no file descriptors left.
 pub(super) fn kicks(queues: &[Virtq]) -> io::Result<Events> {
     let events = Events::new()?;
     for queue in queues {
@@ -34,8 +35,8 @@ fn is_receive(queue: &Virtq) -> bool {
 }
 
 impl Shared {
-    /// Moves packets both ways between `tap` and `queues`, a pair or one half of it, until the worker is
-    /// to stop. `events` has their [`kicks`].
+    /// Moves packets between `tap` and `queues` until the worker must stop. `queues` is a pair or
+    /// half of it, and `events` has their [`kicks`].
     pub(super) fn serve(
         &self,
         tap: &TapQueue,
@@ -55,13 +56,14 @@ impl Shared {
         if let Some(queue) = &mut transmit {
             self.transmit(tap, room.header, queue, stop)?;
         }
-        let mut hears_tap = false;
+        let mut polls_tap = false;
         while !stop.is_asked() {
             if let Some(receiver) = &receiver {
                 let wants_tap = receiver.wants_tap();
-                if wants_tap != hears_tap {
-                    hear(tap, events, wants_tap).map_err(|error| receiver.is_deaf(&error))?;
-                    hears_tap = wants_tap;
+                if wants_tap != polls_tap {
+                    poll_tap(tap, events, wants_tap)
+                        .map_err(|error| receiver.tap_wait_failed(&error))?;
+                    polls_tap = wants_tap;
                 }
             }
             let ready = events.wait(receiver.as_ref().and_then(Receiver::patience));
@@ -79,8 +81,8 @@ impl Shared {
     }
 }
 
-/// Whether packets in `tap` end a wait.
-fn hear(tap: &TapQueue, events: &Events, wanted: bool) -> io::Result<()> {
+/// Adds the tap's packets to the events that end a wait, or removes them.
+fn poll_tap(tap: &TapQueue, events: &Events, wanted: bool) -> io::Result<()> {
     if wanted {
         events.add_readable(TAP, tap)
     } else {

@@ -1,4 +1,4 @@
-//! From the tap to the guest.
+//! Receives packets: from the tap to the guest.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,48 +17,50 @@ use crate::util::guest_warn;
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::stop::Stop;
 
-/// Where `num_buffers` is in the header.
+/// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
-/// Bytes of a packet that has others behind it: what Ethernet carries, at least.
+/// A packet of at least this many bytes is likely to have others behind it: the MTU of Ethernet.
 const FULL: usize = 1_500;
-/// How long a packet waits for more buffers than there are.
+/// How long the receiver waits for more buffers, if the buffers it has may be too small for the
+/// next packet.
 const PATIENCE: Duration = Duration::from_millis(10);
-/// Packets taken from the tap before the guest is told of them.
+/// Most packets taken from the tap before the driver is notified.
 const BATCH: usize = 64;
 
-/// What the driver gave room for.
+/// The packets that the driver is prepared for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
-    /// Bytes of the header before each packet, of both directions.
+    /// Size in bytes of the virtio header before each packet, in both directions.
     pub(super) header: usize,
-    /// What the driver takes over from the host.
+    /// The work that the driver takes over from the host.
     pub(super) offloads: Offloads,
-    /// A packet may lie in several buffers (VIRTIO_NET_F_MRG_RXBUF).
+    /// Whether a packet may lie in several buffers (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) mergeable: bool,
-    /// The largest packet that the tap may give, with its header.
+    /// Size in bytes of the largest packet that the tap may give, with its virtio header.
     pub(super) packet: usize,
 }
 
-/// Buffers of the guest that wait for a packet.
+/// The guest's buffers that wait for a packet.
 struct Buffers {
-    /// Heads and lengths of the chains, in order.
+    /// Head and length of each chain, in order.
     chains: VecDeque<(u16, usize)>,
-    /// All their pieces.
+    /// The memory of all chains.
     room: Pieces,
 }
 
-/// What comes next for a receive queue.
+/// What a receive queue waits for.
 #[derive(Clone, Copy)]
 enum Next {
-    /// There may be packets in the tap.
+    /// Nothing: the tap may have packets.
     Receive,
-    /// There are none.
+    /// A packet: the tap has none.
     Packet,
-    /// The guest has not enough buffers for each of them. At the time given, what there is will do.
+    /// More buffers: the buffers taken so far do not hold a packet of any size. After the given
+    /// time the receiver makes do with them. `None`: there are no buffers at all.
     Buffers(Option<Instant>),
 }
 
-/// A receive queue at work.
+/// The state of a receive queue while a thread serves it.
 pub(super) struct Receiver<'a> {
     shared: &'a Shared,
     tap: &'a TapQueue,
@@ -89,7 +91,7 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// How long its thread may wait for kicks and packets; None: until they come.
+    /// How long the thread may wait for kicks and packets. `None`: without a limit.
     pub(super) fn patience(&self) -> Option<Duration> {
         match self.next {
             Next::Receive => Some(Duration::ZERO),
@@ -98,19 +100,20 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Whether a packet in the tap is news.
+    /// Whether a packet in the tap must end the thread's wait.
     pub(super) fn wants_tap(&self) -> bool {
         !matches!(self.next, Next::Buffers(_)) && !self.shared.link.is_gone()
     }
 
-    /// The host does not tell of packets in the tap: why the queue cannot go on.
-    pub(super) fn is_deaf(&self, error: &io::Error) -> Broken {
+    /// The error for a tap that the thread cannot wait for. The queue cannot go on then.
+    pub(super) fn tap_wait_failed(&self, error: &io::Error) -> Broken {
         let tap = &self.shared.tap;
         self.queue
             .refused(format_args!("Failed to wait for tap {tap}: {error}"))
     }
 
-    /// Receives what there is: the driver notified of buffers, or the tap has packets.
+    /// Receives packets if that is possible now. `kicked`: the driver has sent a notification.
+    /// `has_packets`: the tap has packets.
     pub(super) fn serve(
         &mut self,
         kicked: bool,
@@ -133,16 +136,17 @@ impl<'a> Receiver<'a> {
         let some = !self.buffers.chains.is_empty();
         let will_do = enough || (late && some);
         if !will_do {
-            // The guest is slow: its next buffers come with a notification. If none come, those that
-            // are there may do for the next packet, or it is lost.
+            // The guest is slow, and notifies the device of its next buffers. If none come in time,
+            // the packet is read into the buffers taken so far. It is dropped if it does not fit.
             self.next = Next::Buffers(some.then(|| Instant::now() + PATIENCE));
             return Ok(());
         }
         self.next = self.receive_some(stop)?;
-        self.queue.tell()
+        self.queue.notify()
     }
 
-    /// Puts the buffers back that wait for a packet: whoever serves the queue next finds them again.
+    /// Puts the buffers that wait for a packet back into the queue, so that the next thread finds
+    /// them.
     pub(super) fn give_back(&mut self) {
         for _ in self.buffers.chains.drain(..) {
             self.queue.unpop();
@@ -150,7 +154,7 @@ impl<'a> Receiver<'a> {
         self.buffers.room = self.queue.no_pieces();
     }
 
-    /// Receives some packets.
+    /// Receives packets until it must wait. Returns what to wait for.
     fn receive_some(&mut self, stop: &Stop) -> Result<Next, Broken> {
         for _ in 0..BATCH {
             if self.buffers.chains.is_empty() || stop.is_asked() {
@@ -162,7 +166,8 @@ impl<'a> Receiver<'a> {
                 Ok(Some(count)) => {
                     self.buffers.used(self.queue, count, self.room)?;
                     if count < FULL {
-                        // Seldom is there more behind a small one: to wait tells as soon.
+                        // A small packet seldom has others behind it. If it has, the next wait ends
+                        // at once.
                         return Ok(Next::Packet);
                     }
                     if !self.buffers.gather(self.queue, self.room)? {
@@ -171,7 +176,8 @@ impl<'a> Receiver<'a> {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(Next::Packet),
-                    // No header fits in the guest's buffers, or it has one that it cannot: lost, as on a wire.
+                    // The guest's buffers are too small for a header, or the packet has an invalid
+                    // header: drop it.
                     Some(libc::EINTR | libc::EFAULT | libc::EINVAL) => {}
                     _ => {
                         self.shared.failed(&error);
@@ -183,19 +189,20 @@ impl<'a> Receiver<'a> {
         Ok(Next::Receive)
     }
 
-    /// A packet was larger than the driver's buffers.
+    /// Logs a packet that was larger than the driver's buffers.
     fn lose(&self) {
         guest_warn!(
             self.shared.losses,
-            "{}: a packet is larger than the guest's buffers, and dropped",
+            "{}: dropped a packet that is larger than the guest's buffers",
             self.shared.name
         );
     }
 }
 
 impl Buffers {
-    /// Takes buffers of the guest until a packet of any size fits, or they are as many as there can be.
-    /// False when they are too few, and the driver was asked to notify of more.
+    /// Takes buffers from the queue until a packet of any size fits, or until there are as many as
+    /// the queue has entries. Returns false if they do not suffice; the driver's next buffers then
+    /// come with a notification.
     fn gather(&mut self, queue: &mut Virtq, room: Room) -> Result<bool, Broken> {
         let most = usize::from(queue.size());
         loop {
@@ -207,11 +214,11 @@ impl Buffers {
                 self.chains.push_back((chain.head, chain.writable.len()));
                 self.room.append(&chain.writable);
             }
-            // A guest with small buffers gets what fits in them, whatever else it offers.
+            // The guest has small buffers. It gets what fits in them; no more buffers are taken.
             if self.fits(room) || self.chains.len() >= most {
                 return Ok(true);
             }
-            if !queue.ask_for_kick()? {
+            if !queue.enable_notifications()? {
                 return Ok(false);
             }
         }
@@ -225,7 +232,8 @@ impl Buffers {
         }
     }
 
-    /// Reads the next packet into all there is, or into the first buffer; None where it does not fit.
+    /// Reads the next packet into all buffers, or into the first one without mergeable buffers.
+    /// Returns its length with the header; `None` if it does not fit.
     fn read(&mut self, tap: &TapQueue, room: Room) -> io::Result<Option<usize>> {
         let count = if room.mergeable {
             self.room.read_message(tap.as_fd())?
@@ -234,12 +242,12 @@ impl Buffers {
             first.split_off(self.chains.front().map_or(0, |(_, length)| *length));
             first.read_message(tap.as_fd())?
         };
-        // A tap gives no packet without its header.
+        // A tap never gives less than a header.
         Ok(count.filter(|count| *count >= room.header))
     }
 
-    /// Whether the packet in the first buffers asks for nothing that the driver did not agree to
-    /// (VIRTIO 1.2, section 5.1.6.4.1).
+    /// Whether the packet in the first buffers uses only offloads that the driver agreed to (VIRTIO
+    /// 1.2, section 5.1.6.4.1).
     fn is_for(&self, offloads: Offloads) -> bool {
         let mut header = [0; 2];
         self.room.copy_to(&mut header);
@@ -256,7 +264,8 @@ impl Buffers {
             && (flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || offloads.checksum)
     }
 
-    /// A packet of `count` bytes, its header among them, lies in the first buffers.
+    /// Returns the first buffers to the driver: they hold a packet of `count` bytes, including its
+    /// header.
     fn used(&mut self, queue: &mut Virtq, count: usize, room: Room) -> Result<(), Broken> {
         let buffers = if room.mergeable {
             self.count_for(count)
@@ -278,7 +287,7 @@ impl Buffers {
         Ok(())
     }
 
-    /// How many buffers a packet of `count` bytes takes.
+    /// The number of buffers that a packet of `count` bytes takes.
     fn count_for(&self, count: usize) -> u16 {
         let (mut room, mut buffers) = (0, 0);
         for (_, length) in &self.chains {

@@ -1,4 +1,4 @@
-//! Tap interfaces of the host (`Documentation/networking/tuntap.rst`).
+//! The host's tap interfaces (`Documentation/networking/tuntap.rst`).
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -17,10 +17,10 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::util::poll::poll_now;
 
 const TUN: &str = "/dev/net/tun";
-/// A folder for each interface of this network namespace.
+/// Has a folder for each interface in this network namespace.
 const INTERFACES: &str = "/sys/class/net";
 
-/// `include/uapi/linux/if_tun.h`.
+/// From `include/uapi/linux/if_tun.h`.
 #[allow(missing_docs)]
 mod requests {
     use super::{c_int, c_uint, ioctl_iow_nr};
@@ -33,7 +33,7 @@ mod requests {
 }
 use requests::{TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ};
 
-/// Why a tap cannot be had. `name` is the interface's.
+/// Why a tap could not be opened.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// There is no such interface.
@@ -42,66 +42,72 @@ pub enum TapError {
          ip link set {0} up (with iproute2's ip) makes it"
     )]
     Missing(String),
-    /// The host has no taps.
-    #[error("Failed to open tap {name:?}: {TUN}: {error}: modprobe tun, or run as one who may")]
+    /// /dev/net/tun cannot be opened.
+    #[error(
+        "Failed to open tap {name:?}: {TUN}: {error}: load the module (modprobe tun), or run as a \
+         user who may open it"
+    )]
     NoTun {
-        /// The interface.
+        /// The interface's name.
         name: String,
-        /// Why.
+        /// The error of the host.
         error: io::Error,
     },
-    /// The host said no.
+    /// The host refused access to the interface.
     #[error("Failed to open tap {name:?}: {error}{}", hint(.error))]
     Refused {
-        /// The interface.
+        /// The interface's name.
         name: String,
-        /// Why.
+        /// The error of the host.
         error: io::Error,
     },
 }
 
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EBUSY) => ": another process has it",
+        Some(libc::EBUSY) => ": another process uses it",
         Some(libc::EPERM) => {
             ": only root, or its owner (ip tuntap add ... user NAME), may attach to it"
         }
-        Some(libc::EINVAL) => ": it is no tap",
+        Some(libc::EINVAL) => ": it is not a tap",
         _ => "",
     }
 }
 
-/// One queue of a tap: packets with a virtio header before them, of [`HEADER`] bytes until
-/// [`TapQueue::set_header`] says otherwise. Reads and writes do not wait.
+/// One queue of a tap. Each packet has a virtio header before it, of [`HEADER`] bytes unless
+/// [`TapQueue::set_header`] changes that. Reads and writes do not block.
 pub struct TapQueue {
     file: File,
     name: String,
     multi: bool,
 }
 
-/// What the reader of a tap takes over from the host: flags of TUNSETOFFLOAD.
+/// Work that the reader of a tap takes over from the host: flags of TUNSETOFFLOAD.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// Checksums that are not filled in yet.
+    /// The reader accepts packets whose checksum is not filled in.
     pub checksum: bool,
-    /// TCP segments over IPv4, IPv6 that are larger than a packet; they need `checksum`.
+    /// The reader accepts TCP packets over IPv4 that are yet to be split into segments. Needs
+    /// `checksum`.
     pub tso4: bool,
     /// The same over IPv6.
     pub tso6: bool,
-    /// Such segments with ECN.
+    /// The same with ECN.
     pub ecn: bool,
 }
 
-/// Bytes of `struct virtio_net_hdr_v1`.
+/// Size of `struct virtio_net_hdr_v1` in bytes.
 pub const HEADER: usize = 12;
-/// Bytes of `struct virtio_net_hdr`, which has no `num_buffers`.
+/// Size of `struct virtio_net_hdr` in bytes. It has no `num_buffers`.
 pub const HEADER_SHORT: usize = 10;
 
 impl TapQueue {
-    /// Opens `count` queues of the interface `name`, or one where it was not made for several.
+    /// Opens `count` queues of the interface `name`, or one queue if the interface was not made for
+    /// several.
     ///
     /// # Errors
-    /// One line that names the way out.
+    /// Fails if there is no such interface, or if the host refuses it. The message is one line and
+    /// names the remedy.
     pub fn open(name: &str, count: usize) -> Result<Vec<Self>, TapError> {
         if !Path::new(INTERFACES).join(name).exists() {
             return Err(TapError::Missing(name.to_owned()));
@@ -149,22 +155,22 @@ impl TapQueue {
         self.set_header(HEADER)
     }
 
-    /// How many bytes of header are before each packet from now on: [`HEADER`] or [`HEADER_SHORT`].
+    /// Sets the size in bytes of the header before each packet: [`HEADER`] or [`HEADER_SHORT`].
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host refuses the size.
     pub fn set_header(&self, bytes: usize) -> io::Result<()> {
         let size = c_int::try_from(bytes).map_err(io::Error::other)?;
         // SAFETY: TUNSETVNETHDRSZ reads an int.
         check(unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ(), &size) })
     }
 
-    /// What packets read from here may be like from now on.
+    /// Sets which offloads packets from the tap may use.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host refuses the flags.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        // The host takes segments only with checksums, and ECN only with segments.
+        // The host accepts segmentation only with checksums, and ECN only with segmentation.
         let tso4 = offloads.tso4 && offloads.checksum;
         let tso6 = offloads.tso6 && offloads.checksum;
         let flags = [
@@ -179,10 +185,11 @@ impl TapQueue {
         check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD(), flags.into()) })
     }
 
-    /// Whether the interface hands packets to this queue. One that is its only queue always gets them.
+    /// Sets whether the interface passes packets to this queue. An interface's only queue always
+    /// gets them.
     ///
     /// # Errors
-    /// The host's.
+    /// Fails if the host refuses the change.
     pub fn set_attached(&self, attached: bool) -> io::Result<()> {
         if !self.multi {
             return Ok(());
@@ -196,13 +203,13 @@ impl TapQueue {
         // SAFETY: TUNSETQUEUE reads a struct ifreq.
         let done = unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE(), &request) };
         match check(done) {
-            // It was so already.
+            // The queue was in this state already.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             done => done,
         }
     }
 
-    /// For tests: packets come from and go to `file`.
+    /// For tests: uses `file` in place of a tap.
     #[cfg(test)]
     pub(crate) fn of(file: File) -> Self {
         Self {
@@ -212,39 +219,39 @@ impl TapQueue {
         }
     }
 
-    /// The largest packet that the interface carries, without its Ethernet header; None where the host
-    /// does not say.
+    /// The interface's MTU, which does not count the Ethernet header. `None` if it is unknown or
+    /// needs more than 16 bits.
     pub fn mtu(&self) -> Option<u16> {
         self.attribute("mtu")
     }
 
-    /// Throws away the packets that wait to be read. They are at most as many as the interface keeps: a
-    /// flood of others that come meanwhile does not hold this up. Returns how many it read.
+    /// Drops the packets that wait to be read. Reads no more of them than the interface can queue,
+    /// so that a flood of new packets does not delay this. Returns how many packets it has read.
     pub fn drain(&self) -> usize {
-        /// As Linux makes taps.
+        /// Linux's default for taps.
         const KEPT: usize = 1_000;
         let kept = self.attribute("tx_queue_len").unwrap_or(KEPT);
         let mut header = [0; HEADER];
         let read = |_: &usize| match (&self.file).read(&mut header) {
-            // What is wrong with one packet is not with the next.
+            // An error may concern only this packet, so try the next one.
             Ok(_) => true,
             Err(error) => error.kind() != io::ErrorKind::WouldBlock,
         };
         (0..kept).take_while(read).count()
     }
 
-    /// What the host says of the interface (`Documentation/ABI/testing/sysfs-class-net`).
+    /// Reads an attribute of the interface (`Documentation/ABI/testing/sysfs-class-net`).
     fn attribute<T: FromStr>(&self, attribute: &str) -> Option<T> {
         let path = Path::new(INTERFACES).join(&self.name).join(attribute);
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     }
 
-    /// Whether the interface is gone: then every access fails, and nothing else tells of it.
+    /// Whether the interface was deleted. Nothing signals that; all later accesses fail.
     pub fn is_gone(&self) -> bool {
         poll_now(&self.file, PollFlags::IN).contains(PollFlags::ERR)
     }
 
-    /// For who serves it in the kernel.
+    /// The file, for the kernel (vhost) to use.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -256,9 +263,9 @@ impl AsFd for TapQueue {
     }
 }
 
-/// A struct ifreq of this name and these flags.
+/// Returns a struct ifreq with this name and these flags.
 fn interface(name: &str, flags: c_int) -> io::Result<libc::ifreq> {
-    // SAFETY: all of a struct ifreq may be zero.
+    // SAFETY: a struct ifreq of zeros is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays NUL.
     if name.len() >= request.ifr_name.len() {
@@ -292,7 +299,7 @@ mod tests {
         );
     }
 
-    /// /dev/zero is a tap that is never empty.
+    /// Reads from /dev/zero never fail, as with a tap under a flood.
     #[test]
     fn a_flood_does_not_hold_up_who_drains() {
         let flood = TapQueue::of(File::open("/dev/zero").unwrap());
@@ -303,7 +310,7 @@ mod tests {
     fn an_interface_tells_its_mtu() {
         let mut queue = TapQueue::of(File::open("/dev/zero").unwrap());
         assert_eq!(queue.mtu(), None);
-        // Every host has this one; its 65536 are more than a packet can have.
+        // Every host has "lo". Its MTU of 65536 does not fit in 16 bits.
         queue.name = "lo".into();
         assert_eq!(queue.attribute::<u32>("mtu"), Some(65_536));
         assert_eq!(queue.mtu(), None);

@@ -1,4 +1,4 @@
-//! Interfaces, driven through their queues; a pair of sockets stands for the tap.
+//! Tests interfaces through their queues. A pair of sockets takes the place of the tap.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -35,7 +35,7 @@ fn net_on(taps: Vec<Arc<TapQueue>>, mtu: Option<u16>) -> Box<Net> {
     Box::new(Net::new("net0", "tap0", taps, mac, mtu, false))
 }
 
-/// Everything accepted but segments, so that a packet is small.
+/// Returns a driver that accepts those of `features` that are offered, and sets up all queues.
 fn driver(device: Box<Net>, features: u64) -> Driver {
     let mut driver = Driver::of(device);
     driver.negotiate(features);
@@ -100,14 +100,15 @@ fn a_packet_goes_out_whole() {
     let mut received = [0; 300];
     let count = peers[0].recv(&mut received).unwrap();
     assert_eq!(received[..count], sent);
-    // No header, and more than any tap takes: dropped, and the next one goes.
+    // Packets that are too short for a header, or larger than any tap takes, are dropped. The next
+    // one is sent.
     driver.request(TRANSMIT, &[(BUFFERS, 11, 0)]);
     driver.request(TRANSMIT, &[(BUFFERS, 70_000, 0)]);
     driver.request(TRANSMIT, &buffers);
     assert_eq!(peers[0].recv(&mut received).unwrap(), sent.len());
 }
 
-/// A driver of before VIRTIO 1.0 has 10 bytes of header, unless its buffers can be merged.
+/// A driver older than VIRTIO 1.0 has a header of 10 bytes, unless it accepts mergeable buffers.
 #[test]
 fn without_version_1_the_header_is_shorter() {
     const OLD: u64 = !(1 << VIRTIO_F_VERSION_1);
@@ -169,7 +170,7 @@ fn without_merging_a_packet_has_one_buffer() {
     assert_eq!(bytes(&driver, BUFFERS + 10, 2), [1, 0]);
 }
 
-/// What filled a buffer to its last byte came whole, and what would not fit did not come at all.
+/// A packet that fills the buffer to its last byte is received. A larger one is dropped.
 #[test]
 fn a_packet_that_does_not_fit_is_dropped() {
     for features in [NO_SEGMENTS, NOT_MERGEABLE] {
@@ -219,7 +220,7 @@ fn the_taps_mtu_is_the_guests() {
     }
 }
 
-/// They may have what this driver has not agreed to.
+/// Such packets may use offloads that this driver has not agreed to.
 #[test]
 fn packets_from_before_the_driver_are_not_its_own() {
     let (device, peers) = net(1);
@@ -240,7 +241,7 @@ fn packets_from_before_the_driver_are_not_its_own() {
 
 #[test]
 fn hostile_receive_buffers() {
-    // Nothing to write to; and so many that they would never fit.
+    // Buffers without room, and buffers so small that a packet never fits.
     for len in [0, 1] {
         let (device, peers) = net(1);
         let mut driver = driver(device, NO_SEGMENTS);
@@ -253,7 +254,7 @@ fn hostile_receive_buffers() {
     }
 }
 
-/// What is no packet leaves no trace: its buffer goes to the next one.
+/// A message shorter than a header is dropped. The next packet gets its buffer.
 #[test]
 fn a_message_without_a_header_is_no_packet() {
     let (device, peers) = net(1);
@@ -267,12 +268,12 @@ fn a_message_without_a_header_is_no_packet() {
     assert_eq!(driver.used_element(RECEIVE, 0), (0, 22));
 }
 
-/// A tap that takes no more loses packets, as a wire does, and nobody waits for it.
+/// When the tap's queue is full, packets are lost, as on a wire. Nothing waits.
 #[test]
 fn a_full_tap_holds_nobody_up() {
     let (device, peers) = net(1);
     let mut driver = driver(device, u64::MAX);
-    // A pair of sockets holds far fewer.
+    // A pair of sockets holds far fewer packets than this.
     for _ in 0..2_000 {
         driver.request(TRANSMIT, &[(BUFFERS, 1000, 0)]);
     }
@@ -281,7 +282,7 @@ fn a_full_tap_holds_nobody_up() {
     assert!((1..1_999).contains(&kept.count()));
 }
 
-/// A driver may leave out one queue of a pair.
+/// A driver may enable only one queue of a pair.
 #[test]
 fn half_a_pair_works() {
     for only in [RECEIVE, TRANSMIT] {
@@ -305,7 +306,7 @@ fn half_a_pair_works() {
     }
 }
 
-/// What was offered before the driver was ready needs no notification.
+/// The device serves packets that were offered before DRIVER_OK without a notification.
 #[test]
 fn a_packet_that_was_there_before_goes_out() {
     let (device, peers) = net(1);
@@ -326,7 +327,7 @@ fn a_packet_that_was_there_before_goes_out() {
     assert_eq!(peers[0].recv(&mut [0; 200]).unwrap(), 100);
 }
 
-/// What most drivers have room for; they take nothing over from the host.
+/// What most drivers are prepared for, without offloads.
 const ROOM: Room = Room {
     header: HEADER,
     offloads: Offloads {
@@ -339,7 +340,7 @@ const ROOM: Room = Room {
     packet: 1530,
 };
 
-/// A packet that was made for the driver before comes late.
+/// A packet that was made for the previous driver's offloads may arrive late. It is dropped.
 #[test]
 fn packets_are_as_the_driver_agreed() {
     let (checksum, tso4, tso6, ecn) = (true, true, true, true);
@@ -377,7 +378,7 @@ fn packets_are_as_the_driver_agreed() {
     }
 }
 
-/// The driver may look at any time: it never finds a part of a packet.
+/// The driver may look at the used ring at any time. It must not find only a part of a packet.
 #[test]
 fn the_buffers_of_a_packet_are_shown_together() {
     let (device, peers) = net(1);
@@ -392,10 +393,11 @@ fn the_buffers_of_a_packet_are_shown_together() {
         peers[0].send(&packet(len)).unwrap();
         receiver.serve(true, true, &Stop::default()).unwrap();
     }
-    assert_eq!(queue.shown(), [6, 7], "an index for each packet");
+    assert_eq!(queue.shown(), [6, 7], "one index update per packet");
 }
 
-/// All buffers together are too small, and the driver offers more of them than its queue has entries.
+/// All buffers together are too small, and the driver offers more of them than its queue has
+/// entries.
 #[test]
 fn hostile_more_buffers_than_entries() {
     let (device, peers) = net(1);
@@ -414,10 +416,10 @@ fn hostile_more_buffers_than_entries() {
     peers[0].send(&packet(53)).unwrap();
     peers[0].send(&packet(10)).unwrap();
     receiver.serve(true, true, &Stop::default()).unwrap();
-    assert_eq!(driver.used(RECEIVE), 6, "22 bytes; 65 do not fit");
+    assert_eq!(driver.used(RECEIVE), 6, "22 bytes fit, 65 do not");
 }
 
-/// Whatever the driver has offered, a reset waits for one packet at most.
+/// However much the driver has offered, a reset waits for one packet at most.
 #[test]
 fn hostile_a_full_queue_does_not_delay_the_stop() {
     let (device, peers) = net(1);
@@ -432,7 +434,7 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
     peers[0].send(&packet(100)).unwrap();
     let mut receiver = receive::Receiver::new(&shared, tap, ROOM, &mut queue);
     receiver.serve(true, true, &stop).unwrap();
-    assert_eq!(driver.used(0), 0, "received");
+    assert_eq!(driver.used(0), 0, "received a packet");
     let (mut driver, mut queue) = taken(u64::MAX);
     for index in 0..SIZE {
         let (addr, len, flags, next) = (BUFFERS, 100, 0, 0);
@@ -446,15 +448,15 @@ fn hostile_a_full_queue_does_not_delay_the_stop() {
         driver.offer(0, index);
     }
     shared.transmit(tap, HEADER, &mut queue, &stop).unwrap();
-    assert_eq!(driver.used(0), 0, "sent");
+    assert_eq!(driver.used(0), 0, "sent a packet");
     assert!(peers[0].recv(&mut [0; 200]).is_err());
 }
 
-/// A tap that nobody can wait for, as the host may be out of resources for that.
+/// epoll refuses this file, as it may refuse a tap when the host is out of resources.
 #[test]
-fn a_tap_that_cannot_be_heard_is_told() {
-    let deaf = TapQueue::of(File::open("/dev/zero").unwrap());
-    let driver = driver(net_on(vec![Arc::new(deaf)], None), NO_SEGMENTS);
+fn a_tap_that_cannot_be_polled_needs_a_reset() {
+    let unpollable = TapQueue::of(File::open("/dev/zero").unwrap());
+    let driver = driver(net_on(vec![Arc::new(unpollable)], None), NO_SEGMENTS);
     driver.wait_until("DEVICE_NEEDS_RESET", |d| d.status() & BROKEN != 0);
 }
 
@@ -469,17 +471,17 @@ fn a_queue_that_vhost_gives_up_is_told_once() {
     let second = errors[1].1.try_clone().unwrap();
     let watch = watch::watch(&device.shared, fault, errors.into()).unwrap();
     second.write(1).unwrap();
-    let told = || counter.configs.load(Ordering::Acquire);
-    while told() == 0 {
+    let raised = || counter.configs.load(Ordering::Acquire);
+    while raised() == 0 {
         std::thread::yield_now();
     }
     assert_eq!(status.status.load(Ordering::Acquire), READY | BROKEN);
     second.write(1).unwrap();
     drop(watch);
-    assert_eq!(told(), 1);
+    assert_eq!(raised(), 1);
 }
 
-/// A command of the control queue, and its answer.
+/// Sends a command to the control queue, and returns the answer.
 fn command(driver: &mut Driver, queue: usize, bytes: &[u8]) -> u8 {
     driver
         .ram
@@ -508,10 +510,10 @@ fn pairs_are_chosen_by_command() {
     ] {
         assert_eq!(command(&mut two, 4, wrong), 1, "{wrong:?}");
     }
-    // The answer is one byte, or none where there is no room for it.
+    // The answer is one byte, or none if there is no room for it.
     assert_eq!(two.request(4, &[(BUFFERS, 4, 0), (BUFFERS, 9, WRITE)]), 1);
     assert_eq!(two.request(4, &[(BUFFERS, 4, 0)]), 0);
-    // A driver of one pair has it right behind.
+    // Without VIRTIO_NET_F_MQ, the control queue follows the first pair.
     let (device, _peers) = net(2);
     let mut one = driver(device, !(1 << VIRTIO_NET_F_MQ));
     assert_eq!(command(&mut one, 2, &[1, 0, 1]), 1);
@@ -530,7 +532,7 @@ fn the_configuration_tells_address_link_and_pairs() {
     assert_eq!(
         driver.interrupts.configs.load(Ordering::Acquire),
         1,
-        "told once"
+        "one interrupt"
     );
     driver.core.read_config(0, &mut space);
     assert_eq!(space[6], 0);

@@ -1,4 +1,4 @@
-//! From the guest to the tap.
+//! Sends packets: from the guest to the tap.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,11 +10,12 @@ use crate::util::{RateLimit, guest_warn};
 use crate::virtio::queue::{Broken, Virtq};
 use crate::virtio::stop::Stop;
 
-/// The largest packet a tap takes: 64 KiB of segments to come, and headers.
+/// The largest packet that a tap takes: 64 KiB that are yet to be split into TCP segments, and
+/// headers.
 const PACKET_MAX: usize = 65_562 + HEADER;
 
 impl Shared {
-    /// Sends what `queue` has to `tap`: packets with so many bytes of header before each.
+    /// Sends the packets in `queue` to `tap`. Each has `header` bytes of virtio header before it.
     pub(super) fn transmit(
         &self,
         tap: &TapQueue,
@@ -28,7 +29,7 @@ impl Shared {
         })
     }
 
-    /// Sends one packet, or drops it, as a wire does.
+    /// Sends one packet. Drops it if the tap does not take it.
     fn send(&self, tap: &TapQueue, header: usize, packet: &Pieces) {
         if !(header..=PACKET_MAX).contains(&packet.len()) || self.link.is_gone() {
             return;
@@ -37,13 +38,14 @@ impl Shared {
             return;
         };
         match error.raw_os_error() {
-            // The tap's queue is full; or a header that no packet has, which is the guest's own loss.
+            // The tap's queue is full; or the header is invalid, which is the guest's own fault.
             Some(libc::EAGAIN | libc::EINTR | libc::EINVAL) => {}
             _ => self.failed(&error),
         }
     }
 
-    /// What a tap says when it is no more is final; all else may pass, with the loss of a packet.
+    /// Handles an error of the tap. If the tap was deleted, the link goes down for good. After
+    /// other errors, only the packet is lost.
     pub(super) fn failed(&self, error: &io::Error) {
         match error.raw_os_error() {
             Some(libc::EBADFD | libc::ENODEV) => self.lose_link(error),
@@ -51,13 +53,13 @@ impl Shared {
         }
     }
 
-    /// The tap has gone: the guest finds its link down.
+    /// Sets the guest's link down, because the tap was deleted.
     pub(super) fn lose_link(&self, error: &io::Error) {
         if self.link.lose() {
             let (name, tap) = (&self.name, &self.tap);
             guest_warn!(
                 RateLimit::named(format!("{name} link")),
-                "{name}: tap {tap} has gone ({error}): the guest's link is down"
+                "{name}: tap {tap} is gone ({error}): the guest's link is down"
             );
         }
     }

@@ -26,7 +26,7 @@ use crate::virtio::worker::{Worker, wait};
 
 const DEVICE: &str = "/dev/vhost-net";
 
-/// What of the driver's features is the kernel's business.
+/// The features that concern the kernel's vhost-net. rvmm handles the others.
 const FEATURES: u64 = features(&[
     VIRTIO_F_VERSION_1,
     VIRTIO_RING_F_EVENT_IDX,
@@ -34,16 +34,17 @@ const FEATURES: u64 = features(&[
     VIRTIO_NET_F_MRG_RXBUF,
 ]);
 
-/// Whether this host has vhost-net.
+/// Checks whether this host has vhost-net.
 ///
 /// # Errors
-/// One line that names the way out.
+/// Fails if /dev/vhost-net cannot be opened. The message is one line and names the remedy.
 pub fn check() -> io::Result<()> {
     let opened = OpenOptions::new().read(true).write(true).open(DEVICE);
     match opened {
         Ok(_) => Ok(()),
         Err(error) => {
-            let way_out = "modprobe vhost_net, run as one who may open it, or leave out vhost";
+            let way_out = "load the module (modprobe vhost_net), run as a user who may open it, \
+                           or leave out vhost";
             Err(io::Error::other(format!(
                 "Failed to open {DEVICE}: {error}: {way_out}"
             )))
@@ -51,28 +52,28 @@ pub fn check() -> io::Result<()> {
     }
 }
 
-/// A receive and a transmit queue in the kernel's hands.
+/// A receive and a transmit queue that the kernel serves.
 pub(super) struct Pair {
     kernel: Kernel<Arc<GuestMemory>>,
     queues: [Virtq; 2],
     relays: Vec<Relay>,
-    /// Rings whose positions the kernel knows.
+    /// How many of the rings were set up in the kernel. The kernel knows the positions of these.
     set_up: usize,
-    /// By queue: see [`Pair::errors`].
+    /// See [`Pair::errors`].
     errors: Vec<(u16, EventFd)>,
 }
 
-/// A thread that makes the interrupts which the kernel cannot make by itself.
+/// A thread that raises interrupts for the kernel where the kernel cannot raise them itself.
 struct Relay {
     thread: Worker<()>,
     interrupt: Box<dyn Fn() + Send>,
 }
 
 impl Pair {
-    /// Hands `queues`, receive and transmit, to the kernel, with `tap` behind them.
+    /// Lets the kernel serve `queues`, receive and transmit, with `tap` as their network.
     ///
     /// # Errors
-    /// The host's, with the queues as they were.
+    /// Fails if the host refuses. Returns the queues unchanged.
     pub(super) fn start(
         name: &str,
         ram: &Arc<GuestMemory>,
@@ -129,14 +130,14 @@ impl Pair {
             set.map_err(failed("give it the tap"))?;
         }
         for queue in &self.queues {
-            // Before a pause, the kernel may have taken a notification and not the request.
+            // The kernel may have taken a notification before a pause without serving the request.
             queue.kick_again();
         }
         Ok(())
     }
 
-    /// What the kernel signals when it cannot go on with a queue, by the queue's number, for who looks
-    /// after that.
+    /// Returns, with the queue's number, the eventfd that the kernel signals when it cannot go on
+    /// with a queue. Empty after the first call.
     pub(super) fn errors(&mut self) -> Vec<(u16, EventFd)> {
         std::mem::take(&mut self.errors)
     }
@@ -163,7 +164,7 @@ impl Pair {
             .map_err(failed("set up a queue"))
     }
 
-    /// What the kernel signals to interrupt the driver.
+    /// Returns the eventfd that the kernel signals to interrupt the driver.
     fn call(&mut self, name: &str, ring: usize) -> io::Result<EventFd> {
         let queue = &self.queues[ring];
         if let Some(direct) = queue.interrupt_fd() {
@@ -184,13 +185,13 @@ impl Pair {
         call.try_clone()
     }
 
-    /// Takes the queues back.
+    /// Stops the kernel's work, and returns the queues.
     pub(super) fn stop(mut self, why: StopFor) -> [Virtq; 2] {
         let queues = self.queues.iter_mut().take(self.set_up);
         for (ring, queue) in queues.enumerate() {
             let stopped = self.kernel.set_backend(ring, None);
             match stopped.and_then(|()| self.kernel.get_vring_base(ring)) {
-                Ok(next) => queue.took_until(u16::try_from(next).unwrap_or_default()),
+                Ok(next) => queue.set_next_avail(u16::try_from(next).unwrap_or_default()),
                 Err(error) => guest_debug!(
                     RateLimit::named("vhost-net"),
                     "vhost-net: Failed to stop a queue: {error}"
@@ -200,7 +201,8 @@ impl Pair {
         for Relay { thread, interrupt } in self.relays {
             drop(thread);
             if why == StopFor::Pause {
-                // The request to end may have hidden the kernel's last signal.
+                // The request to end may have hidden the kernel's last signal, so interrupt once
+                // more.
                 interrupt();
             }
         }

@@ -1,5 +1,5 @@
-//! A look at what the host's kernel serves alone: whether the tap is there still, and whether vhost has
-//! given up a queue.
+//! Watches what only the host's kernel serves: whether the tap still exists, and whether vhost has
+//! reported an error on a queue.
 
 use std::io;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use crate::util::thread::Kind;
 use crate::virtio::notify::Fault;
 use crate::virtio::worker::Worker;
 
-/// Nothing tells of a tap that goes.
+/// How often to look for the tap. Nothing signals that a tap was deleted.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Numbers of what the thread waits for; those of queues follow.
+/// Numbers of the events that the thread waits for. The queues' numbers start at QUEUES.
 const WAKE: u8 = 0;
 const QUEUES: u8 = 1;
 
-/// Starts the thread. `errors` has for each queue's number what vhost signals when it gives it up: then
-/// the device needs a reset.
+/// Starts the thread. `errors` has the number of each queue, and the eventfd that vhost signals
+/// when it cannot go on with that queue. The device needs a reset then.
 ///
 /// # Errors
-/// The host has no descriptors left, or no resources for a thread.
+/// Fails if the host has no file descriptors left, or no resources for a thread.
 pub(super) fn watch(
     shared: &Arc<Shared>,
     fault: Fault,
@@ -45,9 +45,9 @@ pub(super) fn watch(
             let ready = events.wait((!shared.link.is_gone()).then_some(EVERY));
             for (number, (queue, error)) in (QUEUES..).zip(&errors) {
                 if ready.has(number) {
-                    // Told once: each further notification of the driver's would be another error.
+                    // One report suffices: vhost signals the error again at each notification.
                     let _ = events.remove(borrow(error));
-                    fault.needs_reset(format_args!("vhost-net gave up queue {queue}"));
+                    fault.needs_reset(format_args!("vhost-net reported an error on queue {queue}"));
                 }
             }
         }

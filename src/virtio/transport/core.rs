@@ -1,4 +1,4 @@
-//! A device behind its transport: registers, and when it starts and stops.
+//! A device behind its transport: its registers, and when it starts and stops.
 //!
 //! VIRTIO 1.2, sections 2.1 (status), 2.2 (features), 2.4 (reset) and 3.1 (initialization):
 //!
@@ -8,18 +8,24 @@
 //!   +------------------------- the driver writes status 0 --------------------------------+
 //! ```
 //!
-//! DEVICE_NEEDS_RESET can come at any time; then only a reset helps. What a driver writes at the
-//! wrong time has no effect.
+//! DEVICE_NEEDS_RESET can be set at any time. Only a reset clears it. Writes by the driver in the
+//! wrong state have no effect.
 //!
-//! On a bus that its driver has to let the device on, see [`Core::set_bus_master`], a device is live
-//! only while it may be.
+//! On PCI the driver also has to set bus master enable: a device is live only while that is set.
+//! See [`Core::set_bus_master`].
 //!
-//! A start is handed to the devices thread (`starter`), and DRIVER_OK shows at once. A stop is waited for
-//! by who wants it, without the registers' lock: others read meanwhile, and find the status as it was.
-//! Their writes to the status and to queues have no effect then, but a reset, and a change of the bus,
-//! which wait for their turn. A reset over PCI waits too, although the standard lets a driver poll the
-//! status (section 4.1.4.3.2): EDK2's drivers write 0 before they leave, do not poll, and the memory is
-//! the kernel's then.
+//! The devices thread (`starter`) starts a device. The driver can read DRIVER_OK back at once,
+//! before the device has started.
+//!
+//! The thread that asks for a stop waits until the device has stopped. It does not hold the
+//! registers' lock meanwhile, so other threads can read the registers. They read the status from
+//! before the stop. Their writes to the status and to queues have no effect until the device has
+//! stopped. Two exceptions wait until then and take effect afterwards: another reset, and a change
+//! of bus master enable.
+//!
+//! A reset over PCI waits too, although the standard lets a driver poll the status (section
+//! 4.1.4.3.2). The reason is EDK2: its drivers write 0 to the status when the kernel takes over,
+//! and do not poll. From then on the memory is the kernel's.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -40,26 +46,27 @@ use crate::virtio::stop::StopFor;
 
 pub use super::registers::{QueueSetup, Ring};
 
-/// A device, and what its driver has told it so far. Any thread may call it at any time.
+/// A device, and the state that its driver has set up. Any thread may call any method at any time.
 pub struct Core {
     device: Arc<dyn VirtioDevice>,
     ram: Arc<GuestMemory>,
     shared: Arc<Shared>,
     fault: Fault,
     registers: Mutex<Registers>,
-    /// Its life is [`Life::Stopping`] no more.
+    /// Signalled when the device's life stops being [`Life::Stopping`].
     stopped: Condvar,
     seat: Arc<Seat>,
     starts: RateLimit,
-    /// Last: when it ends, the seat is gone too.
+    /// The last field, so that the seat is dropped before the devices thread may end.
     starter: Arc<Starter>,
 }
 
 impl Core {
-    /// `device` before its first reset, with `interrupt` to its driver. `starter` starts and stops it.
+    /// Returns `device` in its state after power-on. It interrupts its driver by `interrupt`.
+    /// `starter` starts and stops it.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host has no file descriptors left.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         ram: Arc<GuestMemory>,
@@ -83,7 +90,7 @@ impl Core {
         })
     }
 
-    /// The device's type.
+    /// The device type, VIRTIO_ID_*.
     pub fn kind(&self) -> u32 {
         self.device.kind()
     }
@@ -93,14 +100,14 @@ impl Core {
         self.device.name()
     }
 
-    /// The registers, for a look or a write. They are locked: for a moment only, and none of the
-    /// methods here meanwhile.
+    /// Locks the registers. Keep the lock for a short time only, and call no method meanwhile that
+    /// locks them too.
     pub fn registers(&self) -> MutexGuard<'_, Registers> {
         lock(&self.registers)
     }
 
-    /// The driver writes the device status. Zero is a reset, see [`Core::reset`]; DRIVER_OK has the
-    /// device started, and does not wait for that.
+    /// Handles the driver's write of the device status. Zero resets the device, see
+    /// [`Core::reset`]. DRIVER_OK starts it, without waiting for the start to finish.
     pub fn set_status(&self, status: u8) {
         if status == 0 {
             return self.reset();
@@ -111,16 +118,17 @@ impl Core {
         }
     }
 
-    /// Back to the state after power-on. Waits for what the device has begun; the rest is dropped.
+    /// Resets the device to its state after power-on. Waits until the device has stopped; requests
+    /// that it has not begun are dropped.
     pub fn reset(&self) {
         let (mut registers, _) = self.stop();
         registers.reset();
         self.fault.interrupt().reset();
     }
 
-    /// Stops the device, if it is live, in a way that [`Core::resume`] lets it go on. When this returns,
-    /// what it had begun is complete, its driver is told of all that was done, and it does nothing.
-    /// Called while no vCPU runs.
+    /// Stops a live device so that [`Core::resume`] can let it go on. When this returns, the device
+    /// has completed the requests that it had begun, has notified its driver of them, and is idle.
+    /// Must be called while no vCPU runs.
     pub fn pause(&self) {
         let mut registers = self.not_stopping();
         if registers.life != Life::Live {
@@ -135,13 +143,13 @@ impl Core {
                 registers.kept = queues;
                 Life::Paused
             }
-            // It could not start: it needs a reset, before and after.
+            // The device had failed to start, so it needs a reset, as before the pause.
             None => Life::Live,
         };
         self.stopped.notify_all();
     }
 
-    /// Lets the device go on, if it was live before [`Core::pause`]. Does not wait for that.
+    /// Lets the device go on if [`Core::pause`] stopped it. Does not wait for the start to finish.
     pub fn resume(&self) {
         let mut registers = self.registers();
         if registers.life == Life::Paused {
@@ -150,11 +158,12 @@ impl Core {
         }
     }
 
-    /// Whether the device may access memory; it may until this says otherwise.
+    /// Sets whether the device may access guest memory. It may until this is called with `false`.
     ///
-    /// One that runs and may no longer stops as by a reset: when this returns, it has ended what it had
-    /// begun, and its driver finds DEVICE_NEEDS_RESET. No interrupt tells of that: who takes the bus away
-    /// wants silence. One whose driver is ready, and that has waited for the bus, starts.
+    /// `false` stops a live device as a reset does: when this returns, the device has stopped, and
+    /// its driver finds DEVICE_NEEDS_RESET. No interrupt is sent, because whoever disables bus
+    /// mastering wants no more accesses from the device. `true` starts a device whose driver became
+    /// ready while bus mastering was disabled.
     pub fn set_bus_master(&self, allowed: bool) {
         if allowed {
             let mut registers = self.not_stopping();
@@ -173,8 +182,9 @@ impl Core {
         }
     }
 
-    /// What people may want to know: the part of [`Device::describe`](crate::bus::Device::describe) that all
-    /// transports have. The device goes on meanwhile.
+    /// The state of the device for users: the part of
+    /// [`Device::describe`](crate::bus::Device::describe) that is the same for all transports. Does
+    /// not stop the device.
     pub fn describe(&self) -> Value {
         let registers = self.registers();
         json!({
@@ -186,7 +196,7 @@ impl Core {
         })
     }
 
-    /// Changes whenever the configuration space does.
+    /// A number that changes with each change of the configuration space.
     pub fn config_generation(&self) -> u32 {
         self.shared.generation.load(Ordering::Acquire)
     }
@@ -196,12 +206,12 @@ impl Core {
         self.device.read_config(offset, data);
     }
 
-    /// Writes it.
+    /// Writes the device's configuration space.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         self.device.write_config(offset, data);
     }
 
-    /// Waits until a start that is under way has ended, well or not.
+    /// Waits until a pending start or stop has finished, successfully or not.
     pub fn wait_settled(&self) {
         self.seat.wait_settled();
     }
@@ -220,7 +230,7 @@ impl Core {
         self.hand(registers, queues, false);
     }
 
-    /// Has the device started with `queues`.
+    /// Lets the devices thread start the device with `queues`.
     fn hand(&self, registers: &mut Registers, queues: Vec<Virtq>, resumes: bool) {
         registers.life = Life::Live;
         let activation = Activation {
@@ -233,8 +243,8 @@ impl Core {
         self.seat.start(&self.starter, activation);
     }
 
-    /// Stops the device for good, if it is live or paused, and waits for that. Returns with the registers locked, and
-    /// whether it was.
+    /// Stops the device as for a reset, and waits for that. Returns the locked registers, and
+    /// whether the device was live or paused before.
     fn stop(&self) -> (MutexGuard<'_, Registers>, bool) {
         let mut registers = self.not_stopping();
         match registers.life {
@@ -255,7 +265,7 @@ impl Core {
         (registers, true)
     }
 
-    /// The registers, once nobody waits for the device to stop.
+    /// Waits until no thread is stopping the device, and returns the locked registers.
     fn not_stopping(&self) -> MutexGuard<'_, Registers> {
         let is_stopping = |registers: &mut Registers| registers.life == Life::Stopping;
         let registers = self.stopped.wait_while(self.registers(), is_stopping);
@@ -263,7 +273,7 @@ impl Core {
     }
 }
 
-/// What people call a type of device (VIRTIO 1.2, chapter 5).
+/// The name of a device type for users (VIRTIO 1.2, chapter 5).
 fn kind_name(kind: u32) -> String {
     match kind {
         VIRTIO_ID_NET => "virtio-net".into(),
@@ -275,7 +285,7 @@ fn kind_name(kind: u32) -> String {
     }
 }
 
-/// A device's threads end with it.
+/// Ends the device's threads with the device.
 impl Drop for Core {
     fn drop(&mut self) {
         drop(self.stop());

@@ -1,4 +1,5 @@
-//! Virtio over MMIO, version 2 (VIRTIO 1.2, section 4.2): registers at a fixed address and one wire.
+//! Virtio over MMIO, version 2 (VIRTIO 1.2, section 4.2): registers at a fixed address, and a wired
+//! interrupt.
 
 use std::sync::{Arc, Mutex};
 
@@ -16,17 +17,18 @@ use crate::util::sync::lock;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::notify::Interrupt;
 
-/// The range on the bus, as QEMU's virt machine has it.
+/// Size of the register range in bytes, as in QEMU's virt machine.
 pub const SIZE: u64 = 0x1000;
 
-/// "virt".
+/// "virt" in ASCII, little-endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// QEMU's, "QEMU" in ASCII, as the map is: kernels written for its virt machine ask for that one.
+/// "QEMU" in ASCII, little-endian. Kernels for QEMU's virt machine, whose memory map rvmm follows,
+/// check for it.
 const VENDOR: u32 = 0x554d_4551;
 const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
 
-/// A device and its registers.
+/// A device behind MMIO registers.
 pub struct MmioTransport {
     core: Core,
     interrupt: Arc<WiredInterrupt>,
@@ -35,11 +37,11 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers at guest-physical address `base`, interrupting by `line`. `starter`
-    /// starts and stops it.
+    /// Puts `device` behind registers at guest-physical address `base`, with `line` as its
+    /// interrupt. `starter` starts and stops it.
     ///
     /// # Errors
-    /// The host has no descriptors left, or KVM refused a doorbell.
+    /// Fails if the host has no file descriptors left, or if KVM refuses a doorbell.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         ram: &Arc<GuestMemory>,
@@ -79,7 +81,8 @@ impl MmioTransport {
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS => registers.status().into(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.core.config_generation(),
-            // No shared memory: of any region the length reads so (section 4.2.2).
+            // There are no shared memory regions, for which the length must read as all ones
+            // (section 4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
             VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             _ => 0,
@@ -89,11 +92,12 @@ impl MmioTransport {
     fn write_register(&self, register: u32, value: u32) {
         let [status, ..] = value.to_le_bytes();
         if register == VIRTIO_MMIO_STATUS {
-            // Linux does not poll after a reset: this waits until the device has stopped.
+            // Waits until the device has stopped, because Linux does not poll the status after a
+            // reset.
             return self.core.set_status(status);
         }
         let mut registers = self.core.registers();
-        // A queue's number has 16 bits; what is beyond selects none.
+        // A larger value than 16 bits selects no queue.
         let number = u16::try_from(value).unwrap_or(u16::MAX);
         match register {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_select = value,
@@ -116,7 +120,7 @@ impl MmioTransport {
     }
 }
 
-/// Registers are read and written whole, 32 bits; the configuration space in any width.
+/// Registers are accessed as a whole, 32 bits. The configuration space is accessed in any width.
 impl MmioDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
@@ -175,7 +179,7 @@ impl Device for MmioTransport {
     }
 }
 
-/// QueueNotify, told apart by the queue's number, which is the value stored.
+/// KVM's doorbells at QueueNotify. The value stored is the queue's number, and selects the eventfd.
 struct Doorbells {
     vm: Arc<dyn Vm>,
     connected: Vec<(Doorbell, Arc<EventFd>)>,
@@ -204,13 +208,13 @@ impl Doorbells {
 impl Drop for Doorbells {
     fn drop(&mut self) {
         for (doorbell, kick) in &self.connected {
-            // The VM itself goes next: nothing is lost when KVM refuses.
+            // The VM is dropped next, so an error does no harm.
             let _ = self.vm.disconnect_doorbell(*doorbell, kick);
         }
     }
 }
 
-/// InterruptStatus and the wire, which is high while a bit of it is set.
+/// InterruptStatus, and the wire, which is high while a bit of it is set.
 struct WiredInterrupt {
     status: Mutex<u32>,
     line: IrqLine,

@@ -1,7 +1,8 @@
-//! What is between a device and its driver, once for every kind of device: registers, and a device's life.
+//! The part between a device and its driver that is the same for every kind of device: registers,
+//! and starting and stopping.
 //!
-//! [`core::Core`] is a device behind registers (`registers`), which [`mmio`] and [`pci`] only decode. The
-//! devices thread, [`starter::Starter`], starts and stops it.
+//! [`core::Core`] is a device with its registers (`registers`). [`mmio`] and [`pci`] decode a
+//! guest's accesses to them. The devices thread, [`starter::Starter`], starts and stops the device.
 
 pub mod core;
 pub mod mmio;

@@ -1,4 +1,4 @@
-//! Virtio over PCI (VIRTIO 1.2, section 4.1), modern only: a function whose BAR 0 has the registers.
+//! Virtio over PCI (VIRTIO 1.2, section 4.1), modern devices only. The registers are in BAR 0:
 //!
 //! ```text
 //! 0x0000  common configuration     0x2000  the device's configuration space
@@ -25,25 +25,25 @@ use crate::util::{Half, RateLimit, guest_info, guest_warn};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::notify::Interrupt;
 
-/// The vendor of all virtio devices.
+/// The PCI vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
-/// Device ids of modern devices: this and the type.
+/// PCI device id of a modern device, minus its virtio type.
 const DEVICE: u16 = 0x1040;
-/// A queue or event without a message.
+/// The vector of a queue or event that sends no message.
 const NO_VECTOR: u16 = 0xffff;
 
 const COMMON: u32 = 0x0000;
 const ISR: u32 = 0x1000;
 const CONFIG: u32 = 0x2000;
 const NOTIFY: u32 = 0x3000;
-/// Bytes of each part.
+/// Size of each part in bytes.
 const PART: u32 = 0x1000;
-/// Bytes of the common configuration that are there.
+/// Size of the common configuration in bytes.
 const COMMON_SIZE: u32 = 0x40;
-/// Between two queues' notification addresses.
+/// Distance in bytes between the notification addresses of two queues.
 const NOTIFY_STEP: u32 = 4;
 
-/// Interrupt causes in the ISR status.
+/// Bits of the ISR status.
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
@@ -77,16 +77,16 @@ pub struct PciTransport {
     core: Core,
     interrupt: Arc<PciInterrupt>,
     doorbells: Mutex<Doorbells>,
-    /// Its device number on the bus, once it is there.
+    /// The device number on the bus. Set after the function is attached.
     slot: OnceLock<usize>,
 }
 
 impl PciTransport {
-    /// Attaches `device` to `bridge` with at most `vectors` messages. Where that is fewer than one
-    /// for each queue and one more, queues share them. `starter` starts and stops it.
+    /// Attaches `device` to `bridge` with at most `vectors` MSI-X vectors. With fewer vectors than
+    /// queues plus one, queues share vectors. `starter` starts and stops the device.
     ///
     /// # Errors
-    /// The bus is full, or the host has no descriptors or interrupts left.
+    /// Fails if the bus is full, or if the host has no file descriptors or interrupts left.
     pub fn attach(
         device: Box<dyn VirtioDevice>,
         ram: &Arc<GuestMemory>,
@@ -128,7 +128,7 @@ impl PciTransport {
         Ok(transport)
     }
 
-    /// A field of the common configuration, of its own width.
+    /// Reads a field of the common configuration. Zero if offset and width match no field.
     fn read_common(&self, offset: u64, length: usize) -> u64 {
         let registers = self.core.registers();
         let queue = registers.queue();
@@ -187,8 +187,8 @@ impl PciTransport {
     }
 }
 
-/// Fields are read and written whole; 64-bit ones also in halves. Other accesses read zero, and write
-/// nothing.
+/// Fields are read and written as a whole; 64-bit fields also in halves. Other reads return zero,
+/// and other writes have no effect.
 impl BarDevice for PciTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (part, offset) = part(offset);
@@ -220,7 +220,8 @@ impl BarDevice for PciTransport {
                 self.write_common(offset, length, u32::from_le_bytes(value));
             }
             (CONFIG, _) => self.core.write_config(offset, data),
-            // Only before the kernel takes them: it does as soon as the BAR is placed.
+            // KVM handles stores to the BAR itself. Here come stores through the window in the
+            // configuration space, and all stores if KVM refused the doorbell.
             (NOTIFY, _) => {
                 let queue = u16::try_from(offset / u64::from(NOTIFY_STEP));
                 self.core.registers().kick(queue.unwrap_or(u16::MAX));
@@ -248,13 +249,13 @@ impl BarDevice for PciTransport {
     fn set_bus_master(&self, allowed: bool) {
         self.core.set_bus_master(allowed);
         if !allowed {
-            // Other devices on the wire would find it high until this one is reset.
+            // The pin may be shared. It must go low now, not when this device is reset.
             self.interrupt.take();
         }
     }
 }
 
-/// It has no node in the tree, and its registers are where the bridge has them: that tells of both.
+/// The device has no device tree node and no fixed address of its own: the bridge describes both.
 impl Device for PciTransport {
     fn id(&self) -> &str {
         self.core.name()
@@ -281,13 +282,13 @@ impl Device for PciTransport {
     }
 }
 
-/// The part of the BAR that an offset is in, and the offset there.
+/// Splits an offset in the BAR into the start of its part and the offset within that.
 fn part(offset: u64) -> (u32, u64) {
     let offset = u32::try_from(offset).unwrap_or(u32::MAX);
     (offset - offset % PART, (offset % PART).into())
 }
 
-/// The kernel's doorbells, which are where BAR 0 is.
+/// KVM's doorbells, which follow the address of BAR 0.
 struct Doorbells {
     vm: Arc<dyn Vm>,
     kicks: Vec<Arc<EventFd>>,
@@ -323,7 +324,7 @@ impl Doorbells {
             let doorbell = Doorbell { gpa, value: None };
             match self.vm.connect_doorbell(doorbell, kick) {
                 Ok(()) => self.connected.push((doorbell, Arc::clone(kick))),
-                // Notifications then come to `write`.
+                // KVM then reports the stores as exits, and `write` handles them.
                 Err(error) => guest_warn!(self.failures, "{error}"),
             }
         }
@@ -336,8 +337,8 @@ impl Drop for Doorbells {
     }
 }
 
-/// Messages where the driver uses them, else the ISR status and the pin, which is high while a bit of
-/// it is set.
+/// Sends MSI-X messages if the driver has enabled them. Otherwise uses the ISR status and the pin,
+/// which is high while a bit of the ISR status is set.
 struct PciInterrupt {
     interrupts: Arc<Interrupts>,
     isr: Mutex<u8>,
@@ -360,7 +361,7 @@ impl PciInterrupt {
         vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
     }
 
-    /// A vector that is not there reads back as none (section 4.1.5.1.2.1).
+    /// Returns `vector`, or NO_VECTOR if there is no such vector (section 4.1.5.1.2.1).
     fn known(&self, vector: u16) -> u16 {
         if vector < self.interrupts.vectors() {
             vector
@@ -387,12 +388,12 @@ impl PciInterrupt {
         *isr |= bit;
     }
 
-    /// The ISR status, as it is.
+    /// Reads the ISR status without clearing it.
     fn status(&self) -> u8 {
         *lock(&self.isr)
     }
 
-    /// Reads the ISR status, which clears it.
+    /// Reads and clears the ISR status, and lowers the pin.
     fn take(&self) -> u8 {
         let mut isr = lock(&self.isr);
         if *isr != 0 {
@@ -450,13 +451,13 @@ fn identity(kind: u32) -> Identity {
     }
 }
 
-/// A configuration space with the capabilities that tell where the registers are (section 4.1.4).
+/// Returns a configuration space with the capabilities for the registers' places (section 4.1.4).
 fn config_space(identity: Identity) -> (ConfigSpace, Window) {
     const VENDOR_SPECIFIC: u8 = 0x09;
     let mut config = ConfigSpace::new(identity);
     let mut add = |kind: u8, offset: u32, length: u32, more: &[u8], writable: &[u8]| {
         let length_of_all = u8::try_from(16 + more.len()).unwrap_or(u8::MAX);
-        // Length, type, BAR 0, id, padding.
+        // Length, type, BAR, id, padding.
         let mut body = vec![length_of_all, kind, 0, 0, 0, 0];
         body.extend(offset.to_le_bytes());
         body.extend(length.to_le_bytes());
@@ -467,7 +468,8 @@ fn config_space(identity: Identity) -> (ConfigSpace, Window) {
     add(2, NOTIFY, PART, &NOTIFY_STEP.to_le_bytes(), &[]);
     add(3, ISR, 1, &[], &[]);
     add(4, CONFIG, PART, &[], &[]);
-    // A driver chooses BAR, offset and length, and the data are a window there.
+    // PCI configuration access: the driver writes BAR, offset and length, and then accesses the
+    // registers through the data field.
     let mut writable = [0; 18];
     writable[2] = 0xff;
     writable[6..].fill(0xff);

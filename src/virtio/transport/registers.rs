@@ -1,6 +1,6 @@
-//! What a driver has told its device so far, as the registers of every transport show it.
+//! The state that a driver sets up in the registers of any transport.
 //!
-//! Nothing here starts, stops or waits: that is `core`'s.
+//! Nothing here starts, stops or waits: `core` does that.
 
 use std::io;
 use std::mem::size_of;
@@ -29,34 +29,35 @@ const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
 const FEATURES_OK: u8 = status_bit(VIRTIO_CONFIG_S_FEATURES_OK);
 const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
-/// What a driver may set.
+/// The status bits that a driver may set.
 const DRIVERS: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
-/// What every device of rvmm offers.
+/// The features that every device of rvmm offers.
 const COMMON_FEATURES: u64 = features(&[
     VIRTIO_F_VERSION_1,
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
 ]);
 
-/// In the used ring, behind its flags (section 2.7.8).
+/// Offset of the index in the used ring, after the flags (section 2.7.8).
 const USED_INDEX: u64 = 2;
 
 /// A virtqueue as its driver sets it up.
 pub struct QueueSetup {
-    /// The largest size, of the device's choice.
+    /// The largest size. The device chooses it.
     pub max_size: u16,
-    /// Entries, of the driver's choice: a power of two.
+    /// The number of entries, a power of two. The driver chooses it.
     pub size: u16,
-    /// Whether the driver has set it up.
+    /// Whether the driver has enabled the queue.
     pub enabled: bool,
-    /// Guest-physical address of the descriptor table, the driver's ring and the device's ring.
+    /// Guest-physical addresses of the descriptor table, the available ring and the used ring, in
+    /// the order of [`Ring`].
     pub rings: [u64; 3],
-    /// Signalled by notifications, also before the device is live.
+    /// The eventfd that available buffer notifications signal, even before the device is live.
     pub kick: Arc<EventFd>,
 }
 
-/// Which of a queue's three parts an address is of.
+/// A part of a queue.
 #[derive(Clone, Copy, Debug)]
 pub enum Ring {
     /// The descriptor table.
@@ -70,12 +71,12 @@ pub enum Ring {
 /// Whether a device serves its queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Life {
-    /// It does not: its driver is not ready, or it needs a reset.
+    /// It does not: its driver is not ready, or the device needs a reset.
     #[default]
     Idle,
-    /// Its start was asked for.
+    /// The devices thread has been asked to start it. The start may have failed.
     Live,
-    /// It is about to stop, and somebody waits for that.
+    /// A thread is stopping it, and waits for that.
     Stopping,
     /// It was live, and goes on when the machine does.
     Paused,
@@ -86,21 +87,21 @@ pub struct Registers {
     shared: Arc<Shared>,
     offered: u64,
     accepted: u64,
-    /// Which 32 features the feature registers show: of the device, of the driver.
+    /// Which 32 of the device's features the feature register shows.
     pub device_select: u32,
-    /// The same for what the driver accepts.
+    /// Which 32 of the driver's features the feature register shows.
     pub driver_select: u32,
-    /// Which queue the queue registers are of.
+    /// The queue that the queue registers refer to.
     pub queue_select: u16,
     queues: Vec<QueueSetup>,
     pub(super) life: Life,
     pub(super) bus_master: bool,
-    /// The queues of a device that is paused.
+    /// The queues of a paused device.
     pub(super) kept: Vec<Virtq>,
 }
 
 impl Registers {
-    /// Those of `device` after power-on.
+    /// Returns the registers of `device` after power-on.
     pub(super) fn new(device: &dyn VirtioDevice, shared: &Arc<Shared>) -> io::Result<Self> {
         let queues = device.queue_sizes().into_iter().map(QueueSetup::new);
         Ok(Self {
@@ -122,18 +123,18 @@ impl Registers {
         &self.queues
     }
 
-    /// The queue that is selected, if there is one of that number.
+    /// The selected queue; `None` if the number is too large.
     pub fn queue(&self) -> Option<&QueueSetup> {
         self.queues.get(usize::from(self.queue_select))
     }
 
-    /// The selected queue as long as it can still be set up.
+    /// The selected queue if the driver may still change it.
     fn queue_mut(&mut self) -> Option<&mut QueueSetup> {
         let queue = self.queues.get_mut(usize::from(self.queue_select))?;
         (self.life == Life::Idle && !queue.enabled).then_some(queue)
     }
 
-    /// 32 bits of what the device offers.
+    /// The selected 32 bits of the features that the device offers.
     pub fn device_features(&self) -> u32 {
         match self.device_select {
             0 => Half::Low.of(self.offered),
@@ -142,7 +143,7 @@ impl Registers {
         }
     }
 
-    /// 32 bits of what the driver has accepted.
+    /// The selected 32 bits of the features that the driver has accepted.
     pub fn driver_features(&self) -> u32 {
         match self.driver_select {
             0 => Half::Low.of(self.accepted),
@@ -151,7 +152,7 @@ impl Registers {
         }
     }
 
-    /// The driver accepts these 32 features.
+    /// Sets the selected 32 bits of the features that the driver accepts.
     pub fn set_driver_features(&mut self, features: u32) {
         if self.status() & FEATURES_OK != 0 {
             return;
@@ -168,22 +169,22 @@ impl Registers {
         self.shared.status.load(Ordering::Acquire)
     }
 
-    /// The features that both sides agreed on.
+    /// The features that device and driver agreed on.
     pub(super) fn features(&self) -> u64 {
         self.accepted
     }
 
-    /// The driver writes a status that is not 0. True when the device is to start now.
+    /// Handles the driver's write of a status other than 0. True if the device must start now.
     pub(super) fn add_status(&mut self, status: u8) -> bool {
         if self.life == Life::Stopping {
             return false;
         }
         let mut fresh = status & DRIVERS & !self.status();
-        // VERSION_1 may be missing (section 6.2): small kernels accept the low 32 features and no
-        // other, and know the layouts that come with it all the same.
+        // A driver need not accept VERSION_1 (section 6.2). Small kernels accept only the low 32
+        // features, and still use the layouts of VERSION_1.
         let agreed = self.accepted & !self.offered == 0;
         if fresh & FEATURES_OK != 0 && !agreed {
-            // The driver reads it back, and finds that the device does not agree.
+            // The driver reads the status back, and finds that the device does not agree.
             fresh &= !FEATURES_OK;
         }
         let before = self.shared.status.fetch_or(fresh, Ordering::AcqRel);
@@ -191,14 +192,15 @@ impl Registers {
         fresh & DRIVER_OK != 0 && may_start
     }
 
-    /// Whether the driver is ready, and the device has not failed since.
+    /// Whether the driver is ready, and the device does not need a reset.
     pub(super) fn is_ready(&self) -> bool {
         const READY: u8 = FEATURES_OK | DRIVER_OK;
         self.status() & (READY | NEEDS_RESET) == READY
     }
 
-    /// For each queue its size, and how far it is: the index of the used ring, and while the device is
-    /// paused that of the next request. Who serves a queue alone knows that one.
+    /// Describes each queue: its size, the used ring's index, and the available ring's index of the
+    /// next request. The latter is known only while the device is paused, because otherwise the
+    /// serving thread has it.
     pub(super) fn describe_queues(&self, ram: &GuestMemory) -> Value {
         let next = |index: u16| {
             let kept = self.kept.iter().find(|queue| queue.index() == index);
@@ -215,7 +217,7 @@ impl Registers {
         queues.collect()
     }
 
-    /// Back to the state after power-on, but for the bus.
+    /// Resets everything to the state after power-on, except bus master enable.
     pub(super) fn reset(&mut self) {
         self.shared.status.store(0, Ordering::Release);
         self.accepted = 0;
@@ -227,7 +229,7 @@ impl Registers {
         }
     }
 
-    /// The driver chooses the size of the selected queue. One that cannot be has no effect.
+    /// Sets the size of the selected queue. An invalid size has no effect.
     pub fn set_queue_size(&mut self, size: u16) {
         if let Some(queue) = self.queue_mut() {
             if size.is_power_of_two() && size <= queue.max_size {
@@ -236,7 +238,7 @@ impl Registers {
         }
     }
 
-    /// The driver places a part of the selected queue.
+    /// Sets half of the address of a part of the selected queue.
     pub fn set_ring(&mut self, ring: Ring, half: Half, value: u32) {
         if let Some(queue) = self.queue_mut() {
             let address = &mut queue.rings[ring as usize];
@@ -244,14 +246,14 @@ impl Registers {
         }
     }
 
-    /// The driver has set up the selected queue.
+    /// Enables the selected queue.
     pub fn enable_queue(&mut self) {
         if let Some(queue) = self.queue_mut() {
             queue.enabled = true;
         }
     }
 
-    /// The driver takes back that it has set up the selected queue.
+    /// Disables the selected queue. Has no effect while the device is live, stopping or paused.
     pub fn disable_queue(&mut self) {
         let queue = self.queues.get_mut(usize::from(self.queue_select));
         if let Some(queue) = queue.filter(|_| self.life == Life::Idle) {
@@ -259,23 +261,23 @@ impl Registers {
         }
     }
 
-    /// The driver notifies a queue, by a store that the kernel did not take.
+    /// Passes on the driver's notification of a queue, from a store that KVM did not handle itself.
     pub fn kick(&self, index: u16) {
         if let Some(queue) = self.queues.get(usize::from(index)) {
-            // It fails only when 2^64 notifications wait.
+            // Fails only with 2^64 notifications pending.
             let _ = queue.kick.write(1);
         }
     }
 
-    /// Changes whenever the configuration space does.
+    /// A number that changes with each change of the configuration space.
     pub fn config_generation(&self) -> u32 {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// The queues that the driver has enabled, as it wants them.
+    /// Returns the enabled queues, set up as the driver has configured them.
     ///
     /// # Errors
-    /// One of them cannot be, and why.
+    /// Fails with a reason if a queue's addresses are invalid.
     pub(super) fn live_queues(
         &self,
         ram: &Arc<GuestMemory>,
@@ -314,20 +316,22 @@ impl QueueSetup {
         self.rings = [0; 3];
     }
 
-    /// The index of the used ring, as it lies in RAM.
+    /// The used ring's index in RAM.
     fn used_index(&self, ram: &GuestMemory) -> Option<u16> {
         let at = self.rings[Ring::Device as usize].checked_add(USED_INDEX)?;
         let index = ram.load(GuestAddress(at), Ordering::Acquire).ok()?;
         self.enabled.then_some(u16::from_le(index))
     }
 
-    /// The queue as the driver wants it.
+    /// Returns the queue as the driver has configured it.
     ///
-    /// virtio-queue's own checks would log an error each time a guest makes one.
+    /// Checks the addresses first: virtio-queue's own checks log an error each time, and a guest
+    /// could repeat that without limit.
     fn live(&self, ram: &GuestMemory) -> Result<Queue, String> {
         let [descriptors, driver, device] = self.rings.map(GuestAddress);
         let entries = usize::from(self.size);
-        // Section 2.7: flags and index, entries of 16, 2 and 8 bytes, an event index.
+        // Sizes of the parts (section 2.7). Descriptors have 16 bytes. Both rings have flags, an
+        // index and an event index of 2 bytes each; entries have 2 and 8 bytes.
         let sizes = [
             (descriptors, size_of::<RawDescriptor>() * entries),
             (driver, 6 + 2 * entries),

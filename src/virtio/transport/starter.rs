@@ -1,15 +1,18 @@
 //! The thread that starts and stops a machine's devices.
 //!
-//! A start makes threads and opens descriptors. A vCPU's thread does neither: it hands the device over, and
-//! the devices thread does it. Who waits for whom:
+//! To start a device means to create threads and to open file descriptors. A vCPU's thread does
+//! neither: it passes the device to the devices thread. The waits are:
 //!
-//! - A start is waited for by nobody. Notifications stay in the queues' eventfds until the device serves.
-//! - Who stops a device waits until it has stopped: on its own thread for what the device has begun, which
-//!   may take as long as the host's disk does, and then for the devices thread. So the devices thread
-//!   itself never waits for a disk, and a slow device delays no other.
-//! - A device's start waits for the starts and stops of others that came before it. They take a few
-//!   milliseconds: threads to start or to join, and calls of the host's kernel for taps and vhost.
-//! - The devices thread takes no lock of a transport: only a seat's, and never while a device works.
+//! - Nobody waits for a start. Notifications stay in the queues' eventfds until the device serves
+//!   them.
+//! - The thread that stops a device waits until the device has stopped. First it waits itself for
+//!   the requests that the device has begun, which may take as long as the host's disk does. Then
+//!   it waits for the devices thread. So the devices thread never waits for a disk, and a slow
+//!   device delays no other device.
+//! - A start waits for earlier starts and stops of other devices. Those take a few milliseconds:
+//!   threads to create or join, and system calls for taps and vhost.
+//! - The devices thread takes no transport's lock. It takes only a seat's lock, and does not hold
+//!   that while it starts or stops a device.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,9 +26,9 @@ use crate::virtio::notify::Fault;
 use crate::virtio::queue::Virtq;
 use crate::virtio::stop::StopFor;
 
-/// The devices thread. It ends with the last transport that has it.
+/// The devices thread. It ends when the last transport drops it.
 pub struct Starter {
-    /// Seats with work. None only while the thread is ended.
+    /// Sends seats with work to the thread. `None` only while the thread ends.
     work: Option<Sender<Arc<Seat>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -34,7 +37,7 @@ impl Starter {
     /// Starts the thread.
     ///
     /// # Errors
-    /// The host has no resources for another thread.
+    /// Fails if the host has no resources for a thread.
     pub fn new() -> io::Result<Arc<Self>> {
         let (work, seats) = channel();
         let thread = spawn(Kind::Devices, "start", move || run(&seats))?;
@@ -44,7 +47,7 @@ impl Starter {
         }))
     }
 
-    /// False where the thread has ended, which only a panic makes it do.
+    /// Passes work to the thread. False if the thread has ended, which happens only after a panic.
     fn hand(&self, seat: &Arc<Seat>) -> bool {
         let sent = self.work.as_ref().map(|work| work.send(Arc::clone(seat)));
         matches!(sent, Some(Ok(())))
@@ -61,15 +64,17 @@ impl Drop for Starter {
     fn drop(&mut self) {
         self.work = None;
         if let Some(thread) = self.thread.take() {
-            // A panic has ended the process.
+            // An error means that the thread panicked, which ends the process.
             let _ = thread.join();
         }
     }
 }
 
-/// A device as the devices thread knows it. It has no part in the [`Starter`]: the thread may be the last
-/// to drop a seat, and could not wait for its own end. At most one act waits or is under way at a time: whoever owns
-/// the seat starts a device only when it has never started, or when [`Seat::stop`] has returned.
+/// A device as the devices thread sees it.
+///
+/// It has no reference to the [`Starter`]: the devices thread may be the last to drop a seat, and
+/// cannot wait for its own end. At most one act is pending or running at a time: the owner of the
+/// seat starts a device only if it has never been started, or after [`Seat::stop`] has returned.
 pub(super) struct Seat {
     device: Arc<dyn VirtioDevice>,
     fault: Fault,
@@ -80,11 +85,11 @@ pub(super) struct Seat {
 #[derive(Default)]
 struct State {
     todo: Option<Act>,
-    /// An act was handed over, and has not ended.
+    /// An act was passed to the devices thread and has not finished.
     busy: bool,
-    /// The device was started, and that went well.
+    /// The device has started successfully and has not stopped.
     active: bool,
-    /// What the last stop gave back.
+    /// The queues that the last stop returned.
     queues: Vec<Virtq>,
 }
 
@@ -103,26 +108,26 @@ impl Seat {
         })
     }
 
-    /// Has the device started, and does not wait for that. If it fails, the driver finds
-    /// DEVICE_NEEDS_RESET.
+    /// Lets the devices thread start the device, and does not wait. If the start fails, the driver
+    /// finds DEVICE_NEEDS_RESET.
     pub(super) fn start(self: &Arc<Self>, starter: &Starter, activation: Activation) {
         self.hand(starter, Act::Start(activation));
     }
 
-    /// Stops the device, and returns when it has stopped, with the queues that it had; with none where
-    /// it did not start. Waits for a start that is under way. Called by one thread at a time, which
-    /// holds no lock that others need.
+    /// Stops the device, and returns its queues when it has stopped; `None` if it had not started.
+    /// First waits for a pending start. Only one thread may call this at a time, and it must hold
+    /// no lock that others need.
     pub(super) fn stop(self: &Arc<Self>, starter: &Starter, why: StopFor) -> Option<Vec<Virtq>> {
         if !self.settle().active {
             return None;
         }
-        // Here, not on the devices thread, which others need meanwhile.
+        // This may take long, so it does not run on the devices thread, which other devices need.
         self.device.stop(why);
         self.hand(starter, Act::Stop(why));
         Some(mem::take(&mut self.settle().queues))
     }
 
-    /// Waits until the device has started or stopped, whatever was wanted last.
+    /// Waits until a pending start or stop has finished.
     pub(super) fn wait_settled(&self) {
         drop(self.settle());
     }
@@ -146,7 +151,7 @@ impl Seat {
         }
     }
 
-    /// Does what was handed over: on the devices thread.
+    /// Does the pending act. Runs on the devices thread.
     fn act(&self) {
         let Some(act) = lock(&self.state).todo.take() else {
             return;

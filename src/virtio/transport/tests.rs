@@ -1,4 +1,4 @@
-//! Both transports by their registers, as a guest's loads and stores reach them.
+//! Tests both transports through their registers, by a guest's loads and stores.
 
 mod bus_master;
 mod pause;
@@ -28,16 +28,16 @@ use crate::virtio::testing::*;
 const MMIO: u64 = 0x1000_1000;
 const ECAM: u64 = 0x3000_0000;
 const BAR: u64 = 0x4001_0000;
-/// The first device's configuration space.
+/// Configuration space of the first device on the bus.
 const CONFIG: u64 = ECAM + (1 << 15);
-/// Of its command register.
+/// Bits of its command register.
 const MEMORY: u16 = 1 << 1;
 const BUS_MASTER: u16 = 1 << 2;
 
 /// A register: its offset and width.
 type Register = (u64, usize);
 
-/// Where a transport has the registers that both have.
+/// Addresses of the registers that both transports have.
 struct Map {
     device_select: Register,
     device_features: Register,
@@ -53,7 +53,7 @@ struct Map {
     notify: [Register; 2],
 }
 
-/// VIRTIO 1.2, section 4.2.2.
+/// See VIRTIO 1.2, section 4.2.2.
 const MMIO_MAP: Map = Map {
     device_select: (0x14, 4),
     device_features: (0x10, 4),
@@ -69,7 +69,7 @@ const MMIO_MAP: Map = Map {
     notify: [(0x50, 4), (0x50, 4)],
 };
 
-/// Section 4.1.4.3, with the parts where rvmm's capabilities say.
+/// See section 4.1.4.3. The parts are where rvmm's capabilities place them.
 const PCI_MAP: Map = Map {
     device_select: (0x00, 4),
     device_features: (0x04, 4),
@@ -85,21 +85,21 @@ const PCI_MAP: Map = Map {
     notify: [(0x3000, 2), (0x3004, 2)],
 };
 
-/// The wire's level.
+/// The level of the interrupt wire.
 #[derive(Default)]
 struct Wire(Mutex<bool>);
 
 impl IrqSink for Wire {
     fn set_level(&self, _: u32, high: bool) {
         let before = std::mem::replace(&mut *lock(&self.0), high);
-        assert_ne!(before, high, "only changes are told");
+        assert_ne!(before, high, "the level must change");
     }
     fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
         vec![0x1000, source, 4]
     }
 }
 
-/// A guest with an [`Echo`] behind a transport, and its registers at `base`.
+/// A guest with an [`Echo`] device behind a transport, whose registers are at `base`.
 struct Guest {
     bus: Bus,
     vm: Arc<FakeVm>,
@@ -107,7 +107,7 @@ struct Guest {
     ram: Arc<GuestMemory>,
     base: u64,
     map: &'static Map,
-    /// The transport, as the machine has it.
+    /// The transport as the machine sees it.
     device: Option<Arc<dyn Device>>,
 }
 
@@ -141,7 +141,7 @@ impl Guest {
         guest
     }
 
-    /// With so many messages, and its BAR placed.
+    /// Returns a guest with [`Echo`] on PCI, with `vectors` MSI-X vectors and its BAR placed.
     fn pci(vectors: u16) -> Self {
         Self::pci_of(echo(), vectors)
     }
@@ -168,7 +168,7 @@ impl Guest {
         guest
     }
 
-    /// Both, where it makes no difference to a test; the second by its pin.
+    /// Returns a guest for each transport; the one on PCI uses its pin.
     fn both() -> [Self; 2] {
         [Self::mmio(), Self::pci(0)]
     }
@@ -200,7 +200,7 @@ impl Guest {
         self.set(self.map.status, status.into());
     }
 
-    /// All features, both queues where [`rings`] says, DRIVER_OK.
+    /// Accepts all features, sets both queues up as in [`rings`], and sets DRIVER_OK.
     fn make_ready(&self) {
         let map = self.map;
         self.set_status(3);
@@ -232,7 +232,7 @@ impl Guest {
         assert_eq!(self.get(map.queue_enable), 1);
     }
 
-    /// Offers a request for 8 bytes: the first of `queue`.
+    /// Offers a request for 8 bytes, the first one on `queue`.
     fn offer(&self, queue: usize) {
         let [table, avail, _] = rings(queue);
         let mut desc = [0; 16];
@@ -272,7 +272,7 @@ impl Guest {
         }
     }
 
-    /// BAR 0's MSI-X table: a message for `vector`, not masked.
+    /// Writes `vector`'s entry in the MSI-X table, unmasked.
     fn set_message(&self, vector: u64) {
         let entry = 0x4000 + 16 * vector;
         self.set((entry, 4), 0x2800_0000);
@@ -280,7 +280,7 @@ impl Guest {
         self.set((entry + 12, 4), 0);
     }
 
-    /// Switches MSI-X on, all messages masked by the function or not.
+    /// Enables MSI-X, with the function mask set or cleared.
     fn use_messages(&self, masked: bool) {
         let mut at = self.bus.read(CONFIG + 0x34, 1);
         while self.bus.read(CONFIG + at, 1) != 0x11 {
@@ -290,7 +290,7 @@ impl Guest {
         self.bus.write(CONFIG + at + 3, &[control]);
     }
 
-    /// MSI-X pending bits.
+    /// Reads the MSI-X pending bits.
     fn pending(&self) -> u64 {
         self.get((0x5000, 8))
     }
@@ -307,7 +307,7 @@ fn a_request_raises_the_wire_until_it_is_acknowledged() {
         let bytes: [u8; 8] = guest.ram.read_obj(GuestAddress(BUFFERS)).unwrap();
         assert_eq!(bytes, [0xee; 8]);
         assert_eq!(guest.get(guest.map.interrupt_status), 1);
-        // Over PCI the read itself acknowledges.
+        // Over PCI the read of the ISR status itself acknowledges.
         if guest.base == MMIO {
             assert!(guest.is_high());
             guest.set((0x64, 4), 1);
@@ -355,7 +355,11 @@ fn configuration_takes_any_width() {
         assert_eq!(guest.get((config + 7, 2)), u64::from(b'h'));
         assert_eq!(guest.get((config + 64, 4)), 0);
         guest.set((config, 4), u64::MAX);
-        assert_eq!(guest.get((config, 1)), u64::from(b'a'), "nothing to write");
+        assert_eq!(
+            guest.get((config, 1)),
+            u64::from(b'a'),
+            "space is read-only"
+        );
     }
 }
 
@@ -437,9 +441,9 @@ fn each_queue_sends_its_message() {
     guest.make_ready();
     for queue in [0, 1] {
         guest.set(guest.map.queue_select, queue);
-        assert_eq!(guest.get(vector), 0xffff, "none at first");
+        assert_eq!(guest.get(vector), 0xffff, "no vector at first");
         guest.set(vector, 3);
-        assert_eq!(guest.get(vector), 0xffff, "there is no such vector");
+        assert_eq!(guest.get(vector), 0xffff, "an invalid vector reads as none");
         guest.set(vector, queue + 1);
         assert_eq!(guest.get(vector), queue + 1);
     }
@@ -450,11 +454,11 @@ fn each_queue_sends_its_message() {
     guest.wait_until("vector 1", |g| g.pending() == (1 << 1) | (1 << 2));
     assert!(!guest.is_high());
     assert_eq!(guest.get(guest.map.interrupt_status), 0);
-    // Unmasked, they are in the kernel's hands.
+    // Once unmasked, the messages are sent by the kernel.
     guest.use_messages(false);
     assert_eq!(lock(&guest.vm.irqfds).len(), 3);
     assert_eq!(guest.pending(), 0);
     guest.set_status(0);
     guest.set(guest.map.queue_select, 1);
-    assert_eq!(guest.get(vector), 0xffff, "a reset takes it back");
+    assert_eq!(guest.get(vector), 0xffff, "a reset clears the vector");
 }

@@ -1,4 +1,4 @@
-//! What is left of requests when a worker is to stop in the middle of them.
+//! Tests what happens to requests when a worker must stop in the middle of them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,21 +12,21 @@ use super::*;
 use crate::virtio::stop::StopFor;
 use crate::virtio::testing::*;
 
-/// Requests that the driver has made, and bytes of each.
+/// Number of requests that the driver makes, and bytes of each.
 const MANY: u16 = 5;
 const EACH: u32 = 4096;
 const HEADERS: u64 = BUFFERS;
 const STATUSES: u64 = BUFFERS + 0x800;
 const DATA: u64 = BUFFERS + (1 << 20);
 
-/// A disk whose writes are durable when they end, or not.
+/// Returns a disk. `through` sets whether each write must be durable before its request ends.
 fn shared(image: &TempImage, flags: &str, through: bool) -> Arc<Shared> {
     let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
     disk.shared.through.store(through, Ordering::Release);
     Arc::clone(&disk.shared)
 }
 
-/// Writes request `number`, of these pieces of data, for the block of that number.
+/// Describes request `number`: a write of `pieces` to the block of that number.
 fn describe(driver: &Driver, number: u16, pieces: &[(u64, u32, u16)]) {
     let header = HEADERS + 16 * u64::from(number);
     let mut bytes = [0; 16];
@@ -42,7 +42,7 @@ fn describe(driver: &Driver, number: u16, pieces: &[(u64, u32, u16)]) {
     driver.describe_chain(rings(0)[0], 3 * number, &buffers);
 }
 
-/// A queue with [`MANY`] writes of a block, each of bytes of its own.
+/// Returns a queue with [`MANY`] writes of one block, each with different bytes.
 fn with_writes() -> (Driver, Virtq) {
     let (mut driver, queue) = taken(u64::MAX);
     for number in 0..MANY {
@@ -55,7 +55,7 @@ fn with_writes() -> (Driver, Virtq) {
     (driver, queue)
 }
 
-/// None of them has even been submitted when the request to stop comes.
+/// No request has been submitted to the kernel when the request to stop comes.
 #[test]
 fn a_pause_finishes_what_is_in_the_ring() {
     for (flags, through, why) in [
@@ -92,7 +92,7 @@ fn a_pause_finishes_what_is_in_the_ring() {
     }
 }
 
-/// The next request is looked at before the one at hand is served.
+/// The thread takes the next request from the queue before it serves the current one.
 #[test]
 fn a_request_that_was_looked_at_stays_in_the_queue() {
     let image = TempImage::new(1 << 20);
@@ -105,11 +105,11 @@ fn a_request_that_was_looked_at_stays_in_the_queue() {
     assert_eq!(driver.used(0), 0);
     for number in 0..MANY {
         let chain = queue.pop().unwrap().unwrap();
-        assert_eq!(chain.head, 3 * number, "in their order");
+        assert_eq!(chain.head, 3 * number, "order of the requests");
     }
 }
 
-/// Three steps, and before the second one the worker is asked to stop.
+/// The request has three steps. The worker is asked to stop before the first one.
 #[test]
 fn a_pause_finishes_a_large_request() {
     const PIECE: u32 = 1 << 20;

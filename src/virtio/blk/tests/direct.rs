@@ -1,4 +1,4 @@
-//! Disks past the host's page cache, which takes whole units of memory and file only.
+//! Tests disks with O_DIRECT, where the host takes only whole units of memory and file.
 
 use super::*;
 use crate::config::MemConfig;
@@ -20,7 +20,8 @@ fn direct_does_not_change_the_disk() {
     assert_eq!(spaces[0][20..24], 512u32.to_le_bytes());
 }
 
-/// Sectors, memory and lengths that no unit of the host's divides, up to an end that is no whole unit.
+/// Offsets, addresses and lengths are not multiples of the host's units, and the disk does not end
+/// with a whole unit.
 #[test]
 fn direct_takes_what_the_host_does_not() {
     let image = TempImage::new(MIB + 512);
@@ -43,8 +44,8 @@ fn direct_takes_what_the_host_does_not() {
         let half = u32::try_from(len / 2 + 3).unwrap();
         let rest = u32::try_from(len).unwrap() - half;
         let pieces = [(DATA + 1, half, WRITE), (DATA + 0x4_0001, rest, WRITE)];
-        let told = ask(&mut driver, VIRTIO_BLK_T_IN, sector as u64, &pieces);
-        assert_eq!(told, (0, half + rest + 1), "{sector}");
+        let reply = ask(&mut driver, VIRTIO_BLK_T_IN, sector as u64, &pieces);
+        assert_eq!(reply, (0, half + rest + 1), "{sector}");
         let mut read = vec![0; len];
         let (first, second) = read.split_at_mut(half as usize);
         driver
@@ -56,7 +57,7 @@ fn direct_takes_what_the_host_does_not() {
             .read_slice(second, GuestAddress(DATA + 0x4_0001))
             .unwrap();
         assert!(read == want, "{sector}");
-        // The same bytes, each one more, back from there.
+        // Write the same bytes back, each increased by 1.
         let more: Vec<u8> = want.iter().map(|byte| byte.wrapping_add(1)).collect();
         let (first, second) = more.split_at(half as usize);
         driver
@@ -68,8 +69,8 @@ fn direct_takes_what_the_host_does_not() {
             .write_slice(second, GuestAddress(DATA + 0x4_0001))
             .unwrap();
         let pieces = pieces.map(|(at, len, _)| (at, len, 0));
-        let told = ask(&mut driver, VIRTIO_BLK_T_OUT, sector as u64, &pieces);
-        assert_eq!(told, (0, 1), "{sector}");
+        let reply = ask(&mut driver, VIRTIO_BLK_T_OUT, sector as u64, &pieces);
+        assert_eq!(reply, (0, 1), "{sector}");
         let mut expected = content.clone();
         expected[from..from + len].copy_from_slice(&more);
         assert!(image.bytes(0, content.len()) == expected, "{sector}");
@@ -78,14 +79,14 @@ fn direct_takes_what_the_host_does_not() {
     assert_eq!(
         fs::metadata(&image.0).unwrap().len(),
         MIB + 512,
-        "nothing grew"
+        "the image grew"
     );
 }
 
 const WRITERS: u8 = 8;
 const ROUNDS: u8 = 100;
 
-/// A file whose units are eight sectors, and RAM to write from.
+/// Returns access to a file with units of eight sectors, and RAM to write from.
 fn coarse(image: &TempImage) -> (File, Direct, Arc<FlatRam>) {
     let file = image.file();
     let (memory, unit) = (4096, 4096);
@@ -97,7 +98,7 @@ fn coarse(image: &TempImage) -> (File, Direct, Arc<FlatRam>) {
     (file, direct, FlatRam::of(&ram))
 }
 
-/// Writes `round` to so many sectors of the first unit, from `sector` on.
+/// Writes `round` to `sectors` sectors of the first unit, starting at `sector`.
 fn rewrite(disk: &(File, Direct, Arc<FlatRam>), sector: u8, sectors: u8, round: u8) {
     let (file, direct, ram) = disk;
     let bytes = vec![round; 512 * usize::from(sectors)];
@@ -110,7 +111,7 @@ fn rewrite(disk: &(File, Direct, Arc<FlatRam>), sector: u8, sectors: u8, round: 
         .unwrap();
 }
 
-/// Sectors of one unit, each with a writer: none takes back what another has written.
+/// Each sector of a unit has its own writer. No writer may undo what another has written.
 #[test]
 fn changes_of_a_unit_do_not_undo_each_other() {
     let image = TempImage::new(MIB);
@@ -129,7 +130,8 @@ fn changes_of_a_unit_do_not_undo_each_other() {
     });
 }
 
-/// A writer of the whole unit, and one of its first sector: the others are the whole one's.
+/// One thread writes the whole unit, another only its first sector. The other sectors must stay as
+/// the first thread wrote them.
 #[test]
 fn a_change_of_a_unit_does_not_undo_a_write_of_all_of_it() {
     let image = TempImage::new(MIB);
@@ -143,7 +145,7 @@ fn a_change_of_a_unit_does_not_undo_a_write_of_all_of_it() {
             }
         });
         let mut whole = true;
-        // As long as it takes for the two to meet.
+        // Repeat often enough for the two threads to meet.
         while whole && changes.load(Ordering::Acquire) < 5000 {
             for round in 1..=ROUNDS {
                 rewrite(&disk, 0, WRITERS, round);

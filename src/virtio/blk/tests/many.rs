@@ -1,19 +1,19 @@
-//! Several requests at a time, which io_uring serves where the host has one for the image.
+//! Tests several requests at a time. io_uring serves them if the host has it for the image.
 
 use super::*;
 
-/// Bytes of each.
+/// Bytes of each request.
 const EACH: u32 = 4096;
-/// How many.
+/// Number of requests.
 const MANY: u16 = 5;
 
-/// Where the data of a request is.
+/// Address of the data of request `number`.
 fn data(number: u16) -> u64 {
     DATA + u64::from(EACH) * u64::from(number)
 }
 
-/// A disk that finds requests of this kind, each for a block at one of `sectors`, when it starts. Returns
-/// when all have ended, with their statuses.
+/// Starts a disk with requests of type `kind` in its queue, each for a block at one of `sectors`.
+/// Returns their statuses after all have ended.
 fn at_once(
     disk: Disk,
     kind: u32,
@@ -40,7 +40,7 @@ fn at_once(
         let buffers = [
             (header, 16, 0),
             (data(number), EACH, room),
-            // With room that a write does not need.
+            // A write has room before the status that it does not need.
             (STATUS + 2 * u64::from(number), 1 + spare, WRITE),
         ];
         driver.describe_chain(rings(0)[0], 3 * number, &buffers);
@@ -74,7 +74,7 @@ fn requests_at_once_all_come_back() {
     let content: Vec<u8> = (0..MIB).map(|at| (at / 4096).to_le_bytes()[0]).collect();
     image.file().write_all_at(&content, 0).unwrap();
     for flags in ["", ",snapshot=on", ",direct"] {
-        // Blocks 10 to 13, and one that ends behind the disk, which the others do not mind.
+        // Blocks 10 to 13, and one that ends beyond the disk. Its error must not affect the others.
         let sectors = [80, 88, 96, 104, 2047];
         let (driver, statuses) = at_once(disk(&image, flags), VIRTIO_BLK_T_IN, u64::MAX, sectors);
         assert_eq!(statuses, [0, 0, 0, 0, 1], "{flags}");

@@ -1,4 +1,4 @@
-//! How images are opened: who else has them, and what is none.
+//! Tests opening images: locks against other processes, and files that cannot be a disk.
 
 use std::os::fd::AsFd;
 
@@ -22,8 +22,8 @@ fn one_writer_or_many_readers() {
     assert!(image.open("").is_err());
 }
 
-/// Locks as QEMU has them (`block/file-posix.c`): 100 + n for what it does, 200 + n for what nobody else
-/// may do; 0 is to read, 1 to write, 3 to resize.
+/// Uses locks as QEMU does (`block/file-posix.c`): byte 100 + n for a permission that it holds, 200
+/// + n for one that it denies to others. Permission 0 is reading, 1 writing, 3 resizing.
 #[test]
 fn qemus_locks_are_seen_and_shown() {
     const WRITER: [i64; 4] = [100, 101, 201, 203];

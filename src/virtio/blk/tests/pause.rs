@@ -1,15 +1,15 @@
-//! A disk that pauses at any moment: nothing is half done, and nothing is lost.
+//! Tests that a disk can pause at any moment: no request is left incomplete, and none is lost.
 
 use super::*;
 
-/// Requests at a time, of three descriptors, and bytes of each.
+/// Number of requests at a time, of three descriptors each, and bytes of each.
 const SLOTS: u16 = 5;
 const EACH: usize = 4096;
 
-/// A driver with writes of its own in each slot.
+/// A driver that keeps one write per slot in flight.
 struct Load {
     driver: Driver,
-    /// The content of each slot's last write; it is on its way, or not.
+    /// For each slot: the content of its last write, and whether that write is in flight.
     slots: [(u8, bool); SLOTS as usize],
     seen: u16,
 }
@@ -24,7 +24,7 @@ impl Load {
         }
     }
 
-    /// Takes what was used, each of it once and well done.
+    /// Takes the used buffers. Each write must have succeeded, and be returned once.
     fn reap(&mut self) {
         while self.seen != self.driver.used(0) {
             let (head, written) = self.driver.used_element(0, self.seen);
@@ -33,12 +33,12 @@ impl Load {
             let status = self.driver.ram.read_obj::<u8>(status(slot.into()));
             assert_eq!(status.unwrap(), 0);
             let slot = &mut self.slots[slot as usize];
-            assert!(std::mem::take(&mut slot.1), "twice");
+            assert!(std::mem::take(&mut slot.1), "returned twice");
             self.seen = self.seen.wrapping_add(1);
         }
     }
 
-    /// Writes `content` to the blocks of all slots that are free.
+    /// Writes `content` to the blocks of all slots that have no write in flight.
     fn submit(&mut self, content: u8) {
         for number in 0..SLOTS {
             let slot = &mut self.slots[usize::from(number)];
@@ -97,7 +97,7 @@ fn a_thousand_pauses_under_load() {
             load.reap();
             let used = load.driver.used(0);
             let queue = &load.driver.core.describe()["queues"][0];
-            assert_eq!(queue["next_available"], used, "{flags}: half done");
+            assert_eq!(queue["next_available"], used, "{flags}: incomplete request");
             load.driver.core.resume();
         }
         load.driver

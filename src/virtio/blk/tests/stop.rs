@@ -1,15 +1,15 @@
-//! Who decides how long a reset takes: never the guest.
+//! Tests that a guest cannot make a reset take long.
 
 use super::*;
 
-/// Bytes of RAM that each descriptor names, again and again.
+/// Bytes of RAM that each descriptor names. All descriptors name the same RAM.
 const PIECE: u32 = (2 << 20) - 4096;
-/// Descriptors of one request: 2 GiB in all.
+/// Number of descriptors of one request, 2 GiB in all.
 const PIECES: u16 = 1022;
-/// Where tables of descriptors are.
+/// Address of the table of descriptors.
 const TABLE: u64 = BUFFERS + 0x20_0000;
 
-/// Makes descriptor `head` a request of so many pieces of the same RAM.
+/// Makes descriptor `head` a request whose pieces all name the same RAM.
 fn describe_huge(driver: &Driver, head: u16, kind: u32) {
     let flags = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
     let mut header = [0; 16];
@@ -33,7 +33,7 @@ fn describe_huge(driver: &Driver, head: u16, kind: u32) {
     );
 }
 
-/// An image of 4 GiB, with a seven wherever a piece starts.
+/// Returns an image of 4 GiB with the byte 7 at the start of each piece.
 fn image() -> TempImage {
     let image = TempImage::new(4 << 30);
     for piece in 0..u64::from(PIECES) {
@@ -58,7 +58,11 @@ fn hostile_a_huge_read_does_not_hold_a_reset() {
         driver.offer(0, 0);
         driver.wait_until("its start", |d| byte(d, DATA) == 7);
         driver.core.set_status(0);
-        assert_eq!(driver.used(0), 0, "{flags}: what was not ended is not told");
+        assert_eq!(
+            driver.used(0),
+            0,
+            "{flags}: an incomplete request was returned"
+        );
     }
 }
 
@@ -76,10 +80,10 @@ fn hostile_many_huge_reads_do_not_hold_a_reset() {
     driver.become_ready();
     driver.wait_until("a start", |d| byte(d, DATA) == 7);
     driver.core.set_status(0);
-    assert!(driver.used(0) < SIZE, "all of them");
+    assert!(driver.used(0) < SIZE, "all requests were served");
 }
 
-/// 256 MiB of zeros in each of 16 requests, which a snapshot has to write.
+/// Each of 16 requests asks for 256 MiB of zeros, which a snapshot has to write.
 #[test]
 fn hostile_many_zeros_do_not_hold_a_reset() {
     let image = image();
@@ -102,5 +106,5 @@ fn hostile_many_zeros_do_not_hold_a_reset() {
     }
     driver.wait_until("the first", |d| d.used(0) > 0);
     driver.core.set_status(0);
-    assert!(driver.used(0) < SIZE, "all of them");
+    assert!(driver.used(0) < SIZE, "all requests were served");
 }

@@ -1,15 +1,16 @@
-//! An interface that pauses: no packet is lost or doubled, and no buffer is kept.
+//! Tests pauses of an interface: no packet is lost or duplicated, and no buffer is kept.
 
 use super::*;
 
-/// Index of the next buffer that the device takes: of one that is paused.
+/// The available ring's index of the next buffer. Known only while the device is paused.
 fn next_available(driver: &Driver, queue: usize) -> u16 {
     let described = driver.core.describe();
     let next = &described["queues"][queue]["next_available"];
-    u16::try_from(next.as_u64().expect("it is paused")).unwrap()
+    u16::try_from(next.as_u64().expect("the device is paused")).unwrap()
 }
 
-/// The guest has offered too little for a packet of any size, and the receiver waits for more.
+/// The guest has offered too few buffers for a packet of any size, so the receiver holds them and
+/// waits for more.
 #[test]
 fn buffers_that_wait_for_a_packet_go_back() {
     let (device, peers) = net(1);
@@ -34,7 +35,7 @@ fn buffers_that_wait_for_a_packet_go_back() {
     assert_eq!(bytes(&driver, BUFFERS + 0x2000, 212), sent[800..]);
 }
 
-/// The same, with the receiver in the test's hands.
+/// The same, but the test runs the receiver itself.
 #[test]
 fn a_receiver_gives_back_what_it_took_in_order() {
     let (device, peers) = net(1);
@@ -56,7 +57,7 @@ fn a_receiver_gives_back_what_it_took_in_order() {
     assert!(queue.pop().unwrap().is_none());
 }
 
-/// A driver's start throws away what came before it, and a pause's end does not.
+/// The start of a driver drops earlier packets. The end of a pause does not.
 #[test]
 fn packets_that_come_meanwhile_are_the_drivers() {
     let (device, peers) = net(1);
@@ -75,7 +76,7 @@ fn packets_that_come_meanwhile_are_the_drivers() {
     assert_eq!(lengths, [72, 73, 74]);
 }
 
-/// Numbered packets in both directions, while the machine pauses at any moment.
+/// Sends numbered packets in both directions, while the machine pauses at any moment.
 #[test]
 fn a_thousand_pauses_under_load() {
     let (device, peers) = net(1);
@@ -121,10 +122,10 @@ fn a_thousand_pauses_under_load() {
         assert_eq!(received[HEADER..HEADER + 2], round.to_le_bytes());
     }
     peer.set_nonblocking(true).unwrap();
-    assert!(peer.recv(&mut [0; 200]).is_err(), "doubled");
+    assert!(peer.recv(&mut [0; 200]).is_err(), "duplicate packet");
 }
 
-/// A queue that the driver broke stays broken, whatever it offers during the pause.
+/// A queue that the driver broke stays broken, whatever the driver offers during the pause.
 #[test]
 fn a_broken_receive_queue_does_not_come_back() {
     let (device, peers) = net(1);

@@ -1,4 +1,4 @@
-//! The state machine, and what a driver can do to a queue: any device stands for all.
+//! Tests the state machine, and what a driver can do to a queue. One device stands for all.
 
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use crate::virtio::testing::*;
 mod pause;
 mod starts;
 
-/// An ordinary request of 12 bytes on `queue`.
+/// Sends a valid request of 12 bytes on `queue`.
 fn works(driver: &mut Driver, queue: usize) {
     let buffers = [
         (BUFFERS, 4, 0),
@@ -30,8 +30,8 @@ fn buffer(flags: u16, next: u16) -> Desc {
     }
 }
 
-/// A driver that breaks queue 0 in some way: the device needs a reset and tells it, the other queue
-/// goes on meanwhile, and after the reset all is well.
+/// Lets the driver break queue 0 by `harm`. Checks that the device sets DEVICE_NEEDS_RESET and
+/// interrupts the driver, that the other queue still works, and that both work after a reset.
 #[track_caller]
 fn breaks(harm: impl FnOnce(&mut Driver)) {
     let mut driver = Driver::ready(echo());
@@ -155,7 +155,7 @@ fn hostile_readable_behind_writable() {
     });
 }
 
-/// An indirect table of `len` bytes at `addr`, in descriptor 0.
+/// Offers an indirect table of `len` bytes at `addr`, in descriptor 0.
 fn indirect(driver: &mut Driver, addr: u64, len: u32) {
     let (flags, next) = (INDIRECT, 0);
     driver.describe(
@@ -184,7 +184,7 @@ fn an_indirect_table_is_followed() {
 #[test]
 fn hostile_indirect_tables() {
     const TABLE: u64 = BUFFERS + 0x1000;
-    // A table in a table; alone, and behind a good descriptor.
+    // A table within a table: alone, and after a valid descriptor.
     breaks(|driver| {
         let (addr, len, flags, next) = (TABLE, 32, INDIRECT, 0);
         driver.describe_at(
@@ -214,7 +214,7 @@ fn hostile_indirect_tables() {
         );
         indirect(driver, TABLE, 32);
     });
-    // A next outside of it, a loop in it.
+    // A next descriptor outside the table, and a loop in the table.
     breaks(|driver| {
         driver.describe_at(TABLE, 0, buffer(NEXT, 2));
         indirect(driver, TABLE, 32);
@@ -224,7 +224,7 @@ fn hostile_indirect_tables() {
         driver.describe_at(TABLE, 1, buffer(NEXT, 0));
         indirect(driver, TABLE, 32);
     });
-    // Sizes that no table has, places where none is.
+    // Sizes that are invalid, and addresses outside RAM.
     for (addr, len) in [
         (TABLE, 0),
         (TABLE, 15),
@@ -321,7 +321,7 @@ fn hostile_a_reset_at_any_moment() {
             driver.offer(0, round % SIZE);
         }
         driver.restart();
-        assert_eq!(driver.used(0), 0, "nothing comes after a reset");
+        assert_eq!(driver.used(0), 0, "a used buffer after the reset");
     }
     works(&mut driver, 0);
 }
@@ -344,15 +344,15 @@ fn a_stop_is_heard_before_each_request() {
     });
     drained.unwrap();
     assert_eq!((served, driver.used(0)), (3, 3));
-    let told = driver.interrupts.queues.load(Ordering::Acquire);
-    assert_eq!(told, 1, "of what was done");
+    let raised = driver.interrupts.queues.load(Ordering::Acquire);
+    assert_eq!(raised, 1, "one interrupt for the served requests");
 }
 
 #[test]
 fn features_are_agreed_on_or_not() {
     let driver = Driver::of(echo());
     driver.core.set_status(3);
-    // What was not offered.
+    // Accept features that were not offered.
     driver.core.registers().driver_select = 1;
     driver.core.registers().set_driver_features(1 | (1 << 30));
     driver.core.set_status(NEGOTIATED);
@@ -362,7 +362,7 @@ fn features_are_agreed_on_or_not() {
     driver.core.registers().set_driver_features(u32::MAX);
     driver.core.set_status(NEGOTIATED);
     assert_eq!(driver.status(), NEGOTIATED);
-    // Later it is too late.
+    // After FEATURES_OK, changes have no effect.
     driver.core.registers().driver_select = 0;
     driver.core.registers().set_driver_features(u32::MAX);
     assert_eq!(driver.core.registers().driver_features(), 0);
@@ -370,7 +370,7 @@ fn features_are_agreed_on_or_not() {
     assert_eq!(driver.core.registers().device_features(), 0);
 }
 
-/// The low 32 features alone, or none: what small kernels accept.
+/// Small kernels accept only the low 32 features, or none.
 #[test]
 fn a_driver_may_be_of_before_version_1() {
     for accepted in [0, u32::MAX] {
@@ -395,7 +395,7 @@ fn a_driver_cannot_set_what_is_the_devices() {
     let mut driver = Driver::of(echo());
     driver.core.set_status(BROKEN | 16 | 32);
     assert_eq!(driver.status(), 0);
-    // Ready without features: nothing starts.
+    // DRIVER_OK without FEATURES_OK starts nothing.
     driver.core.set_status(7);
     driver.set_up(0, rings(0));
     driver.offer(0, 0);

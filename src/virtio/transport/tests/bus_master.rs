@@ -1,8 +1,8 @@
-//! PCI's bus master enable: who may not write to memory does not.
+//! Tests PCI's bus master enable: without it a device does not write to memory.
 
 use super::*;
 
-/// The next kernel after a kexec finds devices that no longer write to its memory.
+/// After a kexec, the next kernel finds devices that no longer write to its memory.
 #[test]
 fn a_device_that_loses_the_bus_stops() {
     for vectors in [0, 3] {
@@ -20,7 +20,7 @@ fn a_device_that_loses_the_bus_stops() {
         assert!(!guest.is_high());
         assert!(
             lock(&guest.vm.irqfds).is_empty(),
-            "a message is a write too"
+            "a message writes to memory too"
         );
         guest.set(guest.map.notify[0], 0);
         guest.set_command(MEMORY | BUS_MASTER);
@@ -43,16 +43,19 @@ fn a_driver_that_is_ready_waits_for_the_bus() {
     guest.set_up(0);
     guest.set_status(READY);
     assert_eq!(guest.status(), u64::from(READY));
-    assert!(taken.try_recv().is_err(), "started without the bus");
+    assert!(
+        taken.try_recv().is_err(),
+        "started without bus master enable"
+    );
     guest.set_command(MEMORY | BUS_MASTER);
     assert_eq!(taken.recv().unwrap().len(), 1);
-    // Once.
+    // The device starts only once.
     guest.set_command(MEMORY | BUS_MASTER);
     guest.set_status(0);
     assert!(taken.try_recv().is_err());
 }
 
-/// A device that was not running loses nothing with the bus.
+/// Bus master enable does not affect a device that was not running.
 #[test]
 fn a_device_at_rest_does_not_notice_the_bus() {
     let guest = Guest::pci(0);

@@ -1,8 +1,9 @@
-//! A machine that pauses its devices, as it does that by their names.
+//! Tests pauses through the transports, as the machine pauses its devices.
 
 use super::*;
 
-/// What the driver has asked for meanwhile is done later, and the interrupt that it has not taken stays.
+/// The device serves requests from during the pause after it. An interrupt that is not acknowledged
+/// stays pending.
 #[test]
 fn a_device_pauses_behind_its_registers() {
     for guest in Guest::both() {
@@ -26,7 +27,7 @@ fn a_device_pauses_behind_its_registers() {
     }
 }
 
-/// The machine's end finds its devices paused.
+/// A machine may end while its devices are paused.
 #[test]
 fn a_paused_device_can_go() {
     for guest in Guest::both() {
@@ -47,6 +48,6 @@ fn a_device_on_pci_has_no_node_of_its_own() {
     let root = empty.begin_node("").unwrap();
     empty.end_node(root).unwrap();
     assert_eq!(tree.finish().unwrap(), empty.finish().unwrap());
-    assert_eq!(device.registers_at(BAR), None, "the bridge tells");
+    assert_eq!(device.registers_at(BAR), None, "the bridge knows them");
     assert_eq!(device.describe()["slot"], 1);
 }

@@ -1,4 +1,4 @@
-//! A device that stands still goes on where it was.
+//! Tests that a paused device goes on where it stopped.
 
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +9,7 @@ use crate::util::thread::Kind;
 use crate::virtio::queue::Virtq;
 use crate::virtio::worker::{Worker, wait};
 
-/// What a driver sees of its device: used buffers, and interrupts.
+/// Returns what the driver sees of its device: used indices of both queues, and interrupt counts.
 fn seen(driver: &Driver) -> (u16, u16, u32, u32) {
     let interrupts = &driver.interrupts;
     (
@@ -20,19 +20,19 @@ fn seen(driver: &Driver) -> (u16, u16, u32, u32) {
     )
 }
 
-/// Offers the next buffer.
+/// Offers the next buffer on queue 0.
 fn offer(driver: &mut Driver) {
     let head = driver.next_offer(0) % SIZE;
     driver.describe(0, head, buffer(WRITE, 0));
     driver.offer(0, head);
 }
 
-/// Requests that the device has not returned.
+/// Number of requests that the device has not returned yet.
 fn outstanding(driver: &Driver) -> u16 {
     driver.next_offer(0).wrapping_sub(driver.used(0))
 }
 
-/// A driver that offers as much as it may, and a machine that pauses at any moment.
+/// The driver offers as many requests as it may, and the machine pauses at any moment.
 #[test]
 fn a_thousand_pauses_lose_no_request() {
     let mut driver = Driver::ready(echo());
@@ -47,11 +47,11 @@ fn a_thousand_pauses_lose_no_request() {
         let described = driver.core.describe();
         assert_eq!(described["paused"], true);
         let next = &described["queues"][0]["next_available"];
-        assert_eq!(*next, stands.0, "what was taken is returned");
+        assert_eq!(*next, stands.0, "all requests taken were returned");
         if outstanding(&driver) < SIZE {
             offer(&mut driver);
         }
-        assert_eq!(seen(&driver), stands, "not while it is paused");
+        assert_eq!(seen(&driver), stands, "served while paused");
         driver.core.resume();
     }
     driver.wait_until("all of them", |d| outstanding(d) == 0);
@@ -62,10 +62,10 @@ fn a_thousand_pauses_lose_no_request() {
     }
 }
 
-/// The interrupt for what was used before the pause does not come after it.
+/// The interrupt for buffers that were used before a pause comes before it ends, not after it.
 #[test]
 fn an_interrupt_is_not_left_for_later() {
-    // Without the event index a driver has an interrupt for each batch, and each is of one here.
+    // Without the event index, each batch has an interrupt. Here each batch is one buffer.
     let mut driver = Driver::of(echo());
     driver.negotiate(!(1 << 29));
     driver.set_up(0, rings(0));
@@ -79,7 +79,7 @@ fn an_interrupt_is_not_left_for_later() {
     }
 }
 
-/// A thread that is stopped between a used buffer and its interrupt.
+/// The thread is stopped after it has returned a buffer and before it has interrupted the driver.
 #[test]
 fn what_a_worker_pushed_is_told_at_its_end() {
     let (mut driver, queue) = taken(!(1 << 29));
@@ -101,7 +101,7 @@ fn what_a_worker_pushed_is_told_at_its_end() {
     assert_eq!(seen(&driver).2, 1);
 }
 
-/// What a device at rest has to do is nothing, whatever its driver has done so far.
+/// A device that was not started has nothing to pause, whatever its driver has set up.
 #[test]
 fn a_device_at_rest_pauses_and_stays_at_rest() {
     let mut driver = Driver::of(echo());
@@ -112,7 +112,7 @@ fn a_device_at_rest_pauses_and_stays_at_rest() {
         driver.core.resume();
         assert_eq!(driver.status(), status);
     }
-    // Ready, and without the bus: it starts when it has that.
+    // The driver is ready without bus master enable: the device starts once that is set.
     driver.core.set_bus_master(false);
     driver.negotiate(u64::MAX);
     (0..2).for_each(|queue| driver.set_up(queue, rings(queue)));
@@ -148,7 +148,7 @@ fn a_reset_and_the_bus_work_right_after_a_pause() {
     }
 }
 
-/// The broken queue stays so, and is told once; the other one goes on.
+/// The broken queue stays broken, with one interrupt for that. The other queue goes on.
 #[test]
 fn a_broken_device_is_as_broken_after_a_pause() {
     let mut driver = Driver::ready(echo());
@@ -168,7 +168,7 @@ fn a_broken_device_is_as_broken_after_a_pause() {
     driver.breaks_and_recovers(|d| works(d, 0));
 }
 
-/// One that could not start needs a reset, before and after.
+/// A device that failed to start needs a reset before and after a pause.
 #[test]
 fn a_start_that_fails_has_nothing_to_pause() {
     let (device, hand) = slow();
@@ -186,7 +186,7 @@ fn a_start_that_fails_has_nothing_to_pause() {
     assert_eq!(driver.status(), 0);
 }
 
-/// The devices thread has not come to the start yet.
+/// The devices thread is still busy with the start.
 #[test]
 fn a_pause_waits_for_a_start_that_is_under_way() {
     let (device, hand) = slow();
@@ -220,7 +220,10 @@ fn a_device_describes_itself() {
     assert_eq!(queues.len(), 2);
     assert_eq!(queues[1]["used"], 1);
     assert_eq!(queues[1]["size"], SIZE);
-    assert!(queues[1]["next_available"].is_null(), "its thread has it");
+    assert!(
+        queues[1]["next_available"].is_null(),
+        "only its thread knows"
+    );
     driver.core.pause();
     let described = driver.core.describe();
     assert_eq!(described["queues"][1]["next_available"], 1);

@@ -1,4 +1,4 @@
-//! When a device starts and stops, and who waits for that.
+//! Tests when a device starts and stops, and which threads wait for that.
 
 use std::sync::mpsc;
 use std::thread;
@@ -6,18 +6,18 @@ use std::thread;
 use super::*;
 use crate::virtio::queue::Virtq;
 
-/// What a [`Slow`] device waits for, and what it has done.
+/// Controls a [`Slow`] device, and records its calls.
 struct Script {
-    /// Each start, each stop waits for one of these.
+    /// Each start waits for a message on `start`, each stop for one on `stop`.
     start: mpsc::Receiver<()>,
     stop: mpsc::Receiver<()>,
     done: mpsc::Sender<&'static str>,
 }
 
-/// A device whose starts and stops take as long as a test likes.
+/// A device that starts and stops only when the test lets it.
 pub(super) struct Slow(Mutex<Script>);
 
-/// The test's end of a [`Slow`].
+/// The test's side of a [`Slow`] device.
 pub(super) struct Hand {
     pub(super) start: mpsc::Sender<()>,
     pub(super) stop: mpsc::Sender<()>,
@@ -80,13 +80,13 @@ pub(super) fn make_ready(driver: &mut Driver) {
     driver.core.set_status(READY);
 }
 
-/// DRIVER_OK does not wait for the start, and a reset behind it waits for both.
+/// DRIVER_OK does not wait for the start. A reset right after it waits for the start and the stop.
 #[test]
 fn a_reset_behind_driver_ok_starts_and_stops_in_order() {
     let (device, hand) = slow();
     let mut driver = Driver::of(device);
     make_ready(&mut driver);
-    assert_eq!(driver.status(), READY, "at once");
+    assert_eq!(driver.status(), READY, "DRIVER_OK reads back at once");
     assert_eq!(hand.done.recv().unwrap(), "starts");
     thread::scope(|scope| {
         let core = &driver.core;
@@ -105,7 +105,7 @@ fn a_reset_behind_driver_ok_starts_and_stops_in_order() {
     drop(hand);
 }
 
-/// While one vCPU waits for a reset, the others read, and write nothing that matters.
+/// While one vCPU waits for a reset, others can read. Their writes have no effect.
 #[test]
 fn hostile_registers_while_a_device_stops() {
     let (device, hand) = slow();
@@ -119,7 +119,7 @@ fn hostile_registers_while_a_device_stops() {
         while hand.done.recv().unwrap() != "stops" {}
         for status in [READY, READY | 128, NEGOTIATED] {
             core.set_status(status);
-            assert_eq!(driver.status(), READY, "not before it has stopped");
+            assert_eq!(driver.status(), READY, "until the device has stopped");
         }
         let mut registers = core.registers();
         registers.queue_select = 0;
@@ -130,7 +130,7 @@ fn hostile_registers_while_a_device_stops() {
         let mut config = [0; 2];
         core.read_config(0, &mut config);
         assert_eq!(config, [7; 2]);
-        // Takes its turn.
+        // This waits until the device has stopped.
         let bus = scope.spawn(|| core.set_bus_master(false));
         hand.stop.send(()).unwrap();
         resets.into_iter().for_each(|reset| reset.join().unwrap());
@@ -138,7 +138,7 @@ fn hostile_registers_while_a_device_stops() {
         assert_eq!(driver.status() & !BROKEN, 0);
     });
     let done: Vec<_> = hand.done.try_iter().collect();
-    assert_eq!(done, ["stopped"], "once");
+    assert_eq!(done, ["stopped"], "stopped once");
 }
 
 #[test]
@@ -152,14 +152,14 @@ fn a_start_that_fails_is_told() {
     driver.core.wait_settled();
     assert_eq!(driver.status(), READY | BROKEN);
     assert_eq!(driver.interrupts.configs.load(Ordering::Acquire), 1);
-    // Nothing is there to stop.
+    // A reset has nothing to stop.
     driver.core.set_status(0);
     assert_eq!(driver.status(), 0);
     assert_eq!(done.try_iter().collect::<Vec<_>>(), ["started"]);
     drop(stop);
 }
 
-/// One that takes its time to stop holds no other's start up.
+/// A device that stops slowly does not delay the start of another.
 #[test]
 fn a_device_that_drains_delays_no_other() {
     let (device, hand) = slow();
