@@ -1,4 +1,5 @@
-//! The `rvmm` command: parse, set up logging, run, and tell the end in an exit status.
+//! The `rvmm` command: parses the command line, sets up logging, runs the machine, and turns its
+//! outcome into an exit status.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -19,7 +20,7 @@ use rvmm::machine::{Machine, Outcome, Run, Stats, signals, status};
 use rvmm::util::on_one_line;
 use rvmm::util::outfile::{Whole, append};
 use rvmm::util::output::{self, Unwaiting};
-use rvmm::util::stderr::{Stderr, tell};
+use rvmm::util::stderr::{Stderr, print};
 use serde_json::Value;
 
 fn main() -> ExitCode {
@@ -28,19 +29,19 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os()) {
         Request::Run(cli) => run(&cli, began),
         Request::Do(Command::Info { json }) => match info(json) {
-            Ok(text) => print(text),
+            Ok(text) => print_stdout(text),
             Err(error) => failed(&error),
         },
         Request::Do(Command::Ctl { path, act }) => match ctl(&path, &act) {
-            Ok(text) => print(text),
+            Ok(text) => print_stdout(text),
             Err(error) => failed(&error),
         },
-        Request::Print(text) => print(text),
+        Request::Print(text) => print_stdout(text),
         Request::Refuse(message, status) => end(&message, status),
     }
 }
 
-/// `rvmm ctl`: what is printed on standard output.
+/// `rvmm ctl`. Returns what is to be printed on standard output.
 fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
     let reply = client::ask(path, act.command())?;
     let json = |value: &Value| serde_json::to_string_pretty(value).map(|text| text + "\n");
@@ -60,8 +61,8 @@ fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
     })
 }
 
-/// Prints what was asked for on standard output. A reader that has gone wants no more of it.
-fn print(bytes: impl AsRef<[u8]>) -> ExitCode {
+/// Prints `bytes` on standard output. It is no error if the reader closes the pipe early.
+fn print_stdout(bytes: impl AsRef<[u8]>) -> ExitCode {
     match output::write_whole(io::stdout(), bytes.as_ref()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let message = format!("Failed to write to standard output: {error}");
@@ -71,7 +72,7 @@ fn print(bytes: impl AsRef<[u8]>) -> ExitCode {
     }
 }
 
-/// `rvmm info`.
+/// `rvmm info`. Returns the text to print.
 fn info(json: bool) -> Result<String> {
     let info = Info::gather(open_hypervisor()?.as_ref())?;
     if json {
@@ -80,11 +81,12 @@ fn info(json: bool) -> Result<String> {
     Ok(info.to_string())
 }
 
-/// A device takes descriptors by the dozen, a queue some: as many as the host's administrator allows.
+/// Raises the limit of open files to its maximum: each device needs a dozen descriptors or more,
+/// and each queue a few.
 fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // What it is then has to do.
+    // If this fails, the old limit stays.
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
@@ -103,38 +105,38 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
         Err(error) => (with_way_out(&error), status::HOST_FAILED),
     };
     if cli.log_file.is_some() {
-        // It goes there alone.
+        // The log goes only to the file, so write the message to both.
         log::error!("{}", on_one_line(&message));
     }
     end(&message, status)
 }
 
-/// The end that the host, or one of its files, brought about.
+/// Ends rvmm because the host or one of its files failed.
 fn failed(error: &anyhow::Error) -> ExitCode {
     end(&with_way_out(error), status::HOST_FAILED)
 }
 
-/// The line of `error`; where many places can meet it, with what helps.
+/// The message of `error`. For errors that can occur in many places, it includes a way out.
 fn with_way_out(error: &anyhow::Error) -> String {
     let errors = error
         .chain()
         .filter_map(|cause| cause.downcast_ref::<io::Error>());
     let way_out = match errors.filter_map(io::Error::raw_os_error).last() {
-        Some(libc::EMFILE) => ": ulimit -n lets a process open more files",
-        Some(libc::ENFILE) => ": sysctl fs.file-max lets the host open more files",
+        Some(libc::EMFILE) => ": raise the limit of open files with ulimit -n",
+        Some(libc::ENFILE) => ": raise the host's limit of open files with sysctl fs.file-max",
         _ => "",
     };
     format!("{error:#}{way_out}")
 }
 
-/// The only line of an end that is not a success.
+/// Prints why rvmm ends, as one line, and returns the exit code.
 fn end(message: &str, status: u8) -> ExitCode {
-    tell(format_args!("rvmm: {}", on_one_line(message)));
+    print(format_args!("rvmm: {}", on_one_line(message)));
     ExitCode::from(status)
 }
 
-/// A panic on any thread is a fault of rvmm's: the terminal is restored, one line told, and
-/// nothing goes on.
+/// Makes a panic on any thread end the process: it is a bug in rvmm. Restores the terminal and
+/// prints one line before.
 fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         terminal::restore();
@@ -144,16 +146,16 @@ fn end_on_panic() {
         let message = payload.downcast_ref::<&str>().copied();
         let message = message.or(payload.downcast_ref::<String>().map(String::as_str));
         let message = message.unwrap_or("no message");
-        tell(format_args!(
+        print(format_args!(
             "rvmm: internal error at {place}: {message}; please report it"
         ));
         std::process::exit(status::HOST_FAILED.into());
     }));
 }
 
-/// Builds and runs the machine; `None` when only its device tree was wanted.
+/// Builds and runs the machine. Returns `None` if only its device tree was requested.
 fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
-    // Before a guest runs for nothing.
+    // Check the file before the guest runs.
     let statistics = match &cli.stats {
         Some(Some(path)) => Some((path.as_path(), statistics_file(path)?)),
         _ => None,
@@ -174,13 +176,14 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         paused: cli.pause,
     })?;
     if let Some(stats) = stats {
-        tell_stats(&stats, statistics)?;
+        report_stats(&stats, statistics)?;
     }
     Ok(Some(outcome))
 }
 
-/// `--stats`: JSON for scripts, or text for people, who get it too where there is no writing the JSON.
-fn tell_stats(stats: &Stats, file: Option<(&Path, Whole)>) -> Result<()> {
+/// Writes the statistics of `--stats`: as JSON to `file`, or as text to standard error if there is
+/// no file or it cannot be written.
+fn report_stats(stats: &Stats, file: Option<(&Path, Whole)>) -> Result<()> {
     let written = file.map(|(path, file)| {
         let json = format!("{:#}\n", stats.json());
         file.write(json.as_bytes())
@@ -189,19 +192,19 @@ fn tell_stats(stats: &Stats, file: Option<(&Path, Whole)>) -> Result<()> {
     match written {
         Some(Ok(())) => Ok(()),
         failed => {
-            // Line by line: more would not go to standard error at once.
-            stats.to_string().lines().for_each(tell);
+            // Line by line, because standard error may not take all of the text at once.
+            stats.to_string().lines().for_each(print);
             failed.unwrap_or(Ok(()))
         }
     }
 }
 
-/// Writes a device tree, over none but an earlier one.
+/// Writes a device tree to `path`, which must be new, empty or hold an earlier tree.
 fn dump_tree(path: &Path, tree: &[u8]) -> io::Result<()> {
     Whole::prepare(path, fdt::is_ours)?.write(tree)
 }
 
-/// The file for statistics, which replaces none but an earlier one.
+/// Prepares the file for statistics, which must be new, empty or hold earlier statistics.
 fn statistics_file(path: &Path) -> Result<Whole> {
     Whole::prepare(path, Stats::is_json)
         .with_context(|| format!("Failed to write statistics {path:?}"))
@@ -223,17 +226,18 @@ fn start_logging(cli: &Cli) -> Result<()> {
         1 => LevelFilter::Info,
         _ => LevelFilter::Debug,
     };
-    // The terminal may be in raw mode, for the guest: a new line does not begin by itself there.
+    // The terminal may be in raw mode for the guest, where a newline alone does not return to the
+    // first column.
     let on_terminal = cli.log_file.is_none() && io::stderr().is_terminal();
     let line_end = if on_terminal { "\r\n" } else { "\n" };
     let mut logger = env_logger::Builder::new();
-    // Of other crates nothing: what they find wrong with the guest's data they tell without a limit.
+    // Do not log messages of other crates: those about wrong data of the guest have no rate limit.
     logger.filter_module("rvmm", level);
     logger.format(move |buffer, record| {
         let level = record.level().as_str().to_ascii_lowercase();
         write!(buffer, "rvmm: {level}: {}{line_end}", record.args())
     });
-    // Lines that vCPU threads may cause: none of them may wait for a reader.
+    // vCPU threads write log lines, and must not block if nobody reads standard error.
     logger.target(env_logger::Target::Pipe(Box::new(Stderr)));
     if let Some(path) = &cli.log_file {
         let file = append(path).with_context(|| format!("Failed to open log file {path:?}"))?;

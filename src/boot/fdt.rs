@@ -1,7 +1,8 @@
-//! The device tree: the skeleton here, and each device's own node in `/soc`.
+//! The device tree. This module writes the skeleton; each device writes its own node in `/soc`.
 //!
-//! Devicetree Specification 0.4, and the riscv bindings of `Documentation/devicetree/bindings/riscv`.
-//! Nodes and properties have a fixed order, so that two trees can be compared as text.
+//! Devicetree Specification 0.4, and the riscv bindings of
+//! `Documentation/devicetree/bindings/riscv`. Nodes and properties have a fixed order, so that two
+//! trees can be compared as text.
 
 use std::ops::Range;
 
@@ -11,35 +12,35 @@ use crate::util::ByteSize;
 
 use super::isa::HartFacts;
 
-/// Bytes of entropy the guest's kernel gets.
+/// Size in bytes of `rng-seed`, the entropy for the guest's kernel.
 pub(crate) const RNG_SEED_SIZE: usize = 64;
 
-/// What the tree tells of the machine.
+/// The machine that the tree describes.
 pub(crate) struct Machine<'a> {
     /// Kernel command line.
     pub(crate) cmdline: &'a str,
     /// Path of the console's node.
     pub(crate) stdout_path: &'a str,
-    /// Where the initrd is.
+    /// Guest-physical range of the initrd.
     pub(crate) initrd: Option<&'a Range<u64>>,
-    /// Fresh entropy for the guest.
+    /// Fresh entropy for the guest's kernel.
     pub(crate) rng_seed: [u8; RNG_SEED_SIZE],
     /// Guest-physical start of RAM.
     pub(crate) ram_base: u64,
     /// Size of RAM.
     pub(crate) ram_size: ByteSize,
-    /// What each hart offers.
+    /// Features of each hart; all harts are alike.
     pub(crate) hart: &'a HartFacts,
-    /// Number of harts, ids from 0.
+    /// Number of harts. Hart ids start at 0.
     pub(crate) harts: u32,
-    /// Everything in `/soc`, in this order.
+    /// Devices in `/soc`, in the order of their nodes.
     pub(crate) devices: &'a [&'a dyn Device],
 }
 
-/// Writes the tree as a flattened blob.
+/// Returns the tree as a flattened blob.
 ///
 /// # Errors
-/// The writer refused a name or value, such as a NUL byte in the command line.
+/// Fails if a name or value cannot be encoded, such as a command line with a NUL byte.
 pub(crate) fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
@@ -55,9 +56,10 @@ pub(crate) fn build(machine: &Machine) -> Result<Vec<u8>, FdtError> {
     fdt.finish()
 }
 
-/// Whether `bytes` are what `build` once gave, and not another machine's tree.
+/// Whether `bytes` are a tree that `build` made, not one of another program.
 pub fn is_ours(bytes: &[u8]) -> bool {
-    /// Specification 0.4, section 5.2: the magic number, all bytes, where the structure begins.
+    /// Specification 0.4, section 5.2. The words at 0, 4 and 8 of the header are the magic number,
+    /// the total size, and the offset of the structure block.
     const MAGIC: u32 = 0xd00d_feed;
     const ROOT: usize = 256;
     let word = |at: usize| {
@@ -94,7 +96,7 @@ fn cpus(machine: &Machine, fdt: &mut FdtWriter) -> Result<(), FdtError> {
     let node = fdt.begin_node("cpus")?;
     fdt.property_u32("#address-cells", 1)?;
     fdt.property_u32("#size-cells", 0)?;
-    // One cell in every binding and kernel; no machine ticks at 4 GHz.
+    // The binding has one cell for it. No machine's timebase reaches 4 GHz.
     let timebase = u32::try_from(machine.hart.timebase).unwrap_or(u32::MAX);
     fdt.property_u32("timebase-frequency", timebase)?;
     for hart in 0..machine.harts {

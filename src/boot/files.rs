@@ -1,4 +1,4 @@
-//! Kernel and initrd: opened, checked, and read into guest RAM.
+//! The files of kernel and initrd: opens them, checks them, and reads them into guest RAM.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -16,42 +16,43 @@ use crate::util::ByteSize;
 /// Why a boot file cannot be used.
 #[derive(Debug, Error)]
 pub enum FileError {
-    /// The host refused.
+    /// The host could not open or read the file.
     #[error("Failed to {act} {what} {path:?}")]
     Io {
-        /// "open", "read".
+        /// "open" or "read".
         act: &'static str,
-        /// "kernel", "initrd".
+        /// "kernel" or "initrd".
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// The host's reason.
+        /// The host's error.
         source: io::Error,
     },
-    /// The file is no kernel.
+    /// The file is not a kernel that rvmm can load.
     #[error("Failed to load kernel {path:?}")]
     Kernel {
         /// The file.
         path: PathBuf,
-        /// What it is instead.
+        /// What the file is instead, or what is wrong with it.
         source: KernelError,
     },
-    /// The initrd has no bytes.
+    /// The initrd is empty.
     #[error("Failed to load initrd {0:?}: the file is empty")]
     EmptyInitrd(PathBuf),
-    /// Not a regular file.
+    /// The path is not a regular file.
     #[error("Failed to open {what} {path:?}: {kind}, not a file")]
     NotAFile {
-        /// "kernel", "initrd".
+        /// "kernel" or "initrd".
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// "a directory".
+        /// What it is instead, such as "a directory".
         kind: &'static str,
     },
 }
 
-/// A boot file, open. What is loaded is what was checked, whatever happens to its name.
+/// An open boot file. It stays open, so that rvmm loads the file that it checked even if the path
+/// is replaced meanwhile.
 #[derive(Debug)]
 pub struct BootFile {
     file: File,
@@ -61,10 +62,10 @@ pub struct BootFile {
 }
 
 impl BootFile {
-    /// Opens `path`; `what` is "kernel" or "initrd", for errors.
+    /// Opens `path`. `what` is "kernel" or "initrd"; errors name it.
     ///
     /// # Errors
-    /// It cannot be opened, or is no regular file.
+    /// Fails if the file cannot be opened or is not a regular file.
     pub fn open(what: &'static str, path: &Path) -> Result<Self, FileError> {
         let failed = |source| FileError::Io {
             act: "open",
@@ -72,7 +73,7 @@ impl BootFile {
             path: path.to_owned(),
             source,
         };
-        // Before opening: that could wait for ever, on a pipe.
+        // Check the kind before opening: opening a pipe could block for ever.
         let metadata = std::fs::metadata(path).map_err(failed)?;
         if metadata.is_dir() {
             return Err(FileError::NotAFile {
@@ -81,7 +82,7 @@ impl BootFile {
                 kind: "a directory",
             });
         }
-        // /dev/null reads as an empty file, and is told as one.
+        // /dev/null reads as an empty file, so the error is that the file is empty.
         if !metadata.is_file() && path != Path::new("/dev/null") {
             return Err(FileError::NotAFile {
                 what,
@@ -99,20 +100,21 @@ impl BootFile {
         })
     }
 
-    /// The name it was opened by.
+    /// The path by which the file was opened.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.size
     }
 
-    /// Finds out what kernel the file is, for a guest with `ram` of RAM at `base`.
+    /// Parses the file as a kernel, for a guest with `ram` bytes of RAM at guest-physical address
+    /// `base`.
     ///
     /// # Errors
-    /// It cannot be read, or is none.
+    /// Fails if the file cannot be read or is not a kernel that rvmm can load.
     pub fn kernel(
         &self,
         format: KernelFormat,
@@ -128,10 +130,10 @@ impl BootFile {
         })
     }
 
-    /// Loads `kernel`, which is this file, into RAM at `base`.
+    /// Loads `kernel`, which was parsed from this file, into RAM at guest-physical address `base`.
     ///
     /// # Errors
-    /// The file cannot be read, has shrunk, or leaves RAM.
+    /// Fails if the file cannot be read, has shrunk, or does not fit in RAM.
     pub(crate) fn load_kernel(
         &self,
         kernel: &Kernel,
@@ -150,10 +152,10 @@ impl BootFile {
         Ok(())
     }
 
-    /// Refuses an empty initrd.
+    /// Returns the file if it is not empty.
     ///
     /// # Errors
-    /// The file has no bytes.
+    /// Fails if the file is empty.
     pub(crate) fn not_empty(self) -> Result<Self, FileError> {
         match self.size {
             0 => Err(FileError::EmptyInitrd(self.path)),
@@ -161,10 +163,10 @@ impl BootFile {
         }
     }
 
-    /// Reads the whole file to the start of `range` of guest RAM.
+    /// Reads the whole file into guest RAM, to the start of the guest-physical `range`.
     ///
     /// # Errors
-    /// The file cannot be read, has shrunk, or leaves RAM.
+    /// Fails if the file cannot be read, has shrunk, or does not fit in RAM.
     pub(crate) fn load(&self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
         self.read_to(ram, GuestAddress(range.start), &(0..self.size))
             .map_err(|source| self.failed_read(source))
@@ -208,7 +210,7 @@ impl Source for BootFile {
     }
 }
 
-/// Writes `bytes` but for pages of zeros, which guest RAM has already.
+/// Writes `bytes`, without 64 KiB pieces that are all zero: guest RAM is zero already.
 fn write_sparse(ram: &GuestMemory, bytes: &[u8], gpa: GuestAddress) -> io::Result<()> {
     const PIECE: usize = 64 << 10;
     for (index, piece) in bytes.chunks(PIECE).enumerate() {
@@ -255,7 +257,7 @@ mod tests {
         let pages = loaded.len().div_ceil(4096);
         let marked: Vec<_> = memory::pages_of(&log.take()).collect();
         assert_eq!(marked, (1..=pages).collect::<Vec<_>>());
-        // Of an expanded kernel, pages of zeros are left out.
+        // Pieces of a decompressed kernel that are all zero are not written.
         let mut bytes = vec![0; 3 << 16];
         bytes[2 << 16] = 1;
         write_sparse(&ram, &bytes, GuestAddress(0x8000_0000)).unwrap();

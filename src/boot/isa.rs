@@ -1,33 +1,34 @@
-//! What the guest's harts can do, asked of KVM: the facts of the `cpu` nodes.
+//! The features of the guest's harts, as KVM reports them, for the `cpu` nodes of the device tree.
 
 use crate::hypervisor::{RegId, Result, Vcpu, extensions, regs};
 
-/// The order of single letters in an ISA string, which also sorts the Z extensions (The RISC-V
-/// Instruction Set Manual, volume I, chapter "ISA Extension Naming Conventions").
+/// The canonical order of single-letter extensions. The Z extensions are sorted by it too, by their
+/// second letter (The RISC-V Instruction Set Manual, volume I, chapter "ISA Extension Naming
+/// Conventions").
 const CANONICAL: &str = "iemafdqlcbkjtpvnh";
 
-/// What one hart offers the guest. All harts are alike.
+/// The features of one hart. All harts are alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HartFacts {
     /// Extensions in canonical order: single letters, then Z, then S.
     pub(crate) extensions: Vec<&'static str>,
-    /// `satp.MODE`: 8 Sv39, 9 Sv48, 10 Sv57, 0 none.
+    /// The largest `satp.MODE`: 8 for Sv39, 9 for Sv48, 10 for Sv57, 0 for none.
     pub(crate) satp_mode: u64,
-    /// Ticks a second of the `time` CSR.
+    /// Frequency of the `time` CSR, in Hz.
     pub(crate) timebase: u64,
-    /// Bytes a cbo.clean, cbo.flush or cbo.inval acts on.
+    /// Block size of cbo.clean, cbo.flush and cbo.inval, in bytes.
     pub(crate) cbom_block: Option<u64>,
-    /// Bytes a cbo.zero acts on.
+    /// Block size of cbo.zero, in bytes.
     pub(crate) cboz_block: Option<u64>,
-    /// Bytes a prefetch acts on.
+    /// Block size of the prefetch instructions, in bytes.
     pub(crate) cbop_block: Option<u64>,
 }
 
 impl HartFacts {
-    /// Asks `vcpu`.
+    /// Reads the features of `vcpu` from KVM.
     ///
     /// # Errors
-    /// A register every host has could not be read.
+    /// Fails if KVM cannot read one of the registers. A register that the host lacks is no error.
     pub(crate) fn of(vcpu: &dyn Vcpu) -> Result<Self> {
         let mut names = Vec::new();
         for (index, name) in (0u64..).zip(extensions::ISA) {
@@ -36,7 +37,7 @@ impl HartFacts {
             }
         }
         names.sort_by_key(|name| canonical_key(name));
-        // A block size belongs to its extension: some kernels read 0 where it is absent.
+        // Read a block size only if its extension is present: some kernels return 0 without it.
         let block = |extension: &str, register| -> Result<Option<u64>> {
             let size = if names.contains(&extension) {
                 vcpu.reg(register)?
@@ -55,7 +56,8 @@ impl HartFacts {
         })
     }
 
-    /// Keeps extension `name` from the guest's device tree, and those that cannot be without it.
+    /// Removes extension `name`, and all extensions that depend on it, from the guest's device
+    /// tree.
     pub(crate) fn hide(&mut self, name: &str) {
         let goes = |known: &&str| *known == name || needs(known, name);
         let gone: Vec<&str> = self.extensions.iter().copied().filter(goes).collect();
@@ -74,7 +76,7 @@ impl HartFacts {
         }
     }
 
-    /// The `riscv,isa` string: `rv64imafdc_zicsr_sstc`.
+    /// The `riscv,isa` string, such as `rv64imafdc_zicsr_sstc`.
     pub(crate) fn isa_string(&self) -> String {
         let mut isa = String::from("rv64");
         for name in &self.extensions {
@@ -97,7 +99,7 @@ impl HartFacts {
     }
 }
 
-/// Whether `extension` cannot be without `base` (The RISC-V Instruction Set Manual, volume I).
+/// Whether `extension` depends on `base` (The RISC-V Instruction Set Manual, volume I).
 fn needs(extension: &str, base: &str) -> bool {
     match base {
         "f" => matches!(extension, "d" | "v" | "zfa" | "zcd" | "zcf") || needs_float(extension),

@@ -1,5 +1,5 @@
-//! How a guest gets into RAM: kernel, initrd and device tree, and the registers that its first
-//! instruction finds.
+//! Loads a guest: kernel, initrd and device tree into RAM, and the initial registers into the boot
+//! hart.
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -15,22 +15,24 @@ use crate::hypervisor::{Vcpu, regs};
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_info};
 
-/// What the guest is told of its machine, beside what the configuration says.
+/// What the device tree says about the machine beyond the configuration.
 pub(crate) struct Board<'a> {
     /// Path of the console's node in the device tree.
     pub(crate) stdout_path: &'a str,
-    /// What each hart offers.
+    /// Features of each hart.
     pub(crate) hart: &'a HartFacts,
-    /// Everything in `/soc`, in this order.
+    /// Devices in `/soc`, in the order of their nodes.
     pub(crate) devices: &'a [&'a dyn Device],
 }
 
 impl BootFiles {
-    /// Loads them into `ram`, which is zero, with a device tree of `board`, and has `boot_hart`
-    /// begin with the kernel's first instruction. Returns the tree.
+    /// Loads kernel and initrd into `ram`, which must be zeroed, builds the device tree from
+    /// `board` and writes it to `ram`. Sets the registers of `boot_hart` so that it starts at the
+    /// kernel's entry point. Returns the tree.
     ///
     /// # Errors
-    /// A file has changed, the tree does not fit, or the host refused.
+    /// Fails if a file cannot be read or has shrunk, if the tree does not fit in its place, or if
+    /// KVM cannot set a register.
     pub(crate) fn load(
         &self,
         plan: &Plan,
@@ -78,26 +80,29 @@ fn build_tree(plan: &Plan, config: &VmConfig, board: &Board) -> Result<Vec<u8>> 
 
 fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
     let mut seed = [0; RNG_SEED_SIZE];
-    // Up to 256 bytes come whole once the host's pool is ready (getrandom(2)).
+    // Reads of up to 256 bytes are not short once the host's pool is ready (getrandom(2)).
     let count = getrandom(&mut seed, GetRandomFlags::empty());
     match count.context("Failed to read entropy for the guest")? {
         RNG_SEED_SIZE => Ok(seed),
-        short => bail!("Failed to read entropy for the guest: {short} bytes came"),
+        short => bail!("Failed to read entropy for the guest: got only {short} bytes"),
     }
 }
 
 fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {
     let room = placement.fdt.end - placement.fdt.start;
     if tree.len() as u64 > room {
-        bail!("the device tree has {} bytes, its room {room}", tree.len());
+        bail!(
+            "the device tree has {} bytes, but only {room} are reserved for it",
+            tree.len()
+        );
     }
     ram.write_slice(tree, GuestAddress(placement.fdt.start))
         .context("Failed to write the device tree to guest RAM")
 }
 
-/// Sets the boot hart's registers: `Documentation/arch/riscv/boot.rst`, and `scounteren`, which
-/// Linux 7.x hosts reset to 0, and which a guest without an SBI PMU never sets although its
-/// processes read `time`.
+/// Sets the boot hart's registers as `Documentation/arch/riscv/boot.rst` requires, and
+/// `scounteren`. Linux 7.x hosts reset `scounteren` to 0. A Linux guest without an SBI PMU never
+/// sets it, although its processes read `time`.
 fn set_registers(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
     const HART_ID: u64 = 0;
     for (register, value) in [
@@ -140,7 +145,10 @@ mod tests {
             .unwrap();
         assert_eq!(&loaded, b"tree");
         let error = load_tree(&ram, &placement, b"trees").unwrap_err();
-        assert_eq!(error.to_string(), "the device tree has 5 bytes, its room 4");
+        assert_eq!(
+            error.to_string(),
+            "the device tree has 5 bytes, but only 4 are reserved for it"
+        );
     }
 
     #[test]

@@ -1,6 +1,8 @@
-//! What the guest finds at its first instruction: a kernel, an initrd and a device tree in RAM.
+//! Prepares the guest's boot: a kernel, an initrd and a device tree in RAM, and the boot hart's
+//! registers.
 //!
-//! `plan` opens the files and says where each goes; `load` puts them there. The rest serves both.
+//! `plan` opens the files and chooses their places in RAM. `load` loads them. The other modules are
+//! used by these two.
 
 pub mod fdt;
 pub mod files;

@@ -1,4 +1,4 @@
-//! Where kernel, initrd and device tree go in RAM.
+//! Chooses where kernel, initrd and device tree go in RAM.
 //!
 //! ```text
 //! RAM   +text_offset          2 MiB boundary                            end of RAM
@@ -6,10 +6,11 @@
 //!  |     | any other kernel    | free ...            | device tree | initrd    |
 //! ```
 //!
-//! Linux takes no RAM behind its BSS before it has reserved the initrd and the tree (`setup_bootmem`
-//! in `arch/riscv/mm/init.c`). So both lie right behind it, in what a small `mem=` leaves. What another
-//! kernel takes behind its BSS nobody knows: it finds the rest of RAM in one piece, and so does a Linux
-//! without an initrd.
+//! Linux uses no RAM behind its BSS before it has reserved the initrd and the tree (`setup_bootmem`
+//! in `arch/riscv/mm/init.c`). So both are placed right behind the kernel, where they are inside
+//! RAM even with a small `mem=`. Other kernels may use RAM behind their BSS early. For them, and
+//! for a Linux without an initrd, initrd and tree are at the end of RAM, so that the rest of RAM is
+//! one piece.
 
 use std::ops::Range;
 
@@ -19,49 +20,52 @@ use super::kernel::Kernel;
 use crate::memory::PAGE_SIZE;
 use crate::util::ByteSize;
 
-/// Linux reserves its own RAM up to a multiple of this, and gives up an initrd that begins below it.
+/// Linux reserves the RAM of its image up to a multiple of this, and ignores an initrd that begins
+/// below that address.
 const LINUX_ALIGN: u64 = 2 << 20;
 
-/// Room for a device tree: the machine, what each hart adds, and `cmdline` bytes of command line.
+/// Bytes to reserve for the device tree of a machine with `harts` harts and a command line of
+/// `cmdline` bytes.
 pub const fn fdt_room(harts: u32, cmdline: usize) -> u64 {
     (32 << 10) + harts as u64 * 2048 + cmdline as u64
 }
 
-/// Guest-physical ranges that do not overlap.
+/// Guest-physical ranges of the boot files. They do not overlap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// The kernel with its BSS.
+    /// The kernel, its BSS included.
     pub kernel: Range<u64>,
-    /// The kernel's first instruction.
+    /// Address of the kernel's first instruction.
     pub entry: u64,
-    /// The initrd, exactly.
+    /// The initrd: its exact size, not rounded up to pages.
     pub initrd: Option<Range<u64>>,
-    /// Room for the device tree; it starts on a page.
+    /// Space for the device tree. It starts at a page boundary.
     pub fdt: Range<u64>,
 }
 
-/// RAM is too little for what it should hold.
+/// RAM is too small for the boot files.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{ram} of guest RAM are too little: the kernel ends {} into RAM{}; --mem {} would do",
+    "guest RAM of {ram} is too small: the kernel ends {} above the start of RAM{}; --mem {} is \
+     enough",
     .kernel,
-    .initrd.map(|size| format!(", and the initrd has {size}")).unwrap_or_default(),
+    .initrd.map(|size| format!(", and the initrd takes {size}")).unwrap_or_default(),
     .enough.as_flag()
 )]
 pub struct TooSmall {
     ram: ByteSize,
     kernel: ByteSize,
     initrd: Option<ByteSize>,
-    /// A size that would do, for the guest's work too.
+    /// A size that is enough for the boot files and for the guest to run.
     pub(crate) enough: ByteSize,
 }
 
 impl Placement {
-    /// Places `kernel`, an initrd of `initrd` bytes and `fdt` bytes of device tree in RAM of
-    /// `ram` bytes at `base`.
+    /// Places `kernel`, an initrd of `initrd` bytes and a device tree of `fdt` bytes in RAM of
+    /// `ram` bytes at guest-physical address `base`.
     ///
     /// # Errors
-    /// They do not fit.
+    /// Fails if they do not fit in RAM.
     pub fn plan(
         base: u64,
         ram: ByteSize,
@@ -72,7 +76,7 @@ impl Placement {
         let pages = |bytes: u64| bytes.next_multiple_of(PAGE_SIZE);
         let extent = kernel.extent();
         let kernel_end = pages(extent.end);
-        // An initrd longer than any RAM may not overflow the sum.
+        // Limit the size, so that the sum cannot overflow.
         let initrd_pages = pages(initrd.unwrap_or(0).min(1 << 60));
         let behind = initrd_pages + pages(fdt);
         let needed = kernel_end + behind;
@@ -87,7 +91,8 @@ impl Placement {
         let (initrd_start, fdt_start) = match low_start(kernel, behind, ram) {
             Some(start) if initrd.is_some() => (base + start, base + start + initrd_pages),
             _ => {
-                // No host has RAM at the end of the address space; it refuses such a size later.
+                // Saturate: no host can map RAM at the end of the address space, so creating RAM
+                // fails later.
                 let end = base.saturating_add(ram.bytes()) / PAGE_SIZE * PAGE_SIZE;
                 (end - initrd_pages, end - behind)
             }
@@ -101,32 +106,34 @@ impl Placement {
     }
 }
 
-/// How far into RAM the part begins that a Linux does not count as its own, if `behind` bytes fit there.
-/// The start of RAM is aligned too.
+/// The offset in RAM right behind the RAM that a Linux reserves for its image. None if `kernel` is
+/// no Linux, or if `behind` bytes do not fit there. The offset is aligned, and so is the start of
+/// RAM.
 fn low_start(kernel: &Kernel, behind: u64, ram: ByteSize) -> Option<u64> {
     let start = kernel.extent().end.next_multiple_of(LINUX_ALIGN);
     (kernel.is_linux && start + behind <= ram.bytes()).then_some(start)
 }
 
-/// A round size for a guest whose boot files take `needed` bytes.
+/// A power of two that is enough RAM for a guest whose boot files take `needed` bytes.
 fn enough(needed: u64) -> ByteSize {
     let wanted = with_work(needed);
     ByteSize(wanted.checked_next_power_of_two().unwrap_or(1 << 63))
 }
 
-/// Bytes for a guest whose boot files take `needed`, with room for its work: Debian's kernel ends 32 MiB
-/// into RAM and takes 70 MiB of it before it frees what only booting needs; an initrd is unpacked.
+/// Bytes of RAM to boot and run a guest whose boot files take `needed` bytes. Debian's kernel, for
+/// example, ends 32 MiB above the start of RAM, and uses 70 MiB before it frees its init memory. An
+/// initrd is unpacked into RAM.
 fn with_work(needed: u64) -> u64 {
     needed
         .saturating_mul(2)
         .saturating_add(ByteSize::mib(16).bytes())
 }
 
-/// Boot files of less than this say nothing of what their guest needs.
+/// The size of smaller boot files says nothing about how much RAM their guest needs.
 const SMALL: u64 = 8 << 20;
 
-/// What a guest with these boot files is likely to need, if `ram` is less: such a guest may end before it
-/// has a console to say so.
+/// If `ram` is probably too small for a guest with these boot files, returns a size that is
+/// probably enough. Such a guest may fail before it has a console to report it.
 pub(crate) fn scarce(ram: ByteSize, placement: &Placement, base: u64) -> Option<ByteSize> {
     let initrd = placement.initrd.as_ref().map_or(0, |at| at.end - at.start);
     let needed = placement.kernel.end - base + initrd;
@@ -157,7 +164,7 @@ mod tests {
         }
     }
 
-    /// What is at the same place and no Linux.
+    /// A kernel at the same place that is no Linux.
     fn other() -> Kernel {
         Kernel {
             is_linux: false,
@@ -196,7 +203,7 @@ mod tests {
         }
     }
 
-    /// What `mem=` cuts off a Linux of much RAM holds neither initrd nor tree.
+    /// With much RAM, neither initrd nor tree is in the part that a Linux loses by `mem=`.
     #[test]
     fn they_lie_right_behind_a_linux() {
         let initrd = 1_234_567;
@@ -208,7 +215,7 @@ mod tests {
         }
     }
 
-    /// The last 2 MiB that a Linux has a part of are all its own: it gives up an initrd there.
+    /// Linux reserves its last, partly used 2 MiB completely, and ignores an initrd there.
     #[test]
     fn a_linux_that_ends_on_a_boundary_loses_no_ram() {
         let ending = |end: u64| {
@@ -221,8 +228,8 @@ mod tests {
         assert_eq!(ending((32 << 20) + 1), 34 << 20);
     }
 
-    /// A kernel whose room nobody knows, a Linux without an initrd, and RAM that is too little for
-    /// what a Linux counts as its own.
+    /// Initrd and tree are at the end of RAM for other kernels, for a Linux without an initrd, and
+    /// if RAM is too small to place them behind the RAM that a Linux reserves.
     #[test]
     fn others_have_the_rest_of_ram_in_one_piece() {
         let (mib_128, mib_33) = (ByteSize::mib(128), ByteSize::mib(33));
@@ -244,16 +251,16 @@ mod tests {
         }
     }
 
-    /// Debian's kernel starts in 96 MiB, and not in 64.
+    /// Debian's kernel boots in 96 MiB, but not in 64 MiB.
     #[test]
     fn little_ram_is_told() {
-        let told = |ram, initrd| {
+        let warned = |ram, initrd| {
             let ram = ByteSize::mib(ram);
             scarce(ram, &plan(ram, initrd).unwrap(), BASE)
         };
-        assert_eq!(told(96, Some(4 << 20)), None);
-        assert_eq!(told(64, None), Some(ByteSize::mib(128)));
-        assert_eq!(told(234, Some(200 << 20)), Some(ByteSize::mib(512)));
+        assert_eq!(warned(96, Some(4 << 20)), None);
+        assert_eq!(warned(64, None), Some(ByteSize::mib(128)));
+        assert_eq!(warned(234, Some(200 << 20)), Some(ByteSize::mib(512)));
         let small = Kernel {
             segments: vec![Segment {
                 source: 0..4096,
@@ -281,8 +288,8 @@ mod tests {
         let error = plan(ByteSize::kib(1), Some(2 << 20)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "1 KiB of guest RAM are too little: the kernel ends 32.4 MiB into RAM, and the initrd has \
-             2 MiB; --mem 128M would do"
+            "guest RAM of 1 KiB is too small: the kernel ends 32.4 MiB above the start of RAM, \
+             and the initrd takes 2 MiB; --mem 128M is enough"
         );
         assert!(plan(error.enough, Some(2 << 20)).is_ok());
         assert!(plan(ByteSize::mib(1), Some(u64::MAX)).is_err());

@@ -1,5 +1,5 @@
-//! What a guest boots from: its files, and where each goes in RAM. No KVM is needed for it, so that
-//! a wrong file is told before anything is asked of the host.
+//! Opens a guest's boot files and plans where each goes in RAM. This needs no KVM, so rvmm reports
+//! a wrong file before it uses the host's KVM.
 
 use anyhow::{Context, Result};
 use log::warn;
@@ -10,17 +10,17 @@ use super::placement::{Placement, fdt_room, scarce};
 use crate::config::{VmConfig, cmdline};
 use crate::util::{RateLimit, guest_debug};
 
-/// Kernel and initrd, open. They stay so, because a reset loads them again.
+/// The open files of kernel and initrd. They stay open, because a reset loads them again.
 pub(crate) struct BootFiles {
     pub(super) kernel: BootFile,
     pub(super) initrd: Option<BootFile>,
 }
 
-/// What goes where.
+/// The parsed kernel, and where everything goes.
 pub(crate) struct Plan {
     pub(super) kernel: Kernel,
     pub(super) placement: Placement,
-    /// Guest-physical start of RAM.
+    /// Guest-physical address of the start of RAM.
     pub(super) ram_base: u64,
 }
 
@@ -28,7 +28,7 @@ impl BootFiles {
     /// Opens the files that `config` names.
     ///
     /// # Errors
-    /// One is not there, is no file, or the initrd is empty.
+    /// Fails if a file cannot be opened, is not a regular file, or if the initrd is empty.
     pub(crate) fn open(config: &VmConfig) -> Result<Self> {
         let kernel = BootFile::open("kernel", config.kernel()?)?;
         let initrd = match &config.initrd {
@@ -38,10 +38,10 @@ impl BootFiles {
         Ok(Self { kernel, initrd })
     }
 
-    /// Plans where they and the device tree go in RAM that starts at `ram_base`.
+    /// Plans where kernel, initrd and device tree go in RAM that starts at `ram_base`.
     ///
     /// # Errors
-    /// The kernel is none that rvmm can load, or RAM is too little.
+    /// Fails if rvmm cannot load the kernel, or if RAM is too small.
     pub(crate) fn plan(&self, config: &VmConfig, ram_base: u64) -> Result<Plan> {
         let size = config.mem.size;
         let kernel = self.kernel.kernel(config.kernel_format, ram_base, size)?;
@@ -59,7 +59,8 @@ impl BootFiles {
 }
 
 impl Plan {
-    /// Warns of what the guest may not bear, although rvmm does.
+    /// Warns if the guest probably has too little RAM, or if Linux will cut off the command line.
+    /// rvmm itself accepts both.
     pub(crate) fn warn_of_limits(&self, config: &VmConfig) {
         let long_cmdline = cmdline::warning(&config.cmdline, self.kernel.is_linux);
         let warnings = [self.little_ram(config), long_cmdline];
@@ -70,8 +71,8 @@ impl Plan {
         let size = config.mem.size;
         let enough = scarce(size, &self.placement, self.ram_base)?;
         Some(format!(
-            "--mem {} is little for this kernel and initrd: the guest may end without a word; \
-             --mem {} is likely to do",
+            "--mem {} is small for this kernel and initrd: the guest may fail without any output; \
+             --mem {} is probably enough",
             size.as_flag(),
             enough.as_flag()
         ))
@@ -120,7 +121,7 @@ mod tests {
         let plan = BootFiles::open(&config).unwrap().plan(&config, BASE);
         let line = format!("{:#}", plan.err().unwrap());
         assert!(line.starts_with("Failed to load kernel \"/"), "{line}");
-        assert!(line.contains("1 MiB of guest RAM are too little"), "{line}");
+        assert!(line.contains("guest RAM of 1 MiB is too small"), "{line}");
     }
 
     /// A kernel of 30 MiB.
@@ -153,8 +154,8 @@ mod tests {
         assert_eq!(large().little_ram(&with(128)), None);
         assert_eq!(
             large().little_ram(&with(64)).unwrap(),
-            "--mem 64M is little for this kernel and initrd: the guest may end without a word; \
-             --mem 128M is likely to do"
+            "--mem 64M is small for this kernel and initrd: the guest may fail without any output; \
+             --mem 128M is probably enough"
         );
     }
 }

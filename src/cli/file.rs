@@ -1,4 +1,4 @@
-//! `--config` and `--print-config`: the machine as JSON.
+//! `--config` and `--print-config`: read and write a machine as JSON.
 
 use std::fs;
 use std::io::{self, Read};
@@ -23,7 +23,7 @@ pub(super) enum FileError {
 }
 
 impl FileError {
-    /// The exit status it leads to.
+    /// The exit status for this error.
     pub(super) fn status(&self) -> u8 {
         match self {
             FileError::Read(..) => status::HOST_FAILED,
@@ -32,7 +32,8 @@ impl FileError {
     }
 }
 
-/// The machine of the file at `path`, with what the command line itself says in its place.
+/// Reads the machine from the file at `path`. Flags that were given on the command line override
+/// the file.
 pub(super) fn merge(
     path: &Path,
     flags: &VmConfig,
@@ -43,35 +44,35 @@ pub(super) fn merge(
     overlay(&text, flags, given).map_err(|e| FileError::Json(path.to_owned(), e))
 }
 
-/// The text of the file at `path`, or of a pipe.
+/// Reads the text of the file or pipe at `path`.
 fn read_text(path: &Path) -> Result<String, FileError> {
-    /// Bytes that no machine needs.
+    /// Size limit in bytes. No configuration is as large.
     const MOST: u64 = 1 << 20;
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MOST + 1).read_to_end(&mut bytes));
     read.map_err(|error| FileError::Read(path.to_owned(), error))?;
     if bytes.len() as u64 > MOST {
-        let why = "more than 1 MiB, and no configuration".into();
+        let why = "larger than 1 MiB, so not a configuration".into();
         return Err(FileError::Json(path.to_owned(), why));
     }
     let text = String::from_utf8(bytes);
-    text.map_err(|_| FileError::Json(path.to_owned(), "it is no text (UTF-8)".into()))
+    text.map_err(|_| FileError::Json(path.to_owned(), "not UTF-8 text".into()))
 }
 
-/// serde's words for people.
+/// Rewrites serde's error message in plainer words.
 fn plain(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let text = text.replace("expected u32", "expected a whole number");
     text.replace("expected a sequence", "expected a list in [ ]")
 }
 
-/// Reads the whole of `text`; an error names the key and the line.
+/// Parses all of `text`. An error names the key and the line.
 fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let read = serde_path_to_error::deserialize(&mut deserializer);
     let read = read.map_err(|error| {
         let (path, why) = (error.path().to_string(), plain(error.inner()));
-        // A dot is the whole, a question mark what is not there yet.
+        // "." is the whole document, "?" an unknown place. Leave both out.
         match path.as_str() {
             "." | "?" => why,
             _ => format!("{path}: {why}"),
@@ -82,12 +83,13 @@ fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 fn overlay(text: &str, flags: &VmConfig, given: impl Fn(&str) -> bool) -> Result<VmConfig, String> {
-    // An array would be a list of values to serde.
+    // Check that it is an object: serde would accept an array of the values, too.
     let _: Map<String, Value> = read(text)?;
     let file: VmConfig = read(text)?;
     let merge = || {
         let mut merged = object(&file)?;
-        // What a flag says goes before the file, its default value too, which is left out of the JSON.
+        // A given flag overrides the file even if its value is the default. The JSON of `flags`
+        // leaves out default values, so remove the file's values first.
         merged.retain(|key, _| !given(key));
         merged.extend(object(flags)?.into_iter().filter(|(key, _)| given(key)));
         serde_json::from_value(Value::Object(merged))
@@ -102,10 +104,10 @@ fn object(config: &VmConfig) -> serde_json::Result<Map<String, Value>> {
     }
 }
 
-/// `config` in the form that [`merge`] reads.
+/// Formats `config` as JSON, in the form that [`merge`] reads.
 ///
 /// # Errors
-/// A path is no UTF-8, which JSON cannot hold.
+/// Fails if a path is not UTF-8, which JSON cannot represent.
 pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
     Ok(serde_json::to_string_pretty(config)? + "\n")
 }
@@ -166,7 +168,7 @@ mod tests {
         assert_eq!(merged.irqchip, IrqchipKind::Plic);
     }
 
-    /// The flags say what they would say if they were not there.
+    /// All flags are given, each with its default value.
     #[test]
     fn defaults_go_before_the_file_too() {
         let file = VmConfig {

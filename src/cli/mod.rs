@@ -25,14 +25,14 @@ rvmm runs a RISC-V virtual machine on KVM.
 
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 128M
 
-rvmm info tells what this host offers, rvmm ctl controls a machine, rvmm --help tells every flag.
+rvmm info shows what this host offers, rvmm ctl controls a machine, rvmm --help lists all flags.
 ";
 
 /// Runs a RISC-V virtual machine on KVM
 #[derive(Debug, Parser)]
 #[command(name = "rvmm", version, after_help = after_help(), max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-// Of a flag that is given twice the last wins; a list gathers all.
+// If a flag is given twice the last one counts; flags that are lists collect all values.
 #[command(args_override_self = true)]
 pub struct Cli {
     /// What to do instead of running a machine.
@@ -43,12 +43,12 @@ pub struct Cli {
     #[command(flatten)]
     pub vm: VmConfig,
 
-    /// Read the machine from FILE, in JSON as --print-config writes it; a flag overrides what FILE
-    /// says, and --disk or --net replaces FILE's whole list
+    /// Read the machine from FILE, in JSON as --print-config writes it; flags override FILE, and
+    /// --disk or --net replaces FILE's whole list
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Write the machine in JSON to standard output, and do not run it
+    /// Write the machine as JSON to standard output, and do not run it
     #[arg(long, conflicts_with = "dump_dtb")]
     pub print_config: bool,
 
@@ -56,87 +56,87 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub timeout: Option<Time>,
 
-    /// End, with status 120, when the guest asks for a reset, instead of restarting it
+    /// When the guest requests a reset, end with status 120 instead of restarting it
     #[arg(long)]
     pub no_reboot: bool,
 
-    /// Tell at the end what the guest's exits were and how long they took: as text on standard
-    /// error, or as JSON in FILE, which must be new, empty or earlier statistics
+    /// At the end, report the number of the guest's exits and the time they took: as text on
+    /// standard error, or as JSON in FILE, which must be new, empty or hold earlier statistics
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub stats: Option<Option<PathBuf>>,
 
-    /// Listen on a Unix socket at PATH for rvmm ctl, whose commands pause, resume, reset and end the
-    /// machine
+    /// Listen on a Unix socket at PATH for commands of rvmm ctl, which pause, resume, reset and end
+    /// the machine
     #[arg(long, value_name = "PATH")]
     pub ctl: Option<PathBuf>,
 
-    /// Do not run the guest before rvmm ctl resumes it; needs --ctl
+    /// Start paused: do not run the guest before rvmm ctl resumes it; needs --ctl
     #[arg(long, requires = "ctl")]
     pub pause: bool,
 
-    /// Write the guest's device tree to FILE, and do not run it; FILE must be new, empty or an earlier
-    /// tree of rvmm's
+    /// Write the guest's device tree to FILE, and do not run the guest; FILE must be new, empty or
+    /// hold an earlier tree of rvmm
     #[arg(long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,
 
-    /// Tell more: -v what rvmm does, -vv also details
+    /// Print more messages: -v for what rvmm does, -vv for details too
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Append rvmm's messages to FILE instead of writing them to standard error; the reason of a
+    /// Append rvmm's messages to FILE instead of printing them on standard error; the reason for a
     /// failure goes to both
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
 
-/// What rvmm does beside running a machine.
+/// What rvmm does instead of running a machine.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Tell what this host's KVM offers guests, and which of its bugs were found
+    /// Show what this host's KVM offers guests, and which known bugs it has
     Info {
-        /// For scripts
+        /// Print JSON, for scripts
         #[arg(long)]
         json: bool,
     },
     /// Control a machine that was started with --ctl PATH, as in rvmm ctl PATH pause
     Ctl {
-        /// The machine's socket
+        /// The socket that was given to --ctl
         path: PathBuf,
-        /// What it is to do
+        /// The command for the machine
         #[command(subcommand)]
         act: Act,
     },
 }
 
-/// What `rvmm ctl` asks for.
+/// The commands of `rvmm ctl`.
 #[derive(Debug, Subcommand)]
 pub enum Act {
-    /// Tell whether the guest runs, and the state of its devices
+    /// Show whether the guest runs, and the state of its devices
     Status {
-        /// For scripts
+        /// Print JSON, for scripts
         #[arg(long)]
         json: bool,
     },
-    /// Stop the guest's vCPUs and devices; nothing is lost
+    /// Pause the guest's vCPUs and devices; nothing is lost
     Pause,
-    /// Let a paused guest go on
+    /// Resume a paused guest
     Resume,
     /// End the machine, as Ctrl-A X does
     Stop,
-    /// Restart the guest, as after power was off for a moment
+    /// Restart the guest, as if power was off for a moment
     Reset,
-    /// Tell what the guest's exits were until now and how long they took, as JSON; the machine needs
-    /// --stats
+    /// Show the number of the guest's exits so far and the time they took, as JSON; the machine
+    /// must have been started with --stats
     Stats,
     /// Write the guest's device tree to FILE, or to standard output
     DumpDtb {
-        /// It must be new, empty or an earlier tree of rvmm's
+        /// The file must be new, empty or hold an earlier tree of rvmm
         file: Option<PathBuf>,
     },
 }
 
 impl Act {
-    /// The command that is sent.
+    /// The command that is sent to the machine.
     pub fn command(&self) -> control::Command {
         match self {
             Act::Status { .. } => control::Command::Status,
@@ -150,12 +150,12 @@ impl Act {
     }
 }
 
-/// What a command line asks for.
+/// The request that a command line makes.
 #[derive(Debug)]
 pub enum Request {
     /// Run a VM.
     Run(Box<Cli>),
-    /// Do something else.
+    /// Run another command.
     Do(Command),
     /// Print this on standard output and end with 0: help, or the version.
     Print(String),
@@ -191,7 +191,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
         }
     }
     let valid = match cli.vm.validate() {
-        // It may come from the command line, later.
+        // The kernel may be given on the command line later.
         Err(ConfigError::NoKernel) if cli.print_config => Ok(()),
         valid => valid.map_err(|error| error.to_string()),
     };
@@ -204,8 +204,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
             Ok(json) => Request::Print(json),
             Err(error) => {
                 let message = format!(
-                    "Failed to write the machine as JSON, which holds UTF-8 only: {error}: rename \
-                     what has another name"
+                    "Failed to write the machine as JSON, which allows only UTF-8: {error}: rename \
+                     the file"
                 );
                 Request::Refuse(message, status::USAGE)
             }
@@ -214,7 +214,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     Request::Run(Box::new(cli))
 }
 
-/// clap's message without its usage and hints, and where to read on.
+/// clap's message as one line, without its usage and hints, but with a pointer to --help.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let message = text.split("\n\n").next().unwrap_or_default();
@@ -231,24 +231,25 @@ fn one_line(error: &clap::Error) -> String {
     };
     if let Some(word) = context(ContextKind::InvalidSubcommand) {
         message = format!(
-            "what is '{word}'? A value follows its flag, as in --kernel FILE or --stats=FILE"
+            "unexpected argument '{word}': values follow their flag, as in --kernel FILE or \
+             --stats=FILE"
         );
     }
     let similar = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand];
     if let Some(similar) = similar.into_iter().find_map(context) {
         message.push_str(&format!("; did you mean {similar}?"));
     }
-    format!("{message}; rvmm --help tells every flag")
+    format!("{message}; rvmm --help lists all flags")
 }
 
-/// What stands below the flags.
+/// The text of `--help` below the flags.
 fn after_help() -> String {
     let table = status::table().into_iter();
     let rows = table.map(|(status, meaning)| format!("\n  {status:<10}{meaning}"));
     format!("{NOTES}\n\nExit status:{}", rows.collect::<String>())
 }
 
-/// The whole of `--help`.
+/// The complete text of `--help`.
 pub fn help() -> String {
     Cli::command().render_help().to_string()
 }
@@ -319,7 +320,8 @@ mod tests {
         assert_eq!(cli.vm.disk.len(), 2);
     }
 
-    /// A flag of the user's behind those of a script: every one that is no list.
+    /// A user may repeat a flag that a script has given: no flag is refused because it is given
+    /// twice.
     #[test]
     fn no_flag_is_refused_for_standing_twice() {
         for arg in Cli::command().get_arguments() {
@@ -348,7 +350,7 @@ mod tests {
                 clap::ArgAction::SetTrue | clap::ArgAction::Count => format!("--{long}"),
                 _ => format!("--{long}={value}"),
             };
-            // --pause needs it.
+            // --pause needs --ctl.
             let twice = ["rvmm", "--kernel", "k", "--ctl=x", &one, &one].map(OsString::from);
             let matches = Cli::command().try_get_matches_from(twice);
             assert!(matches.is_ok(), "{one}: {}", matches.unwrap_err());
@@ -362,7 +364,7 @@ mod tests {
             ("rvmm --mem 1G", "no kernel"),
             ("rvmm --kernel x --irqchip apic", "plic"),
             ("rvmm --kernel x --console tty", "socket=PATH"),
-            ("rvmm --kernel x --timeout 0s", "some time"),
+            ("rvmm --kernel x --timeout 0s", "longer than zero"),
             ("rvmm --kernel x --timeout soon", "30s"),
             ("rvmm --kernel x --mem 12Q", "not a size"),
             ("rvmm --kernel x --mem -1", "--mem"),
@@ -372,7 +374,7 @@ mod tests {
             ("rvmm --kernel x --cpus 0", "--cpus 1"),
             ("rvmm --kernel x --nope", "--nope"),
             ("rvmm x", "'x'"),
-            ("rvmm --kernel x --stats out.json", "'out.json'? A value"),
+            ("rvmm --kernel x --stats out.json", "'out.json': values"),
             ("rvmm --kernl x", "did you mean --kernel?"),
             ("rvmm inf", "did you mean info?"),
             ("rvmm --kernel x --cpus two", "a number of harts"),
@@ -389,7 +391,7 @@ mod tests {
             ("rvmm --kernel x --timeout -5s", "30s"),
             ("rvmm --kernel x --net tap0", "as in tap=tap0"),
             ("rvmm --kernel x --net ", "empty"),
-            ("rvmm --kernel x --disk ,readonly", "no PATH"),
+            ("rvmm --kernel x --disk ,readonly", "PATH or"),
             (
                 "rvmm --kernel x --disk a,snapshot,snapshot-dir=",
                 "snapshot-dir",
@@ -409,8 +411,8 @@ mod tests {
         let help = help();
         let words: Vec<&str> = help.split_whitespace().collect();
         let (linux, all) = (cmdline::LINUX_MAX, cmdline::MAX);
-        let told = format!("keeps {linux} bytes, the device tree takes {all}");
-        assert!(words.join(" ").contains(&told));
+        let limits = format!("keeps {linux} bytes, the device tree takes {all}");
+        assert!(words.join(" ").contains(&limits));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The files that a command line names: no two of them may be one, unless rvmm only reads it.
+//! Checks the files that a command line names: two flags may name the same file only if rvmm just
+//! reads it.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -7,28 +8,28 @@ use std::path::{Path, PathBuf};
 use super::Cli;
 use crate::config::ConsoleConfig;
 
-/// A name, and the flag that gives it.
+/// A path, and the flag that names it.
 struct Named<'a> {
     flag: &'static str,
     path: &'a Path,
     is_written: bool,
 }
 
-/// What tells a file from all others.
+/// Identifies a file: two paths name the same file if these are equal.
 #[derive(PartialEq, Eq)]
 enum Identity {
-    /// Device and inode.
+    /// Device and inode of a file or socket.
     File(u64, u64),
-    /// A block device's number.
+    /// The device number of a block device.
     Device(u64),
-    /// Nothing is there yet.
+    /// The path of a file that does not exist yet.
     Missing(PathBuf),
 }
 
-/// Checks the names of `cli`.
+/// Checks the files that `cli` names.
 ///
 /// # Errors
-/// One line that names the flags and the file.
+/// Returns a message of one line that names the flags and the file.
 pub(super) fn check(cli: &Cli) -> Result<(), String> {
     let named = names(cli);
     let identities: Vec<_> = named.iter().map(|named| identity(named.path)).collect();
@@ -46,10 +47,10 @@ pub(super) fn check(cli: &Cli) -> Result<(), String> {
 fn one_file(a: &Named, b: &Named) -> String {
     let (first, second, path) = (a.flag, b.flag, b.path);
     let way_out = match (first, second) {
-        ("--disk", "--disk") => "readonly or snapshot=on for both lets them share it",
-        _ => "give each a file of its own",
+        ("--disk", "--disk") => "use readonly or snapshot=on for both to share it",
+        _ => "use a different file for each",
     };
-    format!("{first} and {second} name one file, {path:?}: {way_out}")
+    format!("{first} and {second} name the same file, {path:?}: {way_out}")
 }
 
 fn names(cli: &Cli) -> Vec<Named<'_>> {
@@ -84,7 +85,7 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
     named
 }
 
-/// The file or socket of a console that goes to one.
+/// The path of a console that is a file or socket.
 fn file(console: Option<&ConsoleConfig>) -> Option<&Path> {
     match console {
         Some(ConsoleConfig::File(path) | ConsoleConfig::Socket(path)) => Some(path),
@@ -92,8 +93,8 @@ fn file(console: Option<&ConsoleConfig>) -> Option<&Path> {
     }
 }
 
-/// None of what many may use at once, such as a terminal, and of what cannot be looked at: opening it
-/// says why.
+/// The identity of the file at `path`. None for a device that several may use at once, such as a
+/// terminal. Also none if the path cannot be checked: opening it fails later, with the reason.
 fn identity(path: &Path) -> Option<Identity> {
     match fs::metadata(path) {
         Ok(there) if there.is_file() => Some(Identity::File(there.dev(), there.ino())),
@@ -167,14 +168,14 @@ mod tests {
             ),
             ("--console file=/dev/null --log-file /dev/null".into(), None),
         ] {
-            let told = refusal(&format!("rvmm --kernel {at}/k {line}"));
+            let refusal = refusal(&format!("rvmm --kernel {at}/k {line}"));
             match flags {
-                None => assert_eq!(told, None, "{line}"),
+                None => assert_eq!(refusal, None, "{line}"),
                 Some((first, second)) => {
-                    let told = told.unwrap_or_else(|| panic!("{line} is taken"));
+                    let refusal = refusal.unwrap_or_else(|| panic!("{line} is accepted"));
                     assert!(
-                        told.starts_with(&format!("{first} and {second} name")),
-                        "{told}"
+                        refusal.starts_with(&format!("{first} and {second} name")),
+                        "{refusal}"
                     );
                 }
             }

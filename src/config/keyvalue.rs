@@ -2,6 +2,9 @@
 //!
 //! [`parse`] makes a JSON object of strings from the flag's text, and serde reads the struct from
 //! it. A first word without `=` is the value of the struct's main key.
+//!
+//! A value in double quotes may contain commas: `"a,b.img"`, or `path="a,b.img"`. Inside quotes, a
+//! backslash stands before a quote or a backslash that belongs to the value.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -30,20 +33,109 @@ pub(super) fn parse<T: KeyValue>(text: &str) -> Result<T, String> {
     if text.is_empty() {
         return Err(format!("the value is empty; write it as in {}", T::EXAMPLE));
     }
-    for (index, word) in text.split(',').enumerate() {
-        let (key, value) = match word.split_once('=') {
-            Some(pair) => pair,
-            None if T::SWITCHES.contains(&word) => (word, "on"),
-            None => match T::MAIN_KEY.filter(|_| index == 0) {
-                Some(key) => (key, word),
-                None => return Err(lonely::<T>(word)),
+    for (index, word) in words(text)?.into_iter().enumerate() {
+        let (key, value) = match word {
+            Word::Pair(key, value) => (key, value),
+            Word::Lone(word) if T::SWITCHES.contains(&word.as_str()) => (word, "on".into()),
+            Word::Lone(word) | Word::Quoted(word) => match T::MAIN_KEY.filter(|_| index == 0) {
+                Some(key) => (key.into(), word),
+                None => return Err(lonely::<T>(&word)),
             },
         };
-        if object.insert(key.into(), value.into()).is_some() {
+        if object.contains_key(&key) {
             return Err(format!("{key} is given twice"));
         }
+        object.insert(key, value.into());
     }
     from_object(object)
+}
+
+/// What stands between two commas.
+enum Word {
+    /// A key and its value.
+    Pair(String, String),
+    /// Text without `=`.
+    Lone(String),
+    /// A value in quotes, without a key.
+    Quoted(String),
+}
+
+const QUOTE: char = '"';
+const ESCAPE: char = '\\';
+
+/// The words of a flag's text.
+fn words(text: &str) -> Result<Vec<Word>, String> {
+    let mut words = Vec::new();
+    let mut rest = Some(text);
+    while let Some(text) = rest {
+        let end = text.find([',', '=', QUOTE]).unwrap_or(text.len());
+        let (before, at) = text.split_at(end);
+        let word;
+        (word, rest) = if let Some(value) = at.strip_prefix('=') {
+            let (value, rest) = value_of(value)?;
+            (Word::Pair(before.into(), value), rest)
+        } else if at.starts_with(QUOTE) && before.is_empty() {
+            let (value, rest) = value_of(at)?;
+            (Word::Quoted(value), rest)
+        } else {
+            let (word, rest) = value_of(text)?;
+            (Word::Lone(word), rest)
+        };
+        words.push(word);
+    }
+    Ok(words)
+}
+
+/// The value that `text` begins with, and what follows the comma behind it, if there is one.
+fn value_of(text: &str) -> Result<(String, Option<&str>), String> {
+    let Some(quoted) = text.strip_prefix(QUOTE) else {
+        return Ok(match text.split_once(',') {
+            Some((value, rest)) => (value.into(), Some(rest)),
+            None => (text.into(), None),
+        });
+    };
+    let mut value = String::new();
+    let mut chars = quoted.char_indices();
+    while let Some((at, char)) = chars.next() {
+        match char {
+            ESCAPE => match chars.next() {
+                Some((_, char @ (QUOTE | ESCAPE))) => value.push(char),
+                _ => {
+                    return Err(
+                        "in quotes, a backslash needs a quote or a backslash behind it".into(),
+                    );
+                }
+            },
+            QUOTE => {
+                let rest = &quoted[at + 1..];
+                return match rest.strip_prefix(',') {
+                    Some(rest) => Ok((value, Some(rest))),
+                    None if rest.is_empty() => Ok((value, None)),
+                    None => Err(format!(
+                        "{rest:?} is behind a closing quote: write a comma first"
+                    )),
+                };
+            }
+            char => value.push(char),
+        }
+    }
+    Err("a quote is not closed".into())
+}
+
+/// `value` as a flag's text has it: in quotes if it has a comma, or begins with a quote.
+fn quoted(value: &str) -> String {
+    if !value.contains(',') && !value.starts_with(QUOTE) {
+        return value.to_owned();
+    }
+    let mut text = String::from(QUOTE);
+    for char in value.chars() {
+        if matches!(char, QUOTE | ESCAPE) {
+            text.push(ESCAPE);
+        }
+        text.push(char);
+    }
+    text.push(QUOTE);
+    text
 }
 
 /// The error message for a word without `=`.
@@ -77,7 +169,7 @@ pub(super) fn print<T: Serialize>(value: &T) -> String {
         return String::new();
     };
     let words = object.iter().map(|(key, value)| match value {
-        Value::String(text) => format!("{key}={text}"),
+        Value::String(text) => format!("{key}={}", quoted(text)),
         Value::Bool(true) => format!("{key}=on"),
         Value::Bool(false) => format!("{key}=off"),
         other => format!("{key}={other}"),
@@ -189,6 +281,35 @@ mod tests {
         assert_eq!(parse("a"), Ok(thing(None)));
         assert_eq!(parse("a,id=b=c"), Ok(thing(Some("b=c"))));
         assert_eq!(parse("id=b,path=a"), Ok(thing(Some("b"))));
+    }
+
+    /// What a shell passes on of --disk 'path="a,b.img"'.
+    #[test]
+    fn a_value_in_quotes_may_have_commas() {
+        let path = |text| parse::<Thing>(text).map(|thing| thing.path);
+        for (text, value) in [
+            (r#"path="a,b.img""#, "a,b.img"),
+            (r#""a,b.img",id=c"#, "a,b.img"),
+            (r#"id=c,path="say \"hi\", \\""#, r#"say "hi", \"#),
+            (r#"a"b"#, r#"a"b"#),
+            (r#"path=a"b"#, r#"a"b"#),
+            (r#""""#, ""),
+        ] {
+            assert_eq!(path(text).as_deref(), Ok(value), "{text}");
+        }
+        for (text, part) in [
+            (r#"path="a,b"#, "not closed"),
+            (r#"path="a"b"#, "closing quote"),
+            (r#"path="a\b""#, "backslash"),
+            (r#"a,"b""#, "no value"),
+        ] {
+            let error = path(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+        for value in ["a", "a,b", "\"", "a\"b", "\\", ",\\\"", "", "=", "a=b,c"] {
+            let text = print(&serde_json::json!({ "path": value, "id": "c" }));
+            assert_eq!(path(&text).as_deref(), Ok(value), "{text}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The client's side: `rvmm ctl`.
+//! The client of the control socket: `rvmm ctl`.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,21 +9,23 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::{Command, Line, Reply};
 
-/// How long a machine may take for a command: its disks may have much to write.
+/// How long the client waits for a reply. A command may take long, because disks may have much to
+/// write.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The longest reply that is believed.
+/// The longest reply that the client accepts, in bytes.
 const REPLY_MAX: u64 = 16 << 20;
 
 /// Sends `command` to the machine whose control socket is at `path`, and waits for the reply.
 ///
 /// # Errors
-/// One line: no machine is there, it has ended, or it refused the command.
+/// Fails if no machine listens there, if it ends or does not answer in time, or if it refuses the
+/// command. The message has one line.
 pub fn ask(path: &Path, command: Command) -> Result<Reply> {
     let mut stream = UnixStream::connect(path).map_err(|error| {
         let hint = match error.kind() {
-            std::io::ErrorKind::ConnectionRefused => ": its machine has ended",
-            std::io::ErrorKind::NotFound => ": give the PATH of a running machine's --ctl",
+            std::io::ErrorKind::ConnectionRefused => ": the machine has ended",
+            std::io::ErrorKind::NotFound => ": give the PATH that a running machine got with --ctl",
             _ => "",
         };
         anyhow!("Failed to connect to control socket {path:?}: {error}{hint}")
@@ -50,7 +52,7 @@ pub fn ask(path: &Path, command: Command) -> Result<Reply> {
     if reply.last() != Some(&b'\n') {
         bail!("the machine at {path:?} ended before it answered");
     }
-    match serde_json::from_slice(&reply).context("the machine's answer is not understood")? {
+    match serde_json::from_slice(&reply).context("Failed to parse the machine's answer")? {
         Reply::Refused(reason) => bail!("{reason}"),
         reply => Ok(reply),
     }

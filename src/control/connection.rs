@@ -1,39 +1,39 @@
-//! One client's connection: lines in, lines out, both bounded.
+//! The connection of one client. It reads and writes lines, and limits their size and time.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// The longest line that a client may send, with its end.
+/// The longest line that a client may send, in bytes, newline included.
 const LINE_MAX: usize = 4096;
 
-/// A client. It waits for nobody.
+/// The connection of a client. No function blocks.
 pub(super) struct Connection {
     pub(super) stream: UnixStream,
-    /// What came of the line that is not whole yet.
+    /// Received bytes that were not returned as lines yet.
     line: Vec<u8>,
-    /// What of a reply is not sent yet.
+    /// The part of the reply that is not sent yet.
     unsent: Vec<u8>,
-    /// A command is being carried out: its reply is still to come.
+    /// A command of this client is being carried out, and gets its reply later.
     pub(super) is_asking: bool,
-    /// The client has closed its side, or was refused: no more lines are read.
+    /// A line was refused. No more lines are read, and the connection is closed after the reply.
     pub(super) is_closing: bool,
-    /// When the client must have sent its line, or taken its reply.
+    /// The time limit for the client to send its line, or to take its reply.
     pub(super) deadline: Instant,
-    /// Its time for each of them.
+    /// The time that the client has for each of them.
     patience: Duration,
 }
 
-/// What there is to do for a client.
+/// The result of [`Connection::read`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Wait for it.
+    /// There is no complete line yet.
     Wait,
-    /// It sent this line.
+    /// The client sent this line.
     Line(Vec<u8>),
-    /// It sent more than a line may have.
+    /// The client sent a line that is too long.
     TooLong,
-    /// It has gone.
+    /// The client has disconnected.
     Gone,
 }
 
@@ -51,17 +51,18 @@ impl Connection {
         })
     }
 
-    /// Whether the client is to be listened to: one line at a time.
+    /// Whether to read from the client. It may send a line once the reply to the line before is
+    /// sent.
     pub(super) fn wants_line(&self) -> bool {
         !self.is_asking && !self.is_closing && self.unsent.is_empty()
     }
 
-    /// Whether it is to be written to.
+    /// Whether a part of a reply is still to be sent.
     pub(super) fn has_unsent(&self) -> bool {
         !self.unsent.is_empty()
     }
 
-    /// Reads what has come.
+    /// Reads available bytes.
     pub(super) fn read(&mut self) -> Next {
         if let Some(line) = self.take_line() {
             return Next::Line(line);
@@ -69,7 +70,7 @@ impl Connection {
         let mut bytes = [0; LINE_MAX];
         let room = LINE_MAX - self.line.len();
         match self.stream.read(&mut bytes[..room]) {
-            // A client may close its side right after its command.
+            // End of file: the client has closed its side.
             Ok(0) => Next::Gone,
             Ok(count) => {
                 self.line.extend_from_slice(&bytes[..count]);
@@ -84,7 +85,7 @@ impl Connection {
         }
     }
 
-    /// The first whole line, if there is one; what follows stays.
+    /// Takes the first complete line, if there is one. Bytes after it stay.
     pub(super) fn take_line(&mut self) -> Option<Vec<u8>> {
         let end = self.line.iter().position(|byte| *byte == b'\n')?;
         let rest = self.line.split_off(end + 1);
@@ -93,10 +94,11 @@ impl Connection {
         Some(line)
     }
 
-    /// Sends `reply` and a line's end, as far as the client takes it now.
+    /// Sends `reply` and a newline. Keeps what the socket does not take now for
+    /// [`Connection::send_rest`].
     ///
     /// # Errors
-    /// The client has gone.
+    /// Fails if the client has disconnected.
     pub(super) fn send(&mut self, reply: &str) -> io::Result<()> {
         self.deadline = Instant::now() + self.patience;
         self.unsent.extend_from_slice(reply.as_bytes());
@@ -104,10 +106,10 @@ impl Connection {
         self.send_rest()
     }
 
-    /// Sends what is left.
+    /// Sends the rest of a reply, as much as the socket takes now.
     ///
     /// # Errors
-    /// The client has gone.
+    /// Fails if the client has disconnected.
     pub(super) fn send_rest(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
             match self.stream.write(&self.unsent) {
@@ -117,7 +119,7 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        // The next line has its own time.
+        // The next line has its own time limit.
         self.deadline = Instant::now() + self.patience;
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! Control of a machine that runs: commands and replies as plain values, and the socket of `--ctl` that they
-//! come and go through.
+//! Control of a running machine: commands and replies as plain values, and the socket of `--ctl`
+//! that carries them.
 //!
-//! A client connects, sends one line of JSON, a [`Command`], and gets one line back, a [`Reply`]. It may send
-//! more lines, each after the reply to the last one. [`server`] is on rvmm's main loop, [`client`] is `rvmm ctl`.
-//! The machine carries commands out, and does not know who sent them.
+//! A client connects, sends a [`Command`] as one line of JSON, and gets a [`Reply`] as one line of
+//! JSON. Then it may send the next command. [`server`] runs on rvmm's main loop, [`client`] is
+//! `rvmm ctl`. This module only transports commands: `machine` carries them out.
 
 pub mod client;
 mod connection;
@@ -17,66 +17,67 @@ use serde_json::Value;
 
 use crate::util::{ByteSize, on_one_line};
 
-/// What a machine can be asked to do.
+/// A command for a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
-    /// Say what the machine is doing. [`Reply::Status`].
+    /// Report the state of the machine, with a [`Reply::Status`].
     Status,
-    /// Stop all vCPUs and devices until [`Command::Resume`]. A machine that is paused stays so.
+    /// Pause all vCPUs and devices until [`Command::Resume`]. Does nothing if the machine is
+    /// paused.
     Pause,
-    /// Go on. A machine that runs goes on running.
+    /// Resume a paused machine. Does nothing if the machine runs.
     Resume,
     /// End the machine, as Ctrl-A X does.
     Stop,
-    /// Restart the guest, as after power was off for a moment. A paused machine stays paused.
+    /// Restart the guest, as if power was off for a moment. A paused machine stays paused.
     Reset,
-    /// Count what the machine did. [`Reply::Stats`].
+    /// Report the statistics so far, with a [`Reply::Stats`].
     Stats,
-    /// Give the guest's device tree. [`Reply::DeviceTree`].
+    /// Return the guest's device tree, with a [`Reply::DeviceTree`].
     DumpDtb,
 }
 
-/// A client's line.
+/// A line that a client sends.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line {
     command: Command,
 }
 
-/// The answer to a [`Command`].
+/// The reply to a [`Command`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
-    /// It is done.
+    /// The command is done.
     Done,
-    /// It is not done, for this reason: one line.
+    /// The command was refused, for this reason of one line.
     Refused(String),
-    /// What the machine is doing.
+    /// The state of the machine.
     Status(Status),
-    /// What `--stats=FILE` writes, as far as it is counted; times are in nanoseconds.
+    /// The statistics so far, as `--stats=FILE` writes them. Times are in nanoseconds.
     Stats(Value),
-    /// The flattened device tree, in hexadecimal digits.
+    /// The flattened device tree, as hexadecimal digits.
     DeviceTree(Hex),
 }
 
-/// What a machine is doing.
+/// The state of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Status {
     /// Whether the guest runs.
     pub state: State,
-    /// Virtual CPUs.
+    /// Number of vCPUs.
     pub vcpus: u32,
-    /// Bytes of guest RAM.
+    /// Size of guest RAM in bytes.
     pub ram: u64,
-    /// Restarts of the guest so far.
+    /// Number of resets of the guest so far.
     pub resets: u64,
-    /// Each device by its name, and its state: an object whose `kind` says what else is in it.
+    /// The state of each device, by its name. It is an object; its other keys depend on its `kind`.
     pub devices: serde_json::Map<String, Value>,
 }
 
-/// For people: lines, each with its end.
+/// The status as text for people: lines, each with a newline.
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
@@ -98,9 +99,9 @@ impl fmt::Display for Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// Its vCPUs run, or wait for interrupts.
+    /// Its vCPUs run or wait for interrupts.
     Running,
-    /// Its vCPUs and devices stand still.
+    /// Its vCPUs and devices are paused.
     Paused,
 }
 
@@ -113,7 +114,7 @@ impl fmt::Display for State {
     }
 }
 
-/// Bytes, as text of two digits each.
+/// Bytes. As text, each has two hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Hex(pub Vec<u8>);
@@ -147,18 +148,18 @@ impl TryFrom<String> for Hex {
         let bytes = digits.map(byte).collect::<Option<_>>();
         bytes
             .map(Hex)
-            .ok_or_else(|| "not bytes in hexadecimal digits".into())
+            .ok_or_else(|| "not an even number of hexadecimal digits".into())
     }
 }
 
-/// Reads one line of a client's.
+/// Parses one line of a client.
 ///
 /// # Errors
-/// Why it is no command: one line.
+/// Fails if `line` is not a command. Returns the reason as one line.
 pub fn parse(line: &[u8]) -> Result<Command, String> {
     let line = serde_json::from_slice(line).map(|Line { command }| command);
     line.map_err(|error| {
-        // A line has one line only, and the parser's place in it helps nobody.
+        // Leave out the parser's line and column: they do not help, because the text is one line.
         let reason = error.to_string();
         let reason = reason.split(" at line ").next().unwrap_or_default();
         let reason = on_one_line(reason);
@@ -183,7 +184,7 @@ mod tests {
             assert!(reason.starts_with("not a command: "), "{line}: {reason}");
             assert!(!reason.contains('\n'), "{reason}");
         }
-        // What a client wrote is told, on one line and without a terminal's codes.
+        // The message quotes what the client wrote, on one line and without terminal escape codes.
         let reason = parse(br#"{"command":"a\nb\u001b[2J"}"#).unwrap_err();
         assert!(reason.contains(r"`a\nb\u{1b}[2J`"), "{reason}");
         assert!(parse(br#"{"command":"stop","force":true}"#).is_err());

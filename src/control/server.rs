@@ -1,7 +1,8 @@
-//! The server's side of the control socket, on the main loop.
+//! The server of the control socket. It runs on the main loop.
 //!
-//! No client can hold the loop up: all descriptors are non-blocking, a line and a reply have `PATIENCE` each,
-//! and at most `CLIENTS_MAX` clients are served at once; others wait in the socket's queue.
+//! No client can block the loop. All descriptors are non-blocking. A client has `PATIENCE` to send
+//! a line and `PATIENCE` to take a reply. At most `CLIENTS_MAX` clients are served at once; others
+//! wait in the socket's queue.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,34 +19,35 @@ use super::connection::{Connection, Next};
 use super::socket::Listening;
 use super::{Command, Reply, parse};
 
-/// The time a client has for its line, and for taking a reply.
+/// The time that a client has to send a line, and to take a reply.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Clients that are served at once.
+/// The most clients that are served at once.
 const CLIENTS_MAX: usize = 32;
 
-/// When a server that has no room looks again at the latest.
+/// The longest time until a server that does not accept clients tries again.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
-/// Numbers of what the server waits for; those of clients are above.
+/// Numbers by which the main loop's events identify their source. The numbers of clients begin at
+/// `FIRST_CLIENT`.
 const LISTENER: u32 = 0;
 const TIMER: u32 = 1;
 const FIRST_CLIENT: u32 = 2;
 
-/// A client, as long as it is connected.
+/// The number of a connected client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Client(u32);
 
-/// Takes each command, with the client that [`Server::answer`] is to be given. It is called on the main loop's
-/// thread.
+/// Called with each command, on the main loop's thread. The client must be passed to
+/// [`Server::answer`] with the reply.
 pub type OnCommand = Box<dyn Fn(Command, Client)>;
 
-/// The server. It is a subscriber of the main loop.
+/// The server of the control socket: a subscriber of the main loop.
 pub struct Server {
     listening: Listening,
     clients: BTreeMap<Client, Connection>,
     next: Client,
-    /// No more clients are accepted just now.
+    /// No more clients are accepted for now.
     is_full: bool,
     timer: TimerFd,
     on_command: OnCommand,
@@ -53,10 +55,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server that listens at `path`, once it is added to a loop.
+    /// Listens at `path`. The server works once it is added to the main loop.
     ///
     /// # Errors
-    /// One line that names the path.
+    /// Fails if the socket cannot be created. The message names the path.
     pub fn listen(path: &Path, on_command: OnCommand) -> Result<Rc<RefCell<Self>>> {
         Self::listen_for(PATIENCE, path, on_command)
     }
@@ -77,7 +79,7 @@ impl Server {
         })))
     }
 
-    /// Sends `reply` to `client`, if it has not gone.
+    /// Sends `reply` to `client`, if it is still connected.
     pub fn answer(&mut self, client: Client, reply: &Reply, ops: &mut EventOps) {
         let Some(connection) = self.clients.get_mut(&client) else {
             return;
@@ -103,9 +105,10 @@ impl Server {
         while self.clients.len() < CLIENTS_MAX {
             let stream = match self.listening.listener.accept() {
                 Ok((stream, _)) => stream,
-                // Nobody is there, or has gone again.
+                // No client is there, or it has disconnected again.
                 Err(error) if is_nobody(&error) => return,
-                // Such as no descriptors left: tried again when the timer is over.
+                // An error such as no descriptors left. The server tries again when the timer
+                // expires.
                 Err(error) => {
                     debug!("Failed to accept a client of the control socket: {error}");
                     break;
@@ -128,7 +131,7 @@ impl Server {
         self.listen_again(ops);
     }
 
-    /// Accepts clients again, or not, by whether there is room.
+    /// Starts or stops waiting for new clients, by `is_full`.
     fn listen_again(&mut self, ops: &mut EventOps) {
         let wanted = if self.is_full {
             EventSet::empty()
@@ -141,7 +144,8 @@ impl Server {
         }
     }
 
-    /// Serves what `client` has sent, line by line, and sends it what it takes.
+    /// Handles the lines that `client` has sent, one after the other, and sends the rest of its
+    /// reply.
     fn serve(&mut self, client: Client, ops: &mut EventOps) {
         while let Some(connection) = self.clients.get_mut(&client) {
             if connection.has_unsent() && connection.send_rest().is_err() {
@@ -158,7 +162,7 @@ impl Server {
                 Next::Gone => return self.lose(client, ops),
                 Next::TooLong => {
                     connection.is_closing = true;
-                    let reply = Reply::Refused("a line that long is no command".into());
+                    let reply = Reply::Refused("the line is too long for a command".into());
                     self.send(client, &reply, ops);
                 }
                 Next::Line(line) => match parse(&line) {
@@ -167,7 +171,7 @@ impl Server {
                         (self.on_command)(command, client);
                     }
                     Err(reason) => {
-                        // One line, and no more: a flood of them would keep the loop here.
+                        // Close after the first bad line: a flood of them would keep the loop busy.
                         connection.is_closing = true;
                         self.send(client, &Reply::Refused(reason), ops);
                     }
@@ -190,7 +194,7 @@ impl Server {
         }
     }
 
-    /// Ends the connections whose time is over. A client that waits for a reply is not one of them.
+    /// Closes connections whose time limit is over. A client that waits for a reply has no limit.
     fn expire(&mut self, ops: &mut EventOps) {
         let now = Instant::now();
         let late = self
@@ -213,7 +217,7 @@ impl Server {
         let first = first.chain(again).min();
         let set = match first {
             Some(at) => {
-                // Zero would switch it off.
+                // Zero would turn the timer off.
                 let left = at.saturating_duration_since(Instant::now());
                 self.timer.reset(left.max(Duration::from_millis(1)), None)
             }
@@ -225,13 +229,13 @@ impl Server {
     }
 }
 
-/// Whether an error of accept says only that no client is there.
+/// Whether an error of accept means only that no client is there.
 fn is_nobody(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), WouldBlock | ConnectionAborted | Interrupted)
 }
 
-/// What a client is to be waited for.
+/// The events to wait for on a client's connection.
 fn events(client: Client, connection: &Connection) -> Events {
     let mut wanted = EventSet::empty();
     wanted.set(EventSet::IN, connection.wants_line());
@@ -251,7 +255,7 @@ impl MutEventSubscriber for Server {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             LISTENER => self.accept(ops),
-            // Setting it anew below takes its signal.
+            // Setting the timer again below clears its expiration.
             TIMER => self.expire(ops),
             client => {
                 let client = Client(client);
@@ -263,7 +267,7 @@ impl MutEventSubscriber for Server {
                     .get(&client)
                     .is_some_and(Connection::wants_line);
                 if has_gone && !wants_line {
-                    // Nobody waits for the reply any more.
+                    // The client does not wait for its reply any more.
                     self.lose(client, ops);
                 } else {
                     self.serve(client, ops);

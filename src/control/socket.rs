@@ -1,4 +1,4 @@
-//! The socket's name in the file system: who may have it, and who takes it over.
+//! The control socket's path in the file system: its permissions, and taking over a stale socket.
 
 use std::fs;
 use std::io;
@@ -10,20 +10,23 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::Mode;
 use rustix::process::umask;
 
-/// A socket that listens at a path; the path is removed with it.
+/// A socket that listens at a path. Dropping it removes the path.
 pub(super) struct Listening {
     pub(super) listener: UnixListener,
     path: PathBuf,
-    /// Device and inode: another process may have taken the path over.
+    /// Device and inode of the path when the socket was created: another process may have taken
+    /// over the path since.
     identity: Option<(u64, u64)>,
 }
 
 impl Listening {
-    /// Listens at `path`, for the user of this process alone. Takes over a socket whose owner has ended. No other
-    /// thread may create files meanwhile.
+    /// Listens at `path`. Only the user of this process can connect. Replaces a socket whose owner
+    /// has ended. No other thread may create files meanwhile, because this changes the process's
+    /// umask.
     ///
     /// # Errors
-    /// One line that names the path, the reason and the way out.
+    /// Fails if the path is in use or the socket cannot be created. The message has one line, with
+    /// the path, the reason and a way out.
     pub(super) fn at(path: &Path) -> Result<Self> {
         make_room(path)?;
         let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
@@ -44,7 +47,8 @@ impl Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         if self.identity.is_some() && identity(&self.path) == self.identity {
-            // It stays where the directory has become another's: the next one finds it stale.
+            // Ignore errors, such as a directory that is not writable any more: the next machine
+            // replaces the stale socket.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -55,7 +59,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((there.dev(), there.ino()))
 }
 
-/// Removes a socket that nobody listens on.
+/// Removes a socket at `path` that nobody listens on.
 fn make_room(path: &Path) -> Result<()> {
     let Ok(there) = fs::symlink_metadata(path) else {
         return Ok(());
@@ -65,21 +69,22 @@ fn make_room(path: &Path) -> Result<()> {
     }
     match UnixStream::connect(path) {
         Ok(_) => bail!(
-            "Failed to listen on control socket {path:?}: another process listens on it: choose another name"
+            "Failed to listen on control socket {path:?}: another process listens on it: choose \
+             another name"
         ),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
             .with_context(|| format!("Failed to remove the stale control socket {path:?}")),
-        // Such as no permission: binding fails too, and says why.
+        // Such as no permission: binding fails too, with the reason.
         Err(_) => Ok(()),
     }
 }
 
 fn hint(path: &Path) -> String {
-    /// sockaddr_un's, without the NUL (unix(7)).
+    /// Size of a path in sockaddr_un, without the NUL (unix(7)).
     const LONGEST: usize = 107;
     match path.as_os_str().len() {
         length @ 108.. => {
-            format!(": a socket's path has at most {LONGEST} bytes, and this has {length}")
+            format!(": a socket's path has at most {LONGEST} bytes, but this one has {length}")
         }
         _ => String::new(),
     }
@@ -90,7 +95,7 @@ pub(super) mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A path of this test's own.
+    /// A path for this test.
     pub(crate) fn path(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("rvmm-{}-{name}", std::process::id()))
     }
@@ -107,7 +112,7 @@ pub(super) mod tests {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(refused(&path).contains("another process listens"));
-        // Its owner is killed: the name stays.
+        // As if its owner was killed: the path stays.
         let Listening { listener, .. } = &first;
         let copy = listener.try_clone().unwrap();
         std::mem::forget(first);
@@ -133,7 +138,7 @@ pub(super) mod tests {
         assert!(refused(Path::new("/nowhere/socket")).contains("No such file"));
     }
 
-    /// The name was given to another socket meanwhile: that one stays.
+    /// Another socket has the path meanwhile: it is not removed.
     #[test]
     fn anothers_socket_stays() {
         let path = path("taken");

@@ -1,8 +1,9 @@
-//! The goldfish RTC: a clock of nanoseconds since 1970 with an alarm
+//! The goldfish RTC: a clock that counts nanoseconds since 1970, with an alarm
 //! (`drivers/rtc/rtc-goldfish.c`; `hw/rtc/goldfish_rtc.c` of QEMU).
 //!
-//! `Clock` is the chip, pure: it is told the host's time. [`GoldfishRtc`] attaches it to the bus, to
-//! a wire, and to a timer of the host's that the machine's main loop waits for.
+//! `Clock` models the chip without any side effects: its callers pass the host's time.
+//! [`GoldfishRtc`] connects it to the bus, to an interrupt line, and to a timer of the host that
+//! the machine's main loop waits for.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,10 +17,10 @@ use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_warn};
 
-/// The range on the bus, as QEMU's virt machine has it.
+/// Size of the register range, as on QEMU's virt machine.
 pub const SIZE: u64 = 0x1000;
 
-/// Registers by offset, 32 bits each.
+/// Offsets of the registers, of 32 bits each.
 mod reg {
     pub(super) const TIME_LOW: u64 = 0x00;
     pub(super) const TIME_HIGH: u64 = 0x04;
@@ -31,20 +32,22 @@ mod reg {
     pub(super) const CLEAR_INTERRUPT: u64 = 0x1c;
 }
 
-/// The host's clock may be set while an alarm is awaited: it is looked at this often at least.
+/// The longest time between two checks of a pending alarm, because the host's clock may be set
+/// meanwhile.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// The chip. Every method takes the host's time, in nanoseconds since 1970.
+/// The chip. `host` is the host's time, in nanoseconds since 1970.
 #[derive(Debug, Default)]
 struct Clock {
-    /// What the guest set its clock to, less the host's time then.
+    /// The guest's time minus the host's time.
     offset: u64,
-    /// The upper half that a read of TIME_LOW keeps for TIME_HIGH.
+    /// The upper half of the time when TIME_LOW was last read: the value of TIME_HIGH.
     time_high: u32,
-    /// What was stored to ALARM_HIGH and TIME_HIGH, until the lower half follows.
+    /// The values last written to ALARM_HIGH and TIME_HIGH. They take effect when the guest writes
+    /// the lower half.
     alarm_high: u32,
     set_high: u32,
-    /// When the alarm rings, in the guest's time.
+    /// When the alarm fires, in the guest's time.
     alarm: Option<u64>,
     enabled: bool,
     pending: bool,
@@ -82,7 +85,7 @@ impl Clock {
         self.tick(host);
     }
 
-    /// Rings the alarm if its time has come.
+    /// Fires the alarm if its time has come.
     fn tick(&mut self, host: u64) {
         if self.alarm.is_some_and(|alarm| alarm <= self.now(host)) {
             self.alarm = None;
@@ -95,7 +98,7 @@ impl Clock {
         self.enabled && self.pending
     }
 
-    /// Time until the alarm rings.
+    /// The time until the alarm fires, if one is set.
     fn wait(&self, host: u64) -> Option<Duration> {
         let left = self.alarm?.saturating_sub(self.now(host));
         Some(Duration::from_nanos(left))
@@ -110,7 +113,7 @@ fn join(high: u32, low: u32) -> u64 {
     Half::High.set(low.into(), high)
 }
 
-/// The host's time.
+/// The host's time, in nanoseconds since 1970.
 fn host_time() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     u64::try_from(since.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
@@ -122,24 +125,25 @@ pub struct GoldfishRtc {
     line: IrqLine,
     base: u64,
     failures: RateLimit,
-    /// Of the timer, which lives as long as this.
+    /// The descriptor of `State::timer`, which lives as long as this struct.
     timer: RawFd,
 }
 
 struct State {
     clock: Clock,
-    /// The level the wire has now.
+    /// The current level of the interrupt line.
     level: bool,
-    /// Runs out when the alarm rings.
+    /// Expires when the alarm is to fire.
     timer: TimerFd,
     is_paused: bool,
 }
 
 impl GoldfishRtc {
-    /// An RTC at guest-physical address `base`, on `line`, that shows the host's time.
+    /// Creates an RTC at guest-physical address `base` with interrupt line `line`. It shows the
+    /// host's time.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host cannot create a timer.
     pub fn new(base: u64, line: IrqLine) -> io::Result<Self> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
         Ok(Self {
@@ -156,7 +160,8 @@ impl GoldfishRtc {
         })
     }
 
-    /// The timer is over: rings the alarm if its time has come, and sets the timer anew.
+    /// Must be called when the timer has expired. Fires the alarm if its time has come, and sets
+    /// the timer again.
     pub fn timer_is_over(&self) {
         let mut state = lock(&self.state);
         if !state.is_paused {
@@ -165,7 +170,7 @@ impl GoldfishRtc {
         self.set_timer(&mut state);
     }
 
-    /// Accesses the chip, then moves the wire if its level has changed.
+    /// Accesses the chip, then sets the interrupt line if its level has changed.
     fn with_clock<T>(&self, state: &mut State, access: impl FnOnce(&mut Clock) -> T) -> T {
         let result = access(&mut state.clock);
         let level = state.clock.interrupt();
@@ -176,11 +181,12 @@ impl GoldfishRtc {
         result
     }
 
-    /// Setting the timer takes its signal too: nobody reads it.
+    /// Sets the timer for the next alarm. This also clears an expired timer, so nobody has to read
+    /// it.
     fn set_timer(&self, state: &mut State) {
         let wait = state.clock.wait(host_time()).filter(|_| !state.is_paused);
         let set = match wait {
-            // Zero would switch it off.
+            // Zero would turn the timer off.
             Some(wait) => {
                 let wait = wait.clamp(Duration::from_nanos(1), LOOK_AGAIN);
                 state.timer.reset(wait, None)
@@ -193,14 +199,14 @@ impl GoldfishRtc {
     }
 }
 
-/// The timer's descriptor: readable when [`GoldfishRtc::timer_is_over`] is to be called.
+/// The timer's descriptor. When it is readable, [`GoldfishRtc::timer_is_over`] must be called.
 impl AsRawFd for GoldfishRtc {
     fn as_raw_fd(&self) -> RawFd {
         self.timer
     }
 }
 
-/// Only whole registers are served, as the driver accesses them.
+/// Only accesses to whole registers have an effect. Drivers make no others.
 impl MmioDevice for GoldfishRtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
@@ -247,7 +253,7 @@ impl Device for GoldfishRtc {
         fdt.end_node(node)
     }
 
-    /// An alarm whose time comes meanwhile rings later.
+    /// An alarm whose time comes while the machine is paused fires when it is resumed.
     fn pause(&self) {
         let mut state = lock(&self.state);
         state.is_paused = true;

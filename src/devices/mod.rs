@@ -1,4 +1,4 @@
-//! Devices that are not virtio.
+//! Devices other than virtio devices.
 
 pub mod console;
 pub mod goldfish_rtc;

@@ -1,10 +1,10 @@
-//! The "test finisher" of SiFive's boards and of QEMU's virt machine: a guest stores how it wants to
-//! end (`hw/misc/sifive_test.c` of QEMU; the devicetree binding `sifive,test1`).
+//! The "test finisher" of SiFive's boards and of QEMU's virt machine. A guest powers off or resets
+//! the machine by a store (`hw/misc/sifive_test.c` of QEMU; the devicetree binding `sifive,test1`).
 //!
 //! ```text
 //! 0x5555            power off
 //! 0x7777            reset
-//! (code << 16) | 0x3333   power off, and tell `code`
+//! (code << 16) | 0x3333   power off with exit code `code`
 //! ```
 
 use std::sync::Arc;
@@ -14,33 +14,33 @@ use serde_json::{Value, json};
 
 use crate::bus::{Device, FdtError, FdtWriter, MmioDevice};
 
-/// The range on the bus, as QEMU's virt machine has it.
+/// Size of the register range, as on QEMU's virt machine.
 pub const SIZE: u64 = 0x1000;
 
 const PASS: u32 = 0x5555;
 const RESET: u32 = 0x7777;
 const FAIL: u32 = 0x3333;
 
-/// Nothing else in the tree has it.
+/// The node's phandle. No other node of the tree has this number.
 const PHANDLE: u32 = 0x1010;
 
-/// What a guest asked a device to do with the whole machine.
+/// A request of the guest that concerns the whole machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Power off.
     PowerOff,
-    /// Start again.
+    /// Reset the machine.
     Reset,
-    /// Power off, with this code of the guest's.
+    /// Power off, with this exit code.
     Exit(u16),
 }
 
-/// Where a device leaves a [`Request`], and a vCPU's thread looks for one after each store.
+/// Passes a [`Request`] from a device to the vCPU threads. They check it after each store.
 #[derive(Debug, Default)]
 pub struct PowerSwitch(AtomicU64);
 
 impl PowerSwitch {
-    /// Leaves a request, if there is none yet.
+    /// Makes a request. Does nothing if there is one already.
     pub fn ask(&self, request: Request) {
         let word = match request {
             Request::PowerOff => 1,
@@ -52,7 +52,7 @@ impl PowerSwitch {
             .compare_exchange(0, word, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// The request, if there is one.
+    /// The first request that was made, if any.
     #[inline]
     pub fn asked(&self) -> Option<Request> {
         match self.0.load(Ordering::Relaxed) {
@@ -71,14 +71,14 @@ fn decode(word: u64) -> Request {
     }
 }
 
-/// The finisher on the bus.
+/// The finisher device.
 pub struct SifiveTest {
     switch: Arc<PowerSwitch>,
     base: u64,
 }
 
 impl SifiveTest {
-    /// A finisher at guest-physical address `base` that presses `switch`.
+    /// Creates a finisher at guest-physical address `base` that makes its requests with `switch`.
     pub fn new(base: u64, switch: Arc<PowerSwitch>) -> Self {
         Self { switch, base }
     }
@@ -87,7 +87,7 @@ impl SifiveTest {
 impl MmioDevice for SifiveTest {
     fn read(&self, _: u64, _: &mut [u8]) {}
 
-    /// As QEMU does, takes 16 and 32 bits at offset 0; what else is stored has no effect.
+    /// Accepts stores of 16 and 32 bits at offset 0, as QEMU does. Other stores have no effect.
     fn write(&self, offset: u64, data: &[u8]) {
         let value = match (offset, data) {
             (0, [a, b]) => u32::from(u16::from_le_bytes([*a, *b])),

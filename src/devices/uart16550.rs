@@ -1,24 +1,28 @@
-//! A 16550A UART: National Semiconductor's PC16550D data sheet, registers a byte apart.
+//! A 16550A UART, after National Semiconductor's PC16550D data sheet. The registers are one byte
+//! apart.
 //!
-//! `Registers` is the chip, pure: it reads and writes a [`Console`] and tells the level of its
-//! interrupt. [`Uart`] attaches it to the bus and to a wire.
+//! `Registers` models the chip: it reads and writes a [`Console`] and computes the level of its
+//! interrupt output. [`Uart`] connects it to the bus and to an interrupt line.
 //!
-//! The receive FIFO holds 16 bytes, or one while FIFOs are off. The line's bytes in it are the first
-//! ones of the console's input, and stay there until RBR is read: they count in LSR and IIR, but
-//! neither a flush nor a reset nor loopback loses them. More than the FIFO has room for waits, as if
-//! the sender minded RTS. So only loopback, where the chip sends to itself, can overrun; there the
-//! line's bytes are out of the FIFO until it ends.
+//! The receive FIFO holds 16 bytes, or one byte while FIFOs are off. The bytes that the FIFO has
+//! received from the line stay in the console's input queue until the guest reads RBR. They count
+//! in LSR and IIR, but no FIFO flush, reset or loopback mode loses them. Bytes that do not fit in
+//! the FIFO wait in the queue, as if the sender obeyed RTS. So overruns occur only in loopback
+//! mode, where the chip sends to itself. In loopback mode the line's bytes do not count as in the
+//! FIFO.
 //!
-//! No clock runs here: a byte arrives, and leaves, at once. A character timeout therefore is no time:
-//! data below the trigger level, and nothing more on the line just now. Speed, word length, parity
-//! and stop bits change nothing. While LCR's break bit is on in loopback the receiver gets one break
-//! and none of the bytes that are sent; without loopback the break bit does nothing.
+//! The model has no timing: each byte is sent and received at once. So a character timeout is
+//! pending as soon as there is data below the trigger level and no more waits on the line. Speed,
+//! word length, parity and stop bits have no effect. If LCR's break bit is set in loopback mode,
+//! the receiver gets one break, and it gets none of the bytes that are sent meanwhile. Without
+//! loopback the break bit has no effect.
 //!
-//! Input that comes before the guest listens is held back, as if the sender minded the modem lines
-//! and had little speed: after the receiver was reset until the guest looks at it once more, and
-//! while OUT2 is on (the driver uses interrupts) but neither RTS nor the receive interrupt. And
-//! reading the receive buffer without having seen that data is ready takes nothing. A driver that
-//! resets the chip and clears it by blind reads, as Linux' does, so loses no byte of a pipe.
+//! Input that arrives before the guest is ready for it is held back: from a reset of the receiver
+//! until the guest reads LSR or enables the receive interrupt, and while OUT2 is on (the driver
+//! uses interrupts) but both RTS and the receive interrupt are off. A read of RBR removes a byte
+//! only if the guest has seen that data is ready, or has enabled the receive interrupt. So a driver
+//! that resets the chip and then clears it by blind reads, as Linux' does, loses no input that was
+//! piped in early.
 
 mod fifo;
 mod modem;
@@ -34,16 +38,17 @@ use super::console::{Console, LOW_ROOM, Listener};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::util::sync::lock;
 
-/// Bytes that a driver sends after THRE without looking again: the size of the chip's FIFO.
+/// Bytes that a driver may send when THRE is set, before it checks THRE again: the size of the
+/// chip's FIFO.
 pub const BURST: usize = LOW_ROOM;
 
-/// The range on the bus, as QEMU's virt machine has it.
+/// Size of the register range, as on QEMU's virt machine.
 pub const SIZE: u64 = 0x100;
 
-/// Hz; with the divisor the guest programs it says nothing here, drivers want one.
+/// Input clock in Hz. Drivers need one to compute the divisor, which has no effect here.
 const CLOCK: u32 = 3_686_400;
 
-/// Registers by offset. Each is one name for reading and one for writing.
+/// Offsets of the registers. A name with two parts stands for a read register and a write register.
 mod reg {
     pub(super) const RBR_THR: u64 = 0;
     pub(super) const IER: u64 = 1;
@@ -59,9 +64,9 @@ const IER_RECEIVED: u8 = 0x01;
 const IER_TRANSMITTED: u8 = 0x02;
 const IER_LINE_STATUS: u8 = 0x04;
 const IER_MODEM_STATUS: u8 = 0x08;
-/// What IER has; bits 4 to 7 are always 0.
+/// The bits of IER that exist. Bits 4 to 7 are always 0.
 const IER_BITS: u8 = 0x0f;
-/// What IIR tells, the most urgent last.
+/// Values of IIR, by rising priority.
 const IIR_NONE: u8 = 0x01;
 const IIR_MODEM_STATUS: u8 = 0x00;
 const IIR_TRANSMITTED: u8 = 0x02;
@@ -76,9 +81,9 @@ const LCR_DLAB: u8 = 0x80;
 const LSR_DATA_READY: u8 = 0x01;
 const LSR_OVERRUN: u8 = 0x02;
 const LSR_BREAK: u8 = 0x10;
-/// Transmitter holding register and shift register empty.
+/// Both the transmitter holding register and the shift register are empty.
 const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
-/// A byte in the FIFO has an error, be it the next one or not. 0 without FIFOs.
+/// Some byte in the FIFO has an error. Always 0 without FIFOs.
 const LSR_ERROR_IN_FIFO: u8 = 0x80;
 
 /// The chip's registers.
@@ -89,15 +94,17 @@ struct Registers {
     scr: u8,
     divisor: [u8; 2],
     modem: Modem,
-    /// The transmitter became empty since IIR said so last or THR was written.
+    /// The transmitter has become empty, and IIR has not reported this yet.
     transmitted: bool,
-    /// The guest has looked at the line since it reset the receiver.
+    /// Since the last reset of the receiver, the guest has read LSR or enabled the receive
+    /// interrupt.
     listening: bool,
-    /// The guest was told that data of the line is ready.
+    /// LSR or IIR has reported to the guest that data from the line is ready.
     shown: bool,
-    /// What the chip sent to itself in loopback. In the FIFO it is before the line's bytes.
+    /// Bytes that the chip sent to itself in loopback mode. The guest reads them before the line's
+    /// bytes.
     fifo: Fifo,
-    /// What rvmm itself sends to the guest. On the line it is before the console's input.
+    /// Bytes that rvmm itself sends to the guest. The guest reads them before the console's input.
     urgent: VecDeque<Received>,
 }
 
@@ -118,7 +125,7 @@ impl Registers {
         }
     }
 
-    /// A register whose value is what was written, and whose reading changes nothing.
+    /// The value of a register that reads back what was written, without side effects.
     #[inline]
     fn read_plain(&self, offset: u64) -> Option<u8> {
         match offset {
@@ -147,7 +154,7 @@ impl Registers {
         self.pending(console) != IIR_NONE
     }
 
-    /// The pending interrupt of highest priority, as IIR names it.
+    /// The pending interrupt of highest priority, as a value of IIR.
     #[inline]
     fn pending(&self, console: &Console) -> u8 {
         if self.ier == 0 {
@@ -209,13 +216,14 @@ impl Registers {
         lsr
     }
 
-    /// Nothing is received but the console's bytes.
+    /// Whether the received bytes are only the console's, without errors.
     #[inline]
     fn is_plain(&self) -> bool {
         self.fifo.is_quiet() && self.urgent.is_empty()
     }
 
-    /// The rest of LSR when there is more to tell than the console's bytes. Errors are told once.
+    /// The additional bits of LSR when the received bytes are not only the console's. Reading
+    /// clears the errors.
     #[cold]
     #[inline(never)]
     fn take_unusual(&mut self, line: usize) -> u8 {
@@ -231,7 +239,7 @@ impl Registers {
         lsr
     }
 
-    /// LSR's bits for errors, when `line` bytes in the FIFO are the line's.
+    /// The error bits of LSR. `line` bytes of the FIFO are from the line.
     #[cold]
     #[inline(never)]
     fn errors(&self, line: usize) -> u8 {
@@ -244,13 +252,14 @@ impl Registers {
         errors | self.fifo.overrun()
     }
 
-    /// The cause of the interrupt for the line's status. An error behind the next byte is none yet.
+    /// Whether a line status interrupt is pending. An error of a byte behind the next one does not
+    /// raise it yet.
     fn has_errors(&self, console: &Console) -> bool {
         !self.is_plain() && self.errors(self.line_bytes(console)) & !LSR_ERROR_IN_FIFO != 0
     }
 
     fn write_ier(&mut self, value: u8) {
-        // Enabling the transmit interrupt while the transmitter is empty raises it.
+        // Enabling the transmit interrupt raises it if the transmitter is empty.
         if value & !self.ier & IER_TRANSMITTED != 0 {
             self.transmitted = true;
         }
@@ -279,19 +288,20 @@ impl Registers {
         self.hear_break_since(before);
     }
 
-    /// The receiver sees the low level that LCR's break bit puts on the looped line.
+    /// Whether the receiver sees the break that LCR's break bit sends, because of loopback mode.
     fn hears_own_break(&self) -> bool {
         self.modem.loopback() && self.lcr & LCR_BREAK != 0
     }
 
-    /// However long a break lasts, it is received once, when it begins.
+    /// Receives a break if one has begun. However long it lasts, a break is received once.
     fn hear_break_since(&mut self, before: bool) {
         if !before && self.hears_own_break() {
             self.fifo.put(Received::BREAK);
         }
     }
 
-    /// A byte that finds no room is lost, as on a wire: THRE was 0.
+    /// Sends a byte. If the console has no room it is lost, as on a real line: the driver ignored
+    /// that THRE was 0.
     #[inline(never)]
     fn transmit(&mut self, byte: u8, console: &Console) {
         if self.modem.loopback() {
@@ -327,7 +337,7 @@ impl Registers {
         byte[0]
     }
 
-    /// Bytes in the FIFO that are the line's: as many as wait and have room there.
+    /// The number of the line's bytes in the FIFO: those that wait, up to the room in the FIFO.
     fn line_bytes(&self, console: &Console) -> usize {
         if !self.listening || self.modem.loopback() || self.held_back() {
             return 0;
@@ -336,7 +346,7 @@ impl Registers {
         waiting.min(self.fifo.room())
     }
 
-    /// An interrupt-driven guest that is not ready to receive yet.
+    /// Whether input is held back, because an interrupt-driven guest is not ready to receive yet.
     fn held_back(&self) -> bool {
         self.modem.mcr() & (MCR_OUT2 | MCR_RTS) == MCR_OUT2 && self.ier & IER_RECEIVED == 0
     }
@@ -350,7 +360,7 @@ impl Registers {
     }
 }
 
-/// The UART on the bus.
+/// The UART device.
 pub struct Uart {
     chip: Mutex<Chip>,
     console: Arc<Console>,
@@ -360,14 +370,15 @@ pub struct Uart {
 
 struct Chip {
     registers: Registers,
-    /// The level the wire has now.
+    /// The current level of the interrupt line.
     level: bool,
-    /// The wire stays as it is.
+    /// The device is paused: the interrupt line keeps its level.
     is_paused: bool,
 }
 
 impl Uart {
-    /// A UART at guest-physical address `base`, on `line`, that talks to `console`.
+    /// Creates a UART at guest-physical address `base` with interrupt line `line`, connected to
+    /// `console`.
     pub fn new(base: u64, line: IrqLine, console: Arc<Console>) -> Arc<Self> {
         let uart = Arc::new(Self {
             chip: Mutex::new(Chip {
@@ -385,7 +396,8 @@ impl Uart {
     }
 
     /// Sends Linux a SysRq command for each of `keys`: a break and the key, before all other input
-    /// (`Documentation/admin-guide/sysrq.rst`). Who knows no SysRq reads NULs and the keys.
+    /// (`Documentation/admin-guide/sysrq.rst`). A guest without SysRq reads a NUL and the key for
+    /// each.
     pub fn sysrq(&self, keys: &[u8]) {
         self.with_registers(|chip| {
             chip.urgent = keys
@@ -395,7 +407,7 @@ impl Uart {
         });
     }
 
-    /// Accesses the registers, then moves the wire if its level has changed.
+    /// Accesses the registers, then sets the interrupt line if its level has changed.
     fn with_registers<T>(&self, access: impl FnOnce(&mut Registers) -> T) -> T {
         self.with_chip(&mut lock(&self.chip), access)
     }
@@ -416,7 +428,7 @@ impl Uart {
     }
 }
 
-/// Wider accesses see the one register they start at.
+/// An access of more than one byte accesses only its first register.
 impl MmioDevice for Uart {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(byte) = data.first_mut() {
@@ -456,7 +468,7 @@ impl Device for Uart {
         })
     }
 
-    /// What comes from the console meanwhile raises the wire later.
+    /// Input that arrives while the machine is paused raises the interrupt when it is resumed.
     fn pause(&self) {
         lock(&self.chip).is_paused = true;
     }

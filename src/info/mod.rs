@@ -1,4 +1,5 @@
-//! `rvmm info`: what this host offers guests, asked of KVM on machines made for the question.
+//! `rvmm info`: reports what this host offers guests. It asks KVM, with VMs that it creates only
+//! for this.
 
 mod probe;
 mod text;
@@ -18,52 +19,52 @@ use crate::irqchip::aia::InKernelAia;
 use crate::machine::{harts, layout};
 use crate::util::ByteSize;
 
-/// All of it. The text is for people, the JSON for scripts.
+/// The report. It can be printed as text for people, or as JSON for scripts.
 #[derive(Debug, Serialize)]
 pub struct Info {
-    /// This rvmm.
+    /// Version of this rvmm.
     rvmm: &'static str,
     /// The host kernel's release.
     kernel: String,
-    /// KVM's capabilities by name, 0 where it has none.
+    /// KVM's capabilities by name. 0 means that KVM lacks it.
     kvm: BTreeMap<&'static str, i32>,
-    /// Bits of a guest-physical address.
+    /// Width of a guest-physical address in bits.
     gpa_bits: u32,
-    /// The G-stage's page tables.
+    /// Mode of the G-stage page tables.
     g_stage: &'static str,
-    /// The most vCPUs of one guest.
+    /// The most vCPUs that a guest can have.
     max_vcpus: u32,
-    /// The AIA in the kernel, if there is one.
+    /// The in-kernel AIA, if there is one.
     aia: Option<AiaInfo>,
-    /// What a guest's hart has.
+    /// Features of a guest's hart.
     hart: HartInfo,
     /// SBI extensions.
     sbi: Vec<ExtensionInfo>,
-    /// A legacy console call reaches rvmm; elsewhere such guests need DBCN or the UART.
+    /// Whether legacy SBI console calls reach rvmm. If not, guests need DBCN or the UART.
     legacy_sbi_console: bool,
-    /// Huge pages.
+    /// Huge pages of the host.
     hugepages: HugePageInfo,
-    /// Bugs of this host's kernel that rvmm looked for.
+    /// Known bugs of KVM, and whether this host has them.
     bugs: Vec<Bug>,
 }
 
 /// The in-kernel AIA.
 #[derive(Debug, Serialize)]
 struct AiaInfo {
-    /// The host has guest interrupt files (mode AUTO), so that MSIs need no exit.
+    /// Whether the host has guest interrupt files (mode AUTO). With them, MSIs need no exit.
     guest_files: bool,
-    /// Interrupt identities of a guest's IMSIC.
+    /// Number of interrupt identities of a guest's IMSIC.
     identities: u32,
 }
 
 /// A guest's hart.
 #[derive(Debug, Serialize)]
 struct HartInfo {
-    /// As a device tree has it.
+    /// The ISA string, as `riscv,isa` in a device tree.
     isa: String,
-    /// The largest page tables of the guest's own.
+    /// The largest page table mode of the guest, as `mmu-type` in a device tree.
     mmu: &'static str,
-    /// Ticks a second of the `time` CSR.
+    /// Frequency of the `time` CSR, in Hz.
     timebase: u64,
     /// ISA extensions.
     extensions: Vec<ExtensionInfo>,
@@ -72,50 +73,51 @@ struct HartInfo {
 /// An extension that a guest can have.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct ExtensionInfo {
-    /// As --cpu and --sbi name it.
+    /// Name, as for --cpu and --sbi.
     name: &'static str,
-    /// On in a machine of rvmm's, unless it is asked for otherwise.
+    /// Whether it is on by default in a guest of rvmm.
     on: bool,
-    /// KVM can switch it off.
+    /// Whether KVM can turn it off.
     can_be_off: bool,
 }
 
 /// Huge pages for guest RAM.
 #[derive(Debug, Default, Serialize)]
 struct HugePageInfo {
-    /// Transparent ones: "always", "madvise" or "never"; none without the kernel's support.
+    /// Setting of transparent huge pages: "always", "madvise" or "never". None if the kernel does
+    /// not support them.
     transparent: Option<String>,
-    /// Reserved ones.
+    /// Pools of reserved huge pages.
     reserved: Vec<Pool>,
 }
 
 /// Reserved huge pages of one size.
 #[derive(Debug, Serialize)]
 struct Pool {
-    /// Bytes of a page.
+    /// Size of a page in bytes.
     size: ByteSize,
-    /// Pages.
+    /// Number of pages.
     total: u64,
-    /// Those that nobody has.
+    /// Number of free pages.
     free: u64,
 }
 
-/// A bug that was looked for.
+/// A known bug of KVM.
 #[derive(Debug, Serialize)]
 struct Bug {
     /// A short name.
     name: &'static str,
-    /// It was found; none where it could not be looked for.
+    /// Whether this host has the bug. None if the bug cannot occur here.
     present: Option<bool>,
-    /// What it does, and what rvmm does about it.
+    /// The effect of the bug, and what rvmm does about it.
     meaning: &'static str,
 }
 
 impl Info {
-    /// Asks this host.
+    /// Collects the report from this host.
     ///
     /// # Errors
-    /// KVM refused what every machine needs.
+    /// Fails if a call to KVM fails, or if the probe does not run to its end.
     pub fn gather(hypervisor: &dyn Hypervisor) -> Result<Self> {
         let vm = hypervisor.create_vm()?;
         let gpa_bits = vm.gpa_bits();
@@ -158,7 +160,7 @@ impl Info {
     }
 }
 
-/// What the bugs are told by.
+/// Test results from which the list of bugs is made.
 struct Found {
     lossy: Option<bool>,
     legacy_unsafe: bool,
@@ -177,36 +179,37 @@ fn bugs(found: &Found) -> Vec<Bug> {
         bug(
             "imsic-upper-half",
             found.lossy,
-            "an emulated IMSIC loses the upper half of every 64 identities; rvmm offers guests what \
-             needs at most 31",
+            "the emulated IMSIC loses the upper half of every 64 identities; rvmm needs at most 31 \
+             of them",
         ),
         bug(
             "mmio-zero-extends",
             Some(!found.sign_extends),
-            "lb, lh and lw from a device do not extend the sign; guests that rely on it misread",
+            "lb, lh and lw from a device do not sign-extend; guests that rely on it read wrong \
+             values",
         ),
         bug(
             "legacy-ipi",
             Some(found.legacy_unsafe),
-            "a guest's legacy SBI call can crash this kernel; rvmm keeps those calls off",
+            "a guest's legacy SBI call can crash this kernel; rvmm disables these calls",
         ),
         bug(
             "lost-illegal",
             Some(found.loses_illegal),
-            "an instruction that is illegal on this host, or a vector instruction while vector is off, \
-             loses the hart that runs it; emulated hosts do so",
+            "the host's firmware loses the trap of an illegal instruction, or of a vector \
+             instruction while vector is off, and the hart cannot go on; seen on emulated hosts",
         ),
         bug(
             "scounteren-zero",
             found.scounteren.map(|value| value == 0),
-            "a hart starts and resumes with scounteren 0, so that processes may not read time; rvmm \
+            "a hart starts and resumes with scounteren 0, so that processes cannot read time; rvmm \
              sets it",
         ),
     ]
 }
 
-/// The G-stage mode that gives so many bits (The RISC-V Instruction Set Manual, volume II,
-/// "Two-Stage Address Translation").
+/// The G-stage mode with guest-physical addresses of `gpa_bits` bits (The RISC-V Instruction Set
+/// Manual, volume II, "Two-Stage Address Translation").
 fn g_stage(gpa_bits: u32) -> &'static str {
     match gpa_bits {
         41 => "Sv39x4",
@@ -251,7 +254,8 @@ fn sbi(vcpu: &dyn Vcpu) -> Result<Vec<ExtensionInfo>> {
     Ok(infos)
 }
 
-/// Tries it, on a vCPU that never runs, and puts back what was there.
+/// Whether KVM can turn off the extension of `register`. Tries it on a vCPU that never runs, and
+/// restores the old value.
 fn can_be_off(vcpu: &dyn Vcpu, register: RegId) -> Result<bool> {
     let before = vcpu.reg(register)?.unwrap_or(0);
     let off = vcpu.set_reg(register, 0).is_ok();
@@ -261,7 +265,7 @@ fn can_be_off(vcpu: &dyn Vcpu, register: RegId) -> Result<bool> {
     Ok(off)
 }
 
-/// What the AIA is, and whether it loses identities.
+/// The features of the AIA, and whether it loses identities.
 fn aia(hypervisor: &dyn Hypervisor) -> Result<(Option<AiaInfo>, Option<bool>)> {
     let vm = hypervisor.create_vm()?;
     let Some(device) = vm.create_aia()? else {

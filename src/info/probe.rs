@@ -1,4 +1,4 @@
-//! What only a guest can find out: a few instructions, run on a machine of one page.
+//! Tests of the host that need a running guest: a few instructions, in a VM with one page of RAM.
 
 use anyhow::{Context, Result, bail};
 use vm_memory::{Bytes, GuestAddress};
@@ -9,20 +9,20 @@ use crate::machine::layout::RAM_BASE;
 use crate::memory;
 use crate::util::ByteSize;
 
-/// The probe's code. Address 0 is no RAM: an access there is an exit.
+/// The probe's code. Address 0 is outside RAM, so an access there is an exit.
 ///
 /// ```text
 /// addi a7, zero, 1      legacy putchar
 /// addi a0, zero, 0
 /// ecall
-/// lb   t0, 0(zero)      reads 0x80
-/// sd   t0, 0(zero)      tells what became of it
+/// lb   t0, 0(zero)      rvmm returns 0x80
+/// sd   t0, 0(zero)      reports whether it was sign-extended
 /// auipc t1, 0
 /// addi t1, t1, 16
-/// csrw stvec, t1        the csrr below
+/// csrw stvec, t1        traps go to the csrr below
 /// (0)                   an illegal instruction
 /// csrr t0, scause
-/// sd   t0, 0(zero)      tells which trap came
+/// sd   t0, 0(zero)      reports the cause of the trap
 /// ```
 const CODE: [u32; 11] = [
     0x0010_0893,
@@ -43,16 +43,16 @@ const ILLEGAL_INSTRUCTION: u64 = 2;
 
 /// The legacy extension's putchar.
 const LEGACY_PUTCHAR: u64 = 1;
-/// The least exits that bring the probe to its end, and some for signals.
+/// The most exits of the probe. It needs fewer; the rest is for interruptions by signals.
 const EXITS_MAX: u32 = 100;
 
-/// What was found.
+/// Results of the probe.
 pub(super) struct Probed {
-    /// A legacy putchar comes to userspace.
+    /// Whether a legacy putchar reaches userspace.
     pub(super) legacy_console: bool,
-    /// A byte load from a device extends the sign.
+    /// Whether a byte load from a device is sign-extended.
     pub(super) sign_extends: bool,
-    /// The trap of an illegal instruction does not reach the guest.
+    /// Whether the trap of an illegal instruction does not reach the guest.
     pub(super) loses_illegal: bool,
 }
 
@@ -77,7 +77,8 @@ pub(super) fn run(hypervisor: &dyn Hypervisor) -> Result<Probed> {
     for _ in 0..EXITS_MAX {
         let exit = vcpu.run(entry)?;
         entry = match (exit, sign_extends) {
-            // Unrunnable: the guest is where only the host's kernel should be.
+            // Unrunnable: the trap was lost, and the guest continued at an address of the host's
+            // kernel.
             (VmExit::MmioWrite { .. } | VmExit::Unrunnable { .. }, Some(sign_extends)) => {
                 let trap = match exit {
                     VmExit::MmioWrite { data, .. } => Some(u64::from_le_bytes(data)),
@@ -100,9 +101,9 @@ pub(super) fn run(hypervisor: &dyn Hypervisor) -> Result<Probed> {
             }
             (VmExit::Interrupted, _) => VmEntry::Run,
             (other, _) => {
-                bail!("Failed to probe this host: its KVM ended the probe with {other:?}")
+                bail!("Failed to probe this host: KVM ended the probe with {other:?}")
             }
         };
     }
-    bail!("Failed to probe this host: its KVM does not run the probe to its end")
+    bail!("Failed to probe this host: the probe did not end after {EXITS_MAX} exits")
 }

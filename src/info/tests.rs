@@ -1,4 +1,4 @@
-//! What can be read without KVM.
+//! Tests of the parts that need no KVM.
 
 use super::*;
 
@@ -65,8 +65,8 @@ fn text_tells_all_of_it() {
         "Sv57x4, 59-bit",
         "no AIA",
         "10000000 Hz",
-        "takes away:\n  d\n",
-        "that stay:\n  zbb\n",
+        "turns off:\n  d\n",
+        "always on:\n  zbb\n",
         "imsic-upper-half     does not apply",
         "mmio-zero-extends    FOUND",
         "lost-illegal         FOUND",

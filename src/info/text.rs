@@ -1,10 +1,10 @@
-//! For people.
+//! The report as text for people.
 
 use std::fmt;
 
 use super::{ExtensionInfo, Info};
 
-/// Columns of a list of names.
+/// Width of a list of names, in columns.
 const WIDTH: usize = 76;
 
 impl fmt::Display for Info {
@@ -22,7 +22,7 @@ impl fmt::Display for Info {
         row(
             f,
             "vCPUs",
-            format_args!("at most {} a guest", self.max_vcpus),
+            format_args!("at most {} per guest", self.max_vcpus),
         )?;
         match &self.aia {
             Some(aia) => {
@@ -67,22 +67,24 @@ impl fmt::Display for Info {
         let isa = &self.hart.extensions;
         list(
             f,
-            "ISA extensions that --cpu NAME=off takes away",
+            "ISA extensions that --cpu NAME=off turns off",
             isa,
             |e| e.can_be_off,
         )?;
-        list(f, "ISA extensions that stay", isa, |e| !e.can_be_off)?;
+        list(f, "ISA extensions that are always on", isa, |e| {
+            !e.can_be_off
+        })?;
         let sbi = &self.sbi;
         list(
             f,
-            "SBI extensions that --sbi NAME=off takes away",
+            "SBI extensions that --sbi NAME=off turns off",
             sbi,
             |e| e.on && e.can_be_off,
         )?;
-        list(f, "SBI extensions that stay", sbi, |e| {
+        list(f, "SBI extensions that are always on", sbi, |e| {
             e.on && !e.can_be_off
         })?;
-        list(f, "SBI extensions, off", &self.sbi, |e| !e.on)?;
+        list(f, "SBI extensions that are off", &self.sbi, |e| !e.on)?;
         writeln!(f, "Known bugs of KVM:")?;
         for bug in &self.bugs {
             let found = match bug.present {

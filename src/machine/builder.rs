@@ -1,4 +1,4 @@
-//! The recipe of a machine: what is made once, and what each reset makes anew.
+//! Builds a machine: what is created once, and what each reset creates again.
 
 use std::sync::Arc;
 
@@ -22,24 +22,25 @@ pub struct Machine {
     pub(super) backends: Backends,
     ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
-    /// Absent only while a reset makes it anew.
+    /// None only while a reset creates it again, and after power-off.
     hardware: Option<Hardware>,
 }
 
 impl Machine {
-    /// Makes the machine that `config` describes.
+    /// Builds the machine that `config` describes.
     ///
     /// # Errors
-    /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
+    /// Fails if a file cannot be used, if the host lacks a feature that rvmm needs, or if a call to
+    /// KVM or to the host fails.
     pub fn build(config: &VmConfig, hypervisor: Arc<dyn Hypervisor>) -> Result<Self> {
         Self::make(config, hypervisor, None)
     }
 
-    /// The same with one more virtio device, of the caller's own, made by `device` at the start and
-    /// at each reset. It comes behind those of `config`.
+    /// Like [`Machine::build`], with one more virtio device of the caller. `device` creates it at
+    /// the start and at each reset. It is attached after the devices of `config`.
     ///
     /// # Errors
-    /// As [`Machine::build`], and the device's own.
+    /// As [`Machine::build`]. Also fails if `device` fails.
     pub fn build_with(
         config: &VmConfig,
         hypervisor: Arc<dyn Hypervisor>,
@@ -54,7 +55,7 @@ impl Machine {
         device: Option<MakeDevice>,
     ) -> Result<Self> {
         let files = BootFiles::open(config)?;
-        // Before anything is asked of the host.
+        // Before the host's KVM is used.
         let plan = files.plan(config, RAM_BASE)?;
         plan.warn_of_limits(config);
         let backends = Backends::open(config, device)?;
@@ -73,19 +74,19 @@ impl Machine {
         Ok(machine)
     }
 
-    /// The flattened device tree that the guest gets.
+    /// The flattened device tree that the guest gets. Empty after power-off.
     pub fn device_tree(&self) -> &[u8] {
         let hardware = self.hardware.as_ref();
         hardware.map_or(&[], |hardware| &hardware.device_tree)
     }
 
-    /// Makes the machine anew, as after power was off for a moment: same RAM, zeroed, same console,
-    /// everything else as at the start. The vCPUs' threads have ended.
+    /// Resets the machine, as if power was off for a moment. RAM is zeroed, the console stays, and
+    /// all hardware is created again. The vCPUs' threads must have ended.
     ///
     /// # Errors
     /// As [`Machine::build`].
     pub(super) fn reset(&mut self) -> Result<()> {
-        // First: the host may have guest interrupt files for one VM only.
+        // Drop the old VM first: the host may have guest interrupt files for one VM only.
         self.hardware = None;
         memory::clear(&self.ram, self.config.mem)
             .context("Failed to clear guest RAM for a reset")?;
@@ -94,12 +95,13 @@ impl Machine {
         self.assemble(&vm, &plan)
     }
 
-    /// Takes the hardware: dropping it ends the devices, with what they have begun.
+    /// Takes the hardware out of the machine. Dropping it ends the devices, after they have
+    /// finished the requests that they have begun.
     pub(super) fn power_off(&mut self) -> Option<Hardware> {
         self.hardware.take()
     }
 
-    /// What runs now.
+    /// The current hardware.
     pub(super) fn hardware(&mut self) -> Result<&mut Hardware> {
         self.hardware
             .as_mut()

@@ -1,4 +1,4 @@
-//! Commands: what each of them does to the machine.
+//! Carries out the commands of the control socket.
 
 use anyhow::{Error, Result};
 use log::{debug, warn};
@@ -9,10 +9,11 @@ use crate::control::server::Client;
 use crate::control::{Command, Hex, Reply, State, Status};
 
 impl Running<'_> {
-    /// Does what `client` wants, and answers it. Returns the end of this life where the command is one.
+    /// Carries out `command`, and sends the reply to `client`. Returns how this life ends, if the
+    /// command ends it.
     ///
     /// # Errors
-    /// The host failed, so that the machine cannot go on.
+    /// Fails if the host fails, so that the machine cannot go on.
     pub(super) fn obey(
         &mut self,
         command: Command,
@@ -27,7 +28,7 @@ impl Running<'_> {
                 self.main.answer(client, &Reply::Done);
                 return Ok(Some(End::Over(Outcome::Commanded)));
             }
-            // The answer comes when it is done.
+            // The reply follows after the reset.
             Command::Reset => return Ok(Some(End::Reset(Some(client)))),
             Command::Stats => self.stats(vcpus)?,
             Command::DumpDtb => Reply::DeviceTree(Hex(self.machine.device_tree().to_vec())),
@@ -40,7 +41,7 @@ impl Running<'_> {
         if vcpus.state() == State::Running {
             vcpus.pause(self.machine.hardware()?, &mut self.main)?;
             self.count_time(State::Running);
-            debug!("the guest stands still");
+            debug!("the guest is paused");
         }
         Ok(Reply::Done)
     }
@@ -52,7 +53,7 @@ impl Running<'_> {
         }
     }
 
-    /// Lets a paused machine go on; does nothing where it runs.
+    /// Resumes a paused machine. Does nothing if it runs.
     ///
     /// # Errors
     /// As [`Vcpus::resume`].
@@ -60,7 +61,7 @@ impl Running<'_> {
         if vcpus.state() == State::Paused {
             vcpus.resume(self.machine.hardware()?, &self.post, &mut self.main)?;
             self.count_time(State::Paused);
-            debug!("the guest goes on");
+            debug!("the guest is resumed");
         }
         Ok(())
     }
@@ -83,13 +84,13 @@ impl Running<'_> {
         })
     }
 
-    /// What was counted until now. Without `--stats` there are only the times.
+    /// Returns the statistics so far. Refused without `--stats`.
     fn stats(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         let Some(mut stats) = self.stats.clone() else {
-            let reason = "this machine does not count: start it with --stats";
+            let reason = "this machine has no statistics: start it with --stats";
             return Ok(Reply::Refused(reason.into()));
         };
-        // A vCPU counts on its own thread, and hands over what it has when it is parked.
+        // Each vCPU counts on its own thread, so park the vCPUs to read their statistics.
         let state = vcpus.state();
         vcpus.park(&mut self.main)?;
         let hardware = self.machine.hardware()?;
@@ -106,9 +107,9 @@ impl Running<'_> {
     }
 }
 
-/// The reply where vCPUs cannot be started.
+/// The reply if vCPUs cannot be started.
 fn stays_paused(error: &Error) -> Reply {
-    let reason = format!("the guest is paused, and cannot go on now: {error:#}");
+    let reason = format!("the guest stays paused, because it cannot be resumed now: {error:#}");
     warn!("{reason}");
     Reply::Refused(reason)
 }

@@ -6,13 +6,13 @@ use serde_json::{Map, Value};
 
 use crate::bus::Device;
 
-/// All devices: each comes behind those it needs, the interrupt controller first.
+/// All devices. Each comes after the devices that it needs; the interrupt controller is the first.
 #[derive(Default)]
 pub(super) struct Devices(Vec<(String, Arc<dyn Device>)>);
 
 impl Devices {
-    /// Adds `device` behind all others. Its name is its id, or, where another has that (a disk's is its
-    /// user's choice), the id and a number.
+    /// Adds `device` at the end. Its name is its id. If another device has that name already (users
+    /// choose the ids of disks), a number is appended.
     pub(super) fn add(&mut self, device: Arc<dyn Device>) {
         let id = device.id();
         let numbered = (2..).map(|number| format!("{id}-{number}"));
@@ -22,28 +22,28 @@ impl Devices {
         self.0.push((name, device));
     }
 
-    /// All of them, in the order in which they were added.
+    /// All devices, in the order in which they were added.
     pub(super) fn iter(&self) -> impl DoubleEndedIterator<Item = &dyn Device> {
         self.0.iter().map(|(_, device)| device.as_ref())
     }
 
-    /// Stops all of them, the last one first. No vCPU runs.
+    /// Pauses all devices, the last one first. No vCPU may run.
     pub(super) fn pause(&self) {
         self.iter().rev().for_each(Device::pause);
     }
 
-    /// Lets all of them go on, the first one first.
+    /// Resumes all devices, the first one first.
     pub(super) fn resume(&self) {
         self.iter().for_each(Device::resume);
     }
 
-    /// The state of each, by name.
+    /// The state of each device, by name.
     pub(super) fn describe(&self) -> Map<String, Value> {
         let state = |(name, device): &(String, Arc<dyn Device>)| (name.clone(), device.describe());
         self.0.iter().map(state).collect()
     }
 
-    /// What people call the registers at `gpa` just now.
+    /// A readable name for the registers that are at `gpa` now.
     pub(super) fn registers_at(&self, gpa: u64) -> Option<String> {
         self.iter().find_map(|device| device.registers_at(gpa))
     }

@@ -1,5 +1,5 @@
-//! The end that somebody asked for: by a signal, Ctrl-A X or `--timeout`. It comes within
-//! [`GRACE`], whatever guest and host do meanwhile.
+//! Ends the machine on request: by a signal, Ctrl-A X, a command or `--timeout`. Makes sure that
+//! the process ends within [`GRACE`] then, whatever guest and host do meanwhile.
 
 use std::process::exit;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -10,15 +10,15 @@ use log::warn;
 use super::Outcome;
 use super::mainloop::{Event, Post};
 use crate::devices::console::terminal;
-use crate::util::stderr::tell;
+use crate::util::stderr::print;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
-/// How long a machine may take to end: its disks for what they have begun, its console for the last
-/// bytes.
+/// The longest time from the request until the process ends. In this time disks finish the requests
+/// that they have begun, and consoles write their last output.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 
-/// Where an end is asked for.
+/// Takes requests to end the machine.
 #[derive(Clone)]
 pub(super) struct Ending(Arc<Shared>);
 
@@ -27,22 +27,22 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     grace: Duration,
-    /// What is done when the time is over.
+    /// Called when the time is over.
     give_up: fn(Outcome),
 }
 
 #[derive(Default)]
 struct State {
-    /// The first end that was asked for, and when it must have come.
+    /// The time limit for the requested end, and its outcome.
     asked: Option<(Instant, Outcome)>,
-    /// How the machine ended, while its disks and consoles are still written.
+    /// How the machine ended, while its disks and consoles still write.
     settled: Option<Outcome>,
     came: bool,
     watched: bool,
 }
 
 impl Ending {
-    /// Nobody has asked for the end. `post` is told when somebody does.
+    /// Creates it, without a request. Requests are sent to `post` as events.
     pub(super) fn new(post: Post) -> Self {
         Self::with(post, GRACE, give_up)
     }
@@ -57,18 +57,18 @@ impl Ending {
         }))
     }
 
-    /// Asks for the end now.
+    /// Requests the end now.
     pub(super) fn ask(&self, outcome: Outcome) {
         self.0.post.send(Event::Asked(outcome));
         self.expect(outcome, Instant::now());
     }
 
-    /// Asks for the guest's power key to be pressed.
+    /// Requests a press of the guest's power key.
     pub(super) fn press(&self) {
         self.0.post.send(Event::Pressed);
     }
 
-    /// From now on makes sure of an end that is asked for at `at`.
+    /// Starts the time limit for an end that is requested at `at`.
     pub(super) fn expect(&self, outcome: Outcome, at: Instant) {
         let Some(latest) = at.checked_add(self.0.grace) else {
             return;
@@ -83,17 +83,17 @@ impl Ending {
             let shared = Arc::clone(&self.0);
             match spawn(Kind::Main, "end", move || shared.watch()) {
                 Ok(_) => state.watched = true,
-                Err(error) => warn!("Failed to watch that rvmm ends in time: {error}"),
+                Err(error) => warn!("Failed to start the thread that ends rvmm in time: {error}"),
             }
         }
     }
 
-    /// The machine has ended so, and puts away what it has.
+    /// Records how the machine ended. Its disks and consoles still write.
     pub(super) fn settle(&self, outcome: Outcome) {
         lock(&self.0.state).settled = Some(outcome);
     }
 
-    /// The machine has ended, and all is put away.
+    /// Marks the end as complete, so that the time limit has no effect any more.
     pub(super) fn came(&self) {
         lock(&self.0.state).came = true;
         self.0.changed.notify_all();
@@ -116,13 +116,13 @@ impl Shared {
     }
 }
 
-/// Ends the process without what still holds it up.
+/// Ends the process without waiting any longer.
 fn give_up(outcome: Outcome) {
     terminal::restore();
     let seconds = GRACE.as_secs();
-    tell(format_args!(
-        "rvmm: {outcome}; the host held it up for {seconds} s: what disks and consoles had not \
-         written is lost"
+    print(format_args!(
+        "rvmm: {outcome}; it did not end within {seconds} s because of the host: data that disks \
+         and consoles have not written is lost"
     ));
     exit(outcome.exit_status().into());
 }
@@ -142,12 +142,12 @@ mod tests {
         (Ending::with(post, grace, give_up), events)
     }
 
-    /// The earliest end counts; one that came is left alone.
+    /// The earliest time limit counts. An end that is complete has none.
     #[test]
     fn an_end_that_does_not_come_is_given_up_on() {
         const LONG: Duration = Duration::from_secs(1000);
-        let (tell, given_up) = channel();
-        GIVEN_UP.set(tell).unwrap();
+        let (sender, given_up) = channel();
+        GIVEN_UP.set(sender).unwrap();
         let (late, events) = ending(Duration::from_millis(1));
         late.expect(Outcome::TimedOut, Instant::now() + LONG);
         late.ask(Outcome::Left);
@@ -155,7 +155,7 @@ mod tests {
         assert_eq!(given_up.recv().unwrap(), Outcome::Left);
         assert!(matches!(events.try_recv(), Ok(Event::Asked(Outcome::Left))));
 
-        // The guest's own end came before, and only its last output is held up.
+        // The guest has ended before the request, and only its last output is delayed.
         let (settled, _events) = ending(Duration::from_millis(1));
         settled.settle(Outcome::Guest(Stop::Exit(42)));
         settled.ask(Outcome::Signal(15));
@@ -165,7 +165,7 @@ mod tests {
         let (timely, _events) = ending(LONG);
         timely.ask(Outcome::Left);
         timely.came();
-        // Its thread has ended, and lets go of what it shared.
+        // The thread ends, and drops its reference.
         let shared = Arc::downgrade(&timely.0);
         drop(timely);
         while shared.upgrade().is_some() {

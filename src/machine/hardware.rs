@@ -1,4 +1,5 @@
-//! What a reset makes anew: vCPUs, interrupt controller, devices, and what the guest finds in RAM.
+//! The part of a machine that a reset creates again: vCPUs, interrupt controller, devices, and the
+//! content of RAM.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use crate::memory::GuestMemory;
 use crate::vcpu::exits::Exits;
 use crate::vcpu::sbi::Sbi;
 
-/// What outlives a reset.
+/// The parts of a machine that survive a reset.
 pub(super) struct Kept<'a> {
     pub(super) config: &'a VmConfig,
     pub(super) files: &'a BootFiles,
@@ -31,11 +32,11 @@ pub(super) struct Kept<'a> {
     pub(super) console: &'a Arc<Console>,
 }
 
-/// The rest of a machine, about to run its first instruction.
+/// The parts of a machine that each reset creates again, ready to run the first instruction.
 pub(super) struct Hardware {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) exits: Arc<Exits>,
-    /// KVM resets harts so that they lose `scounteren`.
+    /// Whether this host's KVM resets harts and clears their `scounteren` (`vcpu::restart`).
     pub(super) resets_harts: bool,
     pub(super) device_tree: Vec<u8>,
     pub(super) devices: Devices,
@@ -44,10 +45,11 @@ pub(super) struct Hardware {
 }
 
 impl Hardware {
-    /// Puts together a machine on `vm`, which has nothing yet, and loads the guest.
+    /// Creates vCPUs and devices on `vm`, which must be new, and loads the guest into RAM.
     ///
     /// # Errors
-    /// A file is not what it should be, the host refused something, or lacks what rvmm needs.
+    /// Fails if a file cannot be used, if the host lacks a feature that rvmm needs, or if a call to
+    /// KVM or to the host fails.
     pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<Self> {
         let Kept {
             config,
@@ -106,12 +108,13 @@ impl Hardware {
         })
     }
 
-    /// Asks a Linux without a power key to power off: its disks synced, and read-only from then on.
+    /// Asks a Linux without a power key to power off, by SysRq on its UART: sync, remount
+    /// read-only, power off.
     pub(super) fn sysrq_power_off(&self) {
         self.uart.sysrq(b"suo");
     }
 
-    /// What people call the registers at `gpa` just now.
+    /// A readable name for the registers that are at `gpa` now.
     pub(super) fn registers_at(&self, gpa: u64) -> Option<String> {
         let by_device = self.devices.registers_at(gpa);
         by_device.or_else(|| layout::owner(gpa).map(Into::into))

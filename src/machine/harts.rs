@@ -1,4 +1,4 @@
-//! The machine's vCPUs, as the configuration wants them, and what the guest is told of them.
+//! Creates the machine's vCPUs as configured, and collects their features for the device tree.
 
 use anyhow::{Context, Error, Result, bail};
 
@@ -10,15 +10,16 @@ use crate::hypervisor::host::{kernel_release, legacy_sbi_is_safe};
 use crate::hypervisor::{RegId, Vcpu, Vm, extensions, regs};
 use crate::util::{RateLimit, guest_warn};
 
-/// Checks what no host changes: the number of harts, and the names of extensions.
+/// Checks the parts of the configuration that do not depend on the host: the number of harts, and
+/// the names of extensions.
 ///
 /// # Errors
-/// One line that names the flag.
+/// Returns a message of one line that names the wrong flag.
 pub(crate) fn check(config: &VmConfig) -> Result<(), String> {
     if config.cpus > MAX_HARTS {
         let cpus = config.cpus;
         return Err(format!(
-            "--cpus {cpus}: rvmm's machine has room for {MAX_HARTS} harts"
+            "--cpus {cpus}: a machine has at most {MAX_HARTS} harts"
         ));
     }
     let isa = config.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
@@ -29,22 +30,22 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), String> {
         .try_for_each(|name| sbi_switch(name).map(drop))
 }
 
-/// The register that switches the ISA extension `name`.
+/// The register that turns the ISA extension `name` on or off.
 fn isa_switch(name: &str) -> Result<RegId, String> {
     extensions::isa_register(name).ok_or_else(|| {
-        format!("--cpu {name}: KVM has no such ISA extension; rvmm info lists this host's")
+        format!("--cpu {name}: KVM has no such ISA extension; rvmm info lists those of this host")
     })
 }
 
-/// The register that switches the SBI extension `name`.
+/// The register that turns the SBI extension `name` on or off.
 fn sbi_switch(name: &str) -> Result<RegId, String> {
     extensions::sbi_register(name).ok_or_else(|| {
-        format!("--sbi {name}: KVM has no such SBI extension; rvmm info lists this host's")
+        format!("--sbi {name}: KVM has no such SBI extension; rvmm info lists those of this host")
     })
 }
 
-/// Creates the vCPUs of harts 0 and up, and sets which SBI extensions reach userspace. This comes
-/// before the first run: later KVM refuses.
+/// Creates the vCPUs, for harts 0 and up, and turns extensions on or off. This must be done before
+/// a vCPU runs: KVM refuses it later.
 pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>> {
     check(config).map_err(Error::msg)?;
     let max = vm.max_vcpus();
@@ -65,8 +66,9 @@ pub(super) fn create(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>
     Ok(vcpus)
 }
 
-/// The SBI extensions that rvmm switches on or off, whatever KVM's default: on, what rvmm serves;
-/// off, what nothing here serves or the host serves badly. `--sbi` comes after this.
+/// The SBI extensions that rvmm turns on or off, whatever KVM's default. On are those that rvmm
+/// handles. Off are those that rvmm does not handle, or that are unsafe on this host. `--sbi` is
+/// applied after this.
 pub(crate) fn sbi_choices() -> [(RegId, bool); 5] {
     [
         (regs::SBI_DBCN, true),
@@ -77,7 +79,7 @@ pub(crate) fn sbi_choices() -> [(RegId, bool); 5] {
     ]
 }
 
-/// Sets what `choices` says. A host without an extension has no such register.
+/// Turns SBI extensions on or off by `choices`. Skips extensions that the host lacks.
 fn choose_sbi(vcpu: &dyn Vcpu, choices: &[(RegId, bool)]) -> Result<()> {
     for &(register, on) in choices {
         match vcpu.reg(register)? {
@@ -92,7 +94,8 @@ fn choose_sbi(vcpu: &dyn Vcpu, choices: &[(RegId, bool)]) -> Result<()> {
     Ok(())
 }
 
-/// Takes away what `--cpu` and `--sbi` name. What the host does not have is away already.
+/// Turns off the extensions that `--cpu` and `--sbi` name, if the host has them, and sets the ids
+/// that `--cpu` gives.
 fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
     if let Some(cpu) = &config.cpu {
         for (name, switch) in &cpu.extensions {
@@ -100,8 +103,8 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
             if *switch == IsaSwitch::Off && vcpu.reg(register)? == Some(1) {
                 vcpu.set_reg(register, 0).with_context(|| {
                     format!(
-                        "--cpu {name}=off: this host's KVM cannot switch it off; {name}=hidden \
-                         keeps it from the device tree only"
+                        "--cpu {name}=off: this host's KVM cannot turn it off; {name}=hidden \
+                         removes it from the device tree only"
                     )
                 })?;
             }
@@ -119,15 +122,15 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
     for name in config.sbi.iter().flat_map(|sbi| sbi.extensions.keys()) {
         let register = sbi_switch(name).map_err(Error::msg)?;
         if vcpu.reg(register)? == Some(1) {
-            vcpu.set_reg(register, 0).with_context(|| {
-                format!("--sbi {name}=off: this host's KVM cannot switch it off")
-            })?;
+            vcpu.set_reg(register, 0)
+                .with_context(|| format!("--sbi {name}=off: this host's KVM cannot turn it off"))?;
         }
     }
     Ok(())
 }
 
-/// What the guest is told of its harts; of the AIA only where it has one.
+/// The features that the device tree shows. Without an AIA in this machine, they do not include
+/// Ssaia.
 pub(super) fn facts(
     config: &VmConfig,
     vcpus: &[Box<dyn Vcpu>],
@@ -138,16 +141,16 @@ pub(super) fn facts(
         facts.hide("ssaia");
     }
     for name in config.cpu.iter().flat_map(|cpu| cpu.extensions.keys()) {
-        // By it a guest knows that its interrupts are an IMSIC's.
+        // A guest uses the IMSIC only if it sees Ssaia.
         if name == "ssaia" && choice.is_aia() {
-            bail!("--cpu {name}: the guest needs it to find its AIA: give --irqchip plic too");
+            bail!("--cpu {name}: the guest needs it to use the AIA: add --irqchip plic");
         }
         facts.hide(name);
     }
     Ok(facts)
 }
 
-/// The hart that boots.
+/// The vCPU of the boot hart.
 pub(super) fn first(vcpus: &[Box<dyn Vcpu>]) -> Result<&dyn Vcpu> {
     let vcpu = vcpus.first().context("a machine needs a vCPU")?;
     Ok(vcpu.as_ref())

@@ -1,5 +1,5 @@
-//! Which interrupt controller a machine gets, and how it comes to be: the AIA before and after the
-//! vCPUs, the PLIC after them.
+//! Chooses and creates the machine's interrupt controller. The AIA is created before the vCPUs and
+//! started after them. The PLIC is created after them.
 
 use std::sync::Arc;
 
@@ -15,13 +15,14 @@ use crate::util::{RateLimit, guest_info};
 
 /// A controller, chosen before the vCPUs are created.
 pub(super) enum Choice {
-    /// In the kernel, created; emulated even where the host has guest interrupt files, if so.
+    /// The in-kernel AIA, created but not started. With `emulate`, KVM emulates the IMSIC even if
+    /// the host has guest interrupt files.
     Aia { device: Box<dyn Aia>, emulate: bool },
-    /// In userspace.
+    /// The PLIC, in userspace.
     Plic,
 }
 
-/// Chooses what `kind` asks for and this host can give.
+/// Chooses the controller that `kind` requests. Fails if this host does not have it.
 pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm) -> Result<Choice> {
     if kind == IrqchipKind::Plic {
         return Ok(Choice::Plic);
@@ -33,8 +34,8 @@ pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm) -> Result<Choice> {
         }),
         (None, IrqchipKind::Auto) => Ok(Choice::Plic),
         (None, _) => bail!(
-            "this host has no AIA (its KVM offers no interrupt controller): give --irqchip plic, \
-             or leave it at auto"
+            "this host has no AIA (its KVM has no in-kernel interrupt controller): use --irqchip \
+             plic or auto"
         ),
     }
 }
@@ -45,7 +46,7 @@ impl Choice {
         matches!(self, Choice::Aia { .. })
     }
 
-    /// Starts the controller for `vcpus`, which are all that `vm` will have.
+    /// Starts the controller for `vcpus`. These must be all vCPUs of `vm`.
     pub(super) fn start(self, vm: &Arc<dyn Vm>, vcpus: &[Box<dyn Vcpu>]) -> Result<IrqChip> {
         match self {
             Choice::Aia { device, emulate } => {

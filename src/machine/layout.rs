@@ -1,4 +1,5 @@
-//! The guest-physical map: that of QEMU's `virt` machine, so that guests built for it run.
+//! The guest-physical memory map. It is the one of QEMU's `virt` machine, so that guests built for
+//! that machine run.
 //!
 //! ```text
 //! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio, eight slots
@@ -17,9 +18,9 @@ use crate::irqchip::{aia, plic};
 use crate::pci::host;
 use crate::virtio::transport::mmio;
 
-/// How a guest ends the machine by a store.
+/// The sifive_test device, with which a guest powers off or resets the machine.
 pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);
-/// The clock.
+/// The goldfish RTC.
 pub(crate) const RTC: Range<u64> = range(0x0010_1000, goldfish_rtc::SIZE);
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
@@ -27,45 +28,45 @@ pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
 pub(crate) const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 /// The UART.
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
-/// IMSIC pages, for as many harts as QEMU's virt machine has room for.
+/// The IMSIC pages, for up to `MAX_HARTS` harts.
 pub const IMSIC: Range<u64> = range(0x2800_0000, MAX_HARTS as u64 * aia::IMSIC_SIZE);
-/// Where the AIA's parts are.
+/// The addresses of the AIA's parts.
 pub(crate) const AIA: aia::Placement = aia::Placement {
     aplic: GuestAddress(APLIC.start),
     imsic: GuestAddress(IMSIC.start),
 };
-/// Slots of virtio-mmio devices, and their wired interrupts from [`VIRTIO_MMIO_IRQ`].
+/// The slots of virtio-mmio devices. Their wired interrupts begin at [`VIRTIO_MMIO_IRQ`].
 pub(crate) const VIRTIO_MMIO: Range<u64> =
     range(0x1000_1000, VIRTIO_MMIO_SLOTS as u64 * mmio::SIZE);
-/// How many there are.
+/// The number of virtio-mmio slots.
 pub(crate) const VIRTIO_MMIO_SLOTS: u32 = 8;
 /// PCI configuration space.
 pub(crate) const PCI_ECAM: Range<u64> = range(0x3000_0000, host::ECAM_SIZE);
-/// Where the guest places PCI BARs.
+/// The window for PCI BARs.
 pub(crate) const PCI_WINDOW: Range<u64> = range(0x4000_0000, 0x4000_0000);
-/// Guest RAM starts here.
+/// The start of guest RAM.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
-/// Harts the map has room for.
+/// The most harts that the map has room for, as on QEMU's virt machine.
 pub(crate) const MAX_HARTS: u32 = 512;
 
-/// The first virtio-mmio slot's wired interrupt; the others follow.
+/// The wired interrupt of the first virtio-mmio slot. Those of the other slots follow.
 pub(crate) const VIRTIO_MMIO_IRQ: u32 = 1;
 /// The UART's wired interrupt.
 pub(crate) const UART_IRQ: u32 = 10;
-/// The clock's wired interrupt.
+/// The RTC's wired interrupt.
 pub(crate) const RTC_IRQ: u32 = 11;
 
-/// The first of PCI's four wired interrupts, on a controller whose last source is `sources`: as QEMU's
-/// virt machine has it, or lower where the guest is told of fewer.
+/// The first of PCI's four wired interrupts, on a controller with `sources` sources: 32 as on
+/// QEMU's virt machine, or 20 if the controller has fewer than 35 sources.
 pub(crate) const fn pci_irq(sources: u32) -> u32 {
     if sources >= 35 { 32 } else { 20 }
 }
 
-/// The UART's node in the device tree.
+/// The path of the UART's node in the device tree.
 pub(crate) const UART_PATH: &str = "/soc/serial@10000000";
 
-/// Whose registers the guest-physical address `gpa` holds.
+/// The name of the device whose registers are at the guest-physical address `gpa`.
 pub(crate) fn owner(gpa: u64) -> Option<&'static str> {
     let owners = [
         (APLIC, "APLIC"),

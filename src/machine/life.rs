@@ -1,4 +1,5 @@
-//! One life of a machine, from the first instruction to a reset or the end: its vCPUs, which run or stand still.
+//! The vCPUs of one life of a machine, running or paused. A life goes from the first instruction to
+//! a reset or the end.
 
 use std::iter::once;
 use std::mem::take;
@@ -15,14 +16,14 @@ use crate::vcpu::thread::{Parked, Start, VcpuHandle};
 
 /// The vCPUs of a life, in the order of their harts.
 pub(super) enum Vcpus {
-    /// Each has a thread.
+    /// Each vCPU has a thread.
     Running(Vec<VcpuHandle>),
-    /// None has one, and all devices stand still.
+    /// No vCPU has a thread.
     Paused(Vec<Parked>),
 }
 
 impl Vcpus {
-    /// Those of `hardware` before they have run, which count their exits if so.
+    /// Takes the vCPUs of `hardware`, which have not run yet. If `count`, their exits are counted.
     pub(super) fn of_new(hardware: &mut Hardware, count: bool) -> Self {
         let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
         let resets_harts = hardware.resets_harts;
@@ -34,7 +35,7 @@ impl Vcpus {
         Vcpus::Paused(vcpus.map(park).collect())
     }
 
-    /// Whether they run.
+    /// Whether the vCPUs run.
     pub(super) fn state(&self) -> State {
         match self {
             Vcpus::Running(_) => State::Running,
@@ -42,7 +43,7 @@ impl Vcpus {
         }
     }
 
-    /// Those that run.
+    /// The handles of running vCPUs; empty if they are paused.
     pub(super) fn running(&self) -> &[VcpuHandle] {
         match self {
             Vcpus::Running(vcpus) => vcpus,
@@ -50,11 +51,11 @@ impl Vcpus {
         }
     }
 
-    /// Starts a thread for each vCPU of `hardware`. Its devices run already.
+    /// Starts a thread for each vCPU of `hardware`. Its devices must be running.
     ///
     /// # Errors
-    /// A thread cannot be started, as where the host has no resources left. All vCPUs are parked then, and
-    /// can be started later.
+    /// Fails if a thread cannot be started, such as if the host has no resources left. All vCPUs
+    /// are parked then, and can be started later.
     pub(super) fn start(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
         let Vcpus::Paused(parked) = self else {
             return Ok(());
@@ -84,12 +85,14 @@ impl Vcpus {
         Err(error.into())
     }
 
-    /// Stops all vCPUs: they run no instruction, and what their last exits were to give the guest is in their
-    /// registers. Devices go on. Signals act meanwhile: a vCPU may wait for a device that it resets, and the
-    /// device for the host's disk.
+    /// Stops all vCPUs. They run no instruction any more, and the results of their last exits are
+    /// in their registers. Devices keep running. The main loop handles signals meanwhile, because
+    /// this may take long: a vCPU may wait for a device that it resets, and the device for the
+    /// host's disk.
     ///
     /// # Errors
-    /// The loop cannot wait, or a vCPU's thread panicked, which ends the process.
+    /// Fails if the main loop cannot wait for events, or if a vCPU's thread panicked, which ends
+    /// the process.
     pub(super) fn park(&mut self, main: &mut MainLoop) -> Result<()> {
         if self.state() == State::Paused {
             return Ok(());
@@ -102,7 +105,7 @@ impl Vcpus {
             return Ok(());
         };
         let running = take(running);
-        // All of them at once: none shall run on while another's thread ends.
+        // Ask all of them first: none should run on while another one's thread ends.
         running.iter().for_each(VcpuHandle::ask_to_stop);
         let parked = running.into_iter().map(VcpuHandle::stop);
         let parked = parked.collect::<Option<_>>();
@@ -110,7 +113,8 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
+    /// Pauses the vCPUs, then the devices. The main loop handles signals meanwhile, because a
+    /// device may wait for the host's disk.
     ///
     /// # Errors
     /// As [`Vcpus::park`].
@@ -123,10 +127,10 @@ impl Vcpus {
         main.while_serving(|| devices.pause())
     }
 
-    /// Lets devices, then vCPUs go on.
+    /// Resumes the devices, then the vCPUs.
     ///
     /// # Errors
-    /// As [`Vcpus::start`]; the devices stand still again then.
+    /// As [`Vcpus::start`]. On an error the devices are paused again.
     pub(super) fn resume(
         &mut self,
         hardware: &Hardware,
@@ -145,7 +149,7 @@ impl Vcpus {
         started
     }
 
-    /// What the vCPUs counted, which stand still.
+    /// The statistics of the vCPUs, which must be parked. Otherwise the result is empty.
     pub(super) fn counted(&self) -> Vec<Option<ExitStats>> {
         match self {
             Vcpus::Running(_) => Vec::new(),

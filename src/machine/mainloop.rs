@@ -1,8 +1,9 @@
-//! The main loop: one thread, the machine's own, waits for all that controls the machine.
+//! The main loop: the machine's main thread waits for everything that controls the machine.
 //!
-//! Signals, the control socket and the clock's alarm are descriptors that it waits for; vCPU threads and the
-//! consoles send it an [`Event`] by a [`Post`]. What each of them means is decided by `Machine::run`. The
-//! data plane, disks' and networks' queues, has threads of its own.
+//! It waits for the descriptors of signals, of the consoles' input, of the control socket and of
+//! the RTC's alarm. vCPU threads and the handlers of these descriptors send it an [`Event`] with a
+//! [`Post`]. `Machine::run` handles the events. The queues of disks and networks have their own
+//! threads.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -28,14 +29,14 @@ use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn_scoped};
 use crate::vcpu::Stop;
 
-/// What the machine is to do something about.
+/// An event that `Machine::run` handles.
 #[derive(Debug)]
 pub(super) enum Event {
     /// A vCPU's thread ended.
     Vcpu(hypervisor::Result<Stop>),
-    /// Somebody asked for the end.
+    /// Somebody requested the end of the machine.
     Asked(Outcome),
-    /// Somebody asked the guest for its end.
+    /// Somebody requested that the guest powers off: its power key is to be pressed.
     Pressed,
     /// A vCPU wants to be kicked.
     Called,
@@ -51,17 +52,17 @@ pub(super) struct Post {
 }
 
 impl Post {
-    /// Sends `event`. Nobody takes it once the machine has ended, and that is fine.
+    /// Sends `event`. Once the machine has ended, the event is dropped.
     pub(super) fn send(&self, event: Event) {
         let _ = self.events.send(event);
-        // It fails only when 2^64 events wait.
+        // This fails only if 2^64 events wait.
         let _ = self.wake.write(1);
     }
 
-    /// A post, and where its events arrive.
+    /// Creates a post, and the receiver of its events.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host has no descriptors left.
     pub(super) fn new() -> std::io::Result<(Self, Receiver<Event>)> {
         let (events, arrived) = channel();
         let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
@@ -69,24 +70,24 @@ impl Post {
     }
 }
 
-/// What the loop waits for is added as a subscriber, which sends an [`Event`] or acts at once.
+/// A source of events: a subscriber of the loop. It sends an [`Event`], or acts at once.
 pub(super) type Source = Box<dyn MutEventSubscriber>;
 
 /// The loop.
 pub(super) struct MainLoop {
     manager: EventManager<Source>,
     arrived: Receiver<Event>,
-    /// Commands that came while a reset began.
+    /// Commands that arrived while the machine ended a life. The next life handles them.
     deferred: VecDeque<Event>,
     server: Option<(SubscriberId, Rc<RefCell<Server>>)>,
     alarm: Option<SubscriberId>,
 }
 
 impl MainLoop {
-    /// A loop that waits for the events of `post`, which `arrived` has.
+    /// Creates a loop that waits for the events of `post`. `arrived` is the receiver of `post`.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host has no descriptors left.
     pub(super) fn new(post: &Post, arrived: Receiver<Event>) -> Result<Self> {
         let manager = EventManager::new().map_err(|e| failed("create", &e))?;
         let mut main = Self {
@@ -100,28 +101,28 @@ impl MainLoop {
         Ok(main)
     }
 
-    /// Waits for `source` too.
+    /// Adds `source`: the loop waits for it from now on.
     pub(super) fn add(&mut self, source: Source) -> SubscriberId {
         self.manager.add_subscriber(source)
     }
 
-    /// Serves the control socket too.
+    /// Adds the server of the control socket.
     pub(super) fn add_server(&mut self, server: Rc<RefCell<Server>>) {
         let id = self.add(Box::new(Rc::clone(&server)));
         self.server = Some((id, server));
     }
 
-    /// Waits for the alarms of `rtc`, and of no clock that was there before.
+    /// Waits for the alarms of `rtc` instead of those of the previous RTC.
     pub(super) fn set_clock(&mut self, rtc: Option<Arc<GoldfishRtc>>) {
         if let Some(before) = self.alarm.take() {
             if let Err(error) = self.manager.remove_subscriber(before) {
-                warn!("Failed to leave the guest's clock: {error}");
+                warn!("Failed to stop waiting for the guest's clock: {error}");
             }
         }
         self.alarm = rtc.map(|rtc| self.add(Box::new(Alarm(rtc))));
     }
 
-    /// Sends `reply` to `client`, if it is still there.
+    /// Sends `reply` to `client`, if it is still connected.
     pub(super) fn answer(&mut self, client: Client, reply: &Reply) {
         if let Some((id, server)) = &self.server {
             if let Ok(mut ops) = self.manager.event_ops(*id) {
@@ -130,13 +131,13 @@ impl MainLoop {
         }
     }
 
-    /// The next event; none when `time` is over.
+    /// Waits for the next event. Returns none when `time` is over.
     ///
     /// # Errors
-    /// The host cannot wait.
+    /// Fails if the host cannot wait for events.
     pub(super) fn next(&mut self, time: Duration) -> Result<Option<Event>> {
         let until = Instant::now().checked_add(time);
-        // However many commands come, signals are seen.
+        // Handle signals first, however many commands wait.
         self.wait(Some(Duration::ZERO))?;
         if let Some(event) = self.deferred.pop_front() {
             return Ok(Some(event));
@@ -153,7 +154,7 @@ impl MainLoop {
         }
     }
 
-    /// Serves all sources that have something now. Their events wait for [`MainLoop::next`].
+    /// Lets all sources that are ready act now. Their events are queued for [`MainLoop::next`].
     fn serve(&mut self) {
         if let Err(error) = self.wait(Some(Duration::ZERO)) {
             warn!("{error:#}");
@@ -163,7 +164,7 @@ impl MainLoop {
     fn wait(&mut self, time: Option<Duration>) -> Result<()> {
         const FOR_EVER: i32 = -1;
         let milliseconds = time.map_or(FOR_EVER, |time| {
-            // Not a moment too early: that would be one more turn.
+            // Round up: waking too early would cost one more turn of the loop.
             i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
         });
         match self.manager.run_with_timeout(milliseconds) {
@@ -172,9 +173,10 @@ impl MainLoop {
         }
     }
 
-    /// What a person asked for while the machine was busy: the end, or else the guest's. What vCPUs sent
-    /// is dropped: they stopped because the first one did. A command waits for the next life, or is refused if the
-    /// machine `is_over`.
+    /// Handles the events that arrived while the machine ended a life. Returns a request for the
+    /// end, or else a request to press the power key, if there was one. Events of vCPUs are
+    /// dropped: the other vCPUs stopped because the first one did. Commands wait for the next life;
+    /// if the machine `is_over` they are refused.
     pub(super) fn asked_meanwhile(&mut self, is_over: bool) -> Option<Event> {
         self.serve();
         let mut first = None;
@@ -193,18 +195,19 @@ impl MainLoop {
         first
     }
 
-    /// Does `work`, which may take its time, on a thread of its own: signals act meanwhile, and all other events
-    /// wait. Where the host has no resources for that, signals wait too.
+    /// Runs `work`, which may take long, on a separate thread. The loop handles signals meanwhile;
+    /// all other events wait. If the host has no resources for the thread, `work` runs on this
+    /// thread, and signals wait too.
     ///
     /// # Errors
-    /// The host cannot wait, or `work` panicked, which ends the process.
+    /// Fails if the host cannot wait for events, or if `work` panicked, which ends the process.
     pub(super) fn while_serving<T: Send>(&mut self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let Ok((done, signal)) = pair() else {
             return Ok(work());
         };
         let is_done = Rc::new(RefCell::new(false));
         let id = self.add(Box::new(Done(done, Rc::clone(&is_done))));
-        // A thread that cannot be started leaves it here.
+        // If the thread cannot be started, the work is still here.
         let seat = Mutex::new(Some(work));
         let result = std::thread::scope(|scope| {
             let body = || {
@@ -225,16 +228,16 @@ impl MainLoop {
     }
 }
 
-/// An eventfd, and once more the same.
+/// Two descriptors of one eventfd.
 fn pair() -> std::io::Result<(EventFd, EventFd)> {
     let fd = EventFd::new(libc::EFD_CLOEXEC)?;
     let again = fd.try_clone()?;
     Ok((fd, again))
 }
 
-/// Does the work of `seat`, if nobody else has.
+/// Takes the work out of `seat` and runs it. Returns none if it was taken before.
 fn take_and_do<T>(seat: &Mutex<Option<impl FnOnce() -> T>>) -> Option<T> {
-    // The lock is not held while it works.
+    // Do not hold the lock while the work runs.
     let work = lock(seat).take();
     work.map(|work| work())
 }
@@ -243,14 +246,14 @@ fn failed(act: &str, error: &event_manager::Error) -> anyhow::Error {
     anyhow!("Failed to {act} the main loop's events: {error}")
 }
 
-/// Adds what a source waits for.
+/// Waits until `fd` is readable. A warning calls it `what`.
 pub(super) fn watch(ops: &mut EventOps, fd: &impl AsRawFd, what: &str) {
     if let Err(error) = ops.add(Events::new(fd, EventSet::IN)) {
         warn!("Failed to wait for {what}: {error}");
     }
 }
 
-/// Events have come.
+/// Readable when events of a [`Post`] have arrived.
 struct Wake(Arc<EventFd>);
 
 impl MutEventSubscriber for Wake {
@@ -263,7 +266,7 @@ impl MutEventSubscriber for Wake {
     }
 }
 
-/// The work of [`MainLoop::while_serving`] is done.
+/// Readable when the work of [`MainLoop::while_serving`] is done.
 struct Done(EventFd, Rc<RefCell<bool>>);
 
 impl MutEventSubscriber for Done {
@@ -277,7 +280,7 @@ impl MutEventSubscriber for Done {
     }
 }
 
-/// The guest's clock may ring.
+/// Readable when the RTC's timer has expired.
 struct Alarm(Arc<GoldfishRtc>);
 
 impl MutEventSubscriber for Alarm {

@@ -1,5 +1,5 @@
-//! What the machine's own thread does while the guest runs: it waits for events, gives memory
-//! back, and kicks vCPUs where the host makes that necessary.
+//! The work of the machine's main thread while the guest runs: it waits for events, releases
+//! memory, and kicks vCPUs if the host requires it.
 
 use std::time::{Duration, Instant};
 
@@ -12,20 +12,20 @@ use crate::util::text;
 use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
 
-/// After this time the code that only starting needed is given back: a machine that has run for so
-/// long may run for longer.
+/// After this time rvmm releases the memory of its start-up code. A machine that has run this long
+/// will probably run much longer.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// What one life of a machine has to have done, and when.
+/// Periodic work in one life of a machine, and when it is due.
 pub(super) struct Meantime {
-    /// When code is given back; none when it is.
+    /// When the start-up code is released. None once it is.
     settles: Option<Instant>,
-    /// When vCPUs are looked at next, and how often they have been.
+    /// When the next look at the vCPUs is due (`vcpu::restart`), and the number of looks so far.
     looks: Option<Instant>,
     looked: u32,
 }
 
-/// Of a life that begins now.
+/// The state for a life that begins now.
 impl Default for Meantime {
     fn default() -> Self {
         let now = Instant::now();
@@ -38,11 +38,12 @@ impl Default for Meantime {
 }
 
 impl Meantime {
-    /// Waits for an event while `vcpus` run; none when the time of `deadline` is over.
+    /// Waits for an event while `vcpus` run. Returns none if `deadline` has passed.
     ///
     /// # Errors
-    /// The host cannot wait.
-    // Not a part of its caller, whose code is given back while this waits (resources/link/order.t).
+    /// Fails if the main loop cannot wait for events.
+    // Not inlined: the caller's code is released while this function waits
+    // (resources/link/order.t).
     #[inline(never)]
     pub(super) fn next_event(
         &mut self,
@@ -56,7 +57,7 @@ impl Meantime {
                 _ if deadline.left().is_zero() => return Ok(None),
                 None => self.act(vcpus),
                 Some(event) => {
-                    // Events may come without a pause.
+                    // Do the work here too: events may come without a pause.
                     self.act(vcpus);
                     return Ok(Some(event));
                 }
@@ -81,7 +82,7 @@ impl Meantime {
         if self.settles.is_some_and(|time| time <= now) {
             self.settles = None;
             if let Err(error) = text::release() {
-                debug!("the code that only starting needed stays in memory: {error}");
+                debug!("Failed to release the memory of start-up code: {error}");
             }
         }
         let looks = must_look(vcpus) && self.looks.is_some_and(|time| time <= now);
@@ -98,7 +99,8 @@ impl Meantime {
     }
 }
 
-/// Whether harts of `vcpus` may stop and start unseen. Nobody starts a hart that is alone.
+/// Whether harts of `vcpus` may stop and start again inside KVM_RUN. A single hart cannot: no other
+/// hart could start it.
 fn must_look(vcpus: &[VcpuHandle]) -> bool {
     vcpus.len() > 1 && vcpus.iter().any(VcpuHandle::follows_restarts)
 }

@@ -1,10 +1,11 @@
-//! The machine: built by `builder`, laid out by [`layout`], run here.
+//! The machine. `builder` builds it, [`layout`] is its memory map, and this module runs it.
 //!
 //! ```text
-//! Machine::build --> running <--> paused     --> a signal, Ctrl-A X, --timeout, --> console drained,
-//!                    ^   |    by a command       a command, power-off,              terminal restored
-//!                    |   v                       or what cannot go on
-//!                    reset: the guest or a command asked for one
+//! Machine::build --> running <--> paused    --> a signal, Ctrl-A X,   --> consoles drained,
+//!                    ^   |    by a command      --timeout, a command,     terminal restored
+//!                    |   v                      power-off, or a guest
+//!                    reset, by the guest        that cannot go on
+//!                    or a command
 //! ```
 
 mod builder;
@@ -48,11 +49,11 @@ use signals::Signals;
 pub use stats::Stats;
 pub use virtio::MakeDevice;
 
-/// How long the console's reader may pause once somebody wants the VM gone. Otherwise rvmm waits
-/// for it like any program that writes to a pipe.
+/// How long the console's reader may pause after somebody has requested the end. Without such a
+/// request rvmm waits for the reader without a limit, like any program that writes to a pipe.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
 
-/// When a machine ends at the latest, and how.
+/// The latest time at which a machine ends, and the outcome then.
 #[derive(Clone, Copy)]
 struct Deadline {
     at: Option<Instant>,
@@ -60,7 +61,7 @@ struct Deadline {
 }
 
 impl Deadline {
-    /// After `time`, if any is given.
+    /// The deadline of `--timeout`: after `time`, or none.
     fn after(time: Option<Duration>) -> Self {
         Self {
             at: time.and_then(|time| Instant::now().checked_add(time)),
@@ -68,13 +69,13 @@ impl Deadline {
         }
     }
 
-    /// How much time is left.
+    /// The time that is left.
     fn left(&self) -> Duration {
         let left = |at: Instant| at.saturating_duration_since(Instant::now());
         self.at.map_or(Duration::MAX, left)
     }
 
-    /// The earlier of both.
+    /// The earlier of the two deadlines.
     fn or(self, other: Self) -> Self {
         if other.left() < self.left() {
             other
@@ -89,19 +90,19 @@ impl Deadline {
 pub struct Run<'a> {
     /// The host's end of the console.
     pub console: &'a ConsoleConfig,
-    /// End the machine this long after its start at the latest.
+    /// End the machine this long after its start.
     pub timeout: Option<Duration>,
-    /// Make the machine anew when the guest asks for a reset; else that is its end.
+    /// Whether a reset by the guest restarts it. If false, a reset ends the machine.
     pub reboot: bool,
-    /// Keep [`Stats`], and count the time to the guest's start from here.
+    /// If set, collect [`Stats`]. The start-up time is counted from this instant.
     pub stats_from: Option<Instant>,
-    /// Where to listen for commands.
+    /// The path of the control socket, if any.
     pub control: Option<&'a Path>,
-    /// Do not run the guest before a command says so.
+    /// Start paused: the guest does not run before a command resumes it.
     pub paused: bool,
 }
 
-/// A machine under way, and what it is run with.
+/// The state of a running machine.
 struct Running<'a> {
     how: &'a Run<'a>,
     machine: Machine,
@@ -110,25 +111,27 @@ struct Running<'a> {
     ending: Ending,
     deadline: Deadline,
     stats: Option<Stats>,
-    /// Resets so far.
+    /// Number of resets so far.
     resets: u64,
 }
 
-/// How a life ended.
+/// How a life of the machine ended. A life goes from the start or a reset to the next reset or the
+/// end.
 enum End {
-    /// The guest is to be restarted. If a client asked for that, it is told when it is done.
+    /// The guest is to be restarted. A client that requested it gets a reply after the reset.
     Reset(Option<Client>),
     /// The machine has ended.
     Over(Outcome),
 }
 
 impl Machine {
-    /// Runs the machine to its end, through as many resets as the guest asks for. Where somebody
-    /// asks for the end and it does not come within five seconds, the process ends. Signals are as
-    /// [`signals::prepare`] leaves them.
+    /// Runs the machine to its end, with as many resets as the guest requests. If somebody requests
+    /// the end, and the machine does not end within five seconds, this function ends the process.
+    /// Call [`signals::prepare`] before.
     ///
     /// # Errors
-    /// The host failed; a guest's failure is an [`Outcome`].
+    /// Fails if the host or one of its files fails. A failure of the guest is an [`Outcome`], not
+    /// an error.
     pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
         let (post, arrived) = Post::new().context("Failed to create an eventfd")?;
         let ending = Ending::new(post.clone());
@@ -153,13 +156,14 @@ impl Running<'_> {
         if let Some(at) = self.deadline.at {
             self.ending.expect(self.deadline.outcome, at);
         }
-        // First: its name in the file system needs a process without other threads.
+        // Do this first: creating the socket changes the process's umask, so no other thread may
+        // create files.
         if let Some(path) = self.how.control {
             let (post, ending) = (self.post.clone(), self.ending.clone());
             let on_command = move |command, client| {
                 post.send(Event::Command(command, client));
                 if command == Command::Stop {
-                    // The machine may be busy just now.
+                    // Start the time limit here: the machine may be busy.
                     ending.expect(Outcome::Commanded, Instant::now());
                 }
             };
@@ -177,13 +181,13 @@ impl Running<'_> {
         if let Ok(outcome) = outcome {
             self.ending.settle(outcome);
         }
-        // Whatever happened: what the guest wrote is written. Devices first, whose threads may still
-        // have it.
+        // Even after an error, write what the guest has written. End the devices first: their
+        // threads may still hold output.
         self.main.set_clock(None);
         let hardware = self.machine.power_off();
         self.main.while_serving(move || drop(hardware))?;
         self.drain(consoles, !matches!(outcome, Ok(Outcome::Guest(_))));
-        // The signals' source goes with the loop.
+        // This drops `Signals` too: from here on a signal ends the process at once.
         drop(self.main);
         if let Some(stats) = &mut self.stats {
             stats.put_away();
@@ -191,7 +195,7 @@ impl Running<'_> {
         Ok((outcome?, self.stats))
     }
 
-    /// Connects the console, and the second one where there is one, to the host.
+    /// Connects the console, and the second console if there is one, to the host.
     fn connect_consoles(&mut self) -> Result<Vec<Host>> {
         let machine = &self.machine;
         let first = ("the console", &machine.console, self.how.console);
@@ -213,7 +217,8 @@ impl Running<'_> {
         Ok(hosts)
     }
 
-    /// Writes the last output. If `hurried`, or once somebody wants the end, its reader has little time.
+    /// Writes the last output of the consoles. If `hurried`, or once somebody requests the end, a
+    /// reader may pause for [`DRAIN_PATIENCE`] at most.
     fn drain(&mut self, consoles: Vec<Host>, mut hurried: bool) {
         for console in consoles {
             console.finish(|idle| {
@@ -224,7 +229,7 @@ impl Running<'_> {
         }
     }
 
-    /// All lives, to the end of the last one.
+    /// Runs all lives, to the end of the last one.
     fn live_all(&mut self) -> Result<Outcome> {
         let mut state = match self.how.paused {
             true => State::Paused,
@@ -246,8 +251,9 @@ impl Running<'_> {
         }
     }
 
-    /// One life: from the first instruction to what ends it. No vCPU runs any more then: what the
-    /// console holds is the last of it. The guest runs, or not, as `state` says, and as commands change it.
+    /// Runs one life: from the first instruction to a reset or the end. When this returns, no vCPU
+    /// runs, and the console has the last output of this life. The life begins running or paused,
+    /// by `state`, which is updated as commands change it.
     fn live(&mut self, state: &mut State) -> Result<End> {
         if let Some(stats) = &mut self.stats {
             stats.guest_starts();
@@ -262,7 +268,7 @@ impl Running<'_> {
             }
             State::Paused => {
                 hardware.devices.pause();
-                info!("the guest is paused: rvmm ctl resumes it");
+                info!("the guest is paused: rvmm ctl PATH resume starts it");
             }
         }
         let end = self.watch(&mut vcpus);
@@ -287,20 +293,20 @@ impl Running<'_> {
         };
         match end {
             End::Reset(_) => guest_info!(RateLimit::named("resets"), "the guest is reset"),
-            // Before the console is drained, which may take its time.
+            // Log this before the console is drained, which may take long.
             End::Over(outcome) => info!("{outcome}"),
         }
         Ok(end)
     }
 
-    /// Does what events ask for, until one of them ends this life.
+    /// Handles events until one of them ends this life.
     fn watch(&mut self, vcpus: &mut Vcpus) -> Result<End> {
         let mut meantime = Meantime::default();
         loop {
             match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
                 Some(Event::Called) => {}
                 Some(Event::Pressed) => {
-                    // A guest that stands still could not power off.
+                    // A paused guest could not power off.
                     self.go_on(vcpus)?;
                     self.press()?;
                 }
@@ -319,7 +325,7 @@ impl Running<'_> {
         }
     }
 
-    /// Asks the guest to power off, which it has to do before a new deadline.
+    /// Asks the guest to power off, and sets a deadline for it.
     fn press(&mut self) -> Result<()> {
         let machine = &mut self.machine;
         let Some(patience) = machine.config.on_sigterm.patience() else {
@@ -334,9 +340,9 @@ impl Running<'_> {
             self.ending.expect(self.deadline.outcome, at);
         }
         if machine.backends.button.iter().any(|button| button.press()) {
-            info!("SIGTERM: the guest's power key is pressed");
+            info!("SIGTERM: pressed the guest's power key");
         } else {
-            info!("SIGTERM: the guest has no power key: SysRq on its UART");
+            info!("SIGTERM: the guest has no driver for the power key: sending SysRq to its UART");
             machine.hardware()?.sysrq_power_off();
         }
         Ok(())

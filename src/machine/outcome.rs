@@ -1,4 +1,4 @@
-//! How a machine ended, and what rvmm's exit status says of it.
+//! How a machine ended, and the exit status of rvmm for it.
 
 use std::fmt;
 
@@ -8,22 +8,22 @@ use crate::vcpu::Stop;
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The guest, or what it did, ended it.
+    /// The guest ended the machine, or cannot go on.
     Guest(Stop),
-    /// A signal asked for the end.
+    /// A signal requested the end.
     Signal(i32),
-    /// A signal asked the guest for its end, which did not come in time.
+    /// A signal asked the guest to power off, but the guest did not do so in time.
     Overdue(i32),
     /// The user typed Ctrl-A X.
     Left,
-    /// A command on the control socket ended it.
+    /// A command on the control socket ended the machine.
     Commanded,
-    /// The time given to the machine is over.
+    /// The time limit of `--timeout` has expired.
     TimedOut,
 }
 
 impl Outcome {
-    /// rvmm's exit status, one of [`status`]'s table.
+    /// rvmm's exit status, from the table in [`status`].
     pub fn exit_status(self) -> u8 {
         match self {
             Outcome::Guest(Stop::PowerOff) | Outcome::Left | Outcome::Commanded => 0,
@@ -32,14 +32,14 @@ impl Outcome {
             Outcome::Guest(Stop::Failure(_)) => status::GUEST_FAILED,
             Outcome::Guest(_) => status::CANNOT_GO_ON,
             Outcome::TimedOut => status::TIMED_OUT,
-            // Signal numbers end at 64.
+            // Signal numbers are at most 64.
             Outcome::Signal(number) | Outcome::Overdue(number) => {
                 status::SIGNAL.saturating_add(u8::try_from(number).unwrap_or(127))
             }
         }
     }
 
-    /// Whether the user expects this end; any other deserves a line.
+    /// Whether the user expects this end. If not, rvmm prints a message.
     pub fn is_expected(self) -> bool {
         matches!(
             self,
@@ -48,8 +48,8 @@ impl Outcome {
     }
 }
 
-/// The guest's code as an exit status: what is above the guest's range is its end. A failure has no
-/// code 0.
+/// The guest's exit code as an exit status: limited to the guest's range, 1 to
+/// [`status::GUEST_MAX`]. Code 0 becomes 1, because it is a failure too.
 fn exit_status(code: u16) -> u8 {
     u8::try_from(code.clamp(1, status::GUEST_MAX.into())).unwrap_or(u8::MAX)
 }
@@ -61,11 +61,11 @@ impl fmt::Display for Outcome {
             Outcome::Signal(number) => write!(f, "ended by signal {number}"),
             Outcome::Overdue(number) => write!(
                 f,
-                "the guest did not power off in time; ended as by signal {number}"
+                "the guest did not power off in time; ended by signal {number}"
             ),
             Outcome::Left => write!(f, "ended by Ctrl-A X"),
             Outcome::Commanded => write!(f, "ended by a command"),
-            Outcome::TimedOut => write!(f, "the time of --timeout is over"),
+            Outcome::TimedOut => write!(f, "the time limit of --timeout has expired"),
         }
     }
 }

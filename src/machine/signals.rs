@@ -1,25 +1,26 @@
-//! Signals: what each of them does to rvmm.
+//! Signal handling. This table has the effect of each signal on rvmm:
 //!
 //! | signal | rvmm |
 //! |---|---|
-//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | ends in order: the terminal restored, status 128+n; SIGTERM may ask the guest first |
-//! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU | the same: by default they end a process at once |
-//! | SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT | the same |
-//! | SIGTSTP | restores the terminal, then stops |
-//! | SIGCONT | goes on, with the terminal where it is in the foreground |
-//! | SIGWINCH | tells the guest of the new window |
-//! | SIGXFSZ | never comes: the write fails with EFBIG, an error like a full disk |
-//! | SIGTTIN, SIGTTOU | never come: a guest runs on in the background, see [`terminal`] |
-//! | SIGPIPE | ignored, by Rust's runtime: the write fails with EPIPE |
-//! | SIGRTMIN | gets a vCPU's thread out of the guest (`vcpu::thread`) |
-//! | other real-time signals | never come: nobody has agreed with rvmm on one |
-//! | SIGABRT, SIGBUS, SIGFPE, SIGILL | faults of rvmm's: end it at once, with a core, as by default |
-//! | SIGSEGV, SIGSYS, SIGTRAP | the same |
-//! | SIGKILL, SIGSTOP | nobody can change them |
+//! | SIGHUP, SIGINT, SIGQUIT, SIGTERM | end it in order: the terminal is restored, status 128+n |
+//! | SIGTERM with `--on-sigterm poweroff` | asks the guest to power off first |
+//! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU | end it in order; the default is at once |
+//! | SIGUSR1, SIGUSR2, SIGIO, SIGPWR, SIGSTKFLT | as the line above |
+//! | SIGTSTP | restores the terminal, then stops the process |
+//! | SIGCONT | goes on; sets the terminal to raw mode again if rvmm is in the foreground |
+//! | SIGWINCH | the guest gets the new size of the terminal window |
+//! | SIGXFSZ | blocked: the write fails with EFBIG, and is handled like a full disk |
+//! | SIGTTIN, SIGTTOU | blocked: a guest keeps running in the background, see [`terminal`] |
+//! | SIGPIPE | ignored by Rust's runtime: the write fails with EPIPE |
+//! | SIGRTMIN | interrupts the KVM_RUN of a vCPU's thread (`vcpu::thread`) |
+//! | other real-time signals | blocked: rvmm does not use them |
+//! | SIGABRT, SIGBUS, SIGFPE, SIGILL | bugs in rvmm: default action, with a core dump |
+//! | SIGSEGV, SIGSYS, SIGTRAP | as the line above |
+//! | SIGKILL, SIGSTOP | default action; a process cannot change it |
 //! | SIGCHLD, SIGURG | do nothing, as by default |
 //!
-//! One that ends or stops rvmm stays ignored where whoever started rvmm ignored it, as nohup does.
-//! Once the machine has ended, one that ends rvmm does so at once.
+//! A signal that would end or stop rvmm stays ignored if rvmm was started with it ignored, as by
+//! nohup. Once the machine has ended, a signal that ends rvmm does so at once.
 
 use std::fs;
 use std::io;
@@ -46,7 +47,7 @@ use super::mainloop::watch;
 use crate::devices::console::terminal;
 use crate::util::sync::lock;
 
-/// Those that end rvmm in order.
+/// Signals that end rvmm in order.
 const ENDS: [i32; 13] = [
     SIGHUP,
     SIGINT,
@@ -63,32 +64,32 @@ const ENDS: [i32; 13] = [
     SIGXCPU,
 ];
 
-/// Those that never come.
+/// Signals that are blocked. All real-time signals but the first are blocked too.
 const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
-/// Which of SIGTSTP and SIGCONT came last.
+/// Values of a flag that has which of SIGTSTP and SIGCONT came last.
 const STOPPING: usize = 1;
 const GOING: usize = 0;
 
-/// Whether no machine runs, before the first and after the last.
+/// A flag that is true while no machine runs. Signals end the process at once then.
 static OVER: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
 
-/// Makes the process's signals as the table says, whatever mask it was started with. Comes before
-/// any other thread, which then has the same mask.
+/// Sets the process's signal mask according to the table, whatever mask it was started with. Must
+/// be called before other threads start, because they inherit the mask.
 pub fn prepare() {
     let real_time = SIGRTMIN() + 1..=SIGRTMAX();
     for signal in BLOCKED.into_iter().chain(real_time) {
-        // Fails for one that is blocked.
+        // Fails if the signal is blocked already.
         let _ = block_signal(signal);
     }
     let heard = [SIGTSTP, SIGCONT, SIGWINCH];
     for signal in ENDS.into_iter().chain(heard) {
-        // Fails for numbers that are no signals.
+        // Fails only for invalid signal numbers.
         let _ = unblock_signal(signal);
     }
 }
 
-/// What hears signals, on the main loop. Once it is dropped they act as before.
+/// Handles signals on the main loop. After it is dropped, signals end the process at once.
 pub(super) struct Signals<F> {
     delivery: SignalDelivery<UnixStream, SignalOnly>,
     ending: Ending,
@@ -100,12 +101,12 @@ pub(super) struct Signals<F> {
 }
 
 impl<F: Fn()> Signals<F> {
-    /// Hears signals from now on: those that end rvmm are passed to `ending`; if `presses`, the first SIGTERM
-    /// presses the power key instead. SIGTSTP and SIGCONT give the terminal back and take it again; SIGWINCH calls
-    /// `on_resize`.
+    /// Starts to handle signals. Signals that end rvmm are passed to `ending`; if `presses`, the
+    /// first SIGTERM presses the power key instead. SIGTSTP restores the terminal's mode, SIGCONT
+    /// sets raw mode again, and SIGWINCH calls `on_resize`.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// Fails if the host has no descriptors left, or if a handler cannot be set.
     pub(super) fn new(ending: Ending, presses: bool, on_resize: F) -> io::Result<Self> {
         let ignored = ignored_signals();
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
@@ -117,7 +118,7 @@ impl<F: Fn()> Signals<F> {
         let (read, write) = UnixStream::pair()?;
         let wanted = wanted.chain([SIGCONT, SIGWINCH]);
         let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, wanted)?;
-        // Somebody listens now.
+        // From here on the main loop handles signals.
         over.store(false, Ordering::Release);
         Ok(Self {
             delivery,
@@ -148,9 +149,10 @@ impl<F: Fn()> MutEventSubscriber for Signals<F> {
     }
 }
 
-/// The flag with which `signals` end the process at once, and SIGTSTP stops it: a handler that nobody
-/// listens to would swallow them. signal-hook knows no default of SIGPWR and SIGSTKFLT, so that the
-/// status is what a shell makes of a signal, 128+n.
+/// Returns the flag that makes `signals` end the process at once, and SIGTSTP stop it. Without it,
+/// signals would be lost while no main loop handles them. The process exits with the status that a
+/// shell shows for a signal, 128+n, because signal-hook does not know the default actions of SIGPWR
+/// and SIGSTKFLT.
 fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
     let mut known = lock(&OVER);
     if let Some(over) = &*known {
@@ -169,7 +171,7 @@ fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
     Ok(over)
 }
 
-/// Those that whoever started rvmm wants it to ignore.
+/// The signals that were ignored when rvmm was started.
 fn ignored_signals() -> Vec<i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -180,12 +182,12 @@ fn ignored_signals() -> Vec<i32> {
         .collect()
 }
 
-/// Stops the whole process, vCPUs too, with the terminal as its user knows it. Not if SIGCONT has come
-/// since, as Linux does: nobody would send another.
+/// Stops the whole process, vCPUs too, after restoring the terminal's mode. Does nothing if SIGCONT
+/// has come since, as Linux does: nobody would send another one.
 fn suspend(stopping: &AtomicUsize) {
     terminal::restore();
     if stopping.load(Ordering::Acquire) == STOPPING {
-        // Fails for signals without a default action only.
+        // Fails only for signals without a default action.
         let _ = emulate_default_handler(SIGTSTP);
     } else {
         terminal::resume();
@@ -206,12 +208,12 @@ pub(super) mod tests {
     use signal_hook::low_level::raise;
     use std::time::Duration;
 
-    /// Held by whoever hears signals: each of them is the whole process's.
+    /// Held by tests that handle signals, because signals go to the whole process.
     pub(in crate::machine) static ALONE: Mutex<()> = Mutex::new(());
 
     const LONG: Duration = Duration::from_secs(1000);
 
-    /// Each of them would end this process by default.
+    /// Each of these signals would end this process by default.
     #[test]
     fn what_ends_a_process_ends_the_machine_in_order() {
         let _alone = lock(&ALONE);
@@ -224,7 +226,7 @@ pub(super) mod tests {
         for signal in ENDS {
             raise(signal).unwrap();
             let Ok(Some(Event::Asked(outcome))) = main.next(LONG) else {
-                panic!("signal {signal}: nothing was told");
+                panic!("signal {signal}: no event");
             };
             assert_eq!(outcome, Outcome::Signal(signal));
         }
@@ -232,20 +234,20 @@ pub(super) mod tests {
         ending.came();
     }
 
-    /// Each of them would end or stop this process by default.
+    /// Each of these signals would end or stop this process by default.
     #[test]
     fn what_is_no_request_changes_nothing() {
         prepare();
         for signal in BLOCKED {
             raise(signal).unwrap();
         }
-        // qemu-riscv64 keeps the last of them for itself.
+        // qemu-riscv64 uses the last ones itself.
         let real_time = SIGRTMIN() + 1..=SIGRTMAX();
         let raised = real_time.filter(|signal| raise(*signal).is_ok()).count();
         assert!(raised >= 20, "{raised} real-time signals");
     }
 
-    /// A mask that blocks everything, as a careless parent leaves it over exec.
+    /// A mask that blocks everything, as a careless parent may leave it over exec.
     #[test]
     fn an_inherited_mask_keeps_no_signal_out() {
         for signal in ENDS {

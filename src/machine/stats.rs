@@ -1,4 +1,4 @@
-//! `--stats`: what the machine did, told at its end.
+//! `--stats`: statistics of a machine, reported at its end.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -10,32 +10,32 @@ use serde_json::{Map, Value, json};
 use crate::control::State;
 use crate::vcpu::stats::{ExitKind, ExitStats};
 
-/// Kinds of exits that the text tells, for each vCPU.
-const KINDS_TOLD: usize = 20;
+/// The most kinds of exits that the text lists for each vCPU.
+const KINDS_LISTED: usize = 20;
 
 /// Where a machine's time went.
 #[derive(Clone, Debug)]
 pub struct Stats {
-    /// The moment that the current phase began.
+    /// When the current phase began.
     since: Instant,
-    /// From rvmm's main to the guest, and what each reset took.
+    /// Time from the start of rvmm's main to the guest's start, plus the time of all resets.
     start: Duration,
-    /// The guest ran.
+    /// Time that the guest ran.
     run: Duration,
-    /// The guest stood still, by a command.
+    /// Time that the guest was paused.
     paused: Duration,
-    /// From the guest's end until all was put away.
+    /// Time from the guest's end until disks and consoles had written everything.
     end: Duration,
-    /// Resets that were served.
+    /// Number of resets.
     resets: u64,
-    /// By vCPU, over all lives.
+    /// Exits of each vCPU, over all lives.
     vcpus: Vec<ExitStats>,
-    /// Whose registers the addresses of their exits were, when that life ended.
+    /// For addresses of MMIO exits, the name of the device there, at the end of the life.
     names: BTreeMap<u64, String>,
 }
 
 impl Stats {
-    /// Nothing yet, of a machine that began at `start`.
+    /// Empty statistics of a machine that began at `start`.
     pub(super) fn since(start: Instant) -> Self {
         Self {
             since: start,
@@ -50,13 +50,13 @@ impl Stats {
     }
 
     pub(super) fn guest_starts(&mut self) {
-        // The end of the life before was the start of this one.
+        // After a reset, the time since the previous life counts as start-up time.
         self.resets += u64::from(self.run + self.paused > Duration::ZERO);
         let took = self.lap();
         self.start += took;
     }
 
-    /// Until now the guest was in `state`.
+    /// Adds the time since the last call: in it the guest was in `state`.
     pub(super) fn guest_was(&mut self, state: State) {
         let took = self.lap();
         match state {
@@ -69,8 +69,8 @@ impl Stats {
         self.end = self.lap();
     }
 
-    /// Adds what the vCPUs of one life counted, in the order of their harts. `registers_at` names what an
-    /// address holds.
+    /// Adds the exits of the vCPUs of one life, in the order of their harts. `registers_at` returns
+    /// the name of the device at an address.
     pub(super) fn add(
         &mut self,
         life: Vec<Option<ExitStats>>,
@@ -80,7 +80,7 @@ impl Stats {
         for (all, one) in self.vcpus.iter_mut().zip(life) {
             all.merge(one.unwrap_or_default());
         }
-        // At most some hundred a vCPU: their kinds are bounded.
+        // A few hundred names per vCPU at most, because the number of kinds is limited.
         let kinds = self.vcpus.iter().flat_map(ExitStats::kinds);
         for gpa in kinds.filter_map(|(kind, _)| kind.gpa()) {
             if let Entry::Vacant(entry) = self.names.entry(gpa) {
@@ -89,7 +89,7 @@ impl Stats {
         }
     }
 
-    /// Whose registers an exit was for.
+    /// The name of the device that an exit accessed.
     fn device(&self, kind: &ExitKind) -> Option<&str> {
         let name = self.names.get(&kind.gpa()?)?;
         Some(name)
@@ -100,7 +100,7 @@ impl Stats {
         self.since - began
     }
 
-    /// Whether `bytes` are what [`Stats::json`] once gave.
+    /// Whether `bytes` are statistics that [`Stats::json`] made.
     pub fn is_json(bytes: &[u8]) -> bool {
         let keys = [
             "end_ns",
@@ -116,7 +116,7 @@ impl Stats {
         }
     }
 
-    /// All of it, for scripts. Times are in nanoseconds.
+    /// The statistics as JSON, for scripts. Times are in nanoseconds.
     pub fn json(&self) -> Value {
         let vcpus: Vec<Value> = self.vcpus.iter().map(|vcpu| self.vcpu(vcpu)).collect();
         json!({
@@ -154,18 +154,18 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// For people: lines without a last line end.
+/// The statistics as text for people: lines, the last without a newline.
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "time: {:.1} ms to start, {:.1} ms the guest ran, {:.1} ms to end",
+            "time: {:.1} ms to start, {:.1} ms running, {:.1} ms to end",
             millis(self.start),
             millis(self.run),
             millis(self.end)
         )?;
         if self.paused > Duration::ZERO {
-            write!(f, ", {:.1} ms it was paused", millis(self.paused))?;
+            write!(f, ", {:.1} ms paused", millis(self.paused))?;
         }
         if self.resets > 0 {
             write!(f, ", {} resets", self.resets)?;
@@ -178,15 +178,15 @@ impl fmt::Display for Stats {
             write!(f, "\nvCPU {id}, exits to rvmm: {:>31}", "count")?;
             write!(f, " {:>11} {:>9}", "ms in rvmm", "us each")?;
             let kinds = stats.kinds();
-            for (kind, tally) in kinds.iter().take(KINDS_TOLD) {
+            for (kind, tally) in kinds.iter().take(KINDS_LISTED) {
                 let device = self.device(kind).map(|name| format!(" ({name})"));
                 let name = format!("{kind}{}", device.unwrap_or_default());
                 let (count, time) = (tally.count, millis(tally.time));
                 let each = 1e6 * tally.time.as_secs_f64() / count as f64;
                 write!(f, "\n  {name:<44} {count:>9} {time:>11.2} {each:>9.2}")?;
             }
-            if kinds.len() > KINDS_TOLD {
-                write!(f, "\n  and {} more kinds", kinds.len() - KINDS_TOLD)?;
+            if kinds.len() > KINDS_LISTED {
+                write!(f, "\n  and {} more kinds", kinds.len() - KINDS_LISTED)?;
             }
         }
         Ok(())
@@ -241,7 +241,7 @@ mod tests {
         stats.guest_was(State::Paused);
         assert_eq!(stats.run, run);
         assert!(stats.json()["paused_ns"].as_u64() >= Some(1_000_000));
-        assert!(stats.to_string().contains("ms it was paused"));
+        assert!(stats.to_string().contains("ms paused"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The recipe, on a hypervisor that only keeps what it was told.
+//! Builds machines on a fake hypervisor that only records its calls.
 
 mod lives;
 
@@ -13,20 +13,20 @@ use crate::hypervisor::{RegId, SystemEvent, VmEntry, VmExit, regs};
 use crate::util::ByteSize;
 use crate::util::sync::lock;
 
-/// What is special of a host and its guest.
+/// Properties of a host and its guest.
 #[derive(Default)]
 struct Record {
     has_aia: bool,
     has_guest_files: bool,
     is_lossy: bool,
     kind: IrqchipKind,
-    /// The exits of each life of the guest's, which then asks for a reset,
+    /// The exits of each life of the guest. After them it requests a reset.
     life: Vec<VmExit>,
-    /// so often; the next life powers off.
+    /// Number of resets. The life after them powers off.
     resets: AtomicU32,
 }
 
-/// A machine on such a host, and the registers of its vCPUs.
+/// Creates a VM of such a host, and the registers of its vCPUs.
 fn fake(record: Record) -> (Arc<FakeVm>, Registers) {
     let registers = registers(&[
         (RegId::isa_ext(5), 1),
@@ -54,7 +54,7 @@ fn fake(record: Record) -> (Arc<FakeVm>, Registers) {
     (Arc::new(vm), registers)
 }
 
-/// One life of the guest's.
+/// Plays one life of the guest.
 fn live(record: Arc<Record>) -> Box<dyn FnMut(VmEntry) -> VmExit + Send> {
     let mut done = 0;
     Box::new(move |_| {
@@ -71,7 +71,7 @@ fn live(record: Arc<Record>) -> Box<dyn FnMut(VmEntry) -> VmExit + Send> {
     })
 }
 
-/// A file below the test's own directory.
+/// Creates a file in the temporary directory.
 fn file(name: &str, content: &[u8]) -> std::path::PathBuf {
     let path = std::env::temp_dir().join(format!("rvmm-{}-{name}", std::process::id()));
     std::fs::File::create(&path)
@@ -91,14 +91,14 @@ fn image() -> Vec<u8> {
     image
 }
 
-/// What a machine was built on, and the machine.
+/// The VM, the registers of its vCPUs, and the machine.
 type Built = (Arc<FakeVm>, Registers, Result<Machine>);
 
 fn build(name: &str, record: Record) -> Built {
     build_as(name, record, VmConfig::default())
 }
 
-/// The same with what else `config` asks for.
+/// Like [`build`], with the rest of the configuration from `config`.
 fn build_as(name: &str, record: Record, config: VmConfig) -> Built {
     let (kernel, initrd) = (format!("{name}-kernel"), format!("{name}-initrd"));
     let config = VmConfig {
@@ -192,7 +192,7 @@ fn a_host_without_aia_gets_a_plic() {
     assert!(contains(&chosen, "plic-1.0.0") && !contains(&chosen, "ssaia"));
     let aia = tree("aia", true, IrqchipKind::Aia).unwrap();
     assert!(contains(&aia, "imsic") && contains(&aia, "ssaia"));
-    // Without ssaia a guest would not find the AIA that it has.
+    // Without Ssaia a guest would not use its AIA.
     for (name, kind, is_built) in [
         ("hidden-aia", IrqchipKind::Auto, false),
         ("hidden-plic", IrqchipKind::Plic, true),
@@ -238,7 +238,7 @@ fn a_lossy_imsic_is_offered_fewer_sources() {
         let is_left = lock(imsics).values().any(|value| *value != 0);
         assert!(!is_left, "the probe leaves nothing behind");
         let tree = machine.unwrap().device_tree().to_vec();
-        // No other cell of this tree has one of these two values.
+        // Only one cell of this tree can have one of these two values.
         let cell = |value: u32| tree.chunks(4).any(|cell| cell == value.to_be_bytes());
         (cell(63), cell(30))
     };

@@ -1,4 +1,4 @@
-//! The machine's virtio devices: what they are made of, and how they are attached.
+//! Creates and attaches the machine's virtio devices.
 
 use std::io;
 use std::sync::Arc;
@@ -31,25 +31,26 @@ const DISK_QUEUES_MAX: u32 = 16;
 /// More pairs of queues than this do not make an interface faster.
 const NET_PAIRS_MAX: u32 = 8;
 
-/// Makes a device as after power-on.
+/// Creates a device in its power-on state.
 pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
 
-/// The host's side of the devices, which outlives a reset: files stay open and locked. A new kind of device
-/// is one more function like [`disks`].
+/// The host's side of the devices. It survives a reset: files stay open and locked. A new kind of
+/// device needs one more function like [`disks`].
 pub(super) struct Backends {
-    /// In the order in which the devices are attached.
+    /// Functions that create the devices, in the order in which they are attached.
     make: Vec<MakeDevice>,
     /// The second console.
     pub(super) console: Option<Arc<Console>>,
-    /// The power key, where SIGTERM is to press it.
+    /// The power key, if SIGTERM is to press it.
     pub(super) button: Option<Arc<Button>>,
 }
 
 impl Backends {
-    /// Opens everything that `config` names. A device of the library's user, `other`, comes last.
+    /// Opens all files and taps that `config` names. `other` is one more device, from the user of
+    /// the library. It comes last.
     ///
     /// # Errors
-    /// One line that names the file.
+    /// Fails if a file or tap cannot be opened. The message names it.
     pub(super) fn open(config: &VmConfig, other: Option<MakeDevice>) -> Result<Self> {
         let console: Option<Arc<Console>> = config.virtio_console.is_some().then(Arc::default);
         let button: Option<Arc<Button>> = config.on_sigterm.patience().map(|_| Arc::default());
@@ -66,7 +67,7 @@ impl Backends {
         })
     }
 
-    /// The devices, as after power-on.
+    /// Creates the devices in their power-on state.
     fn devices(&self) -> Result<Vec<Box<dyn VirtioDevice>>> {
         let made = self.make.iter().map(|make| make());
         Ok(made.collect::<io::Result<_>>()?)
@@ -129,8 +130,8 @@ fn power_key(button: Arc<Button>) -> MakeDevice {
     Box::new(move || Ok(Box::new(PowerKey::new(Arc::clone(&button)))))
 }
 
-/// An address of this host's own for this tap, the same at every start: locally administered, with the
-/// first bytes that QEMU's have.
+/// A MAC address for this tap that is specific to this host and the same at every start. It is
+/// locally administered, and its first bytes are those of QEMU's addresses.
 fn default_mac(tap: &str) -> Mac {
     let mut sum = flate2::Crc::new();
     sum.update(&std::fs::read("/etc/machine-id").unwrap_or_default());
@@ -139,11 +140,11 @@ fn default_mac(tap: &str) -> Mac {
     Mac([0x52, 0x54, a, b, c, d])
 }
 
-/// Puts the devices on `bus`, and gives back all that has a name: a bridge to them, if there is one, and
-/// each of them.
+/// Creates the devices and attaches them to `bus`. Returns them, after the PCI host bridge if there
+/// is one.
 ///
 /// # Errors
-/// There are more than places, or the host refused something.
+/// Fails if there are more devices than slots, or if a call to KVM or to the host fails.
 pub(super) fn attach(
     backends: &Backends,
     config: &VmConfig,
@@ -156,7 +157,7 @@ pub(super) fn attach(
     if devices.is_empty() {
         return Ok(Vec::new());
     }
-    // The transports have it: it ends when the last of them is dropped.
+    // The transports share it. Its thread ends when the last of them is dropped.
     let starter = Starter::new().context("Failed to start the devices thread")?;
     match config.transport {
         Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus, &starter),
@@ -194,9 +195,9 @@ fn attach_pci(
     Ok(transports)
 }
 
-/// Messages for each device, `limit` in all: one for each queue and one more where that fits, while
-/// each device behind it can still have two; else two, one of them for all queues; else none, and the
-/// device has its pin.
+/// Distributes `limit` MSI-X vectors to the devices. A device gets one vector for each queue and
+/// one more, if each device after it can still get two. Otherwise it gets two, one of them for all
+/// its queues. If fewer than two are left it gets none, and uses its pin.
 fn share_vectors(devices: &[Box<dyn VirtioDevice>], limit: u32) -> Vec<u16> {
     const SHARED: u32 = 2;
     let mut left = limit;
@@ -230,7 +231,7 @@ fn attach_mmio(
 ) -> Result<Vec<Arc<dyn Device>>> {
     let (count, slots) = (devices.len(), layout::VIRTIO_MMIO_SLOTS);
     if count > slots as usize {
-        bail!("{count} virtio devices: --transport mmio has room for {slots}, pci for 31");
+        bail!("{count} virtio devices are too many: --transport mmio takes {slots}, pci takes 31");
     }
     let mut attached: Vec<Arc<dyn Device>> = Vec::new();
     for (slot, device) in (0u32..).zip(devices) {

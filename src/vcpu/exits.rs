@@ -1,4 +1,5 @@
-//! What each exit leads to: the bus, SBI, a CSR, or the end of the machine.
+//! Handles each exit of a vCPU: MMIO by the bus, SBI calls, CSR accesses, or the end of the
+//! machine.
 
 use std::sync::Arc;
 
@@ -14,12 +15,12 @@ use crate::hypervisor::{SbiCall, SystemEvent, VmEntry, VmExit};
 use crate::irqchip::HartSide;
 use crate::util::{RateLimit, guest_warn};
 
-/// The entropy source of Zkr.
+/// Number of the `seed` CSR, the entropy source of Zkr.
 const CSR_SEED: u64 = 0x015;
 /// `seed.OPST` ES16: the low 16 bits are fresh entropy (RISC-V Cryptography Extensions, volume I,
 /// "The seed CSR").
 const SEED_ES16: u64 = 0b10 << 30;
-/// `seed.OPST` WAIT: none now, ask again.
+/// `seed.OPST` WAIT: no entropy now, the guest polls again.
 const SEED_WAIT: u64 = 0b01 << 30;
 
 /// SRST's reset reason "no reason".
@@ -28,37 +29,38 @@ const NO_REASON: u64 = 0;
 /// What the vCPU's thread does next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Run the guest, with this for its last exit.
+    /// Enter the guest, with this result of its last exit.
     Enter(VmEntry),
-    /// What takes the vCPU's registers or its time, and comes seldom.
+    /// Do something that is rare, and that needs the vCPU's registers or takes time.
     Rare(Rare),
 }
 
-/// What the vCPU's thread does by itself. Small, so that [`Next`] is passed in registers.
+/// Rare work that the vCPU's thread does itself. Small, so that [`Next`] is passed in registers.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Rare {
-    /// End the machine, unless the vCPU can be helped.
+    /// End the machine, unless the thread can inject the fault that the guest expects (`fetch`).
     Stop(Box<Stop>),
-    /// Look why KVM_RUN was interrupted.
+    /// Check why KVM_RUN was interrupted.
     Look,
-    /// Let the hart sleep: it suspended the system.
+    /// Let the hart sleep: the guest suspended the system.
     Suspend,
 }
 
-/// Serves exits, for every vCPU alike.
+/// Handles exits. All vCPUs of a machine share one.
 pub struct Exits {
     bus: Arc<Bus>,
     sbi: Sbi,
     power: Arc<PowerSwitch>,
     csrs: RateLimit,
-    /// What [`Exits::handle`] leaves to the vCPU's thread: they take registers.
+    /// Used by the vCPU's thread, not by [`Exits::handle`], because they access the vCPU's
+    /// registers.
     pub(super) fetch_faults: FetchFaults,
     pub(super) suspend: Suspend,
 }
 
 impl Exits {
-    /// Exits of a machine with this bus, these SBI calls, this switch, which devices press, and harts whose
-    /// external interrupts come from `irqs`.
+    /// Handles the exits of a machine. Devices request its end or reset with `power`. The external
+    /// interrupts of its harts come from `irqs`.
     pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>, irqs: Arc<dyn HartSide>) -> Self {
         Self {
             bus,
@@ -70,7 +72,7 @@ impl Exits {
         }
     }
 
-    /// Serves `exit`. Never waits, whatever the guest did.
+    /// Handles `exit`. Never blocks, whatever the guest did.
     #[inline(always)]
     pub fn handle(&self, exit: VmExit) -> Next {
         match exit {
@@ -103,7 +105,7 @@ impl Exits {
         }
         guest_warn!(
             self.csrs,
-            "the guest accessed CSR {number:#x}, which nothing serves"
+            "the guest accessed CSR {number:#x}, which rvmm does not emulate"
         );
         0
     }
@@ -120,7 +122,7 @@ fn stop(stop: Stop) -> Next {
     Next::Rare(Rare::Stop(Box::new(stop)))
 }
 
-/// 16 bits of the host's entropy.
+/// The value of the `seed` CSR: 16 bits of the host's entropy, or WAIT.
 fn seed() -> u64 {
     let mut bytes = [0; 2];
     match getrandom(&mut bytes, GetRandomFlags::NONBLOCK) {
@@ -194,7 +196,7 @@ mod tests {
         assert_eq!(read(0x1000, 8), Next::Enter(VmEntry::MmioRead(0x4433_2211)));
         assert_eq!(read(0x1000, 1), Next::Enter(VmEntry::MmioRead(0x11)));
         assert_eq!(read(0x2000, 2), Next::Enter(VmEntry::MmioRead(0xffff)));
-        // A length no hardware has.
+        // A length that no hardware access has.
         exits.handle(write(99));
         read(0x1000, 99);
     }
@@ -207,7 +209,7 @@ mod tests {
             args: [0; 6],
         };
         let Next::Enter(VmEntry::Sbi(ret)) = exits().handle(VmExit::Sbi(call)) else {
-            panic!("not answered");
+            panic!("no SBI result");
         };
         assert_eq!(ret.error, -2);
     }
@@ -223,7 +225,7 @@ mod tests {
         let suspend = exits.handle(VmExit::Sbi(call(0)));
         assert_eq!(suspend, Next::Rare(Rare::Suspend));
         let Next::Enter(VmEntry::Sbi(ret)) = exits.handle(VmExit::Sbi(call(1))) else {
-            panic!("not answered");
+            panic!("no SBI result");
         };
         assert_eq!(ret.error, -2);
     }

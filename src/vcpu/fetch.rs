@@ -1,10 +1,10 @@
-//! The instruction access fault, where KVM leaves it to userspace.
+//! Injects instruction access faults where KVM leaves them to userspace.
 //!
-//! A hart that fetches from a guest-physical address without memory takes an instruction access fault.
-//! Linux turns translation off so, when kexec leaves a kernel: the next fetch faults, and stvec is where
-//! it goes on. KVM before Linux 7.x makes KVM_RUN fail instead, with EOPNOTSUPP
-//! (`arch/riscv/kvm/vcpu_exit.c`, gstage_page_fault): the hart is as it was before the fetch. So the fault
-//! is given to it here.
+//! A hart that fetches from a guest-physical address without memory takes an instruction access
+//! fault. Linux' kexec relies on this when it turns off address translation: the next fetch faults,
+//! and execution continues at stvec. KVM before Linux 7.x does not inject the fault. Instead
+//! KVM_RUN fails with EOPNOTSUPP (`arch/riscv/kvm/vcpu_exit.c`, gstage_page_fault), and the hart's
+//! registers are as before the fetch. So this module injects the fault.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -17,33 +17,36 @@ use crate::hypervisor::{RegId, Result, Vcpu, host, regs};
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_debug};
 
-/// `scause` of the fault.
+/// `scause` of an instruction access fault.
 const INSTRUCTION_ACCESS_FAULT: u64 = 1;
 
-/// Bits of `sstatus`, and the modes of KVM's register `mode`.
+/// Bits of `sstatus`, and the value of KVM's `mode` register for supervisor mode.
 const SIE: u64 = 1 << 1;
 const SPIE: u64 = 1 << 5;
 const SPP: u64 = 1 << 8;
 const MODE_SUPERVISOR: u64 = 1;
 
-/// `stvec` without its mode: exceptions go to the base in both.
+/// Mask for the base address in `stvec`. In both modes of `stvec`, exceptions go to the base
+/// address.
 const BASE: u64 = !0b11;
 
-/// Faults in five seconds. The host's kernel logs each (`kvm_err` in `vcpu_exit.c`), without a limit.
+/// Faults that a guest may take in five seconds. The host's kernel logs each of them (`kvm_err` in
+/// `vcpu_exit.c`) without a rate limit.
 const FAULTS_MAX: u32 = 100;
 
-/// Gives harts their instruction access faults.
+/// Injects instruction access faults.
 pub struct FetchFaults {
     ram: Arc<GuestMemory>,
-    /// Where the host's KVM is. On an emulated host the firmware loses the trap of an illegal instruction,
-    /// and the guest finds itself there (docs/testing.md): the guest did not jump there.
+    /// Address range of the host's KVM module. On an emulated host the firmware can lose the trap
+    /// of an illegal instruction, and the guest then continues at an address of this range
+    /// (docs/testing.md). The guest did not jump there.
     kvm: OnceLock<Option<Range<u64>>>,
     limit: RateLimit,
     lines: RateLimit,
 }
 
 impl FetchFaults {
-    /// Those of a guest with this RAM.
+    /// Injects the faults of a guest with this RAM.
     pub fn new(ram: Arc<GuestMemory>) -> Self {
         Self {
             ram,
@@ -53,11 +56,12 @@ impl FetchFaults {
         }
     }
 
-    /// KVM_RUN of `vcpu` failed with `errno`, at `pc`. The hart goes on at its trap handler, if it was a fetch
-    /// from where no RAM is and the handler can be reached. Otherwise returns why it does not go on.
+    /// Handles a KVM_RUN of `vcpu` that failed with `errno` at `pc`. If the cause was a fetch from
+    /// outside RAM, and the trap handler is somewhere else, injects the fault and returns none: the
+    /// hart continues at its trap handler. Otherwise returns why the machine must end.
     ///
     /// # Errors
-    /// A register cannot be read or written.
+    /// Fails if KVM cannot read or write a register.
     #[cold]
     pub fn answer(&self, vcpu: &dyn Vcpu, errno: i32, pc: u64) -> Result<Option<Stop>> {
         let unrunnable = Stop::Unrunnable { errno, pc };
@@ -80,14 +84,14 @@ impl FetchFaults {
         }
         guest_debug!(
             self.lines,
-            "the guest fetched from {pc:#x}, where nothing is: an instruction access fault"
+            "the guest fetched from {pc:#x}, outside RAM: injected an instruction access fault"
         );
         enter_handler(vcpu, pc, address, handler)?;
         Ok(None)
     }
 
-    /// The part of the instruction at `pc` that lies outside RAM, by its virtual address. None where all of
-    /// it is in RAM, or where the hart would take a page fault.
+    /// The virtual address of the part of the instruction at `pc` that is outside RAM. None if all
+    /// of it is in RAM, or if the hart would take a page fault instead.
     fn fetched_from_nowhere(&self, satp: u64, pc: u64) -> Option<u64> {
         const PARCEL: u64 = 2;
         const PAGE: u64 = 4096;
@@ -99,7 +103,7 @@ impl FetchFaults {
         if is_nowhere(pc) {
             return Some(pc);
         }
-        // The second half of an instruction of four bytes can lie on another page.
+        // The second half of a 4-byte instruction can be on the next page.
         let second = pc.wrapping_add(PARCEL);
         let Walk::At(gpa) = walk(&self.ram, satp, pc) else {
             return None;
@@ -110,7 +114,7 @@ impl FetchFaults {
     }
 }
 
-/// What a hart does when an instruction at `pc` raises the fault for `address` (RISC-V Privileged
+/// Sets the registers as a hart does when the fetch at `pc` faults for `address` (RISC-V Privileged
 /// Architecture, "Supervisor Cause Register" and "Supervisor Status Register").
 fn enter_handler(vcpu: &dyn Vcpu, pc: u64, address: u64, handler: u64) -> Result<()> {
     let status = read(vcpu, regs::SSTATUS)?;
@@ -135,7 +139,7 @@ fn enter_handler(vcpu: &dyn Vcpu, pc: u64, address: u64, handler: u64) -> Result
     Ok(())
 }
 
-/// Every KVM has these registers.
+/// Reads a register that every KVM has.
 fn read(vcpu: &dyn Vcpu, register: RegId) -> Result<u64> {
     Ok(vcpu.reg(register)?.unwrap_or_default())
 }

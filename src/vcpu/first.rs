@@ -1,28 +1,30 @@
-//! What a vCPU's thread does first: enter the guest, or go on with what its last thread was at.
+//! The first action of a vCPU's thread: to enter the guest, or to continue what the vCPU's last
+//! thread was doing.
 
 use super::suspend::Sleeper;
 use crate::hypervisor::VmExit;
 
-/// The hart that runs from the start.
+/// The hart that runs when the machine starts.
 const BOOT_HART: u32 = 0;
 
-/// The first thing for the thread of a vCPU to do.
+/// The first action of a vCPU's thread.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub enum First {
     /// Enter the guest.
     #[default]
     Enter,
-    /// Wait until another hart starts this one, and take the reset that comes with that.
+    /// Wait until another hart starts this one, then take the reset (see
+    /// [`restart`](super::restart)).
     WaitForStart,
-    /// Take the reset that KVM keeps for this hart.
+    /// Take the reset that is pending in KVM for this hart.
     TakeReset,
-    /// Sleep: the hart has suspended the system.
+    /// Sleep: the guest has suspended the system.
     Sleep(Sleeper),
 }
 
 impl First {
-    /// For hart `hart`, which has not run yet. On a host that resets harts, see
-    /// [`restart`](super::restart), all but the boot hart wait outside KVM_RUN.
+    /// The first action for hart `hart` of a new machine. On a host that resets harts (see
+    /// [`restart`](super::restart)), all harts except the boot hart wait outside KVM_RUN.
     pub fn of_new(hart: u32, host_resets_harts: bool) -> Self {
         if host_resets_harts && hart != BOOT_HART {
             First::WaitForStart
@@ -32,16 +34,17 @@ impl First {
     }
 }
 
-/// How a wait of the thread's ended.
+/// How a wait of a vCPU's thread ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Waited {
-    /// The guest can be entered, once the exit is served that came meanwhile, if one did.
+    /// The wait is over: the thread can enter the guest. If an exit came meanwhile, it must be
+    /// handled first.
     Over(Option<VmExit>),
-    /// The thread is to end; the next one begins with this.
+    /// The thread was asked to end. The vCPU's next thread begins with this.
     Asked(First),
 }
 
 impl Waited {
-    /// The guest can be entered.
+    /// The wait is over, and no exit came.
     pub(super) const DONE: Self = Waited::Over(None);
 }

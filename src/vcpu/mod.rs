@@ -1,4 +1,4 @@
-//! vCPUs: the thread that runs one, and what its exits lead to.
+//! vCPUs: the thread that runs each of them, and the handling of its exits.
 
 pub mod exits;
 pub mod fetch;
@@ -19,46 +19,47 @@ use crate::devices::sifive_test::Request;
 pub enum Stop {
     /// The guest powered off.
     PowerOff,
-    /// The guest powered off and reported a failure: the SRST reset reason.
+    /// The guest powered off and reported a failure. The value is the SRST reset reason.
     Failure(u64),
     /// The guest powered off with a code of its own (sifive_test).
     Exit(u16),
     /// The guest asked for a reset.
     Reset,
-    /// The guest did what the hardware cannot run.
+    /// KVM_RUN failed: KVM cannot continue the guest.
     Unrunnable {
         /// The errno of KVM_RUN.
         errno: i32,
-        /// Where the guest was.
+        /// The guest's `pc`.
         pc: u64,
     },
-    /// The guest fetched from where no RAM is, and that is its trap handler too.
+    /// The guest fetched from outside RAM, and its trap handler is at that address too.
     NoTrapHandler {
-        /// From there.
+        /// The address.
         pc: u64,
     },
-    /// The guest fetched from where no RAM is, again and again.
+    /// The guest fetched from outside RAM too often.
     FetchFaults {
-        /// From there, the last time.
+        /// The address of the last fetch.
         pc: u64,
     },
-    /// The guest's trap led to the host's KVM: the host's firmware lost it.
+    /// The host's firmware lost a trap of the guest, and the guest continued in the host's KVM
+    /// module.
     LostTrap {
-        /// Where in it.
+        /// The address in the KVM module.
         pc: u64,
     },
     /// The host cannot enter the guest on one of its CPUs.
     FailEntry {
-        /// KVM's reason.
+        /// The hardware entry failure reason that KVM reports.
         reason: u64,
         /// The host CPU.
         cpu: u32,
     },
-    /// The guest came to a breakpoint, and nobody debugs it.
+    /// The guest reached a breakpoint, and no debugger is attached.
     Breakpoint,
-    /// KVM ended with what this rvmm does not know.
+    /// KVM returned an exit reason that rvmm does not know.
     UnknownExit(u32),
-    /// KVM reported a system event that this rvmm does not know.
+    /// KVM reported a system event that rvmm does not know.
     UnknownEvent(u32),
 }
 
@@ -86,11 +87,11 @@ impl fmt::Display for Stop {
             Stop::Reset => write!(f, "the guest asked for a reset"),
             Stop::Unrunnable { errno, pc } => write!(
                 f,
-                "the guest cannot go on: KVM cannot run what it did near {pc:#x} (errno {errno})"
+                "the guest cannot go on: KVM_RUN failed near pc {pc:#x} (errno {errno})"
             ),
             Stop::NoTrapHandler { pc } => write!(
                 f,
-                "the guest cannot go on: its trap handler (stvec) is at {pc:#x}, where no RAM is"
+                "the guest cannot go on: its trap handler (stvec) is at {pc:#x}, outside RAM"
             ),
             Stop::FetchFaults { pc } => write!(
                 f,
@@ -99,27 +100,27 @@ impl fmt::Display for Stop {
             ),
             Stop::LostTrap { pc } => write!(
                 f,
-                "the guest cannot go on: the host's firmware lost its trap, at {pc:#x} in the host's KVM: \
-                 an emulated host does so when a guest runs an illegal instruction"
+                "the guest cannot go on: the host's firmware lost a trap, and the guest is at \
+                 {pc:#x} in the host's KVM: emulated hosts do so when a guest runs an illegal instruction"
             ),
             Stop::FailEntry { reason, cpu } => write!(
                 f,
-                "the guest cannot go on: host CPU {cpu} cannot enter it (reason {reason:#x})"
+                "the guest cannot go on: KVM cannot enter it on host CPU {cpu} (reason {reason:#x})"
             ),
             Stop::Breakpoint => write!(
                 f,
-                "the guest cannot go on: it came to a breakpoint, and nobody debugs it"
+                "the guest cannot go on: it reached a breakpoint, and no debugger is attached"
             ),
             Stop::UnknownExit(reason) => {
                 write!(
                     f,
-                    "the guest cannot go on: KVM exit {reason} is not known to rvmm"
+                    "the guest cannot go on: rvmm does not know KVM exit {reason}"
                 )
             }
             Stop::UnknownEvent(kind) => {
                 write!(
                     f,
-                    "the guest cannot go on: KVM system event {kind} is not known to rvmm"
+                    "the guest cannot go on: rvmm does not know KVM system event {kind}"
                 )
             }
         }

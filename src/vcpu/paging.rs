@@ -1,48 +1,49 @@
-//! A guest's page tables, as its harts walk them: Sv39, Sv48 and Sv57 (RISC-V Privileged Architecture,
-//! chapter "Supervisor-Level ISA").
+//! Walks a guest's page tables as its harts do: Sv39, Sv48 and Sv57 (RISC-V Privileged
+//! Architecture, chapter "Supervisor-Level ISA").
 
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::GuestMemory;
 
-/// What `satp.MODE` says of tables: none, or so many levels.
+/// Values of `satp.MODE`: no page tables, or 3, 4 or 5 levels.
 const BARE: u64 = 0;
 const SV39: u64 = 8;
 const SV48: u64 = 9;
 const SV57: u64 = 10;
 
 const PAGE_BITS: u32 = 12;
-/// Bits of an address that one level's index has.
+/// Address bits that index the table of one level.
 const INDEX_BITS: u32 = 9;
 const INDEX_MASK: u64 = 0x1ff;
-/// The physical page number of `satp`, and of an entry once it is shifted down.
+/// Mask of the physical page number in `satp`, and in an entry that is shifted right by
+/// `PPN_SHIFT`.
 const PPN_MASK: u64 = (1 << 44) - 1;
 const ENTRY_BYTES: u64 = 8;
 
-/// Bits of an entry.
+/// Bits of a page table entry.
 mod entry {
     pub(super) const VALID: u64 = 1 << 0;
     pub(super) const READ: u64 = 1 << 1;
     pub(super) const WRITE: u64 = 1 << 2;
     pub(super) const EXECUTE: u64 = 1 << 3;
     pub(super) const PPN_SHIFT: u32 = 10;
-    /// Svnapot: the page is one of 16 that are mapped as one.
+    /// Svnapot: the entry is one of 16 that map 64 KiB together.
     pub(super) const NAPOT: u64 = 1 << 63;
 }
 
-/// Where a walk ends.
+/// The result of a walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Walk {
-    /// At this guest-physical address, which may have no RAM.
+    /// The guest-physical address. It may be outside RAM.
     At(u64),
-    /// At an entry that is not in RAM.
+    /// A page table entry is outside RAM.
     NoEntry,
-    /// Nowhere: the hart takes a page fault.
+    /// The address is not mapped: the hart takes a page fault.
     Unmapped,
 }
 
-/// Walks the tables of `satp` for the virtual address `address`. Permissions, and the accessed and dirty
-/// bits, are not looked at.
+/// Translates the virtual address `address` by the page tables of `satp`. Does not check
+/// permissions or the accessed and dirty bits.
 pub fn walk(ram: &GuestMemory, satp: u64, address: u64) -> Walk {
     let levels = match satp >> 60 {
         BARE => return Walk::At(address),
@@ -62,7 +63,7 @@ pub fn walk(ram: &GuestMemory, satp: u64, address: u64) -> Walk {
             return Walk::NoEntry;
         };
         let kind = entry & (entry::READ | entry::WRITE | entry::EXECUTE);
-        // An entry that can be written and not read is reserved.
+        // Entries that are writable but not readable are reserved.
         if entry & entry::VALID == 0 || kind & !entry::EXECUTE == entry::WRITE {
             return Walk::Unmapped;
         }
@@ -74,7 +75,7 @@ pub fn walk(ram: &GuestMemory, satp: u64, address: u64) -> Walk {
     Walk::Unmapped
 }
 
-/// Where a leaf of this level maps `address` to.
+/// Translates `address` by a leaf entry of this level.
 fn leaf(entry: u64, level: u32, address: u64) -> Walk {
     const NAPOT_BITS: u32 = 4;
     const NAPOT_64K: u64 = 0b1000;
@@ -90,18 +91,18 @@ fn leaf(entry: u64, level: u32, address: u64) -> Walk {
     }
     let offset = (1 << bits) - 1;
     if base & offset != 0 {
-        // A large page that is not aligned to its size.
+        // A misaligned superpage.
         return Walk::Unmapped;
     }
     Walk::At(base | (address & offset))
 }
 
-/// The physical page that an entry names.
+/// The guest-physical address of the page or table that an entry points to.
 fn page(entry: u64) -> u64 {
     ((entry >> entry::PPN_SHIFT) & PPN_MASK) << PAGE_BITS
 }
 
-/// Whether the bits above the lowest `bits` are copies of the highest of those.
+/// Whether all bits above bit `bits - 1` are equal to that bit.
 fn is_canonical(address: u64, bits: u32) -> bool {
     let above = address >> (bits - 1);
     above == 0 || above == u64::MAX >> (bits - 1)
@@ -136,7 +137,7 @@ mod tests {
         ram.write_obj(entry.to_le(), at).unwrap();
     }
 
-    /// One page at every level, by tables that follow the root.
+    /// Maps one page at every level. The tables are in the pages after the root.
     #[test]
     fn pages_of_every_size_are_found() {
         for (mode, levels) in [(SV39, 3), (SV48, 4), (SV57, 5)] {
@@ -145,20 +146,22 @@ mod tests {
             for number in 0..levels {
                 let level = levels - 1 - number;
                 let table = ROOT + 0x1000 * number;
-                // Index 0 goes down; index 5 is a leaf to a page of this level's size.
+                // Index 0 points to the next table. Index 5 is a leaf for a page of this level's
+                // size.
                 set(&ram, table, 0, entry_of(table + 0x1000, entry::VALID));
                 let bits = 12 + 9 * level;
                 let target = 3u64 << bits;
                 set(&ram, table, 5, entry_of(target, READ | entry::EXECUTE));
                 let address = (5u64 << bits) | 0xabc;
-                // The highest bit of the highest level's index would be the sign: 5 has none.
+                // The address is canonical: index 5 does not have the highest bit of the highest
+                // level's index.
                 assert_eq!(walk(&ram, satp, address), Walk::At(target | 0xabc));
                 let last = (6u64 << bits) - 1;
                 let end = target + (1u64 << bits) - 1;
                 assert_eq!(walk(&ram, satp, last), Walk::At(end));
                 assert_eq!(walk(&ram, satp, 6u64 << bits), Walk::Unmapped);
             }
-            // The lowest table's entry 0 goes further down, where there is no level.
+            // Entry 0 of the lowest table is not a leaf, but there is no further level.
             assert_eq!(walk(&ram, satp, 0), Walk::Unmapped);
         }
     }
@@ -188,7 +191,7 @@ mod tests {
             assert_eq!(walk(&ram, satp, address), Walk::Unmapped, "{address:#x}");
         }
         assert_eq!(walk(&ram, (5 << 60) | (ROOT >> 12), 0), Walk::Unmapped);
-        // The negative half is mapped like the other.
+        // The upper half of the address space is mapped too.
         set(&ram, ROOT, 511, entry_of(0, READ));
         assert_eq!(walk(&ram, satp, u64::MAX), Walk::At((1 << 30) - 1));
     }
@@ -215,7 +218,7 @@ mod tests {
         let satp = (SV48 << 60) | (ROOT >> 12);
         set(&ram, ROOT, 0, entry_of(RAM + (1 << 20), entry::VALID));
         assert_eq!(walk(&ram, satp, 0), Walk::NoEntry);
-        // The largest physical address that an entry can name.
+        // The largest physical address that an entry can have.
         set(&ram, ROOT, 1, ((u64::MAX << 10) & !entry::NAPOT) | 1);
         assert_eq!(walk(&ram, satp, 1 << 39), Walk::NoEntry);
         assert_eq!(walk(&ram, (SV57 << 60) | PPN_MASK, 0), Walk::NoEntry);

@@ -1,13 +1,15 @@
-//! Harts that KVM resets, and what they lose by it.
+//! Restores `scounteren` after KVM has reset a hart.
 //!
-//! Linux 7.x resets a hart when another one starts it (SBI HSM) and when it suspends the system (SBI SUSP),
-//! and leaves `scounteren` 0, where older hosts set 7. A Linux guest without an SBI PMU never writes that
-//! register, and `rdtime`, so each clock of the vDSO, kills the process that runs it. So rvmm writes it.
+//! KVM of Linux 7.x resets a hart when another hart starts it (SBI HSM) and when it suspends the
+//! system (SBI SUSP). The reset leaves 0 in `scounteren`; older hosts set 7. A Linux guest without
+//! an SBI PMU never writes that register. With 0, `rdtime` kills the process that executes it, and
+//! so does each clock of the vDSO. So rvmm writes the register.
 //!
-//! The reset is a request that KVM_RUN serves on its way into the guest, which leaves no moment between the
-//! two. But a stopped hart serves it too (kvm_riscv_check_vcpu_requests in `arch/riscv/kvm/vcpu.c`), and
-//! sleeps until a signal comes. So `Restarts::take_reset` stops the hart, begins KVM_RUN, has it ended by a
-//! kick, writes the register, and starts the hart.
+//! The reset is a request that KVM_RUN handles directly before it enters the guest, so rvmm cannot
+//! write the register between the two. But KVM_RUN of a stopped hart handles the request too
+//! (kvm_riscv_check_vcpu_requests in `arch/riscv/kvm/vcpu.c`), and then sleeps until a signal
+//! comes. So `Restarts::take_reset` marks the hart as stopped, calls KVM_RUN, lets a kick interrupt
+//! it, writes the register, and marks the hart as started.
 //!
 //! ```text
 //! guest: hart B starts hart A    vCPU A: sees that A is started   machine: kicks A
@@ -16,13 +18,14 @@
 //!                                scounteren = 7, starts A, KVM_RUN: A's first instruction
 //! ```
 //!
-//! For that the vCPU of a stopped hart must be outside KVM_RUN. It is from the start. A running hart that
-//! stops itself does so inside KVM_RUN: the machine kicks each vCPU on such a host every [`LOOK_EVERY`], or a
-//! twentieth as often while it waits for an interrupt, and `Restarts::look` finds it stopped.
+//! This works only if the vCPU of a stopped hart is outside KVM_RUN. For a hart that has not run
+//! yet it is. But a running hart that stops itself does so inside KVM_RUN. So on such a host the
+//! machine kicks each vCPU every [`LOOK_EVERY`], and a twentieth as often while the vCPU waits for
+//! an interrupt. `Restarts::look` then finds out that the hart is stopped.
 //!
-//! What is left. A hart that is stopped and started again between two looks runs without its clocks until
-//! the next one. A guest cannot keep the register at 0. While a reset is taken, which lasts a millisecond or two,
-//! other harts see a hart that was started as stopped: HART_GET_STATUS says so, and a second HART_START
+//! Known limits: A hart that is stopped and started again between two looks cannot use its clocks
+//! until the next look. A guest cannot keep the register at 0. While rvmm takes a reset, for one or
+//! two milliseconds, HART_GET_STATUS reports the started hart as stopped, and a second HART_START
 //! succeeds.
 
 use std::sync::Arc;
@@ -35,41 +38,42 @@ use crate::hypervisor::regs::{self, CYCLE_TIME_INSTRET};
 use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit};
 use crate::util::{RateLimit, guest_warn};
 
-/// No reset leaves this in `scounteren`, whatever the host.
+/// A value that no host's reset leaves in `scounteren`.
 const MARK: u64 = (1 << 31) | CYCLE_TIME_INSTRET;
 
-/// How often the machine kicks vCPUs for a look, those that wait for an interrupt each twentieth time.
+/// How often the machine kicks vCPUs for a look. It kicks those that wait for an interrupt only at
+/// every [`ALL_OF_LOOKS`]th look.
 pub const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Of so many looks one is at the vCPUs that wait for an interrupt too.
+/// One of this many looks includes the vCPUs that wait for an interrupt.
 pub const ALL_OF_LOOKS: u32 = 20;
 
-/// How often it kicks a vCPU that waits for its kick.
+/// How often the machine kicks a vCPU that has asked to be kicked.
 pub const KICK_EVERY: Duration = Duration::from_millis(1);
 
-/// The pause between two reads of a stopped hart's state is a sixteenth of the time for which the hart has been
-/// stopped, but no less and no more than these.
+/// Least and longest pause between two reads of a stopped hart's state. Between them, the pause is
+/// a sixteenth of the time that the hart has been stopped.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(100));
 
-/// Every KVM has served a reset long before.
+/// The longest time that a reset may take. Every KVM is much faster.
 const RESET_TAKES: Duration = Duration::from_secs(2);
 
-/// Calls the machine to kick this vCPU.
+/// Asks the machine to kick this vCPU.
 pub type Call = Box<dyn Fn() + Send>;
 
-/// What a vCPU's thread and its handle tell each other.
+/// State that a vCPU's thread shares with its handle.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// The thread is to end. A signal comes with it.
+    /// The thread is to end. Whoever sets this also sends a signal.
     pub(super) stopping: AtomicBool,
-    /// The thread is to be kicked until this is false.
+    /// The thread wants to be kicked until this is false.
     pub(super) wants_kick: AtomicBool,
-    /// The thread sleeps outside KVM_RUN, and looks after its hart by itself.
+    /// The thread sleeps outside KVM_RUN. It checks the state of its hart itself.
     pub(super) sleeps: AtomicBool,
 }
 
 impl Shared {
-    /// Sleeps for `time`, or until the handle kicks.
+    /// Sleeps for `time`, or until the handle kicks the thread.
     pub(super) fn sleep(&self, time: Duration) {
         self.sleeps.store(true, Ordering::Relaxed);
         park_timeout(time);
@@ -82,39 +86,38 @@ impl Shared {
     }
 }
 
-/// Follows the resets of one vCPU's hart, on its thread.
+/// Handles the resets of one vCPU's hart, on the vCPU's thread.
 pub(super) struct Restarts {
     pub(super) shared: Arc<Shared>,
     call: Call,
 }
 
 impl Restarts {
-    /// Those of a vCPU whose kicks begin at a `call`.
+    /// Handles the resets of a vCPU. `call` asks the machine for kicks.
     pub(super) fn new(shared: Arc<Shared>, call: Call) -> Self {
         Self { shared, call }
     }
 
-    /// Looks after the hart of a vCPU that came out of KVM_RUN: waits while it is stopped, and gives it its
-    /// `scounteren`.
+    /// Checks the hart of a vCPU whose KVM_RUN was interrupted. Waits while the hart is stopped,
+    /// and restores `scounteren` if it is 0.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM_RUN fails, or if KVM cannot read or set a register or the hart's state.
     pub(super) fn look(&mut self, vcpu: &mut dyn Vcpu) -> Result<Waited> {
         if vcpu.hart_state()? == HartState::Stopped {
             return self.wait_for_start(vcpu);
         }
-        // It may have been stopped and started since the last look.
+        // The hart may have been stopped and started since the last look.
         if vcpu.reg(regs::SCOUNTEREN)? == Some(0) {
             vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
         }
         Ok(Waited::DONE)
     }
 
-    /// Waits until the hart of a vCPU that has not run yet, or was found stopped, is started, and takes the reset
-    /// that comes with it.
+    /// Waits until another hart starts the hart of this vCPU, then takes the reset.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM_RUN fails, or if KVM cannot read or set a register or the hart's state.
     pub(super) fn wait_for_start(&mut self, vcpu: &mut dyn Vcpu) -> Result<Waited> {
         let began = Instant::now();
         while vcpu.hart_state()? == HartState::Stopped {
@@ -127,14 +130,14 @@ impl Restarts {
         self.take_reset(vcpu, VmEntry::Run)
     }
 
-    /// Has KVM serve the reset that waits for the vCPU, which completes its last exit with `entry`. No
-    /// instruction of the guest runs meanwhile, unless the guest starts this hart once more: then an exit of
-    /// the hart still has to be served.
+    /// Lets KVM handle the reset that is pending for the vCPU. `entry` is the result of the vCPU's
+    /// last exit. No instruction of the hart runs meanwhile, unless another hart starts it once
+    /// more. Then the returned exit of the hart must still be handled.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM_RUN fails, or if KVM cannot read or set a register or the hart's state.
     pub(super) fn take_reset(&mut self, vcpu: &mut dyn Vcpu, mut entry: VmEntry) -> Result<Waited> {
-        // The reset is over when this has gone.
+        // The reset is done once this value is gone.
         vcpu.set_reg(regs::SCOUNTEREN, MARK)?;
         vcpu.set_hart_state(HartState::Stopped)?;
         self.shared.wants_kick.store(true, Ordering::Release);

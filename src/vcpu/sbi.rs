@@ -1,8 +1,9 @@
-//! SBI calls that KVM hands to userspace: the debug console, and the legacy console of old kernels.
+//! Handles the SBI calls that KVM passes to userspace: the debug console, and the legacy console of
+//! old kernels.
 //!
 //! RISC-V Supervisor Binary Interface 3.0, chapters "Debug Console Extension" and "Legacy
-//! Extensions". KVM serves every other extension itself; what reaches rvmm and is not known here
-//! is not supported, and the guest goes on.
+//! Extensions". KVM handles all other extensions itself. Any other call that reaches rvmm gets
+//! SBI_ERR_NOT_SUPPORTED, and the guest goes on.
 
 use std::sync::Arc;
 
@@ -28,10 +29,10 @@ const NOT_SUPPORTED: i64 = -2;
 /// SBI_ERR_INVALID_PARAM.
 const INVALID_PARAM: i64 = -3;
 
-/// Bytes moved between guest RAM and console at a time.
+/// Bytes that are copied between guest RAM and console at a time.
 const CHUNK: usize = 256;
 
-/// Serves SBI calls. Never waits, whatever the guest asks.
+/// Handles SBI calls. Never blocks, whatever the guest requests.
 #[derive(Clone)]
 pub struct Sbi {
     ram: Arc<GuestMemory>,
@@ -39,7 +40,7 @@ pub struct Sbi {
 }
 
 impl Sbi {
-    /// Calls of a guest with this RAM, on this console.
+    /// Handles the calls of a guest with this RAM and this console.
     pub fn new(ram: Arc<GuestMemory>, console: Arc<Console>) -> Self {
         Self { ram, console }
     }
@@ -49,7 +50,7 @@ impl Sbi {
         &self.ram
     }
 
-    /// The answer to `call`.
+    /// Handles `call` and returns its result.
     #[inline(always)]
     pub fn call(&self, call: SbiCall) -> SbiRet {
         let [a0, a1, a2, ..] = call.args;
@@ -64,13 +65,14 @@ impl Sbi {
         match (extension, function) {
             (LEGACY_PUTCHAR, _) => legacy(self.putchar(a0), a1),
             (LEGACY_GETCHAR, _) => legacy(self.getchar(), a1),
-            // KVM asks for the experimental and vendor ranges, which nothing here serves.
+            // KVM forwards probes of the experimental and vendor extensions. rvmm has none of them.
             (BASE_EXTENSION, BASE_PROBE_EXTENSION) => answer(Ok(0)),
             _ => answer(Err(NOT_SUPPORTED)),
         }
     }
 
-    /// The debug console's call: numbers, not references, so that they stay in registers.
+    /// Handles a debug console call. The arguments are numbers, not references, so that they stay
+    /// in registers.
     #[inline(never)]
     fn debug_console(&self, function: u64, a0: u64, a1: u64, a2: u64) -> SbiRet {
         answer(match function {
@@ -82,8 +84,8 @@ impl Sbi {
         })
     }
 
-    /// A byte range as DBCN passes it, if all of it is RAM. The address has XLEN bits in `low`
-    /// and the bits above them in `high`, which on rv64 no RAM reaches.
+    /// Checks the byte range of a DBCN call: all of it must be RAM. `low` has the lowest XLEN bits
+    /// of the address, and `high` the bits above. On rv64 no RAM is that high.
     fn range(&self, len: u64, low: u64, high: u64) -> Result<(GuestAddress, usize), i64> {
         let len = usize::try_from(len).map_err(|_| INVALID_PARAM)?;
         let base = GuestAddress(low);
@@ -93,7 +95,7 @@ impl Sbi {
         Ok((base, len))
     }
 
-    /// Queues what the console has room for: the guest asks again with the rest.
+    /// Queues as many bytes as the console has room for. The guest calls again with the rest.
     #[inline(never)]
     fn write(&self, len: u64, low: u64, high: u64) -> Result<u64, i64> {
         let (base, len) = self.range(len, low, high)?;
@@ -114,7 +116,7 @@ impl Sbi {
         Ok(done as u64)
     }
 
-    /// Hands over the input that waits.
+    /// Copies waiting input to guest RAM.
     #[inline(never)]
     fn read(&self, len: u64, low: u64, high: u64) -> Result<u64, i64> {
         let (base, len) = self.range(len, low, high)?;
@@ -138,7 +140,8 @@ impl Sbi {
         Ok(done as u64)
     }
 
-    /// The specification lets this call wait for room; a vCPU thread of rvmm never does.
+    /// The specification allows this call to block, but vCPU threads of rvmm never block: without
+    /// room the call fails.
     #[inline(never)]
     fn write_byte(&self, byte: u64) -> Result<u64, i64> {
         match self.console.write(&[low_byte(byte)]) {
@@ -172,7 +175,7 @@ fn answer(outcome: Result<u64, i64>) -> SbiRet {
     }
 }
 
-/// A legacy call answers in a0 alone; a1 is preserved.
+/// A legacy call returns its result in a0 and preserves a1.
 fn legacy(a0: i64, a1: u64) -> SbiRet {
     SbiRet {
         error: a0,
@@ -180,7 +183,7 @@ fn legacy(a0: i64, a1: u64) -> SbiRet {
     }
 }
 
-/// `offset` bytes into a range that was checked.
+/// The address `offset` bytes after `base`. The caller has checked the range.
 fn at(base: GuestAddress, offset: usize) -> GuestAddress {
     GuestAddress(base.0.wrapping_add(offset as u64))
 }

@@ -1,4 +1,5 @@
-//! What a vCPU's exits to rvmm were: how many of each kind, and the time they took here.
+//! Statistics of a vCPU's exits to rvmm: the number of each kind, and the time that rvmm took for
+//! them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,30 +10,32 @@ use crate::hypervisor::{Counter, Vcpu, VmExit};
 use crate::memory::PAGE_SIZE;
 use crate::util::{RateLimit, guest_warn};
 
-/// Kinds told apart. A guest chooses addresses and calls, and may not grow rvmm with them.
+/// The largest number of kinds that are counted separately. A guest chooses addresses and calls,
+/// and must not be able to use up rvmm's memory with them.
 const KINDS_MAX: usize = 256;
 
-/// What an exit was, as far as it is worth telling apart.
+/// The kind of an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExitKind {
-    /// A load from this guest-physical address; where pages count as a whole, from that page.
+    /// A load from this guest-physical address. In a range that is counted by page, a load from
+    /// this page.
     MmioRead(u64),
-    /// A store to it.
+    /// A store to this address or page.
     MmioWrite(u64),
-    /// An SBI call: extension and function.
+    /// An SBI call, with its extension and function.
     Sbi(u64, u64),
     /// An access to this CSR.
     Csr(u64),
-    /// A signal, or a kick.
+    /// A signal or kick interrupted KVM_RUN.
     Interrupted,
-    /// What ended the machine.
+    /// An exit that ended the machine.
     End,
-    /// Any kind after the first 256.
+    /// All kinds after the first 256.
     Others,
 }
 
 impl ExitKind {
-    /// The kind of `exit`, where the pages of `by_page` count as a whole.
+    /// The kind of `exit`. In the range `by_page`, addresses are counted by page.
     pub fn of(exit: &VmExit, by_page: &Range<u64>) -> Self {
         let place = |gpa: u64| {
             let page = if by_page.contains(&gpa) { PAGE_SIZE } else { 1 };
@@ -52,7 +55,7 @@ impl ExitKind {
         }
     }
 
-    /// The address of a load or store.
+    /// The address, for a load or store.
     pub fn gpa(&self) -> Option<u64> {
         match self {
             Self::MmioRead(gpa) | Self::MmioWrite(gpa) => Some(*gpa),
@@ -75,7 +78,7 @@ impl fmt::Display for ExitKind {
     }
 }
 
-/// An SBI extension's id, which is its name in ASCII for all but the oldest.
+/// An SBI extension id. Except for the oldest extensions, it is the extension's name in ASCII.
 struct Name(u64);
 
 impl fmt::Display for Name {
@@ -91,12 +94,12 @@ impl fmt::Display for Name {
     }
 }
 
-/// How often, and how long in all.
+/// Number and total time of the exits of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Exits.
+    /// Number of exits.
     pub count: u64,
-    /// From the decoded exit to its answer.
+    /// Time from the decoded exit to its result.
     pub time: Duration,
 }
 
@@ -105,13 +108,13 @@ pub struct Tally {
 pub struct ExitStats {
     by_page: Range<u64>,
     kinds: HashMap<ExitKind, Tally>,
-    /// KVM's own counters, read when the vCPU has ended.
+    /// KVM's own counters, read when the vCPU's thread ends.
     pub counters: Vec<Counter>,
 }
 
 impl ExitStats {
-    /// None yet. In `by_page`, where the registers of devices are by the hundred, those of one page of
-    /// 4 KiB are one kind.
+    /// Empty statistics. In the guest-physical range `by_page`, which has hundreds of device
+    /// registers, all addresses of a 4 KiB page are one kind.
     pub fn by_page(by_page: Range<u64>) -> Self {
         Self {
             by_page,
@@ -119,7 +122,7 @@ impl ExitStats {
         }
     }
 
-    /// Counts an `exit` that took `time` to serve.
+    /// Counts an `exit` that rvmm handled in `time`.
     pub fn add(&mut self, exit: &VmExit, time: Duration) {
         let tally = self.tally(ExitKind::of(exit, &self.by_page));
         tally.count += 1;
@@ -136,7 +139,7 @@ impl ExitStats {
         self.kinds.entry(kind).or_default()
     }
 
-    /// Adds what `other` counted.
+    /// Adds the counts of `other`.
     pub fn merge(&mut self, other: ExitStats) {
         for (kind, tally) in other.kinds {
             let sum = self.tally(kind);
@@ -152,7 +155,7 @@ impl ExitStats {
         }
     }
 
-    /// Reads KVM's counters of `vcpu`. A host without them (before Linux 5.14) has none to tell.
+    /// Reads KVM's counters of `vcpu`. Hosts before Linux 5.14 have none.
     pub fn read_counters(&mut self, vcpu: &dyn Vcpu) {
         match vcpu.counters() {
             Ok(counters) => self.counters = counters,
@@ -164,7 +167,7 @@ impl ExitStats {
         }
     }
 
-    /// Every kind that came, the one with the most time first.
+    /// All kinds that occurred, by total time, the largest first.
     pub fn kinds(&self) -> Vec<(ExitKind, Tally)> {
         let mut kinds: Vec<_> = self.kinds.iter().map(|(k, t)| (*k, *t)).collect();
         kinds.sort_by_key(|(_, tally)| std::cmp::Reverse((tally.time, tally.count)));

@@ -1,8 +1,9 @@
-//! The system's suspend: RISC-V Supervisor Binary Interface 3.0, chapter "System Suspend Extension".
+//! System suspend: RISC-V Supervisor Binary Interface 3.0, chapter "System Suspend Extension".
 //!
-//! KVM of Linux 7.x checks the call, has the hart's reset wait for the next KVM_RUN, and hands the call to
-//! userspace (`arch/riscv/kvm/vcpu_sbi_system.c`). Here the hart sleeps until an interrupt that the guest
-//! enabled is pending. Then it is reset, and goes on where the guest asked.
+//! KVM of Linux 7.x checks the call, requests a reset of the hart, which the next KVM_RUN handles,
+//! and passes the call to userspace (`arch/riscv/kvm/vcpu_sbi_system.c`). rvmm lets the hart sleep
+//! until an interrupt that the guest has enabled is pending. Then the hart takes the reset and
+//! resumes at the address that the guest gave.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,36 +13,36 @@ use super::restart::Restarts;
 use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, regs};
 use crate::irqchip::{HartSide, SavedRegister};
 
-/// Extension id of the call, and its one function.
+/// Extension id of the call.
 pub const SUSP: u64 = 0x5355_5350;
-/// SYSTEM_SUSPEND.
+/// Function id of SYSTEM_SUSPEND, the extension's only function.
 pub const SYSTEM_SUSPEND: u64 = 0;
 
-/// How often a suspended hart's interrupts are looked at. KVM has nothing to wait for.
+/// How often rvmm checks a suspended hart's interrupts. KVM offers no way to wait for them.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Bits of `sie` and `sip`.
 const TIMER: u64 = 1 << 5;
 const EXTERNAL: u64 = 1 << 9;
 
-/// The system is suspended.
+/// The result of a call that succeeded.
 const OK: VmEntry = VmEntry::Sbi(SbiRet { error: 0, value: 0 });
 
-/// Lets harts sleep.
+/// Suspends harts.
 pub struct Suspend {
     irqs: Arc<dyn HartSide>,
 }
 
 impl Suspend {
-    /// For harts whose external interrupts come from `irqs`.
+    /// Suspends harts whose external interrupts come from `irqs`.
     pub fn new(irqs: Arc<dyn HartSide>) -> Self {
         Self { irqs }
     }
 
-    /// What hart `hart`, whose `vcpu` made the call, is to sleep with.
+    /// Saves the state that hart `hart` needs to sleep. Its `vcpu` made the call.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM cannot read a register.
     #[cold]
     pub(super) fn begin(&self, hart: u32, vcpu: &dyn Vcpu) -> Result<Sleeper> {
         Ok(Sleeper {
@@ -51,10 +52,11 @@ impl Suspend {
         })
     }
 
-    /// Hart `hart` sleeps until it wakes, or its thread is to end.
+    /// Blocks until an interrupt wakes hart `hart`, or until its thread is to end. After a wake-up
+    /// it lets KVM reset the hart.
     ///
     /// # Errors
-    /// KVM refused.
+    /// Fails if KVM cannot read or set a register, or if KVM_RUN fails.
     #[cold]
     pub(super) fn sleep(
         &self,
@@ -69,12 +71,13 @@ impl Suspend {
             }
             restarts.shared.sleep(LOOK_EVERY);
         }
-        // The reset clears the hart's IMSIC, and the interrupt that woke it with it. What comes between this and
-        // the reset, in the next millisecond or two, is lost.
+        // The reset clears the hart's IMSIC, and with it the interrupt that woke the hart. An
+        // interrupt that arrives between this line and the reset, within one or two milliseconds,
+        // is lost.
         let saved = self.irqs.save(hart)?;
         let waited = restarts.take_reset(vcpu, OK)?;
         if let Waited::Asked(_) = waited {
-            // Without the reset nothing is lost: what woke the hart wakes it again.
+            // Without the reset nothing is lost: the same interrupt wakes the hart again.
             return Ok(Waited::Asked(First::Sleep(sleeper)));
         }
         self.irqs.restore(hart, &saved)?;
@@ -94,16 +97,16 @@ impl Suspend {
     }
 }
 
-/// What does not change while a hart sleeps.
+/// State that does not change while a hart sleeps.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Sleeper {
-    /// `sie`.
+    /// The hart's `sie`.
     enabled: u64,
     compare: u64,
     saved: Vec<SavedRegister>,
 }
 
-/// Every KVM that has the call has these registers.
+/// Reads a register that every KVM with this call has.
 fn read(vcpu: &dyn Vcpu, register: RegId) -> Result<u64> {
     Ok(vcpu.reg(register)?.unwrap_or_default())
 }

@@ -1,4 +1,4 @@
-//! The thread that runs a vCPU, and the handle with which others stop it.
+//! The thread that runs a vCPU, and the handle that stops it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,32 +18,32 @@ use super::suspend::Sleeper;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
 use crate::util::thread::{Kind, spawn};
 
-/// How a vCPU's thread ends by itself; it is not called when the thread was stopped from outside.
+/// Called when a vCPU's thread ends by itself. Not called when the handle stops it.
 pub type OnStop = Box<dyn FnOnce(Result<Stop>) + Send>;
 
 /// A running vCPU. Dropping it stops the vCPU and waits for its thread.
 pub struct VcpuHandle {
     shared: Arc<Shared>,
     kicker: Box<dyn Kicker>,
-    /// On a host that resets harts unseen.
+    /// Only on a host that resets harts (see [`restart`](super::restart)).
     waiting: Option<Box<dyn Waiting>>,
     thread: Option<JoinHandle<Option<Parked>>>,
 }
 
-/// A vCPU without a thread. What its last exit was to give the guest is in its registers, and
-/// [`VcpuHandle::start`] goes on from there.
+/// A vCPU without a thread. The result of its last exit is in its registers, and
+/// [`VcpuHandle::start`] continues from there.
 pub struct Parked {
     /// The vCPU.
     pub vcpu: Box<dyn Vcpu>,
-    /// What its next thread does first.
+    /// The first action of its next thread.
     pub first: First,
-    /// The exits counted so far, if they are.
+    /// The statistics so far, if exits are counted.
     pub stats: Option<ExitStats>,
 }
 
 impl Parked {
-    /// The vCPU of hart `hart` before it ran, on a host that resets harts or not. Its exits are counted in
-    /// `stats`, if given.
+    /// The vCPU of hart `hart` before it has run. `host_resets_harts`: see
+    /// [`restart`](super::restart). Its exits are counted in `stats`, if given.
     pub fn of_new(
         vcpu: Box<dyn Vcpu>,
         hart: u32,
@@ -55,7 +55,7 @@ impl Parked {
     }
 }
 
-/// A vCPU that could not be started, and why.
+/// A vCPU that could not be started, with the error.
 pub struct NotStarted(Box<(Parked, Error)>);
 
 impl NotStarted {
@@ -63,7 +63,7 @@ impl NotStarted {
         Self(Box::new((parked, error)))
     }
 
-    /// The vCPU as it was, and what failed.
+    /// The unchanged vCPU, and the error.
     pub fn into_parts(self) -> (Parked, Error) {
         *self.0
     }
@@ -77,17 +77,18 @@ impl fmt::Debug for NotStarted {
 
 /// How to run a vCPU.
 pub struct Start {
-    /// Its hart.
+    /// The number of its hart.
     pub id: u32,
-    /// Called when it ends by itself.
+    /// Called when the thread ends by itself.
     pub on_stop: OnStop,
-    /// Called when it wants to be kicked, by [`VcpuHandle::kick`].
+    /// Called when the thread wants to be kicked by [`VcpuHandle::kick`].
     pub on_call: Call,
-    /// The host resets harts as [`restart`](super::restart) tells.
+    /// Whether the host resets harts (see [`restart`](super::restart)).
     pub follow_restarts: bool,
 }
 
-/// The signal that gets a thread out of KVM_RUN. Its handler does nothing: EINTR is the message.
+/// The signal that interrupts KVM_RUN. Its handler does nothing: the effect is that KVM_RUN returns
+/// EINTR.
 fn kick_signal() -> i32 {
     SIGRTMIN()
 }
@@ -95,21 +96,23 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
-    /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops it.
+    /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops
+    /// it.
     ///
     /// # Errors
-    /// The thread cannot be started, its signal not be set, or the vCPU's run page not be had. The vCPU is
-    /// given back as it was.
+    /// Fails if the thread cannot be started, if its signal handler cannot be set, or if the vCPU's
+    /// run page cannot be mapped. The error has the unchanged vCPU.
     pub fn start(
         parked: Parked,
         exits: Arc<Exits>,
         how: Start,
     ) -> std::result::Result<Self, NotStarted> {
-        // The vCPU follows when there is a thread: a thread that cannot be started would take it along.
+        // Pass the vCPU only once the thread exists. Otherwise it would be lost if the thread
+        // cannot be started.
         let (hand, take) = sync_channel(1);
         match Self::start_thread(&parked, take, exits, how) {
             Ok(handle) => {
-                // The thread waits for nothing else.
+                // This cannot fail: the thread waits for it.
                 let _ = hand.send(parked);
                 Ok(handle)
             }
@@ -117,7 +120,7 @@ impl VcpuHandle {
         }
     }
 
-    /// Starts the thread, which waits for the vCPU.
+    /// Starts the thread, which first waits for the vCPU from `take`.
     fn start_thread(
         parked: &Parked,
         take: Receiver<Parked>,
@@ -127,9 +130,9 @@ impl VcpuHandle {
         let id = how.id;
         let refused = |act: &str, e: io::Error| Error::refused(format!("{act} vCPU {id}"), e);
         register_signal_handler(kick_signal(), on_kick)
-            .map_err(|e| refused("set the signal of", e.into()))?;
+            .map_err(|e| refused("set the signal handler of", e.into()))?;
         let kicker = parked.vcpu.kicker()?;
-        // The thread before was stopped by it.
+        // The previous thread was stopped by this flag.
         kicker.set_immediate_exit(false);
         let waiting = match how.follow_restarts {
             true => Some(parked.vcpu.waiting()?),
@@ -157,41 +160,42 @@ impl VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Stops the vCPU, waits for its thread, and takes the vCPU back. None where the thread panicked, which
-    /// ends the process.
+    /// Stops the vCPU, waits for its thread, and returns the vCPU. None if the thread panicked,
+    /// which ends the process.
     pub fn stop(mut self) -> Option<Parked> {
         self.join()
     }
 
-    /// Asks the vCPU to stop, and does not wait for it.
+    /// Asks the vCPU to stop, without waiting for it.
     pub fn ask_to_stop(&self) {
         self.shared.stopping.store(true, Ordering::Release);
-        // Set before the signal: a thread that is about to enter KVM_RUN comes back at once.
+        // Set this before the signal: a thread that is about to enter KVM_RUN then returns from it
+        // at once.
         self.kicker.set_immediate_exit(true);
         self.kick();
     }
 
-    /// Whether the vCPU wants to be kicked until it does not any more.
+    /// Whether the vCPU wants to be kicked. It must be kicked repeatedly until this is false.
     pub fn wants_kick(&self) -> bool {
         self.shared.wants_kick.load(Ordering::Acquire)
     }
 
-    /// Whether the host resets harts, so that they are looked at.
+    /// Whether the vCPU must be kicked for regular looks, because the host resets harts.
     pub fn follows_restarts(&self) -> bool {
         self.waiting.is_some()
     }
 
-    /// Whether the vCPU's hart may have stopped unseen, on a host that resets harts.
+    /// Whether the vCPU's hart may have stopped inside KVM_RUN, on a host that resets harts.
     pub fn may_have_stopped(&self) -> bool {
         let sleeps = self.shared.sleeps.load(Ordering::Relaxed);
         !sleeps && self.waiting.as_ref().is_some_and(|wait| !wait.waits())
     }
 
-    /// Gets the vCPU's thread out of KVM_RUN, or out of its own sleep.
+    /// Interrupts the KVM_RUN of the vCPU's thread, or its sleep.
     pub fn kick(&self) {
         if let Some(thread) = &self.thread {
             thread.thread().unpark();
-            // Fails where the thread has ended already.
+            // Fails if the thread has ended already.
             let _ = thread.kill(kick_signal());
         }
     }
@@ -208,7 +212,7 @@ impl Drop for VcpuHandle {
     }
 }
 
-/// What a vCPU's thread works with.
+/// The state of a vCPU's thread.
 struct Hart {
     id: u32,
     exits: Arc<Exits>,
@@ -216,7 +220,7 @@ struct Hart {
     follow_restarts: bool,
 }
 
-/// Serves exits and nothing else.
+/// Handles exits without counting them.
 struct Plain(Arc<Exits>);
 
 impl Serve for Plain {
@@ -228,7 +232,7 @@ impl Serve for Plain {
     }
 }
 
-/// Counts them too.
+/// Handles exits and counts them.
 struct Counting<'a>(Arc<Exits>, &'a mut ExitStats);
 
 impl Serve for Counting<'_> {
@@ -243,14 +247,15 @@ impl Serve for Counting<'_> {
 }
 
 impl Hart {
-    /// The life of the thread: runs the vCPU, and hands it back.
+    /// The body of the thread: runs the vCPU, and returns it.
     fn live(mut self, parked: Parked, on_stop: OnStop) -> Parked {
         let Parked {
             mut vcpu,
             first,
             mut stats,
         } = parked;
-        // Whatever mask came over exec; it fails for numbers that are no signals.
+        // The signal may be blocked by a mask inherited over exec. This fails only for invalid
+        // signal numbers.
         let _ = unblock_signal(kick_signal());
         let first = match self.run(vcpu.as_mut(), stats.as_mut(), first) {
             Ok(Leave::Park(first)) => first,
@@ -269,7 +274,7 @@ impl Hart {
         Parked { vcpu, first, stats }
     }
 
-    /// Runs until the vCPU ends the machine, or is stopped from outside.
+    /// Runs until the vCPU ends the machine or the handle stops it.
     fn run(
         &mut self,
         vcpu: &mut dyn Vcpu,
@@ -306,7 +311,7 @@ impl Hart {
                 },
             };
         }
-        // A load, an SBI call or a CSR access may still wait for its result.
+        // Let KVM complete a pending load, SBI call or CSR access.
         vcpu.as_vcpu().complete(entry)?;
         Ok(Leave::Park(First::Enter))
     }
@@ -321,7 +326,7 @@ impl Hart {
         self.after(vcpu, waited)
     }
 
-    /// What comes of `rare`.
+    /// Does the rare work, and returns how the vCPU goes on.
     #[cold]
     #[inline(never)]
     fn settle(&mut self, vcpu: &mut dyn Vcpu, rare: Rare) -> Result<Settled> {
@@ -350,7 +355,7 @@ impl Hart {
         suspend.sleep(self.id, vcpu, &mut self.restarts, sleeper)
     }
 
-    /// What comes after a wait: the exit that it brought, if it did, is served.
+    /// Continues after a wait. If an exit came during it, handles that exit.
     fn after(&mut self, vcpu: &mut dyn Vcpu, waited: Waited) -> Result<Settled> {
         let unserved = match waited {
             Waited::Over(unserved) => unserved,
@@ -364,14 +369,14 @@ impl Hart {
     }
 }
 
-/// How a vCPU runs on, or why it does not.
+/// How to enter the guest next, or why the thread ends.
 type Settled = std::result::Result<VmEntry, Leave>;
 
 /// Why a vCPU's thread ends.
 enum Leave {
     /// The machine ends.
     End(Stop),
-    /// The thread was stopped from outside; the next one begins with this.
+    /// The handle stopped the thread. The next thread begins with this.
     Park(First),
 }
 

@@ -158,7 +158,7 @@ const GOLDEN: &str = r#"{
 }
 "#;
 
-/// A blob as indented text: strings quoted, everything else in cells.
+/// Formats a blob as indented text: strings in quotes, everything else as cells.
 fn text_of(blob: &[u8]) -> String {
     let cell = |at: usize| u32::from_be_bytes(blob[at..at + 4].try_into().unwrap()) as usize;
     assert_eq!(cell(0), 0xd00d_feed);

@@ -1,5 +1,5 @@
-//! Compressed kernels. What they expand to is bounded by guest RAM: a few bytes may promise any
-//! number of them.
+//! Compressed kernels. The decompressed size is limited to guest RAM, because a small file can
+//! decompress to any size.
 
 use std::io::{BufReader, Read};
 
@@ -8,17 +8,17 @@ use zstd::zstd_safe;
 use super::KernelError;
 use crate::util::ByteSize;
 
-/// Room for a zstd frame that does not tell its size. No kernel is as large.
-const UNTOLD_MAX: ByteSize = ByteSize::mib(1024);
+/// Buffer for a zstd frame whose header does not have the decompressed size. No kernel is as large.
+const UNKNOWN_SIZE_MAX: ByteSize = ByteSize::mib(1024);
 
-/// A compression that rvmm undoes.
+/// A compression that rvmm can decompress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Compression {
     Gzip,
     Zstd,
 }
 
-/// How a file starts that is compressed by one of them.
+/// The compression of a file that starts with `head`, if rvmm can decompress it.
 pub(super) fn kind(head: &[u8]) -> Option<Compression> {
     if head.starts_with(b"\x1f\x8b") {
         Some(Compression::Gzip)
@@ -29,7 +29,8 @@ pub(super) fn kind(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// The name of a compression that rvmm does not undo.
+/// The name of the compression of a file that starts with `head`, if rvmm knows it but cannot
+/// decompress it.
 pub(super) fn other(head: &[u8]) -> Option<String> {
     let known = [
         (&b"\xfd7zXZ\0"[..], "xz"),
@@ -43,7 +44,7 @@ pub(super) fn other(head: &[u8]) -> Option<String> {
 }
 
 impl Compression {
-    /// As zboot headers name it.
+    /// The compression by its name in a zboot header.
     pub(super) fn named(name: &str) -> Option<Self> {
         match name {
             "gzip" => Some(Self::Gzip),
@@ -59,7 +60,7 @@ impl Compression {
         }
     }
 
-    /// What `reader` expands to, at most `ram` bytes.
+    /// Decompresses `reader`, to at most `ram` bytes.
     pub(super) fn expand(
         self,
         reader: &mut dyn Read,
@@ -71,17 +72,18 @@ impl Compression {
         }
     }
 
-    /// In one piece: a stream would need a window of up to 128 MiB beside what it expands to.
+    /// Decompresses the frame in one call: a streaming decoder would need a window of up to 128 MiB
+    /// in addition to the output.
     fn expand_zstd(self, reader: &mut dyn Read, ram: ByteSize) -> Result<Vec<u8>, KernelError> {
         let broken = |why: String| KernelError::Broken(self.name(), why);
         let packed = self.read(reader, ram)?;
         let of_frame = |code| broken(zstd_safe::get_error_name(code).into());
         let length = zstd_safe::find_frame_compressed_size(&packed).map_err(of_frame)?;
-        // One frame is a kernel; what follows it is none of its.
+        // The kernel is one frame. Ignore what follows it.
         let frame = packed.get(..length).unwrap_or(&packed);
-        let told = zstd_safe::get_frame_content_size(frame);
-        let told = told.map_err(|error| broken(error.to_string()))?;
-        let room = told.unwrap_or(ram.bytes().min(UNTOLD_MAX.bytes()));
+        let size = zstd_safe::get_frame_content_size(frame);
+        let size = size.map_err(|error| broken(error.to_string()))?;
+        let room = size.unwrap_or(ram.bytes().min(UNKNOWN_SIZE_MAX.bytes()));
         if room > ram.bytes() {
             return Err(KernelError::TooLarge(self.name(), ram));
         }

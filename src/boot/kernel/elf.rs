@@ -1,7 +1,9 @@
-//! ELF kernels: loaded at their physical addresses, and a RISC-V vmlinux, which has none.
+//! ELF kernels. They are loaded at their physical addresses, except a RISC-V vmlinux, which has no
+//! real ones.
 //!
-//! Tool Interface Standard ELF 1.2 and the RISC-V psABI. `arch/riscv/kernel/vmlinux.lds.S` counts
-//! vmlinux' physical addresses from 0, and its entry is a virtual address.
+//! Tool Interface Standard ELF 1.2 and the RISC-V psABI. The linker script of vmlinux
+//! (`arch/riscv/kernel/vmlinux.lds.S`) counts physical addresses from 0, and the entry point is a
+//! virtual address.
 
 use elf::ParseError;
 use elf::abi::{EI_NIDENT, EM_RISCV, PT_LOAD};
@@ -11,21 +13,23 @@ use elf::segment::{ProgramHeader, SegmentTable};
 
 use super::{HEAD_SIZE, Kernel, KernelError, Segment};
 
-/// Where a kernel without physical addresses goes: where an Image goes.
+/// Where a kernel whose physical addresses count from 0 goes, as an offset from the start of RAM.
+/// An Image goes there too.
 const UNPLACED_OFFSET: u64 = 2 << 20;
 
-/// No RISC-V machine has RAM beyond it (Sv57x4).
+/// No RISC-V machine has RAM beyond this: a guest-physical address of Sv57x4 has 59 bits.
 const END_MAX: u64 = 1 << 59;
 
-/// Where a vmlinux runs, and no kernel that is linked for physical addresses from 0.
+/// A vmlinux runs at virtual addresses above this. Other kernels whose physical addresses count
+/// from 0 do not.
 const UPPER_HALF: u64 = 1 << 63;
 
-/// Whether a file starts so.
+/// Whether a file that starts with `head` is an ELF file.
 pub(super) fn is(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
 }
 
-/// What to load of a file of `size` bytes that starts with `head` into RAM at `base`.
+/// Parses a file of `size` bytes that starts with `head`, for RAM at guest-physical address `base`.
 pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelError> {
     let broken = |error: ParseError| KernelError::Elf(error.to_string());
     let (ident, rest) = head
@@ -51,8 +55,8 @@ pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelE
         .filter(|segment| segment.p_type == PT_LOAD && segment.p_memsz > 0)
         .collect();
     let first = loads.iter().min_by_key(|segment| segment.p_paddr);
-    let first = first.ok_or_else(|| KernelError::Elf("it has nothing to load".into()))?;
-    // Physical addresses that count from 0 are no addresses: no machine has RAM there.
+    let first = first.ok_or_else(|| KernelError::Elf("it has no segment to load".into()))?;
+    // Physical addresses that count from 0 are offsets: no machine has RAM at address 0.
     let place = |paddr: u64| match first.p_paddr {
         0 => paddr.checked_add(UNPLACED_OFFSET),
         _ => paddr.checked_sub(base),
@@ -70,7 +74,7 @@ pub(super) fn parse(head: &[u8], size: u64, base: u64) -> Result<Kernel, KernelE
     })
 }
 
-/// They follow the file's header in every kernel.
+/// The program headers. In every kernel they follow the ELF header, so `head` has them.
 fn program_headers<'a>(
     header: &FileHeader<AnyEndian>,
     head: &'a [u8],
@@ -93,7 +97,7 @@ fn segment(load: &ProgramHeader, at: Option<u64>, file: u64) -> Result<Segment, 
     }
     if load.p_filesz > load.p_memsz {
         let line = format!(
-            "a segment has {:#x} bytes in {:#x} of memory",
+            "a segment has {:#x} bytes in the file, but only {:#x} in memory",
             load.p_filesz, load.p_memsz
         );
         return Err(KernelError::Elf(line));
@@ -101,7 +105,7 @@ fn segment(load: &ProgramHeader, at: Option<u64>, file: u64) -> Result<Segment, 
     let end = at.and_then(|at| at.checked_add(load.p_memsz));
     let (Some(at), Some(0..END_MAX)) = (at, end) else {
         let line = format!(
-            "it wants to be at {:#x}, where this machine has no RAM",
+            "it must be loaded at {:#x}, where this machine has no RAM",
             load.p_paddr
         );
         return Err(KernelError::Elf(line));
@@ -122,8 +126,8 @@ fn refuse_overlaps(segments: &[Segment]) -> Result<(), KernelError> {
     }
 }
 
-/// The entry as an offset in RAM. It is a virtual address wherever a segment has it, and those of
-/// most kernels are their physical ones.
+/// The entry point as an offset from the start of RAM. If a segment contains it as a virtual
+/// address it is one; in most kernels virtual and physical addresses are the same.
 fn entry(
     entry: u64,
     loads: &[ProgramHeader],
@@ -136,14 +140,15 @@ fn entry(
         Some(load) => load.p_paddr.wrapping_add(entry - load.p_vaddr),
         None if phys().is_some() => entry,
         None => {
-            let line = format!("its entry {entry:#x} is in no segment");
+            let line = format!("its entry point {entry:#x} is outside all of its segments");
             return Err(KernelError::Elf(line));
         }
     };
-    place(address).ok_or_else(|| KernelError::Elf(format!("its entry {entry:#x} is no RAM's")))
+    place(address)
+        .ok_or_else(|| KernelError::Elf(format!("its entry point {entry:#x} is outside RAM")))
 }
 
-/// ELF's `e_machine`, where it is one people have.
+/// The name of an ELF `e_machine`.
 fn machine(machine: u16) -> String {
     match machine {
         3 => "x86".into(),

@@ -1,4 +1,4 @@
-//! The Image of a RISC-V Linux: `Documentation/arch/riscv/boot-image-header.rst`.
+//! The Image format of RISC-V Linux: `Documentation/arch/riscv/boot-image-header.rst`.
 //!
 //! ```text
 //!  0 code0, code1   16 image_size   32 version        48 magic  "RISCV\0\0\0" (old)
@@ -10,33 +10,33 @@ use super::{HEAD_SIZE, KernelError, u16_at, u32_at, u64_at};
 const HEADER_SIZE: usize = 64;
 const MAGIC2: &[u8] = b"RSC\x05";
 const FLAG_BIG_ENDIAN: u64 = 1;
-/// `text_offset` and the place of the kernel follow 2 MiB pages on rv64.
+/// On rv64, `text_offset` and the address of the kernel are multiples of 2 MiB.
 const TEXT_ALIGN: u64 = 2 << 20;
-/// No RISC-V machine has as much memory (Sv57x4 ends here): such a size is a lie.
+/// No RISC-V machine has as much memory: a guest-physical address of Sv57x4 has 59 bits.
 const SIZE_LIMIT: u64 = 1 << 59;
 
-/// A kernel Image whose header was found true.
+/// A kernel Image with a valid header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Image {
-    /// Where the kernel wants to be, from the start of RAM. A multiple of 2 MiB.
+    /// Where the kernel must be loaded, as an offset from the start of RAM. A multiple of 2 MiB.
     pub(crate) text_offset: u64,
-    /// Bytes the kernel occupies once it runs, its BSS included; at least `file_size`.
+    /// Bytes that the kernel occupies in RAM, its BSS included. At least `file_size`.
     pub(crate) image_size: u64,
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub(crate) file_size: u64,
 }
 
 impl Image {
-    /// Whether a file starts so.
+    /// Whether a file that starts with `head` is an Image.
     pub(super) fn is(head: &[u8]) -> bool {
         head.get(56..60) == Some(MAGIC2)
     }
 
-    /// Checks the header of a file of `file_size` bytes that starts with `head`, its first
-    /// [`HEAD_SIZE`] bytes or all it has.
+    /// Checks the header of a file of `file_size` bytes. `head` is its first [`HEAD_SIZE`] bytes,
+    /// or the whole file if it is shorter.
     ///
     /// # Errors
-    /// What the file is instead, or what is wrong with its header.
+    /// Fails if the header is invalid or the file is truncated.
     pub(crate) fn parse(head: &[u8], file_size: u64) -> Result<Self, KernelError> {
         if head.len() < HEADER_SIZE {
             return Err(KernelError::Truncated {
@@ -77,7 +77,8 @@ impl Image {
         Ok(())
     }
 
-    /// An EFI-stub kernel is a PE file too, and its section table tells where the file ends.
+    /// Checks that the file is not truncated. A kernel with an EFI stub is a PE file too, and its
+    /// section table has the size of the file.
     fn check_sections(&self, head: &[u8]) -> Result<(), KernelError> {
         match pe_file_end(head) {
             promised if promised > self.file_size => Err(KernelError::Truncated {
@@ -89,14 +90,14 @@ impl Image {
     }
 }
 
-/// How many bytes a file that starts with `head` has at least, as far as its PE headers tell: the
-/// end of the last section's bytes, or of the headers themselves where `head` ends before them
-/// (PE Format, "COFF File Header" and "Section Table"). 0 for an Image that is no PE file.
+/// The least size of a file that starts with `head`, according to its PE headers: the end of the
+/// last section's data, or the end of the headers if `head` ends before them (PE Format, "COFF File
+/// Header" and "Section Table"). Returns 0 for an Image that is not a PE file.
 fn pe_file_end(head: &[u8]) -> u64 {
     const COFF_SIZE: usize = 24;
     const SECTION_SIZE: usize = 40;
     let pe = u32_at(head, 60) as usize;
-    // Headers beyond the part that was read are left alone: no kernel has them there.
+    // Ignore headers beyond `HEAD_SIZE`: no kernel has them there.
     if !head.starts_with(b"MZ") || pe == 0 || pe > HEAD_SIZE / 2 {
         return 0;
     }

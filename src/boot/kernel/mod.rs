@@ -1,8 +1,8 @@
-//! Kernels: which of the formats a file has, told by its content, and where its parts go in RAM.
+//! Kernels: detects the format of a file by its content, and finds where its parts go in RAM.
 //!
 //! ```text
-//! image    a RISC-V Linux Image                  zboot     an EFI image with a compressed Image in it
-//! elf      an S-mode ELF, or a RISC-V vmlinux    compress  gzip and zstd around any of them
+//! image    a RISC-V Linux Image                zboot     an EFI image with a compressed Image
+//! elf      an S-mode ELF, or a RISC-V vmlinux  compress  gzip and zstd around any of them
 //! ```
 
 mod compress;
@@ -19,17 +19,18 @@ use crate::config::KernelFormat;
 use crate::util::ByteSize;
 use image::Image;
 
-/// Bytes at the start of a file that tell what it is: an Image's header and, of an EFI-stub kernel,
-/// the PE section table.
+/// Bytes at the start of a file that are enough to detect its format: they hold an Image's header
+/// and, for a kernel with an EFI stub, the PE section table.
 pub const HEAD_SIZE: usize = 4096;
 
-/// Where a flat binary goes, from the start of RAM: where a RISC-V boot loader puts S-mode.
+/// Where a flat binary goes, as an offset from the start of RAM: where RISC-V firmware loads S-mode
+/// software.
 const FLAT_OFFSET: u64 = 2 << 20;
 
-/// Why a file is no kernel that rvmm can load.
+/// Why rvmm cannot load a file as a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum KernelError {
-    /// No bytes.
+    /// The file is empty.
     #[error("the file is empty")]
     Empty,
     /// An ELF file for another machine.
@@ -38,90 +39,94 @@ pub enum KernelError {
     /// An ELF file that cannot be loaded.
     #[error("an ELF file that rvmm cannot load: {0}")]
     Elf(String),
-    /// A compressed file that rvmm does not decompress.
-    #[error("compressed with {0}, which rvmm does not know: gzip and zstd it does")]
+    /// A file with a compression that rvmm cannot decompress.
+    #[error("compressed with {0}, which rvmm cannot decompress: use gzip or zstd")]
     Compressed(String),
-    /// A compressed file that is broken.
-    #[error("compressed with {0}, and broken: {1}")]
+    /// A compressed file with corrupt data.
+    #[error("compressed with {0}, but the data is corrupt: {1}")]
     Broken(&'static str, String),
-    /// More bytes than RAM.
+    /// A compressed file that is larger than guest RAM when decompressed.
     #[error(
-        "compressed with {0}, and it expands to more than the {1} of guest RAM: give more with \
-         --mem if it really is a kernel"
+        "compressed with {0}, and decompressed it is larger than guest RAM ({1}): increase --mem \
+         if it really is a kernel"
     )]
     TooLarge(&'static str, ByteSize),
-    /// A compressed file of something else.
-    #[error("compressed, and what is in it is no RISC-V kernel")]
+    /// A compressed file that holds no kernel.
+    #[error("compressed, but its content is not a RISC-V kernel")]
     NoneInside,
     /// An initramfs, plain or compressed.
-    #[error("an initramfs and no kernel: give it with --initrd")]
+    #[error("an initramfs, not a kernel: pass it with --initrd")]
     Initramfs,
-    /// None of the formats.
+    /// The format is unknown.
     #[error(
         "not a RISC-V kernel: no Image (\"RSC\\x05\" at byte 56), ELF, gzip or zstd; \
          --kernel-format flat loads any bytes"
     )]
     Unknown,
-    /// Not what `--kernel-format` says.
-    #[error("not {0}, which --kernel-format asks for")]
+    /// The file does not have the format that `--kernel-format` requires.
+    #[error("not {0}, although --kernel-format requires it")]
     NotThat(&'static str),
     /// The header's version is not 0.x.
-    #[error("its Image header has version {0}.{1}, and rvmm knows 0.x")]
+    #[error("its Image header has version {0}.{1}, but rvmm supports only 0.x")]
     Version(u32, u32),
     /// A big-endian kernel.
     #[error("a big-endian kernel (Image header flag 0): KVM's guests are little-endian")]
     BigEndian,
-    /// `text_offset` is not what a kernel can be linked for.
-    #[error("its Image header lies: text_offset {0:#x} is no multiple of 2 MiB below 2^59")]
+    /// `text_offset` is not valid.
+    #[error("its Image header is wrong: text_offset {0:#x} is not a multiple of 2 MiB below 2^59")]
     TextOffset(u64),
-    /// `image_size` is nothing a kernel can have.
-    #[error("its Image header lies: image_size is {0:#x}")]
+    /// `image_size` is 0 or too large.
+    #[error("its Image header is wrong: image_size is {0:#x}")]
     ImageSize(u64),
-    /// `image_size` is less than the file.
-    #[error("its Image header lies: image_size is {image} bytes, the file has {file}")]
+    /// `image_size` is smaller than the file.
+    #[error("its Image header is wrong: image_size is {image} bytes, but the file has {file}")]
     ImageSmallerThanFile {
-        /// The header's claim.
+        /// `image_size` in bytes.
         image: u64,
-        /// The file's size.
+        /// The file's size in bytes.
         file: u64,
     },
-    /// The file ends before its parts do.
-    #[error("the file is truncated: its header promises {promised} bytes, it has {file}")]
+    /// The file is shorter than its headers say.
+    #[error(
+        "the file is truncated: according to its headers it has {promised} bytes, but it has {file}"
+    )]
     Truncated {
-        /// Where the last part ends.
+        /// Least size according to the headers, in bytes.
         promised: u64,
-        /// The file's size.
+        /// The file's size in bytes.
         file: u64,
     },
 }
 
-/// Bytes of the source that go to one place.
+/// A part of the kernel that is loaded as one piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where they are in the file, or in what it expanded to.
+    /// The part's range in the file, or in the decompressed data.
     pub source: Range<u64>,
-    /// Where they go, from the start of RAM.
+    /// Where the part goes, as an offset from the start of RAM.
     pub at: u64,
-    /// Bytes they take in RAM: what is more than the source's is zero.
+    /// Bytes that the part takes in RAM. Bytes beyond the end of `source` are zero.
     pub size: u64,
 }
 
-/// What to load where, and where to begin. Offsets are from the start of RAM.
+/// A parsed kernel: what to load where, and the entry point. Offsets are from the start of RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// At least one; none is outside [`Kernel::extent`].
+    /// The parts to load. There is at least one.
     pub segments: Vec<Segment>,
-    /// The first instruction.
+    /// Offset of the first instruction.
     pub entry: u64,
-    /// An Image or a vmlinux: it boots as `Documentation/arch/riscv/boot.rst` says, and takes no RAM
-    /// behind its extent before it has read the device tree.
+    /// Whether this is a Linux, an Image or a vmlinux. It boots as
+    /// `Documentation/arch/riscv/boot.rst` describes, and uses no RAM behind its extent before it
+    /// has read the device tree.
     pub is_linux: bool,
-    /// What the file expanded to, if it was compressed: the segments' source.
+    /// The decompressed data, if the file was compressed. Segments refer to it then.
     pub expanded: Option<Vec<u8>>,
 }
 
 impl Kernel {
-    /// From the first byte of the kernel to its last, BSS included.
+    /// The range from the kernel's first byte in RAM to its last, BSS included, as offsets from the
+    /// start of RAM.
     pub fn extent(&self) -> Range<u64> {
         let start = self.segments.iter().map(|segment| segment.at).min();
         let ends = self.segments.iter().map(|s| s.at.saturating_add(s.size));
@@ -143,19 +148,19 @@ impl Kernel {
     }
 }
 
-/// A kernel's file, as far as telling its format needs it.
+/// Access to a kernel's file, to detect its format and to decompress it.
 pub trait Source {
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     fn size(&self) -> u64;
-    /// Its first [`HEAD_SIZE`] bytes, or all it has.
+    /// The first [`HEAD_SIZE`] bytes of the file, or the whole file if it is shorter.
     ///
     /// # Errors
-    /// The host could not read it.
+    /// Fails if the host cannot read the file.
     fn head(&self) -> io::Result<Vec<u8>>;
-    /// A reader of it, from its first byte.
+    /// A reader that starts at the first byte of the file.
     ///
     /// # Errors
-    /// The host could not read it.
+    /// Fails if the host cannot read the file.
     fn reader(&self) -> io::Result<Box<dyn io::Read + '_>>;
 }
 
@@ -174,22 +179,22 @@ impl Source for &[u8] {
     }
 }
 
-/// Why there is no kernel: the file, or the host that should read it.
+/// Why a kernel cannot be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// The host could not read it.
+    /// Fails if the host cannot read the file.
     #[error(transparent)]
     Read(#[from] io::Error),
-    /// It is no kernel.
+    /// The file is not a kernel that rvmm can load.
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }
 
-/// Finds out what `source` is. Never holds more than `ram` bytes of it, the guest's RAM, which
-/// starts at `base`.
+/// Detects the format of `source` and parses it. Guest RAM starts at guest-physical address `base`
+/// and has `ram` bytes; decompressed data never takes more than that.
 ///
 /// # Errors
-/// What the file is instead, or what is wrong with it.
+/// Fails if the file cannot be read or is not a kernel that rvmm can load.
 pub fn open(
     source: &dyn Source,
     format: KernelFormat,
@@ -225,7 +230,7 @@ pub fn open(
     Ok(kernel)
 }
 
-/// A kernel that is not compressed, or not any more.
+/// Parses a kernel that is not compressed, or that was decompressed.
 fn plain(head: &[u8], size: u64, format: KernelFormat, base: u64) -> Result<Kernel, KernelError> {
     if elf::is(head) {
         expect(format, KernelFormat::Elf)?;
@@ -253,7 +258,7 @@ fn expect(wanted: KernelFormat, found: KernelFormat) -> Result<(), KernelError> 
     }
 }
 
-/// Little-endian numbers; the callers have checked the length.
+/// Reads a little-endian number. The callers have checked the length.
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }

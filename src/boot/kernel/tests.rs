@@ -1,4 +1,4 @@
-//! Formats, in files made here byte by byte.
+//! Tests of the kernel formats, with files that the tests build byte by byte.
 
 use std::io::Write;
 
@@ -36,7 +36,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::bulk::compress(bytes, 3).unwrap()
 }
 
-/// As `zboot-header.S` lays it out.
+/// A zboot image, laid out as in `zboot-header.S`.
 fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     const OFFSET: u32 = 0x200;
     let mut file = vec![0; OFFSET as usize];
@@ -46,7 +46,7 @@ fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     file[12..16].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
     file[24..24 + compression.len()].copy_from_slice(compression.as_bytes());
     file.extend(payload);
-    // What follows the payload is none of it.
+    // Bytes after the payload must be ignored.
     file.extend([0xee; 100]);
     file
 }
@@ -112,7 +112,7 @@ fn an_image_is_the_same_however_it_is_wrapped() {
 
 #[test]
 fn a_bomb_is_defused() {
-    // 8 MiB of zeros for a guest of 4 MiB.
+    // 8 MiB of zeros, for a guest with 4 MiB of RAM.
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     let mut zstd_encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     for _ in 0..8 {
@@ -122,7 +122,7 @@ fn a_bomb_is_defused() {
     for bomb in [encoder.finish().unwrap(), zstd_encoder.finish().unwrap()] {
         let line = load(&bomb).unwrap_err();
         assert!(
-            line.contains("more than the 4 MiB") && line.contains("--mem"),
+            line.contains("larger than guest RAM (4 MiB)") && line.contains("--mem"),
             "{line}"
         );
     }
@@ -132,10 +132,18 @@ fn a_bomb_is_defused() {
 fn broken_and_unknown_compression_is_told() {
     let mut broken = gzip(&image());
     broken.truncate(broken.len() / 2);
-    assert!(load(&broken).unwrap_err().contains("gzip, and broken"));
+    assert!(
+        load(&broken)
+            .unwrap_err()
+            .contains("gzip, but the data is corrupt")
+    );
     let mut broken = zstd(&image());
     broken.truncate(broken.len() / 2);
-    assert!(load(&broken).unwrap_err().contains("zstd, and broken"));
+    assert!(
+        load(&broken)
+            .unwrap_err()
+            .contains("zstd, but the data is corrupt")
+    );
     assert!(load(&zboot("lzma", b"?")).unwrap_err().contains("lzma"));
     let mut short = zboot("gzip", &gzip(&image()));
     short.truncate(0x210);
@@ -145,7 +153,11 @@ fn broken_and_unknown_compression_is_told() {
             .unwrap_err()
             .contains("compressed with xz")
     );
-    assert!(load(&gzip(b"hello")).unwrap_err().contains("what is in it"));
+    assert!(
+        load(&gzip(b"hello"))
+            .unwrap_err()
+            .contains("its content is not")
+    );
     for initramfs in [b"070701".to_vec(), gzip(b"070701")] {
         assert!(load(&initramfs).unwrap_err().contains("--initrd"));
     }
@@ -173,7 +185,7 @@ fn an_elf_goes_where_it_says() {
     assert_eq!(kernel.segments[1].source, 0x810..0x820);
     assert!(!kernel.is_linux);
 
-    // A kernel linked high, loaded low: its entry is a virtual address.
+    // A kernel with high virtual and low physical addresses: its entry point is a virtual address.
     let high = load(&elf(
         RISCV,
         0xffff_ffc0_0020_0008,
@@ -182,7 +194,7 @@ fn an_elf_goes_where_it_says() {
     let high = high.unwrap();
     assert_eq!((high.entry, high.is_linux), (0x20_0008, false));
 
-    // One that is linked for 0, and runs at any address.
+    // A kernel that is linked for address 0, and runs at any address.
     let zero = load(&elf(RISCV, 8, &[physical(0, 0, 16)])).unwrap();
     assert_eq!((zero.entry, zero.is_linux), (0x20_0008, false));
 }
@@ -217,9 +229,12 @@ fn an_elf_that_cannot_be_is_told() {
     for (file, part) in [
         (elf(62, 0, &[at(BASE)]), "x86-64"),
         (elf(9999, 0, &[at(BASE)]), "machine 9999"),
-        (elf(RISCV, 0, &[]), "nothing to load"),
+        (elf(RISCV, 0, &[]), "no segment to load"),
         (elf(RISCV, 0x1000, &[at(0x1000)]), "no RAM"),
-        (elf(RISCV, BASE - 1, &[at(BASE)]), "in no segment"),
+        (
+            elf(RISCV, BASE - 1, &[at(BASE)]),
+            "outside all of its segments",
+        ),
         (elf(RISCV, BASE, &[at(BASE), at(BASE + 8)]), "overlap"),
         (elf(RISCV, u64::MAX - 20, &[at(u64::MAX - 20)]), "no RAM"),
     ] {

@@ -14,12 +14,12 @@ use crate::util::ByteSize;
 const HEADER_SIZE: usize = 64;
 const NAME: std::ops::Range<usize> = 24..56;
 
-/// Whether a file starts so.
+/// Whether a file that starts with `head` is a zboot image.
 pub(super) fn is(head: &[u8]) -> bool {
     head.len() >= HEADER_SIZE && head.starts_with(b"MZ") && head[4..8] == *b"zimg"
 }
 
-/// What its payload expands to.
+/// Decompresses the payload, to at most `ram` bytes.
 pub(super) fn expand(
     head: &[u8],
     source: &dyn Source,

@@ -1,4 +1,4 @@
-//! Clients of all kinds, and a machine that answers each command with its status.
+//! Tests with clients of all kinds, and a machine that replies to each command at once.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,16 +11,16 @@ use super::super::client::ask;
 use super::super::socket::tests::path;
 use super::*;
 
-/// The time of a client here.
+/// The time that a client has in these tests.
 const SHORT: Duration = Duration::from_millis(500);
 
-/// Bytes of a reply that no socket takes at once.
+/// Size of a reply that no socket takes at once, in bytes.
 const BIG: usize = 1 << 20;
 
-/// How long a test waits for what must come.
+/// How long a test waits for a reply that must come.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Serves the socket at `path` until `clients` is done with it.
+/// Runs the server of the socket at `path` until `clients` returns.
 fn serve<T: Send>(path: &Path, clients: impl FnOnce() -> T + Send) -> T {
     let commands = Rc::new(RefCell::new(Vec::new()));
     let taken = Rc::clone(&commands);
@@ -51,12 +51,12 @@ fn connect(path: &Path) -> UnixStream {
     stream
 }
 
-/// What comes until the server closes the connection.
+/// Reads until the server closes the connection.
 fn rest(mut stream: UnixStream) -> String {
     let mut text = String::new();
     match stream.read_to_string(&mut text) {
         Ok(_) => text,
-        // Closed with lines of ours unread.
+        // The server has closed it without reading all that the client sent.
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => text,
         Err(error) => panic!("{error}"),
     }
@@ -65,7 +65,7 @@ fn rest(mut stream: UnixStream) -> String {
 fn with_path<T: Send>(name: &str, clients: impl FnOnce(&PathBuf) -> T + Send) -> T {
     let path = path(name);
     let result = serve(&path, || clients(&path));
-    assert!(!path.exists(), "the name goes with the server");
+    assert!(!path.exists(), "the server removes its path");
     result
 }
 
@@ -82,7 +82,7 @@ fn a_command_is_answered() {
     assert!(format!("{error:#}").contains("No such file"), "{error:#}");
 }
 
-/// One after the other on one connection, also when they come at once.
+/// Lines on one connection are handled one after the other, also if they arrive at once.
 #[test]
 fn a_client_sends_many_lines() {
     with_path("many", |path| {
@@ -99,7 +99,7 @@ fn a_client_sends_many_lines() {
     });
 }
 
-/// A shell's way: the client closes its side, or wholly, right after its line.
+/// As in a shell, the client closes its side or the whole connection right after its line.
 #[test]
 fn a_client_that_has_gone_is_obeyed() {
     with_path("gone", |path| {
@@ -120,18 +120,19 @@ fn a_client_that_has_gone_is_obeyed() {
 fn hostile_lines_without_end() {
     with_path("endless", |path| {
         let mut stream = connect(path);
-        // The server closes it before all is taken.
+        // The server closes the connection before it has read everything.
         let _ = stream.write_all(&[b'{'; 100_000]);
         let refused = rest(stream);
         assert!(
-            refused.is_empty() || refused.contains("that long"),
+            refused.is_empty() || refused.contains("too long"),
             "{refused}"
         );
         assert_eq!(ask(path, Command::Pause).unwrap(), Reply::Done);
     });
 }
 
-/// Half a line, nothing at all, and replies that nobody reads: each is given up after its time.
+/// Clients that send half a line, send nothing, or do not read their reply are disconnected after
+/// their time.
 #[test]
 fn hostile_clients_that_do_nothing() {
     with_path("idle", |path| {
@@ -140,14 +141,14 @@ fn hostile_clients_that_do_nothing() {
         let silent = connect(path);
         let mut deaf = connect(path);
         deaf.write_all(b"{\"command\":\"stats\"}\n").unwrap();
-        // All places are taken, and others come again and again.
+        // These clients take all places, and other clients keep coming.
         let all: Vec<_> = (0..CLIENTS_MAX).map(|_| connect(path)).collect();
         for _ in 0..3 {
             assert_eq!(ask(path, Command::Pause).unwrap(), Reply::Done);
         }
         assert_eq!(rest(half), "");
         assert_eq!(rest(silent), "");
-        // These came later than the one that does not read.
+        // These came later than the client that does not read.
         all.into_iter()
             .for_each(|stream| assert_eq!(rest(stream), ""));
         let sent = rest(deaf);

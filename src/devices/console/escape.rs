@@ -1,22 +1,22 @@
-//! Ctrl-A on a terminal: keys that are for rvmm, not for the guest.
+//! Ctrl-A on a terminal: escape sequences for keys that are for rvmm, not for the guest.
 
 /// What a typed byte means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
-    /// For the guest.
+    /// A byte for the guest.
     Byte(u8),
-    /// The start of an escape: nothing yet.
+    /// No meaning: the start of an escape sequence, or an unknown one.
     Held,
     /// Ctrl-A X: end the VM.
     Leave,
-    /// Ctrl-A H or Ctrl-A ?: show the keys.
+    /// Ctrl-A H or Ctrl-A ?: show the help.
     Help,
-    /// Ctrl-A P, in debug builds: panic, to see what that leaves behind.
+    /// Ctrl-A P, in debug builds: panic, to test what a panic leaves behind.
     #[cfg(debug_assertions)]
     Panic,
 }
 
-/// The keys, as Ctrl-A H shows them.
+/// The help that Ctrl-A H shows.
 pub const HELP: &str = "Ctrl-A X ends rvmm, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H shows this";
 
 const CTRL_A: u8 = 1;
@@ -28,8 +28,8 @@ pub struct Escape {
 }
 
 impl Escape {
-    /// The meaning of the next typed byte. After Ctrl-A, a byte that is no command is dropped
-    /// together with it.
+    /// Returns the meaning of the next typed byte. An unknown byte after Ctrl-A is dropped,
+    /// together with the Ctrl-A.
     pub fn key(&mut self, byte: u8) -> Key {
         let held = std::mem::take(&mut self.held);
         match (held, byte) {

@@ -1,8 +1,8 @@
 //! The guest's console: two bounded queues between the guest and the host.
 //!
-//! The UART and the SBI debug console share them. A vCPU thread never waits here: when the output
-//! queue is full the UART is not ready to transmit and a DBCN write is short. The host's side
-//! ([`host`]) reads no more input than there is room for.
+//! The UART and the SBI debug console share the queues. A vCPU thread never blocks here: when the
+//! output queue is full, the UART is not ready to transmit and a DBCN write is short. The host's
+//! side ([`host`]) reads only as much input as the queue has room for.
 
 pub mod escape;
 pub mod host;
@@ -14,30 +14,31 @@ use std::time::{Duration, Instant};
 
 use crate::util::sync::lock;
 
-/// Bytes of output kept for a reader that is slower than the guest.
+/// Capacity of the output queue in bytes.
 pub const OUTPUT_CAPACITY: usize = 64 << 10;
-/// With less room than this the listener counts the queue as full: a 16550A sends as much at once.
+/// The listener treats an output queue with less room than this as full, because a 16550A sends
+/// this many bytes at once.
 pub const LOW_ROOM: usize = 16;
-/// Time between two writes to the host while a guest talks. The first byte after silence goes at
-/// once.
+/// Time between two writes to the host while the guest writes continuously. The first byte after a
+/// silence is written at once.
 const PACE: Duration = Duration::from_millis(1);
-/// Bytes of input kept for a guest that is slower than the typist.
+/// Capacity of the input queue in bytes.
 pub const INPUT_CAPACITY: usize = 64 << 10;
 
-/// Told, on a host thread, that a queue's state has changed: input came, or room for output.
-/// Called without any console lock held.
+/// Gets a call when the state of a queue has changed: input has arrived, or there is room for
+/// output again. Called on a thread of the host's side, without any console lock held.
 pub trait Listener: Send + Sync {
-    /// Input may be waiting, or room for output be there again.
+    /// There may be new input, or room for output again.
     fn console_changed(&self);
 }
 
-/// The queues. The guest's side never waits; the host's side may.
+/// The queues. The guest's side never blocks; the host's side may.
 #[derive(Default)]
 pub struct Console {
     queues: Mutex<Queues>,
-    /// Output came, or the console was closed.
+    /// Signaled when there is output, or when the console was closed.
     output_ready: Condvar,
-    /// Output was written to the host.
+    /// Signaled when output was written to the host, while somebody drains the console.
     output_drained: Condvar,
     listener: Mutex<Option<Weak<dyn Listener>>>,
     /// Wakes the host's side when there is room for input again.
@@ -50,24 +51,24 @@ struct Queues {
     input: VecDeque<u8>,
     /// The host's side waits for room for input.
     wants_input_room: bool,
-    /// Bytes that the writer has taken and not yet written.
+    /// Bytes that the writer has taken but not written yet.
     in_flight: usize,
-    /// Counts completed writes, so that a drain sees progress.
+    /// Number of completed writes, so that [`Console::drain`] can see progress.
     writes: u64,
     writer: Writer,
-    /// Somebody waits for the queue to be empty.
+    /// Somebody waits in [`Console::drain`] until all output is written.
     draining: bool,
     closed: bool,
 }
 
-/// What the thread that takes output does. Only one that waits is woken: a UART sends a byte at a
-/// time, and a system call for each would cost more than the byte.
+/// State of the thread that takes output. It is woken only if it waits: a UART sends one byte at a
+/// time, and a system call for each byte would be expensive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Writer {
-    /// Writes what it took.
+    /// Writes the output that it took.
     #[default]
     Busy,
-    /// Has written, and lets output gather for [`PACE`] before it takes more.
+    /// Has written output, and waits for [`PACE`] before it takes more.
     Pacing,
     /// Waits for output.
     Idle,
@@ -75,7 +76,7 @@ enum Writer {
 
 /// The guest's side.
 impl Console {
-    /// Queues as much of `bytes` as there is room for, and tells how many.
+    /// Queues as much of `bytes` as there is room for, and returns the number of queued bytes.
     pub fn write(&self, bytes: &[u8]) -> usize {
         let mut queues = lock(&self.queues);
         let count = bytes.len().min(queues.output_room());
@@ -86,7 +87,7 @@ impl Console {
             Writer::Busy => false,
         };
         if wake {
-            // Woken once is enough, however long it takes to come.
+            // One wake-up is enough, however long the thread takes to run.
             queues.writer = Writer::Busy;
         }
         drop(queues);
@@ -101,7 +102,7 @@ impl Console {
         lock(&self.queues).output_room()
     }
 
-    /// Takes waiting input into `bytes`, and tells how many.
+    /// Moves waiting input into `bytes`, and returns the number of bytes.
     pub fn read(&self, bytes: &mut [u8]) -> usize {
         let mut queues = lock(&self.queues);
         let count = bytes.len().min(queues.input.len());
@@ -119,7 +120,7 @@ impl Console {
         count
     }
 
-    /// Bytes of input that wait.
+    /// Bytes of waiting input.
     pub fn input_len(&self) -> usize {
         lock(&self.queues).input.len()
     }
@@ -127,19 +128,20 @@ impl Console {
 
 /// The host's side.
 impl Console {
-    /// Sets who is told of changes: the UART, and after a reset the new one.
+    /// Sets the listener for changes: the UART, and after a reset the new UART.
     pub fn set_listener(&self, listener: Weak<dyn Listener>) {
         *lock(&self.listener) = Some(listener);
     }
 
-    /// Sets what wakes the host's side when [`Console::input_room`] is no longer 0. It may be called on a
-    /// vCPU's thread, without any console lock held, and must not wait. Only the first call counts.
+    /// Sets the function that wakes the host's side when there is room for input again after
+    /// [`Console::input_room`] has returned 0. `wake` may be called on a vCPU's thread, without any
+    /// console lock held. It must not block. Only the first call of this function has an effect.
     pub fn set_on_input_room(&self, wake: Box<dyn Fn() + Send + Sync>) {
         let _ = self.on_input_room.set(wake);
     }
 
-    /// Bytes that [`Console::type_input`] would take now. After 0 the host's side is woken once the guest has
-    /// taken half of what waits.
+    /// Bytes that [`Console::type_input`] would take now. If it returns 0, the host's side is woken
+    /// once the guest has read half of the waiting input.
     pub fn input_room(&self) -> usize {
         let mut queues = lock(&self.queues);
         let room = INPUT_CAPACITY - queues.input.len();
@@ -147,21 +149,21 @@ impl Console {
         room
     }
 
-    /// Hands `bytes` to the guest as far as its queue has room; the rest is lost, as on a serial
-    /// line. False when the console is closed.
+    /// Queues `bytes` as input for the guest. What does not fit in the queue is lost, as on a
+    /// serial line. Returns false if the console is closed.
     pub fn type_input(&self, bytes: &[u8]) -> bool {
         let mut queues = lock(&self.queues);
         let count = bytes.len().min(INPUT_CAPACITY - queues.input.len());
         queues.input.extend(&bytes[..count]);
         let open = !queues.closed;
         drop(queues);
-        self.tell_listener();
+        self.notify_listener();
         open
     }
 
-    /// Waits for output and takes all of it into `bytes`, which is emptied first. False, without
-    /// output, once the console is closed and all was taken. Each call says that what the one
-    /// before took is written.
+    /// Clears `bytes`, waits for output, and moves all of it into `bytes`. Each call also marks the
+    /// output of the previous call as written. Returns false if the console is closed and all
+    /// output was taken.
     pub fn take_output(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
         let mut queues = lock(&self.queues);
@@ -173,7 +175,7 @@ impl Console {
         }
         if was_full {
             drop(queues);
-            self.tell_listener();
+            self.notify_listener();
             queues = lock(&self.queues);
         }
         if has_written && !queues.is_urgent() {
@@ -194,14 +196,15 @@ impl Console {
         !bytes.is_empty()
     }
 
-    /// Ends the console: what is queued can still be taken, and input is refused.
+    /// Closes the console. Queued output can still be taken.
     pub fn close(&self) {
         lock(&self.queues).closed = true;
         self.output_ready.notify_all();
     }
 
-    /// Waits until all output is written. `patience` is asked now and then, with the time since
-    /// some was written last; once it says false the wait ends, and the answer is false.
+    /// Waits until all output is written, and returns true. Calls `patience` at least every 50 ms
+    /// with the time since the last progress; if that returns false, stops waiting and returns
+    /// false.
     pub fn drain(&self, mut patience: impl FnMut(Duration) -> bool) -> bool {
         const ASK: Duration = Duration::from_millis(50);
         let mut queues = lock(&self.queues);
@@ -212,7 +215,7 @@ impl Console {
             if queues.writes != writes {
                 (writes, since) = (queues.writes, Instant::now());
             }
-            // It may look after other things, which use the console.
+            // Unlock meanwhile: `patience` may do other work that uses the console.
             drop(queues);
             if !patience(since.elapsed()) {
                 return false;
@@ -228,12 +231,12 @@ impl Console {
         true
     }
 
-    /// Whoever looks at the console has a window of another size now.
+    /// Must be called when the size of the terminal window has changed.
     pub fn resized(&self) {
-        self.tell_listener();
+        self.notify_listener();
     }
 
-    fn tell_listener(&self) {
+    fn notify_listener(&self) {
         let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
         if let Some(listener) = listener {
             listener.console_changed();
@@ -242,12 +245,13 @@ impl Console {
 }
 
 impl Queues {
-    /// Whether output should not gather any longer.
+    /// Whether output should be written without waiting for more.
     fn is_urgent(&self) -> bool {
         self.draining || self.closed || self.output.len() >= OUTPUT_CAPACITY / 2
     }
 
-    /// What the writer has taken counts until it is written, or the queue would hold twice as much.
+    /// The room in the output queue. Bytes that the writer has taken count until they are written;
+    /// otherwise twice the capacity would be buffered.
     fn output_room(&self) -> usize {
         OUTPUT_CAPACITY - (self.output.len() + self.in_flight).min(OUTPUT_CAPACITY)
     }

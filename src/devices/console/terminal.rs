@@ -1,11 +1,11 @@
-//! The terminal that rvmm runs on, in raw mode while the guest has it.
+//! The terminal that rvmm runs on. It is in raw mode while the guest uses it.
 //!
-//! What it was before is kept for the whole process, so that every way out can restore it: the
-//! guard's drop, a panic, a stop by SIGTSTP.
+//! The previous mode is kept in a static variable, so that it can be restored however rvmm ends or
+//! stops: by the guard's drop, by a panic, or by SIGTSTP.
 //!
-//! In the background the terminal is another program's: rvmm reads nothing there and leaves its
-//! mode alone, and the guest runs on. SIGTTIN and SIGTTOU are blocked (`machine::signals`), so that what
-//! loses a race for the foreground stops nothing.
+//! While rvmm is in the background the terminal belongs to another program: rvmm does not read from
+//! it and does not change its mode, and the guest keeps running. SIGTTIN and SIGTTOU are blocked
+//! (`machine::signals`), so that an access that loses a race for the foreground does not stop rvmm.
 
 use std::io::{self, IsTerminal};
 use std::sync::Mutex;
@@ -24,22 +24,23 @@ static TERMINAL: Mutex<Terminal> = Mutex::new(Terminal {
 });
 
 struct Terminal {
-    /// The guest is to have it whenever rvmm is in the foreground.
+    /// The guest is to use the terminal whenever rvmm is in the foreground.
     wanted: bool,
-    /// It was restored, because rvmm is about to stop or end.
+    /// The mode was restored, because rvmm is about to stop or end.
     away: bool,
-    /// It was another program's meanwhile, which may have changed its mode.
+    /// Another program had the terminal meanwhile, and may have changed its mode.
     lost: bool,
-    /// Its mode before rvmm took it, while rvmm has it.
+    /// The mode before rvmm set raw mode, while raw mode is set.
     before: Option<Termios>,
 }
 
-/// Standard input in raw mode; dropping it restores what was before.
+/// Standard input in raw mode. Dropping this restores the previous mode.
 pub(super) struct RawTerminal(());
 
 impl RawTerminal {
-    /// Puts standard input into raw mode: every key goes to the guest, which echoes by itself. In
-    /// the background that waits for the foreground. `None` where it is no terminal.
+    /// Puts standard input into raw mode: every key goes to the guest, which does its own echo. In
+    /// the background, raw mode is set once rvmm is in the foreground. Returns `None` if standard
+    /// input is no terminal.
     pub(super) fn take() -> io::Result<Option<Self>> {
         if !io::stdin().is_terminal() {
             return Ok(None);
@@ -48,7 +49,7 @@ impl RawTerminal {
         (terminal.wanted, terminal.away) = (true, false);
         let guard = Self(());
         let taken = terminal.take();
-        // The guard's drop takes the lock.
+        // On an error the guard is dropped, which takes the lock.
         drop(terminal);
         taken?;
         Ok(Some(guard))
@@ -57,7 +58,7 @@ impl RawTerminal {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // Under one lock: a SIGCONT in between must not take the terminal again.
+        // Do both under one lock, so that a SIGCONT in between cannot set raw mode again.
         let mut terminal = lock(&TERMINAL);
         terminal.wanted = false;
         terminal.give_back();
@@ -74,7 +75,7 @@ impl Terminal {
             return Ok(());
         }
         let before = match self.before.take() {
-            // Stopped by SIGSTOP, which left no time to restore it.
+            // rvmm was stopped by SIGSTOP and could not restore the mode.
             Some(before) => before,
             None => tcgetattr(stdin())?,
         };
@@ -89,28 +90,30 @@ impl Terminal {
             return;
         }
         if let Some(before) = self.before.take() {
-            // A terminal that is gone needs no mode.
+            // Ignore errors: the terminal may be gone.
             let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
         }
     }
 }
 
-/// Gives the terminal back its mode, for a while or for good. Does nothing where it was not taken.
+/// Restores the terminal's previous mode, before rvmm stops or ends. Does nothing if rvmm did not
+/// change the mode.
 pub fn restore() {
     let mut terminal = lock(&TERMINAL);
     terminal.away = true;
     terminal.give_back();
 }
 
-/// Takes the terminal again after [`restore`], or after a stop that left no time for it.
+/// Sets raw mode again after [`restore`], or after a SIGSTOP.
 pub fn resume() {
     let mut terminal = lock(&TERMINAL);
     terminal.away = false;
-    // A terminal that is gone needs no mode.
+    // Ignore errors: the terminal may be gone.
     let _ = terminal.take();
 }
 
-/// Takes the terminal if rvmm has come to the foreground without it. False in the background.
+/// Sets raw mode if rvmm has come to the foreground since. Returns false if rvmm is in the
+/// background.
 pub(super) fn follow() -> bool {
     let mut terminal = lock(&TERMINAL);
     if in_background() {
@@ -123,12 +126,12 @@ pub(super) fn follow() -> bool {
     true
 }
 
-/// Whether standard input is a terminal that another process group has now.
+/// Whether standard input is a terminal and rvmm is not in its foreground process group.
 pub(super) fn in_background() -> bool {
     tcgetpgrp(stdin()).is_ok_and(|group| group != getpgrp())
 }
 
-/// Columns and rows of the terminal that standard output is, if it is one.
+/// Columns and rows of the terminal on standard output, if it is one.
 pub fn size() -> Option<[u16; 2]> {
     let size = tcgetwinsize(stdout()).ok()?;
     Some([size.ws_col, size.ws_row])

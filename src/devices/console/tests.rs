@@ -31,7 +31,7 @@ fn output_is_bounded_and_the_guest_never_waits() {
     let mut taken = Vec::new();
     assert!(console.take_output(&mut taken));
     assert_eq!(taken.len(), OUTPUT_CAPACITY);
-    // Taken is not written: there is room only when the writer comes back.
+    // The bytes are taken but not written: there is room only once the writer returns.
     assert_eq!(console.write(b"y"), 0);
 }
 

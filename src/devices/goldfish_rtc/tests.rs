@@ -1,4 +1,4 @@
-//! The chip as its driver uses it, and the wire.
+//! Tests of the chip as its driver uses it, and of the interrupt line.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, mpsc};
@@ -16,7 +16,7 @@ fn it_shows_the_hosts_time_in_two_halves() {
     let mut clock = Clock::default();
     let now = 0x0123_4567_89ab_cdef;
     assert_eq!(clock.read(reg::TIME_LOW, now), 0x89ab_cdef);
-    // The upper half belongs to the lower half that was read, whatever time it is.
+    // The upper half belongs to the lower half that was read before, whatever the time is now.
     assert_eq!(clock.read(reg::TIME_HIGH, now + (1 << 40)), 0x0123_4567);
 }
 
@@ -65,9 +65,9 @@ fn an_alarm_of_the_past_rings_at_once_and_disabled_it_is_silent() {
     assert!(!clock.interrupt());
 }
 
-struct Told(Mutex<mpsc::Sender<bool>>);
+struct Levels(Mutex<mpsc::Sender<bool>>);
 
-impl IrqSink for Told {
+impl IrqSink for Levels {
     fn set_level(&self, _: u32, high: bool) {
         lock(&self.0).send(high).unwrap();
     }
@@ -77,12 +77,12 @@ impl IrqSink for Told {
 }
 
 fn rtc() -> (GoldfishRtc, mpsc::Receiver<bool>) {
-    let (tell, told) = mpsc::channel();
-    let line = IrqLine::new(Arc::new(Told(Mutex::new(tell))), 11);
-    (GoldfishRtc::new(0x10_1000, line).unwrap(), told)
+    let (sender, levels) = mpsc::channel();
+    let line = IrqLine::new(Arc::new(Levels(Mutex::new(sender))), 11);
+    (GoldfishRtc::new(0x10_1000, line).unwrap(), levels)
 }
 
-/// Sets an alarm that rings a fiftieth of a second from now.
+/// Sets an alarm that fires in 20 ms.
 fn set_soon(rtc: &GoldfishRtc) {
     let store = |offset, value: u32| rtc.write(offset, &value.to_le_bytes());
     let soon = host_time() + SECOND / 50;
@@ -93,35 +93,35 @@ fn set_soon(rtc: &GoldfishRtc) {
 
 #[allow(unsafe_code)]
 fn timer(rtc: &GoldfishRtc) -> BorrowedFd<'_> {
-    // SAFETY: it is open as long as `rtc`.
+    // SAFETY: the descriptor is open as long as `rtc` lives.
     unsafe { BorrowedFd::borrow_raw(rtc.as_raw_fd()) }
 }
 
 fn wait_for_timer(rtc: &GoldfishRtc) {
     let is_over = wait_readable_for(timer(rtc), Duration::from_secs(60));
-    assert!(is_over, "the timer does not run out");
+    assert!(is_over, "the timer does not expire");
     rtc.timer_is_over();
 }
 
 #[test]
 fn the_timer_raises_the_wire() {
-    let (rtc, told) = rtc();
+    let (rtc, levels) = rtc();
     assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
     set_soon(&rtc);
-    while told.try_recv().is_err() {
+    while levels.try_recv().is_err() {
         wait_for_timer(&rtc);
     }
     rtc.write(reg::CLEAR_INTERRUPT, &1u32.to_le_bytes());
-    assert!(!told.recv().unwrap());
-    // It has rung once, and nobody waits for it any more.
+    assert!(!levels.recv().unwrap());
+    // The alarm has fired once, and does not fire again.
     rtc.timer_is_over();
-    assert!(told.try_recv().is_err());
+    assert!(levels.try_recv().is_err());
     assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
 }
 
 #[test]
 fn an_alarm_of_a_pause_rings_after_it() {
-    let (rtc, told) = rtc();
+    let (rtc, levels) = rtc();
     rtc.pause();
     set_soon(&rtc);
     while host_time() < rtc.state.lock().unwrap().clock.alarm.unwrap() {
@@ -129,14 +129,14 @@ fn an_alarm_of_a_pause_rings_after_it() {
     }
     assert!(poll_now(timer(&rtc), PollFlags::IN).is_empty());
     rtc.timer_is_over();
-    assert!(told.try_recv().is_err());
+    assert!(levels.try_recv().is_err());
     rtc.resume();
-    assert!(told.recv().unwrap());
+    assert!(levels.recv().unwrap());
 }
 
 #[test]
 fn odd_accesses_do_nothing() {
-    let (rtc, _told) = rtc();
+    let (rtc, _levels) = rtc();
     for size in [1, 2, 8] {
         let mut data = vec![0; size];
         rtc.read(reg::TIME_LOW, &mut data);

@@ -1,6 +1,6 @@
-//! The receive FIFO: bytes that have arrived, each with its errors, until RBR takes them.
+//! The receive FIFO: received bytes with their errors, until the guest reads them from RBR.
 //!
-//! Without FIFOs it is the receiver's one holding register.
+//! While FIFOs are off it is the receiver's holding register for one byte.
 
 use std::collections::VecDeque;
 
@@ -9,21 +9,21 @@ use super::{FCR_CLEAR_RECEIVER, FCR_ENABLE, LSR_BREAK, LSR_OVERRUN};
 /// Bytes that the FIFO holds.
 pub(super) const DEPTH: usize = 16;
 
-/// Bytes at which data is "available", by the two highest bits of FCR.
+/// Trigger levels in bytes, by the two highest bits of FCR.
 const TRIGGER_LEVELS: [usize; 4] = [1, 4, 8, 14];
 
-/// A byte as the receiver has it.
+/// A received byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Received {
     pub(super) byte: u8,
-    /// The bits of LSR that tell what was wrong with it. LSR shows them when the byte is the next
-    /// to be read.
+    /// The error bits of LSR for this byte. LSR shows them when the byte is the next one to be
+    /// read.
     pub(super) errors: u8,
 }
 
 impl Received {
-    /// The line was low for longer than a byte takes: a byte of zeros, and BI. The line has no
-    /// noise, so FE and PE never come.
+    /// A break: the line was low for longer than a byte takes. It is received as a zero byte with
+    /// BI. FE and PE never occur, because the line has no noise.
     pub(super) const BREAK: Self = Self {
         byte: 0,
         errors: LSR_BREAK,
@@ -37,11 +37,11 @@ impl Received {
 /// The FIFO and the register that controls it.
 #[derive(Debug, Default)]
 pub(super) struct Fifo {
-    /// At most [`Fifo::capacity`].
+    /// At most [`Fifo::capacity`] bytes.
     bytes: VecDeque<Received>,
-    /// FCR as it is in force: 0 without FIFOs.
+    /// The effective value of FCR: 0 while FIFOs are off.
     fcr: u8,
-    /// A byte found no room since LSR was read last.
+    /// A byte was lost since LSR was last read, because the FIFO was full.
     overrun: bool,
 }
 
@@ -50,7 +50,7 @@ impl Fifo {
         self.fcr & FCR_ENABLE != 0
     }
 
-    /// How many bytes make an interrupt for available data.
+    /// The number of bytes from which the received-data-available interrupt is raised.
     pub(super) fn trigger_level(&self) -> usize {
         TRIGGER_LEVELS[usize::from(self.fcr >> 6)]
     }
@@ -63,7 +63,7 @@ impl Fifo {
         self.bytes.is_empty()
     }
 
-    /// How many bytes more it takes.
+    /// The number of bytes that still fit.
     pub(super) fn room(&self) -> usize {
         self.capacity().saturating_sub(self.len())
     }
@@ -72,13 +72,14 @@ impl Fifo {
         if self.enabled() { DEPTH } else { 1 }
     }
 
-    /// Nothing here but bytes without an error can be seen in LSR. True nearly always.
+    /// Whether the FIFO has neither bytes nor an overrun to report in LSR. Nearly always true.
     pub(super) fn is_quiet(&self) -> bool {
         self.bytes.is_empty() && !self.overrun
     }
 
-    /// Writes FCR, and tells whether that emptied the FIFO. The other bits count only with FIFOs
-    /// on; to turn FIFOs on or off empties them. OE stays: only a read of LSR clears it.
+    /// Writes FCR, and returns whether that cleared the FIFO. Without the enable bit, FCR's other
+    /// bits have no effect. Turning FIFOs on or off clears them. OE stays set: only a read of LSR
+    /// clears it.
     pub(super) fn write_fcr(&mut self, value: u8) -> bool {
         let fcr = if value & FCR_ENABLE != 0 { value } else { 0 };
         let clears = (fcr ^ self.fcr) & FCR_ENABLE != 0 || fcr & FCR_CLEAR_RECEIVER != 0;
@@ -89,8 +90,8 @@ impl Fifo {
         clears
     }
 
-    /// A byte arrives. A full FIFO keeps what it has; the holding register takes the new byte. One
-    /// of them is lost, and that is an overrun.
+    /// Receives a byte. On an overrun, a full FIFO drops the new byte, but the holding register
+    /// drops the old one.
     pub(super) fn put(&mut self, received: Received) {
         if self.room() == 0 {
             self.overrun = true;
@@ -106,22 +107,22 @@ impl Fifo {
         self.bytes.pop_front()
     }
 
-    /// The bytes, the next to be read first.
+    /// The bytes, in the order in which they will be read.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Received> {
         self.bytes.iter()
     }
 
-    /// The byte to be read next.
+    /// The byte that will be read next.
     pub(super) fn first_mut(&mut self) -> Option<&mut Received> {
         self.bytes.front_mut()
     }
 
-    /// LSR's OE.
+    /// The bit OE of LSR.
     pub(super) fn overrun(&self) -> u8 {
         if self.overrun { LSR_OVERRUN } else { 0 }
     }
 
-    /// LSR was read.
+    /// Clears OE. Must be called when LSR is read.
     pub(super) fn clear_overrun(&mut self) {
         self.overrun = false;
     }

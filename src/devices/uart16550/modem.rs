@@ -1,26 +1,27 @@
-//! The modem's lines: MCR sets those that go out, MSR tells those that come in and what changed.
+//! The modem control lines: MCR sets the outputs, MSR shows the inputs and their changes.
 //!
-//! The modem at the other end is always there: DCD, DSR and CTS are on, RI is off. In loopback
-//! the chip's own outputs come back instead: DTR as DSR, RTS as CTS, OUT1 as RI, OUT2 as DCD.
+//! The model acts as if a modem is always connected: DCD, DSR and CTS are on, RI is off. In
+//! loopback mode the inputs are the chip's own outputs instead: DSR is DTR, CTS is RTS, RI is OUT1,
+//! DCD is OUT2.
 
 pub(super) const MCR_DTR: u8 = 0x01;
 pub(super) const MCR_RTS: u8 = 0x02;
 pub(super) const MCR_OUT1: u8 = 0x04;
 pub(super) const MCR_OUT2: u8 = 0x08;
 pub(super) const MCR_LOOPBACK: u8 = 0x10;
-/// What MCR has; bits 5 to 7 are always 0.
+/// The bits of MCR that exist. Bits 5 to 7 are always 0.
 const MCR_BITS: u8 = 0x1f;
 
 pub(super) const MSR_CTS: u8 = 0x10;
 pub(super) const MSR_DSR: u8 = 0x20;
 pub(super) const MSR_RI: u8 = 0x40;
 pub(super) const MSR_DCD: u8 = 0x80;
-/// The lines of a modem that is always there.
+/// The input lines without loopback.
 pub(super) const MSR_CONNECTED: u8 = MSR_DCD | MSR_DSR | MSR_CTS;
-/// The bit for a change (DCTS, DDSR, TERI, DDCD) is this far below the bit for its line.
+/// The distance from the bit of a line down to the bit of its change (DCTS, DDSR, TERI, DDCD).
 const DELTA_SHIFT: u8 = 4;
 
-/// What each output is at the other end of the loop.
+/// The input that each output drives in loopback mode.
 const LOOPBACK_WIRES: [(u8, u8); 4] = [
     (MCR_DTR, MSR_DSR),
     (MCR_RTS, MSR_CTS),
@@ -32,7 +33,7 @@ const LOOPBACK_WIRES: [(u8, u8); 4] = [
 #[derive(Debug, Default)]
 pub(super) struct Modem {
     mcr: u8,
-    /// The low half of MSR: what changed since it was read last.
+    /// The low half of MSR: the changes since MSR was last read.
     deltas: u8,
 }
 
@@ -51,22 +52,22 @@ impl Modem {
         let before = self.lines();
         self.mcr = value & MCR_BITS;
         let now = self.lines();
-        // TERI tells only that RI went off, the others every change.
+        // TERI reports only that RI went off. The other bits report every change.
         let changed = (before ^ now) & !MSR_RI | before & !now & MSR_RI;
         self.deltas |= changed >> DELTA_SHIFT;
     }
 
-    /// Reads MSR. The changes are told once.
+    /// Reads MSR. This clears the changes.
     pub(super) fn read_msr(&mut self) -> u8 {
         self.lines() | std::mem::take(&mut self.deltas)
     }
 
-    /// Whether MSR has a change to tell: the cause of the interrupt for the modem's status.
+    /// Whether MSR has an unread change. This is the cause of the modem status interrupt.
     pub(super) fn has_changed(&self) -> bool {
         self.deltas != 0
     }
 
-    /// The high half of MSR.
+    /// The high half of MSR: the levels of the input lines.
     fn lines(&self) -> u8 {
         if !self.loopback() {
             return MSR_CONNECTED;

@@ -7,7 +7,7 @@ use super::*;
 use crate::bus::IrqSink;
 use crate::devices::console::OUTPUT_CAPACITY;
 
-/// Keeps every level the wire was given.
+/// Records all levels of the interrupt line.
 #[derive(Default)]
 struct Wire(Mutex<Vec<bool>>);
 
@@ -47,13 +47,14 @@ impl Bench {
     fn write(&self, offset: u64, value: u8) {
         self.uart.write(offset, &[value]);
     }
-    /// LSR while the transmitter is idle, which it always is in loopback.
+    /// LSR without the transmitter's bits. The transmitter must be idle, as always in loopback
+    /// mode.
     fn line_status(&self) -> u8 {
         let lsr = self.read(reg::LSR);
         assert_eq!(lsr & LSR_TRANSMITTER_EMPTY, LSR_TRANSMITTER_EMPTY);
         lsr & !LSR_TRANSMITTER_EMPTY
     }
-    /// Reads RBR while LSR says that there is data.
+    /// Reads RBR as long as LSR shows that there is data.
     fn received(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         while self.read(reg::LSR) & LSR_DATA_READY != 0 {
@@ -141,7 +142,7 @@ fn a_full_console_is_a_busy_transmitter() {
     assert_eq!(bench.read(reg::LSR), 0);
     bench.write(reg::IER, IER_TRANSMITTED);
     assert!(bench.levels().is_empty());
-    // The writer takes the bytes, writes them, and comes back.
+    // The writer takes the bytes, writes them, and returns for more.
     let mut bytes = Vec::new();
     bench.console.take_output(&mut bytes);
     bench.console.close();
@@ -159,7 +160,7 @@ fn a_burst_that_was_admitted_is_whole() {
         if bench.read(reg::LSR) & LSR_TRANSMITTER_EMPTY != 0 {
             assert!(bench.console.output_room() >= BURST);
         } else {
-            // Busy: once there is room, the wire says so.
+            // The transmitter is busy. Once there is room, it interrupts.
             bench.write(reg::IER, IER_TRANSMITTED);
             assert!(bench.levels().is_empty());
         }
@@ -183,10 +184,11 @@ fn a_burst_that_was_admitted_is_whole() {
 fn resetting_the_receiver_loses_nothing_that_was_typed() {
     let bench = bench();
     bench.console.type_input(b"typed early");
-    // An early console polls the line status for its transmitter.
+    // An early console polls LSR before it transmits.
     bench.read(reg::LSR);
-    // Linux' serial8250_do_startup: clear the FIFOs, read everything once, test the transmitter's
-    // interrupt with OUT2 on, read everything again "for luck"; RTS and IER come later.
+    // As Linux' serial8250_do_startup: clear the FIFOs, read all registers once, test the
+    // transmitter's interrupt with OUT2 on, and read all registers again. RTS and IER are set
+    // later.
     let clear = |bench: &Bench| {
         bench.write(reg::IIR_FCR, FCR_ENABLE);
         bench.write(reg::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVER | 0x04);
@@ -206,7 +208,8 @@ fn resetting_the_receiver_loses_nothing_that_was_typed() {
     bench.read(reg::IIR_FCR);
     bench.write(reg::IER, 0);
     read_everything(&bench);
-    // A close and an open come between: serial8250_do_shutdown reads the buffer once more.
+    // The port is closed and opened again meanwhile: serial8250_do_shutdown reads the buffer once
+    // more.
     bench.write(reg::MCR, 0);
     clear(&bench);
     bench.read(reg::RBR_THR);
@@ -264,7 +267,7 @@ fn hostile_accesses_do_nothing() {
     bench.uart.write(u64::MAX, &[0; 8]);
 }
 
-/// As Linux' driver takes them: LSR, then the buffer, while LSR says that there is more.
+/// Reads as Linux' driver does: LSR, then the buffer, as long as LSR shows that there is more.
 #[test]
 fn sysrq_comes_before_what_was_typed() {
     let bench = bench();

@@ -1,4 +1,4 @@
-//! What a guest's many lives may make rvmm say.
+//! Tests that a guest with many lives cannot make rvmm log without a limit.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use crate::config::Transport;
 use crate::machine::signals::tests::ALONE;
 use crate::util::ratelimit::{BURST, PERIOD};
 
-/// Counts lines by their text without its numbers.
+/// Counts log lines by their text, without digits.
 struct Counter(Mutex<BTreeMap<String, u32>>);
 
 static COUNTER: Counter = Counter(Mutex::new(BTreeMap::new()));
@@ -24,7 +24,7 @@ impl Log for Counter {
             .args()
             .to_string()
             .replace(|c: char| c.is_ascii_digit(), "");
-        // What was left out is told with the next line: the same text.
+        // Remove the number of suppressed lines, so that the text is the same.
         let text = text.split(" (").next().unwrap_or_default();
         let text = format!("{}: {text}", line.target());
         *lock(&self.0).entry(text).or_default() += 1;
@@ -39,8 +39,8 @@ fn store(gpa: u64, value: u32) -> VmExit {
     VmExit::MmioWrite { gpa, len: 4, data }
 }
 
-/// Everything that is out of the ordinary in one life: registers that are not there, and a driver that
-/// sets up a device wrongly, again and again.
+/// All unusual accesses of one life: registers that do not exist, and a driver that sets up a
+/// device wrongly, again and again.
 fn misbehave() -> Vec<VmExit> {
     let mut exits = Vec::new();
     for number in 0..20 {
@@ -49,7 +49,7 @@ fn misbehave() -> Vec<VmExit> {
         });
         exits.push(VmExit::MmioRead { gpa: 0x50, len: 4 });
         exits.push(store(0x60, 1));
-        // Status, features 32 and up (VIRTIO_F_VERSION_1), queue 0 ready with a ring that is nowhere
+        // Status, features 32 and up (VIRTIO_F_VERSION_1), queue 0 ready with a ring outside RAM,
         // or no queue at all, status (VIRTIO 1.2, section 4.2.2).
         let ready = (number % 2).try_into().unwrap();
         for (offset, value) in [
@@ -66,7 +66,7 @@ fn misbehave() -> Vec<VmExit> {
     exits
 }
 
-/// Each kind of line is within the limit, however often the guest starts anew.
+/// Each kind of line stays within its limit, however often the guest is reset.
 #[test]
 fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
     log::set_logger(&COUNTER).unwrap();
@@ -99,15 +99,15 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
     let periods = began.elapsed().as_secs() / PERIOD.as_secs() + 2;
     let most = u64::from(BURST) * periods;
     let lines = lock(&COUNTER.0).clone();
-    // Limits that no other test of this process uses up.
+    // Kinds of lines whose limits no other test of this process uses up.
     for text in [
         "lives needs a reset",
         "lives: its driver is ready",
         "CSR",
         "the guest runs",
     ] {
-        let told = lines.keys().any(|line| line.contains(text));
-        assert!(told, "{text}: {lines:#?}");
+        let logged = lines.keys().any(|line| line.contains(text));
+        assert!(logged, "{text}: {lines:#?}");
     }
     let parts = [
         "bus",

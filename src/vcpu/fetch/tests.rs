@@ -1,4 +1,4 @@
-//! A hart with registers and nothing else.
+//! Tests with a hart that has only registers.
 
 use super::*;
 use crate::config::MemConfig;
@@ -12,7 +12,7 @@ const HANDLER: u64 = RAM + 0x400;
 const NOWHERE: u64 = 0x6000_0000;
 const MODE_USER: u64 = 0;
 
-/// Faults of a guest of their own: each test has a limit by its name.
+/// The faults of one guest. Each test has its own rate limit, by its name.
 fn faults(name: &str) -> FetchFaults {
     let ram = memory::create(
         GuestAddress(RAM),
@@ -59,7 +59,7 @@ fn the_hart_takes_the_fault() {
         (0, MODE_USER, 0),
     ] {
         let hart = hart(before | OTHER_BITS, mode, 0);
-        // Below RAM, behind it, and where no physical address is.
+        // Addresses below RAM, behind RAM, and outside the physical address space.
         for pc in [NOWHERE, RAM_END, 0xffff_ffff_8000_1234] {
             hart.set_reg(regs::SSTATUS, before | OTHER_BITS).unwrap();
             hart.set_reg(regs::MODE, mode).unwrap();
@@ -95,7 +95,7 @@ fn by_the_guests_page_tables() {
         let at = GuestAddress(root + 8 * index);
         faults.ram.write_obj(entry.to_le(), at).unwrap();
     };
-    // A gigabyte with RAM at its start, one with none, and a table that is nowhere.
+    // Map one gigabyte that starts with RAM and one without RAM, and point to a table outside RAM.
     set(1, (RAM >> 2) | leaf);
     set(2, (1 << 28) | leaf);
     set(3, (NOWHERE >> 2) | valid);
@@ -105,7 +105,7 @@ fn by_the_guests_page_tables() {
         assert_eq!(answer(&faults, &hart, pc), GOES_ON, "{pc:#x}");
         assert_eq!(hart.get(regs::SEPC), pc);
     }
-    // A page fault is the hart's own to take.
+    // A page fault is not injected here: the hart takes it itself.
     let unmapped = 4 * gigabyte;
     assert_eq!(answer(&faults, &hart, unmapped), unrunnable(unmapped));
 }
@@ -141,7 +141,7 @@ fn hostile_a_handler_that_is_nowhere() {
 fn hostile_faults_without_end() {
     let hart = hart(0, MODE_SUPERVISOR, 0);
     let ends = |_| {
-        // A reset makes these anew, and the limit not.
+        // A reset creates this struct again, but the rate limit stays.
         let faults = faults("flood");
         answer(&faults, &hart, NOWHERE) == Some(Stop::FetchFaults { pc: NOWHERE })
     };

@@ -1,4 +1,4 @@
-//! A vCPU as KVM of Linux 7.x keeps it: resets wait for KVM_RUN.
+//! Tests with a vCPU that behaves as with KVM of Linux 7.x: a reset is pending until KVM_RUN.
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
@@ -7,7 +7,7 @@ use super::*;
 use crate::hypervisor::fake::FakeVcpu;
 use crate::util::sync::lock;
 
-/// What KVM does with the vCPU.
+/// How KVM behaves for the vCPU.
 #[derive(Default)]
 struct Host {
     /// The hart is stopped at first.
@@ -16,15 +16,15 @@ struct Host {
     scounteren: u64,
     /// `scounteren` at each entry into the guest.
     entered_with: Vec<u64>,
-    /// Reads of the state after which another hart starts this one.
+    /// Another hart starts this one after this many reads of its state.
     starts_after: Option<u32>,
-    /// KVM_RUNs of the stopped hart that a signal ends too early.
+    /// Number of KVM_RUNs that a signal interrupts before KVM has handled the reset.
     early_signals: u32,
-    /// Starts this hart while its reset is taken.
+    /// Another hart starts this one again while its reset is taken.
     starts_again: bool,
 }
 
-/// The vCPU, and what KVM does with it.
+/// Creates the vCPU, and the state of its KVM.
 fn fake(host: Host) -> (FakeVcpu, Arc<Mutex<Host>>) {
     let vcpu = FakeVcpu::with(&[(regs::SCOUNTEREN, host.scounteren)]);
     if host.stopped {
@@ -72,7 +72,7 @@ fn fake(host: Host) -> (FakeVcpu, Arc<Mutex<Host>>) {
     (vcpu, host)
 }
 
-/// Restarts, and how often they called.
+/// Creates [`Restarts`], and the number of its calls for kicks.
 fn restarts() -> (Restarts, Arc<AtomicUsize>) {
     let (shared, calls) = (Arc::<Shared>::default(), Arc::new(AtomicUsize::new(0)));
     let (asked, counted) = (Arc::clone(&shared), Arc::clone(&calls));
@@ -104,7 +104,7 @@ fn a_started_hart_begins_with_its_counters() {
     assert_eq!(lock(&host).entered_with, [CYCLE_TIME_INSTRET]);
 }
 
-/// A hart whose reset sets `scounteren` by itself comes through too.
+/// Here the hart is already marked as started when its reset is taken.
 #[test]
 fn a_reset_of_another_host_ends_too() {
     let (mut restarts, ..) = restarts();
@@ -130,7 +130,7 @@ fn a_stopped_hart_ends_with_its_machine() {
     assert_eq!(calls.load(Ordering::Acquire), 0);
 }
 
-/// At a look's turn, and right after a reset was taken.
+/// A look restores `scounteren`, also right after a reset was taken.
 #[test]
 fn what_a_restart_between_two_looks_cleared_is_back() {
     let (mut restarts, _) = restarts();
@@ -158,7 +158,7 @@ fn a_guests_own_value_stays() {
     assert_eq!(vcpu.get(regs::SCOUNTEREN), 2);
 }
 
-/// Started before its vCPU's thread had a look.
+/// The hart was started before its vCPU's thread read its state.
 #[test]
 fn a_hart_that_was_started_early_begins_with_its_counters() {
     let (mut restarts, _) = restarts();
@@ -171,7 +171,8 @@ fn a_hart_that_was_started_early_begins_with_its_counters() {
     assert_eq!(lock(&host).entered_with, [CYCLE_TIME_INSTRET]);
 }
 
-/// Two harts that start a third at once: the second call should fail. Whatever comes of it, no exit is lost.
+/// Two harts start a third one at once. The second call should fail, but it succeeds. No exit is
+/// lost then.
 #[test]
 fn hostile_a_hart_that_is_started_twice() {
     let (mut restarts, _) = restarts();
@@ -187,7 +188,7 @@ fn hostile_a_hart_that_is_started_twice() {
     assert_eq!(vcpu.get(regs::SCOUNTEREN), CYCLE_TIME_INSTRET);
 }
 
-/// The thread is stopped before KVM has served the reset: the next one finds it still to come.
+/// The thread is stopped before KVM has handled the reset: the next thread takes it.
 #[test]
 fn a_reset_that_was_not_taken_is_taken_later() {
     let (mut stopped, _) = restarts();

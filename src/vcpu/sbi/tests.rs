@@ -131,7 +131,7 @@ fn what_is_read_is_marked() {
     sbi.console.type_input(&[b'k'; 300]);
     assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE + 0x3f00, 0]), (0, 300));
     assert_eq!(memory::pages_of(&log.take()).collect::<Vec<_>>(), [3, 4]);
-    // Nothing was typed, and a write only reads.
+    // Nothing was typed, so the read is empty. A write does not change guest RAM.
     assert_eq!(sbi.dbcn(DBCN_READ, [300, BASE, 0]), (0, 0));
     assert_eq!(sbi.dbcn(DBCN_WRITE, [300, BASE, 0]), (0, 300));
     assert_eq!(memory::pages_of(&log.take()).count(), 0);

@@ -1,4 +1,5 @@
-//! A hart with registers, an interrupt controller with one register, and resets as KVM makes them.
+//! Tests with a hart that has only registers and is reset as by KVM, and an interrupt controller
+//! with one register.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,7 +9,8 @@ use crate::hypervisor::VmExit;
 use crate::hypervisor::fake::{FakeVcpu, registers};
 use crate::util::sync::lock;
 
-/// The controller's register, and how often it is asked before an interrupt is pending.
+/// An interrupt controller with one register. An interrupt is pending once it was asked
+/// `pending_at` times.
 #[derive(Default)]
 struct Controller {
     register: Mutex<u64>,
@@ -38,7 +40,7 @@ struct Fixture {
     restarts: Restarts,
 }
 
-/// A suspended hart with these registers, whose external interrupt is pending when it was asked for
+/// A hart with these registers. Its external interrupt is pending once the controller was asked
 /// `pending_at` times.
 fn fixture(values: &[(RegId, u64)], pending_at: u32) -> Fixture {
     let controller = Arc::new(Controller {
@@ -87,12 +89,12 @@ impl Fixture {
 #[test]
 fn what_is_pending_and_enabled_wakes() {
     const NEVER: u32 = u32::MAX;
-    // What does not wake sleeps until its machine ends.
+    // A hart that does not wake would sleep until its machine ends, so end it at once.
     let with = |registers: &[(RegId, u64)], pending_at| {
         let mut fixture = fixture(registers, pending_at);
         fixture.stop();
         assert!(matches!(fixture.sleep(), Waited::Asked(First::Sleep(_))));
-        // The last step of waking.
+        // The last step of waking up sets this register.
         fixture.hart.get(regs::SCOUNTEREN) == 7
     };
     assert!(!with(&[], 0), "nothing is enabled");
@@ -128,8 +130,8 @@ fn a_suspended_hart_ends_with_its_machine() {
     assert!(matches!(fixture.sleep(), Waited::Asked(First::Sleep(_))));
 }
 
-/// The thread is stopped while the hart sleeps, and once more when it is about to wake: it sleeps on, and keeps
-/// the interrupt that wakes it.
+/// The thread is stopped while the hart sleeps, and once more when the hart is about to wake. The
+/// hart continues to sleep in the next thread, and keeps the interrupt that wakes it.
 #[test]
 fn a_sleep_goes_on_in_the_next_thread() {
     let mut fixture = fixture(&[(regs::SIE, 0x200)], 2);

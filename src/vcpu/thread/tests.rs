@@ -1,4 +1,4 @@
-//! A scripted vCPU through the real loop.
+//! Runs a scripted vCPU through the real loop.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -22,26 +22,26 @@ use crate::util::sync::lock;
 use crate::vcpu::sbi::Sbi;
 use crate::vcpu::stats::ExitKind;
 
-/// A script under way: its handle, how it stopped, and the entries so far.
+/// A running script: its handle, how it stopped, and the entries so far.
 struct Started {
     handle: VcpuHandle,
     stops: mpsc::Receiver<Result<Stop>>,
     entries: Arc<Mutex<Vec<VmEntry>>>,
-    /// The entries that completed an exit, and ran nothing.
+    /// The entries that only completed an exit, without running the guest.
     completed: Arc<Mutex<Vec<VmEntry>>>,
-    /// Signals that its thread blocks.
+    /// The signals that its thread blocks.
     blocked: Arc<Mutex<Vec<i32>>>,
     exits: Arc<Exits>,
-    /// Of its hart, on a host that resets harts.
+    /// The hart's registers, on a host that resets harts.
     registers: Registers,
     state: Arc<Mutex<HartState>>,
-    /// Another hart has started it.
+    /// Another hart has started this one, and its reset is pending.
     reset_waits: Arc<AtomicBool>,
     calls: mpsc::Receiver<()>,
 }
 
 impl Started {
-    /// Another hart starts this one, as on Linux 7.x.
+    /// Starts this hart as another hart does on Linux 7.x.
     fn start_hart(&self) {
         self.reset_waits.store(true, Ordering::SeqCst);
         *lock(&self.state) = HartState::Started;
@@ -52,7 +52,7 @@ impl Started {
     }
 }
 
-/// The script of a hart that is stopped at first, on a host that resets harts.
+/// Starts the script of a hart that is stopped at first, on a host that resets harts.
 fn start_stopped(exits: &[VmExit]) -> Started {
     start_as(exits, None, HartState::Stopped)
 }
@@ -65,7 +65,8 @@ fn start_counting(exits: &[VmExit], stats: Option<ExitStats>) -> Started {
     start_as(exits, stats, HartState::Started)
 }
 
-/// Plays its exits and keeps the entries; at the end of the script it waits to be kicked.
+/// Creates a vCPU that plays `exits` and records the entries. At the end of the script it waits to
+/// be kicked.
 fn script(exits: &[VmExit], state: HartState) -> (FakeVcpu, Script) {
     let vcpu = FakeVcpu {
         counters: vec![Counter {
@@ -97,7 +98,7 @@ fn script(exits: &[VmExit], state: HartState) -> (FakeVcpu, Script) {
         if let Some(exit) = exits.pop_front() {
             return exit;
         }
-        // Or a kick finds the hart stopped.
+        // End the wait also if the hart is stopped, as if a kick found it so.
         while !kicked.load(Ordering::SeqCst) && !is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -107,7 +108,7 @@ fn script(exits: &[VmExit], state: HartState) -> (FakeVcpu, Script) {
     (FakeVcpu { on_run, ..vcpu }, script)
 }
 
-/// What a script tells.
+/// What a script records.
 #[derive(Clone, Default)]
 struct Script {
     entries: Arc<Mutex<Vec<VmEntry>>>,
@@ -128,8 +129,8 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, state: HartState) -> Sta
     let (registers, state) = (Arc::clone(&vcpu.registers), Arc::clone(&vcpu.state));
     let completed = Arc::clone(&vcpu.completed);
     let (called, calls) = mpsc::channel();
-    let (told, stops) = mpsc::channel();
-    let on_stop = Box::new(move |stop| told.send(stop).unwrap());
+    let (stopped, stops) = mpsc::channel();
+    let on_stop = Box::new(move |stop| stopped.send(stop).unwrap());
     let irqs = Arc::new(Plic::new(0, Vec::new()));
     let exits = Exits::new(Arc::new(Bus::default()), sbi, Arc::default(), irqs);
     let exits = Arc::new(exits);
@@ -164,7 +165,7 @@ fn the_simplest_guest_there_is() {
     assert_eq!(*lock(&vcpu.entries), [VmEntry::Run]);
 }
 
-/// On a host that resets harts it does not run before another hart starts it.
+/// On a host that resets harts, a stopped hart does not run before another hart starts it.
 #[test]
 fn a_stopped_hart_runs_when_it_is_started() {
     let shutdown = VmExit::System(SystemEvent::Shutdown { reason: 0 });
@@ -182,11 +183,12 @@ fn a_stopped_hart_runs_when_it_is_started() {
 fn a_stopped_hart_ends_with_its_handle() {
     let vcpu = start_stopped(&[]);
     drop(vcpu.handle);
-    assert!(vcpu.stops.recv().is_err(), "nothing is told");
+    assert!(vcpu.stops.recv().is_err(), "on_stop is not called");
     assert!(lock(&vcpu.entries).is_empty());
 }
 
-/// A running hart that stops itself is found when it is kicked, and waits as one that never ran.
+/// A kick finds a running hart that has stopped itself. It then waits like a hart that has never
+/// run.
 #[test]
 fn a_hart_that_stops_itself_is_found() {
     let vcpu = start_stopped(&[]);
@@ -199,7 +201,7 @@ fn a_hart_that_stops_itself_is_found() {
         assert_eq!(vcpu.scounteren(), 7);
         assert!(vcpu.handle.may_have_stopped());
         *lock(&vcpu.state) = HartState::Stopped;
-        // Asleep outside KVM_RUN it needs no look.
+        // While it sleeps outside KVM_RUN it needs no kicks.
         while vcpu.handle.may_have_stopped() {
             std::thread::yield_now();
         }
@@ -248,10 +250,10 @@ fn every_exit_is_completed_by_its_entry() {
 fn dropping_the_handle_stops_a_guest_that_spins() {
     let vcpu = start(&[]);
     drop(vcpu.handle);
-    assert!(vcpu.stops.recv().is_err(), "nothing is told");
+    assert!(vcpu.stops.recv().is_err(), "on_stop is not called");
 }
 
-/// A kick is a signal: a mask that came over exec must not keep it out.
+/// A kick is a signal. A mask that was inherited over exec must not block it.
 #[test]
 fn a_vcpu_is_kicked_whatever_mask_it_inherits() {
     block_signal(kick_signal()).unwrap();
@@ -291,7 +293,7 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
     (handle, calls)
 }
 
-/// Whatever the exit was, its result is in the registers before the vCPU is handed back.
+/// Whatever the last exit was, its result is in the registers when the vCPU is returned.
 #[test]
 fn no_entry_is_lost_when_a_vcpu_is_parked() {
     const ROUNDS: usize = 300;
@@ -311,7 +313,7 @@ fn no_entry_is_lost_when_a_vcpu_is_parked() {
         (vcpu.handle, _) = start_again(parked, &vcpu.exits, 0);
     }
     drop(vcpu.handle);
-    // Each exit was completed once: by the entry into the guest, or without one.
+    // Each exit was completed once, by an entry into the guest or without one.
     let mut all: Vec<VmEntry> = lock(&vcpu.entries).clone();
     all.extend(lock(&vcpu.completed).iter());
     let count = |wanted: VmEntry| all.iter().filter(|entry| **entry == wanted).count();
@@ -319,14 +321,14 @@ fn no_entry_is_lost_when_a_vcpu_is_parked() {
     assert_eq!(count(VmEntry::Csr(0)), ROUNDS);
 }
 
-/// A hart that nobody started before, and one that was found stopped.
+/// For a hart that was never started, and for one that was found stopped.
 #[test]
 fn a_stopped_hart_waits_on_in_the_next_thread() {
     let mut vcpu = start_stopped(&[]);
     for start in 1..=4 {
         let parked = vcpu.handle.stop().unwrap();
         assert_eq!(parked.first, First::WaitForStart);
-        // Started while it is parked, every other time.
+        // Every other time, start the hart while its vCPU is parked.
         let early = start % 2 == 0;
         if early {
             vcpu.reset_waits.store(true, Ordering::SeqCst);

@@ -2,7 +2,7 @@ use super::*;
 
 const FILE: u64 = 4096;
 
-/// A header without faults, for a file of [`FILE`] bytes.
+/// A valid header for a file of [`FILE`] bytes.
 fn header() -> Vec<u8> {
     let mut head = vec![0; HEAD_SIZE];
     put(&mut head, 8, &0x20_0000u64.to_le_bytes());
@@ -43,7 +43,7 @@ fn a_true_header_is_taken() {
     assert_eq!(image.text_offset, 0x20_0000);
     assert_eq!(image.image_size, 0x3000);
     assert_eq!(image.file_size, FILE);
-    // The old magic may go, says the kernel's documentation.
+    // The kernel's documentation allows the old magic to be absent.
     assert!(with(48, &[0; 8]).is_ok());
 }
 
@@ -101,7 +101,7 @@ fn a_truncated_file_is_told() {
 
 #[test]
 fn no_header_makes_the_parser_panic() {
-    // Every short length, and every single byte of a PE header set to its extremes.
+    // Try every short length, and set every single byte of a PE header to its extremes.
     for length in 60..300 {
         let _ = Image::parse(&efi_stub(4096)[..length], length as u64);
     }

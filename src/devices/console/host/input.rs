@@ -1,4 +1,4 @@
-//! A console's input: a subscriber of the main loop that hands the guest what comes.
+//! A console's input: a subscriber of the main loop that passes input to the guest.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,43 +16,45 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::OnLeave;
 use crate::devices::console::Console;
 use crate::devices::console::escape::{Escape, HELP, Key};
-use crate::util::stderr::tell;
+use crate::util::stderr::print;
 
-/// Until an input that failed is tried again.
+/// Time until a failed read is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Bytes that are read at once.
+/// The most bytes that one read takes.
 const AT_ONCE: usize = 4096;
 
-/// Numbers of what the main loop waits for.
+/// Numbers by which the main loop's events identify their source.
 const SOURCE: u32 = 0;
 const TURN: u32 = 1;
 const TIMER: u32 = 2;
 
-/// Where a console's input comes from. Only the main loop's thread uses it, and no call waits.
+/// Where a console's input comes from. Only the main loop's thread uses it, and no call blocks.
 pub(super) trait Source {
-    /// What to wait for before the next [`Source::read`]. The descriptor stays open until then.
+    /// Returns what to wait for before the next [`Source::read`]. The descriptor must stay open
+    /// until then.
     fn wait(&mut self) -> Wait<'_>;
 
-    /// Reads what is there. [`Errno::AGAIN`] when nothing is; 0 when no more input will ever come; after
-    /// other errors it is asked again later.
+    /// Reads available input. Returns [`Errno::AGAIN`] if there is none now, and 0 at the end of
+    /// the input. After another error, the read is tried again later.
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno>;
 }
 
-/// What a source waits for: its descriptor to be readable, or the end of a time, whichever comes first.
+/// What a source waits for: until its descriptor is readable or the time is over, whichever comes
+/// first.
 pub(super) struct Wait<'a> {
     pub(super) fd: Option<BorrowedFd<'a>>,
     pub(super) time: Option<Duration>,
 }
 
-/// Moves bytes from a source to the console. Added to the main loop it works until the input or the console
-/// ends.
+/// Moves bytes from a source to the console. Once it is added to the main loop, it works until the
+/// input ends or the console is closed.
 pub struct Input {
     console: Arc<Console>,
     source: Box<dyn Source>,
-    /// A terminal's keys for rvmm.
+    /// For a terminal: the parser of its Ctrl-A keys, and the function for Ctrl-A X.
     escape: Option<(Escape, Option<OnLeave>)>,
-    /// Readable when there is room for input again, or when the source needs no waiting.
+    /// Readable when there is room for input again, or when the source can be read without waiting.
     turn: Arc<EventFd>,
     /// Readable when the time of a [`Wait`] is over.
     timer: TimerFd,
@@ -63,10 +65,11 @@ pub struct Input {
 }
 
 impl Input {
-    /// Input for `console` from `source`. With `on_leave` it is a terminal, whose Ctrl-A keys are for rvmm.
+    /// Creates the input of `console` from `source`. With `on_leave`, the source is a terminal
+    /// whose Ctrl-A keys are for rvmm.
     ///
     /// # Errors
-    /// The process has no descriptors left.
+    /// Fails if the host cannot create an eventfd or a timer.
     pub(super) fn new(
         console: Arc<Console>,
         source: Box<dyn Source>,
@@ -92,14 +95,15 @@ impl Input {
         if self.has_ended {
             return;
         }
-        // The descriptor may be another after the read, and the number the same.
+        // Remove it now: after the read, the same number may be another descriptor.
         if let Some(fd) = self.watched.take() {
             if let Err(error) = ops.remove(Events::empty(&fd)) {
-                debug!("Failed to leave the console's input: {error}");
+                debug!("Failed to stop waiting for the console's input: {error}");
             }
         }
         let _ = self.timer.clear();
-        // A terminal's keys for rvmm do not wait behind those for a guest that does not read.
+        // Always read from a terminal: Ctrl-A keys must work even if the guest does not read its
+        // input.
         let room = match self.escape {
             Some(_) => AT_ONCE,
             None => self.console.input_room().min(AT_ONCE),
@@ -121,7 +125,7 @@ impl Input {
             Err(Errno::INTR | Errno::AGAIN) => {}
             Err(error) => {
                 if self.failing.replace(error) != Some(error) {
-                    warn!("Failed to read the console's input: {error}; it is tried again");
+                    warn!("Failed to read the console's input: {error}; rvmm will try again");
                 }
                 pause = Some(RETRY);
             }
@@ -131,7 +135,7 @@ impl Input {
         }
     }
 
-    /// Waits for the source, or for `pause` alone.
+    /// Waits for the source. With `pause`, waits only for that time.
     fn watch(&mut self, pause: Option<Duration>, ops: &mut EventOps) {
         let Wait { fd, time } = match pause {
             Some(_) => Wait {
@@ -150,7 +154,7 @@ impl Input {
         };
         match ops.add(Events::with_data(&fd, SOURCE, EventSet::IN)) {
             Ok(()) => self.watched = Some(fd),
-            // A regular file, or /dev/null: epoll_ctl(2) takes none that is always readable.
+            // A regular file or /dev/null: epoll_ctl(2) refuses files that are always readable.
             Err(Error::Epoll(refused)) if refused == errno::Error::new(libc::EPERM) => {
                 let _ = self.turn.write(1);
             }
@@ -158,7 +162,7 @@ impl Input {
         }
     }
 
-    /// Hands typed bytes to the guest; false when there is no more to do.
+    /// Passes typed bytes to the guest. Returns false if no more input is to be read.
     fn take(&mut self, typed: &[u8]) -> bool {
         let Some((escape, on_leave)) = &mut self.escape else {
             return self.console.type_input(typed);
@@ -169,7 +173,7 @@ impl Input {
             match escape.key(*byte) {
                 Key::Byte(byte) => bytes.push(byte),
                 Key::Held => {}
-                Key::Help => tell(format_args!("\r\n{HELP}\r")),
+                Key::Help => print(format_args!("\r\n{HELP}\r")),
                 Key::Leave => leave = true,
                 #[cfg(debug_assertions)]
                 Key::Panic => panic!("Ctrl-A P was typed"),
@@ -198,7 +202,7 @@ impl MutEventSubscriber for Input {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        // A timer's signal goes when it is set or cleared.
+        // The timer needs no read: setting or clearing it clears its expiration.
         if events.data() == TURN {
             let _ = self.turn.read();
         }

@@ -1,7 +1,7 @@
-//! The host's end of the console, and what it is connected to.
+//! The host's side of the console, and what it is connected to.
 //!
-//! A thread of its own writes the guest's output, however slow its reader is. Input comes by the main
-//! loop, which [`Input`] is a subscriber of.
+//! A separate thread writes the guest's output, because its reader may be slow. Input is read on
+//! the main loop, by the subscriber [`Input`].
 
 mod input;
 mod pty;
@@ -27,17 +27,17 @@ use input::Source;
 /// Called once, on the main loop's thread, when the user types Ctrl-A X.
 pub type OnLeave = Box<dyn FnOnce()>;
 
-/// Where a console's bytes go to.
+/// Takes a console's output.
 trait Sink: Send + Sync {
-    /// Writes all of `bytes`, however long the reader takes. On an error what is left of them is
-    /// dropped; the next may pass.
+    /// Writes all of `bytes`, and blocks as long as the reader needs. On an error, the rest of
+    /// `bytes` is lost. The next write may succeed.
     fn write(&self, bytes: &[u8]) -> io::Result<()>;
 
-    /// Removes what other programs could find of it.
+    /// Removes what other programs can see of it, such as a socket's path.
     fn close(&self) {}
 }
 
-/// The two ends of what a console is connected to. Some have no input.
+/// The output and input ends that a console is connected to. Some have no input.
 struct Ends {
     sink: Arc<dyn Sink>,
     source: Option<Box<dyn Source>>,
@@ -51,13 +51,13 @@ pub struct Host {
 }
 
 impl Host {
-    /// Connects `console`, which people know as `name`, as `config` says. Input comes once the second
-    /// result is added to the main loop. On standard input a terminal goes into raw mode, and its Ctrl-A
-    /// keys are served.
+    /// Connects `console` as `config` says. Messages call it `name`. The second result reads input;
+    /// it must be added to the main loop. A terminal on standard input goes into raw mode, and rvmm
+    /// handles its Ctrl-A keys.
     ///
     /// # Errors
-    /// The file, socket, pseudo-terminal, thread or descriptor cannot be had, or the terminal's mode cannot
-    /// be set.
+    /// Fails if the file or socket cannot be opened, the pseudo-terminal, the thread or a
+    /// descriptor cannot be created, or the terminal's mode cannot be set.
     pub fn start(
         name: &str,
         console: Arc<Console>,
@@ -79,7 +79,7 @@ impl Host {
         on_leave: OnLeave,
     ) -> io::Result<(Self, Option<Input>)> {
         let (writer, output) = (Arc::clone(&sink), Arc::clone(&console));
-        // Not joined: it may wait for a reader that never reads again.
+        // The thread is never joined: it may wait for a reader that never reads again.
         spawn(Kind::Console, "out", move || {
             write_output(&output, &*writer);
         })?;
@@ -95,11 +95,11 @@ impl Host {
         Ok((host, input))
     }
 
-    /// Writes what the guest has written, then disconnects. Waits for the reader as long as
-    /// `patience` tells: it is given the time without progress, and false ends the wait.
+    /// Writes the rest of the guest's output, then disconnects. Calls `patience` with the time
+    /// since the last progress; if it returns false, stops waiting for the reader.
     pub fn finish(self, patience: impl FnMut(Duration) -> bool) {
         if !self.console.drain(patience) {
-            warn!("the console's reader does not read: the guest's last output is lost");
+            warn!("nobody reads the console's output: the rest of it is lost");
         }
     }
 }
@@ -129,16 +129,16 @@ fn write_output(console: &Console, sink: &dyn Sink) {
         let Err(error) = sink.write(&bytes) else {
             continue;
         };
-        // The guest goes on, and what it writes next is tried: a pipe may have a reader again, a
-        // disk room.
+        // The guest goes on, and its next output is tried again: a pipe may have a reader again, or
+        // a disk free space.
         match error.kind() {
             io::ErrorKind::BrokenPipe => {
                 let limit = RateLimit::named("console reader");
-                guest_debug!(limit, "the console's reader has gone");
+                guest_debug!(limit, "the console's reader has disconnected");
             }
             _ => guest_warn!(
                 failures,
-                "Failed to write the guest's console: {error}; that piece of it is lost"
+                "Failed to write the guest's console output: {error}; this part of it is lost"
             ),
         }
     }

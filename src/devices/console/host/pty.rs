@@ -1,4 +1,4 @@
-//! The console as a new pseudo-terminal, for a terminal program to open.
+//! Connects a console to a new pseudo-terminal, which a terminal program can open.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,19 +18,20 @@ use super::input::{Source, Wait};
 use super::{Ends, Sink};
 use crate::util::output::write_whole;
 use crate::util::poll::{poll_now, readable_now};
-use crate::util::stderr::tell;
+use crate::util::stderr::print;
 
-/// How often to look whether somebody has opened the terminal: the kernel tells nobody.
+/// How often to check whether somebody has opened the terminal: the kernel has no notification for
+/// it.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The side that rvmm holds. While nobody has the other side open, output is dropped.
+/// rvmm's side of the pseudo-terminal. While nobody has the other side open, output is dropped.
 #[derive(Clone)]
 pub(super) struct Pty(Arc<File>);
 
-/// Makes a pseudo-terminal in raw mode, and prints its name.
+/// Creates a pseudo-terminal in raw mode, and prints its name.
 pub(super) fn open(console: &str) -> Result<Ends> {
     let (pty, name) = create().context("Failed to create a pseudo-terminal")?;
-    tell(format_args!("rvmm: {console} is {name}"));
+    print(format_args!("rvmm: {console} is {name}"));
     Ok(Ends {
         sink: Arc::new(pty.clone()),
         source: Some(Box::new(pty)),
@@ -49,7 +50,8 @@ pub(super) fn create() -> io::Result<(Pty, String)> {
     unlockpt(&main)?;
     let name = ptsname(&main, Vec::new())?;
     let name = name.to_string_lossy().into_owned();
-    // Opening and closing the other side sets its mode, and leaves the state "nobody has it".
+    // Open the other side to set its mode. Closing it leaves the pseudo-terminal in hang-up, the
+    // state for "nobody has it open".
     let no_control = i32::try_from(OFlags::NOCTTY.bits()).unwrap_or(0);
     let other = OpenOptions::new()
         .read(true)
@@ -68,7 +70,7 @@ impl Sink for Pty {
             return Ok(());
         }
         match write_whole(&*self.0, bytes) {
-            // The reader closed it meanwhile; another may come.
+            // The reader has closed it meanwhile. Another one may open it.
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(()),
             result => result,
         }
@@ -77,7 +79,7 @@ impl Sink for Pty {
 
 impl Source for Pty {
     fn wait(&mut self) -> Wait<'_> {
-        // A side that nobody has is in hang-up, which would end each wait at once.
+        // While nobody has the other side open it is in hang-up, which would end each wait at once.
         let has_reader = self.has_reader();
         Wait {
             fd: has_reader.then(|| self.0.as_fd()),

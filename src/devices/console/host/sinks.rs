@@ -1,4 +1,4 @@
-//! Consoles without input: a file, and nowhere.
+//! Consoles without input: a file, or none at all.
 
 use std::fs::File;
 use std::io;
@@ -28,10 +28,10 @@ impl Sink for Nowhere {
     }
 }
 
-/// Keeps output in a file.
+/// Appends output to a file.
 struct LogFile(File);
 
-/// Creates the file, or opens the one that is there to write at its end.
+/// Creates the file at `path`, or opens the existing one to append to it.
 pub(super) fn file(path: &Path) -> Result<Ends> {
     let file = append(path);
     let file = file.with_context(|| format!("Failed to open console file {path:?}"))?;

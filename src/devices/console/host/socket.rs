@@ -1,4 +1,4 @@
-//! The console on a Unix socket, for one client at a time.
+//! Connects a console to a Unix socket, for one client at a time.
 
 use std::fs;
 use std::io;
@@ -19,22 +19,22 @@ use super::{Ends, Sink};
 use crate::util::output::write_whole;
 use crate::util::sync::lock;
 
-/// A listening socket, removed at the end. While nobody is connected, output is dropped; a second
-/// client waits until the first has gone.
+/// A listening socket. Its path is removed at the end. While no client is connected, output is
+/// dropped. A second client waits until the first has disconnected.
 struct Socket {
     listener: UnixListener,
     client: Mutex<Option<Arc<UnixStream>>>,
     path: PathBuf,
 }
 
-/// Listens at `path`, where nothing may be yet.
+/// Listens at `path`, which must not exist yet.
 pub(super) fn bind(path: &Path) -> Result<Ends> {
     let listener = UnixListener::bind(path);
     let listener = listener.map_err(|error| {
         let hint = hint(path, &error);
         anyhow!("Failed to listen on console socket {path:?}: {error}{hint}")
     })?;
-    // A client may be gone again before it is accepted.
+    // A client may disconnect before it is accepted; accept must not block then.
     listener.set_nonblocking(true)?;
     let socket = Arc::new(Socket {
         listener,
@@ -63,14 +63,14 @@ impl Socket {
         Ok(())
     }
 
-    /// `client` has gone. Another may have come meanwhile, and stays.
+    /// Disconnects `client`. Does not affect another client that has connected meanwhile.
     fn lose(&self, client: &Arc<UnixStream>) {
         let mut current = lock(&self.client);
         if current.as_ref().is_some_and(|now| Arc::ptr_eq(now, client)) {
-            info!("the console's client has gone");
+            info!("the console's client has disconnected");
             *current = None;
         }
-        // Whoever writes to it or reads from it waits no longer.
+        // This also ends a blocked write or read of the client's connection.
         let _ = client.shutdown(Shutdown::Both);
     }
 }
@@ -94,10 +94,11 @@ impl Sink for Socket {
     }
 }
 
-/// Input from a socket's clients.
+/// The input from a socket's clients.
 struct Input {
     socket: Arc<Socket>,
-    /// The client that is waited for, which stays open until then.
+    /// The client whose input the main loop waits for. Kept here so that its descriptor stays open
+    /// meanwhile.
     client: Option<Arc<UnixStream>>,
 }
 
@@ -127,33 +128,33 @@ impl Source for Input {
     }
 }
 
-/// The way out of a refusal to listen at `path`.
+/// A hint on how to fix an error of listening at `path`.
 fn hint(path: &Path, error: &io::Error) -> String {
-    /// sockaddr_un's, without the NUL (unix(7)).
+    /// Size of a path in sockaddr_un, without the NUL (unix(7)).
     const LONGEST: usize = 107;
     match error.kind() {
         io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
             Ok(_) => ": another process listens on it: choose another name".into(),
             Err(error) if is_stale(path, &error) => {
-                ": a socket that nobody listens on any more: remove it".into()
+                ": a stale socket is there, which nobody listens on: remove it".into()
             }
             Err(_) => ": a file is there: choose another name".into(),
         },
         io::ErrorKind::InvalidInput => {
             let length = path.as_os_str().len();
-            format!(": a socket's path has at most {LONGEST} bytes, and this has {length}")
+            format!(": a socket's path has at most {LONGEST} bytes, but this one has {length}")
         }
         _ => String::new(),
     }
 }
 
-/// Whether a socket is at `path` whose owner has ended, by the error of connecting to it.
+/// Whether `path` is a socket whose owner has ended. `error` is the result of connecting to it.
 fn is_stale(path: &Path, error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::ConnectionRefused
         && fs::metadata(path).is_ok_and(|there| there.file_type().is_socket())
 }
 
-/// Whether a write's error says that the reader has gone.
+/// Whether a write's error means that the reader has disconnected.
 fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)

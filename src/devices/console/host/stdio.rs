@@ -1,4 +1,4 @@
-//! The console on standard input and output.
+//! Connects a console to standard input and output.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal};
@@ -18,8 +18,8 @@ use crate::devices::console::terminal;
 use crate::util::output::write_whole;
 use crate::util::poll::readable_now;
 
-/// How often to look whether rvmm has the terminal: a shell tells nobody that it brings a job that
-/// runs to the foreground.
+/// How often to check whether rvmm is in the foreground: a running job gets no signal when its
+/// shell brings it to the foreground.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Standard output.
@@ -31,19 +31,20 @@ impl Sink for Stdout {
     }
 }
 
-/// Standard input, which other programs may read too: each read is one that cannot wait, whoever took
-/// what woke rvmm.
+/// Standard input. Other programs may read it too, and may take the bytes that woke rvmm. So no
+/// read may block.
 struct Stdin {
     kind: Kind,
     is_terminal: bool,
 }
 
 enum Kind {
-    /// It is opened once more, non-blocking: that flag on standard input itself would be other programs' too.
+    /// Opened once more, non-blocking. Setting that flag on standard input itself would affect
+    /// other programs too.
     Own(File),
-    /// A socket has reads that do not wait.
+    /// A socket: recv has a flag for reads that do not block.
     Socket,
-    /// It cannot be opened again: another user's terminal, after su(1).
+    /// It cannot be opened again, such as another user's terminal after su(1), or a regular file.
     Shared,
 }
 
@@ -65,7 +66,7 @@ fn kind() -> Kind {
     let what = fs::metadata(STDIN).map(|there| there.file_type());
     match what {
         Ok(what) if what.is_socket() => Kind::Socket,
-        // A file's second opening would begin at its first byte.
+        // A file that is opened again would be read from its first byte.
         Ok(what) if what.is_file() => Kind::Shared,
         _ => {
             let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
@@ -96,7 +97,8 @@ impl Source for Stdin {
             Kind::Own(file) => file.as_fd(),
             Kind::Socket | Kind::Shared => stdin(),
         };
-        // In the background it may be readable all the time, by what is typed for another program.
+        // In the background, do not wait for it: it may be readable all the time because of input
+        // for another program.
         let may_read = !self.is_terminal || terminal::follow();
         Wait {
             fd: may_read.then_some(fd),
@@ -108,7 +110,7 @@ impl Source for Stdin {
         if !self.is_terminal {
             return self.read_now(buffer);
         }
-        // What was typed meanwhile may be another's.
+        // The input may be for another program.
         if terminal::in_background() {
             return Err(Errno::AGAIN);
         }

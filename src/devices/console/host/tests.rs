@@ -1,4 +1,4 @@
-//! Consoles that a test can reach without a terminal of its own.
+//! Tests of the consoles that need no terminal.
 
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
@@ -20,12 +20,12 @@ fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("rvmm-console-{}-{name}", std::process::id()))
 }
 
-/// Ends of a test's own making.
+/// An output end that a test controls.
 #[derive(Default)]
 struct Scripted {
-    /// What each write gives; then they pass.
+    /// Errors of the first writes. Later writes succeed.
     writes: Mutex<VecDeque<io::Error>>,
-    /// What was written.
+    /// The bytes that were written.
     written: Mutex<Vec<u8>>,
 }
 
@@ -39,7 +39,7 @@ impl Sink for Scripted {
     }
 }
 
-/// What each read gives; then nothing comes any more.
+/// Results of the first reads. Later there is no input.
 struct Reads(VecDeque<Result<u8, Errno>>);
 
 impl Source for Reads {
@@ -54,7 +54,7 @@ impl Source for Reads {
     }
 }
 
-/// A console that is connected to the host, and the loop that its input comes by.
+/// A console that is connected to the host, with the loop that reads its input.
 struct Connected {
     console: Arc<Console>,
     host: Host,
@@ -90,7 +90,7 @@ impl Connected {
         Self::new(console, host.unwrap())
     }
 
-    /// What the guest reads until it has `count` bytes.
+    /// Reads as the guest, until `count` bytes have arrived.
     fn guest_reads(&mut self, count: usize) -> Vec<u8> {
         let mut got = Vec::new();
         let mut bytes = [0; 4096];
@@ -103,15 +103,14 @@ impl Connected {
         got
     }
 
-    /// The loop does what there is to do, or waits for a moment.
+    /// Runs the loop once: handles what is ready, or waits briefly.
     fn turn(&mut self) {
         const MILLISECONDS: i32 = 10;
         self.main.run_with_timeout(MILLISECONDS).unwrap();
     }
 }
 
-/// A disk that is full for a while, or a pipe that is without a reader for a while, loses what was
-/// written meanwhile and nothing more.
+/// While a disk is full, or a pipe has no reader, only the output of that time is lost.
 #[test]
 fn a_failed_write_loses_that_piece_alone() {
     let errors = [Errno::NOSPC, Errno::IO, Errno::FBIG, Errno::PIPE];
@@ -128,7 +127,7 @@ fn a_failed_write_loses_that_piece_alone() {
     assert_eq!(*lock(&sink.written), b"45");
 }
 
-/// As accept does when all of a process's descriptors are taken.
+/// A read fails, as accept does when the process has no descriptors left.
 #[test]
 fn input_that_failed_is_tried_again() {
     let reads = [Err(Errno::MFILE), Err(Errno::IO), Ok(b'x')];
@@ -137,7 +136,7 @@ fn input_that_failed_is_tried_again() {
     connected.host.finish(|_| true);
 }
 
-/// No more is read than the guest has room for, and all of it arrives.
+/// Only as much is read as the guest's queue has room for, and all of it arrives.
 #[test]
 fn input_waits_for_room_and_arrives_in_order() {
     let typed: Vec<u8> = (0..251).cycle().take(3 * INPUT_CAPACITY).collect();
@@ -158,7 +157,7 @@ fn input_waits_for_room_and_arrives_in_order() {
     client.join().unwrap().unwrap();
 }
 
-/// A file that is always readable, which epoll does not take.
+/// A regular file is always readable, and epoll refuses it.
 #[test]
 fn a_regular_file_is_read_to_its_end() {
     struct OfFile(std::fs::File);
@@ -235,7 +234,7 @@ fn a_socket_serves_one_client_after_the_other() {
     assert!(!path.exists());
 }
 
-/// The first client neither reads nor writes, and is still there when the next one comes.
+/// The first client neither reads nor writes, and is still connected when the next one comes.
 #[test]
 fn an_error_of_an_old_client_is_not_the_next_ones() {
     const MUCH: usize = 4 << 20;

@@ -1,4 +1,4 @@
-//! The receive FIFO: how much it holds, when it interrupts, which errors it tells.
+//! Tests of the receive FIFO: its capacity, its interrupts, and the errors that it reports.
 
 use super::*;
 
@@ -11,7 +11,7 @@ const OE: u8 = LSR_OVERRUN;
 const BI: u8 = LSR_BREAK;
 const ERROR: u8 = LSR_ERROR_IN_FIFO;
 
-/// A UART in loopback, with FCR as given.
+/// A UART in loopback mode, with this FCR.
 fn looped(fcr: u8) -> Bench {
     let bench = bench();
     bench.write(reg::IIR_FCR, fcr);
@@ -25,7 +25,7 @@ impl Bench {
             self.write(reg::RBR_THR, byte);
         }
     }
-    /// The cause of the interrupt, without the bits that tell of FIFOs.
+    /// The cause of the interrupt, without the bits that show whether FIFOs are on.
     fn cause(&self) -> u8 {
         self.read(reg::IIR_FCR) & !IIR_FIFOS
     }
@@ -38,7 +38,7 @@ fn without_fifos_the_second_byte_overruns_the_first() {
     assert_eq!(bench.line_status(), DR);
     bench.send([2]);
     assert_eq!(bench.line_status(), DR | OE);
-    assert_eq!(bench.line_status(), DR, "told once");
+    assert_eq!(bench.line_status(), DR, "reported once");
     assert_eq!(bench.received(), [2], "the newer byte");
 }
 
@@ -53,7 +53,7 @@ fn with_fifos_the_seventeenth_byte_overruns_and_is_lost() {
     assert_eq!(bench.received(), (0..16).collect::<Vec<u8>>());
 }
 
-/// A read of the FIFO makes room for one byte more.
+/// A read of the FIFO makes room for one more byte.
 #[test]
 fn a_fifo_goes_round() {
     let bench = looped(FCR_ENABLE);
@@ -65,7 +65,8 @@ fn a_fifo_goes_round() {
     }
 }
 
-/// As Linux' size_fifo in drivers/tty/serial/8250 counts: 256 bytes go in, and these come out.
+/// Linux' size_fifo in drivers/tty/serial/8250 sends 256 bytes and counts those that it can read
+/// back.
 #[test]
 fn linux_measures_sixteen() {
     let bench = bench();
@@ -141,7 +142,7 @@ fn a_flush_empties_the_fifo() {
     assert_eq!(bench.received().len(), 16);
 }
 
-/// FIFOs that go on or off are emptied. The bits of FCR mean nothing without FIFOs.
+/// Turning FIFOs on or off clears them. Without FIFOs, the other bits of FCR have no effect.
 #[test]
 fn fifos_that_change_are_emptied() {
     let bench = looped(FCR_ENABLE);
@@ -211,14 +212,14 @@ fn a_break_in_loopback_is_received() {
     bench.send([1]);
     assert_eq!(bench.line_status(), DR | BI, "nothing gets through it");
     assert_eq!(bench.levels(), [false]);
-    assert_eq!(bench.line_status(), DR, "told once");
+    assert_eq!(bench.line_status(), DR, "reported once");
     bench.write(reg::LCR, WORD_OF_8);
     assert_eq!(bench.received(), [0], "one zero, however long it was");
     bench.send([2]);
     assert_eq!(bench.received(), [2]);
 }
 
-/// The break bit says something to the receiver in loopback alone.
+/// The break bit has an effect on the receiver only in loopback mode.
 #[test]
 fn a_break_begins_with_the_bit_and_with_loopback() {
     let bench = bench();
@@ -280,7 +281,7 @@ fn the_line_is_not_received_in_loopback() {
     assert_eq!(bench.received(), b"ooped\0styped");
 }
 
-/// What the guest saw in loopback tells nothing of the line.
+/// That the guest saw data in loopback mode does not count as having seen the line's data.
 #[test]
 fn blind_reads_after_loopback_take_nothing() {
     let bench = looped(FCR_ENABLE);
@@ -318,7 +319,7 @@ fn what_is_typed_never_overruns_and_outlives_a_flush() {
     }
 }
 
-/// The line's bytes fill only the room that looped ones leave.
+/// The line's bytes only fill the room that looped bytes leave in the FIFO.
 #[test]
 fn the_line_waits_for_room() {
     let bench = looped(FCR_ENABLE);

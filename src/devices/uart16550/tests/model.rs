@@ -1,5 +1,5 @@
-//! The chip beside a plain model of it, through a long random life. The random numbers are the same
-//! in each run.
+//! Compares the chip with a simple model of it, through a long random sequence of accesses. The
+//! random numbers are the same in each run.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use super::*;
 
 const STEPS: usize = 50_000;
 
-/// xorshift64.
+/// A pseudo-random generator: xorshift64.
 struct Random(u64);
 
 impl Random {
@@ -22,12 +22,13 @@ impl Random {
     }
 }
 
-/// What a driver can know of the chip, by the data sheet; the receive interrupt is always enabled.
+/// The chip as a driver sees it, according to the data sheet. The receive interrupt is always
+/// enabled.
 #[derive(Default)]
 struct Model {
-    /// What arrived in loopback, with the errors.
+    /// Bytes that arrived in loopback mode, with their errors.
     own: VecDeque<(u8, u8)>,
-    /// What was typed.
+    /// Bytes that were typed.
     line: VecDeque<u8>,
     fifos: bool,
     trigger: usize,
@@ -44,7 +45,7 @@ impl Model {
         self.mcr & 0x10 != 0
     }
 
-    /// All that is in the FIFO now.
+    /// The bytes that are in the FIFO now, with their errors.
     fn fifo(&self) -> Vec<(u8, u8)> {
         let depth = if self.fifos { 16 } else { 1 };
         let line = self.line.iter().filter(|_| !self.looped());
@@ -174,7 +175,8 @@ impl Model {
     }
 }
 
-/// One random act on both. After a read: the register, what the chip told, what the model told.
+/// Does one random access to both. After a read, returns the register and the values of chip and
+/// model.
 fn step(bench: &Bench, model: &mut Model, random: &mut Random) -> (u64, u8, u8) {
     let value = random.next();
     match random.below(32) {
@@ -183,7 +185,7 @@ fn step(bench: &Bench, model: &mut Model, random: &mut Random) -> (u64, u8, u8) 
             model.thr(value);
         }
         8..10 => {
-            // Bounded, as the console would wait for a reader.
+            // Limited, so that the console's input queue never gets full.
             let room = 100_usize.saturating_sub(model.line.len());
             let typed: Vec<u8> = (value..=255).take(room.min(20)).collect();
             bench.console.type_input(&typed);
@@ -194,7 +196,7 @@ fn step(bench: &Bench, model: &mut Model, random: &mut Random) -> (u64, u8, u8) 
             model.write_ier(value & 0x0f | IER_RECEIVED);
         }
         11 => {
-            // Mostly on, and seldom emptied.
+            // FIFOs are mostly on, and rarely cleared.
             let fcr = value & if value & 4 != 0 { 0xc2 } else { 0xc0 };
             let fcr = fcr | u8::from(value & 0x38 != 0);
             bench.write(reg::IIR_FCR, fcr);
@@ -222,19 +224,19 @@ fn the_chip_does_as_the_data_sheet_says() {
     bench.write(reg::IER, IER_RECEIVED);
     model.write_ier(IER_RECEIVED);
     let mut level = false;
-    let mut told = BTreeSet::new();
+    let mut seen = BTreeSet::new();
     for number in 0..STEPS {
         let (register, chip, wanted) = step(&bench, &mut model, &mut random);
         assert_eq!(chip, wanted, "step {number}, register {register}");
-        told.insert((register, chip));
+        seen.insert((register, chip));
         level = bench.levels().pop().unwrap_or(level);
         let interrupt = model.cause() & 0x01 == 0;
         assert_eq!(level, interrupt, "step {number}: the wire");
     }
-    assert!(told.len() > 300, "most states were met");
+    assert!(seen.len() > 300, "most states were reached");
 }
 
-/// Whatever is written, to any register and with any divisor, the FIFO is bounded.
+/// Whatever is written to any register, the FIFO does not grow beyond its size.
 #[test]
 fn random_accesses_are_harmless() {
     let (bench, mut random) = (bench(), Random(0x8250));

@@ -1,4 +1,4 @@
-//! The modem's lines, and what MSR tells of their changes.
+//! Tests of the modem control lines, and of the changes that MSR reports.
 
 use super::super::modem::*;
 use super::*;
@@ -55,7 +55,7 @@ fn each_change_is_told_once() {
     assert_eq!(bench.read(reg::MSR), MSR_CONNECTED | DCTS | DDSR | DDCD);
 }
 
-/// Outside loopback the chip's outputs change nothing that it receives.
+/// Without loopback, the chip's outputs have no effect on its inputs.
 #[test]
 fn outputs_alone_change_nothing() {
     let bench = bench();
