@@ -1,5 +1,6 @@
-//! The floor of disks: what a device can do at the least. rvmm's machine with a disk whose thread waits for the doorbell, calls
-//! pread or pwrite, and signals the interrupt; it checks nothing, tells no errors, and interrupts for each request.
+//! The floor of disks: the least that a disk can do. It is rvmm's machine with a disk whose thread
+//! waits for the doorbell, calls pread or pwrite, and signals the interrupt. It checks nothing,
+//! reports no errors, and interrupts for each request.
 //!
 //! ```text
 //! disk-floor FLAGS OF RVMM, with one --disk
@@ -48,7 +49,7 @@ mod floor {
             let file = File::options().read(true).write(true).open(&config.path)?;
             let image = Image::open(&config).map_err(io::Error::other)?;
             Ok(Box::new(FloorDisk {
-                told: Disk::new("floor", Arc::new(image), 1),
+                config: Disk::new("floor", Arc::new(image), 1),
                 file: Arc::new(file),
                 workers: Workers::default(),
             }) as _)
@@ -65,28 +66,28 @@ mod floor {
         std::process::exit(outcome.exit_status().into());
     }
 
-    /// What its driver is told is what rvmm's disk tells.
+    /// Reports the same configuration as rvmm's disk.
     struct FloorDisk {
-        told: Disk,
+        config: Disk,
         file: Arc<File>,
         workers: Workers,
     }
 
     impl VirtioDevice for FloorDisk {
         fn kind(&self) -> u32 {
-            self.told.kind()
+            self.config.kind()
         }
         fn name(&self) -> &str {
-            self.told.name()
+            self.config.name()
         }
         fn features(&self) -> u64 {
-            self.told.features()
+            self.config.features()
         }
         fn queue_sizes(&self) -> Vec<u16> {
-            self.told.queue_sizes()
+            self.config.queue_sizes()
         }
         fn read_config(&self, offset: u64, data: &mut [u8]) {
-            self.told.read_config(offset, data);
+            self.config.read_config(offset, data);
         }
         fn activate(&self, activation: Activation) -> io::Result<()> {
             let (ram, file) = (activation.ram, Arc::clone(&self.file));
@@ -135,7 +136,7 @@ mod floor {
         let interrupt = queue.interrupt_fd();
         let mut next = 0u16;
         while !stop.is_asked() {
-            // SAFETY: the rings are where the driver has them, in RAM that stays mapped.
+            // SAFETY: the driver's rings are in RAM that stays mapped.
             unsafe {
                 while next != (*available.add(1).cast::<AtomicU16>()).load(Ordering::Acquire) {
                     let slot = usize::from(next % size);
@@ -151,7 +152,7 @@ mod floor {
                         None => queue.interrupter()(),
                     }
                 }
-                // The next request shall ring.
+                // Asks for a notification of the next request.
                 event.write_volatile(next);
                 fence(Ordering::SeqCst);
                 if next != (*available.add(1).cast::<AtomicU16>()).load(Ordering::Acquire) {
@@ -162,9 +163,9 @@ mod floor {
         }
     }
 
-    /// Header, data, status: the bytes written.
+    /// Serves a chain of header, data and status. Returns the number of bytes written.
     unsafe fn request(ram: &GuestMemory, file: &File, table: *const Descriptor, head: u16) -> u32 {
-        // SAFETY: the descriptors and what they name are where the driver has them, in RAM.
+        // SAFETY: the descriptors and the buffers that they name are in RAM.
         unsafe {
             let (mut table, mut index) = (table, usize::from(head));
             let first = table.add(index).read_volatile();

@@ -1,13 +1,14 @@
-//! The floor: as little as a VMM can do on KVM, to measure what is left to save.
+//! The floor: a VMM that does as little as possible on KVM, to measure what rvmm could still save.
 //!
 //! ```text
 //! floor [--aia] [--hugepages] --kernel IMAGE [--initrd FILE --dtb FILE] --mem MIB
 //! ```
 //!
-//! One thread, one vCPU, RAM, the kernel 2 MiB into it, initrd and device tree where rvmm puts them, and a loop on
-//! KVM_RUN: every load reads 0x60 (a UART that is ready), a byte stored to the UART goes to standard output, every SBI
-//! call succeeds, and the first system event or store to sifive_test ends it. No interrupt is raised. With `--aia` the
-//! in-kernel AIA is there, as rvmm sets it up.
+//! One thread, one vCPU, RAM with the kernel at 2 MiB, initrd and device tree where rvmm puts them,
+//! and a loop on KVM_RUN. Every load reads 0x60 (a UART that is ready), a byte stored to the UART
+//! goes to standard output, and every SBI call succeeds. The first system event or store to
+//! sifive_test ends it. No interrupt is raised. With `--aia` it has the in-kernel AIA, set up as in
+//! rvmm.
 #![allow(unsafe_code)]
 
 #[cfg(not(target_arch = "riscv64"))]
@@ -38,7 +39,7 @@ mod floor {
 
     /// KVM_RUN, `_IO(KVMIO, 0x80)`.
     const KVM_RUN: libc::Ioctl = 0xae80;
-    /// What every load reads: the UART's line status with an empty transmitter.
+    /// The value of every load: the UART's line status with an empty transmitter.
     const READY: u64 = 0x60;
     const HUGE_PAGE: usize = 2 << 20;
 
@@ -108,7 +109,7 @@ mod floor {
         );
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice, never unmapped.
+        // SAFETY: a new mapping at an address that the kernel chooses, never unmapped.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
         ensure!(
             at != libc::MAP_FAILED,
@@ -122,13 +123,14 @@ mod floor {
             memory_size: size as u64,
             userspace_addr: at as u64,
         };
-        // SAFETY: the mapping stays for as long as the process.
+        // SAFETY: the mapping exists as long as the process.
         unsafe { vm.set_user_memory_region(slot) }?;
         // SAFETY: as above; the guest does not run before the last use.
         Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), size) })
     }
 
-    /// Reads the files to where rvmm would: the addresses of the kernel and of the device tree.
+    /// Reads the files to the addresses that rvmm would choose. Returns those of the kernel and of
+    /// the device tree.
     fn load(ram: &mut [u8], size: ByteSize, options: &Options) -> Result<(u64, u64)> {
         let image = BootFile::open("kernel", options.kernel.as_ref())?.kernel(
             KernelFormat::Image,
@@ -190,7 +192,7 @@ mod floor {
         Ok(())
     }
 
-    /// The loop. What belongs to no exit is outside it.
+    /// The loop. Work that belongs to no exit is outside.
     fn exits(mut vcpu: VcpuFd) -> Result<()> {
         let fd: RawFd = vcpu.as_raw_fd();
         let run: *mut kvm_run = vcpu.get_kvm_run();
@@ -200,7 +202,8 @@ mod floor {
             if unsafe { libc::ioctl(fd, KVM_RUN, 0) } < 0 {
                 bail!("KVM_RUN: {}", std::io::Error::last_os_error());
             }
-            // SAFETY: the page is mapped as long as `vcpu` lives, and KVM writes it in KVM_RUN only.
+            // SAFETY: the page is mapped as long as `vcpu` lives, and KVM writes it only in
+            // KVM_RUN.
             let run = unsafe { &mut *run };
             let exit = &mut run.__bindgen_anon_1;
             match run.exit_reason {
@@ -213,7 +216,8 @@ mod floor {
                         stdout.write_all(&mmio.data[..1])?;
                         stdout.flush()?;
                     } else if mmio.phys_addr == SIFIVE_TEST.start {
-                        // Linux powers off by it first, and waits a second before it tries SBI.
+                        // Linux tries this first when it powers off, and waits a second before it
+                        // tries SBI.
                         return Ok(());
                     }
                 }

@@ -1,5 +1,5 @@
-//! What the groups "blk" and "net" run in the guest: it measures by the guest's own clock, and prints a line
-//! `io: NAME UNIT VALUE` for each figure.
+//! The guest's program of the groups "blk" and "net". It measures by the guest's own clock, and
+//! prints a line `io: NAME UNIT VALUE` for each figure.
 //!
 //! ```text
 //! guest-io blk DEVICE          reads and writes, past the guest's page cache
@@ -17,13 +17,13 @@ use io_uring::{IoUring, opcode, types};
 
 const BLOCK: usize = 4096;
 const LARGE: usize = 1 << 20;
-/// Requests one after the other, and at once.
+/// The number of requests at depth 1, and at depth 32.
 const ALONE: u64 = 2000;
 const TOGETHER: u64 = 8000;
 const DEPTH: usize = 32;
-/// The disk is read and written so often from one end to the other.
+/// How often the disk is read and written from one end to the other.
 const PASSES: u64 = 3;
-/// Bytes each way, and round trips.
+/// Bytes each way, and the number of round trips.
 const STREAM: usize = 64 << 20;
 const TRIPS: u32 = 2000;
 
@@ -36,12 +36,12 @@ fn main() -> Result<()> {
     }
 }
 
-fn tell(name: &str, unit: &str, value: f64) {
+fn report(name: &str, unit: &str, value: f64) {
     println!("io: {name} {unit} {value:.3}");
 }
 
-/// A moment of the monotonic clock, asked of the kernel: where QEMU is the VMM, a process that reads `time` itself, as
-/// std's does, dies of it.
+/// A time of the monotonic clock, from a system call. Under QEMU a process that reads `time`
+/// itself, as std does, is killed.
 struct Instant(libc::timespec);
 
 impl Instant {
@@ -70,12 +70,12 @@ fn megabytes_per_second(since: Instant, bytes: u64) -> f64 {
     bytes as f64 / 1e6 / since.seconds()
 }
 
-/// Memory that O_DIRECT takes.
+/// Memory that is aligned for O_DIRECT.
 #[repr(align(4096))]
 #[derive(Clone, Copy)]
 struct Aligned([u8; BLOCK]);
 
-/// A huge page, where the guest has them to give: then a large request is of few pieces.
+/// A huge page, if the guest offers one: then a large request has few pieces.
 #[repr(align(0x20_0000))]
 struct Huge([u8; 2 << 20]);
 
@@ -89,7 +89,7 @@ fn bytes(buffer: &mut [Aligned]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast(), buffer.len() * BLOCK) }
 }
 
-/// Blocks in an order that no read-ahead guesses.
+/// Blocks in an order that no read-ahead can guess.
 struct Places {
     state: u64,
     blocks: u64,
@@ -123,16 +123,16 @@ fn blk(device: &str) -> Result<()> {
     for at in places().take(usize::try_from(ALONE)?) {
         disk.read_exact_at(bytes(&mut block), at)?;
     }
-    tell("4K read, depth 1", "us", micros_each(began, ALONE));
+    report("4K read, depth 1", "us", micros_each(began, ALONE));
     let began = Instant::now();
     for at in places().take(usize::try_from(ALONE)?) {
         disk.write_all_at(bytes(&mut block), at)?;
     }
-    tell("4K write, depth 1", "us", micros_each(began, ALONE));
+    report("4K write, depth 1", "us", micros_each(began, ALONE));
     for (name, write) in [("4K read, depth 32", false), ("4K write, depth 32", true)] {
         let began = Instant::now();
         together(&disk, places(), write)?;
-        tell(name, "us", micros_each(began, TOGETHER));
+        report(name, "us", micros_each(began, TOGETHER));
     }
     let mut large = Box::new(Huge([0x5a; 2 << 20]));
     let large = &mut large.0[..LARGE];
@@ -144,7 +144,7 @@ fn blk(device: &str) -> Result<()> {
                 false => disk.read_exact_at(large, at)?,
             }
         }
-        tell(name, "MB/s", megabytes_per_second(began, PASSES * size));
+        report(name, "MB/s", megabytes_per_second(began, PASSES * size));
     }
     Ok(())
 }
@@ -167,7 +167,7 @@ fn together(disk: &File, mut places: Places, write: bool) -> Result<()> {
                 true => opcode::Write::new(fd, buffer, length).offset(at).build(),
                 false => opcode::Read::new(fd, buffer, length).offset(at).build(),
             };
-            // SAFETY: the buffers outlive the ring's requests: all of them end below.
+            // SAFETY: the buffers outlive the ring's requests, all of which end below.
             unsafe { ring.submission().push(&entry.user_data(slot as u64)) }?;
             begun += 1;
         }
@@ -195,7 +195,7 @@ fn net(address: &str, port: u16) -> Result<()> {
         stream.write_all(&chunk)?;
     }
     stream.read_exact(&mut byte)?;
-    tell(
+    report(
         "TCP guest to host",
         "MB/s",
         megabytes_per_second(began, STREAM as u64),
@@ -208,7 +208,7 @@ fn net(address: &str, port: u16) -> Result<()> {
         ensure!(count > 0, "the stream ended");
         left -= count;
     }
-    tell(
+    report(
         "TCP host to guest",
         "MB/s",
         megabytes_per_second(began, STREAM as u64),
@@ -218,7 +218,7 @@ fn net(address: &str, port: u16) -> Result<()> {
         stream.write_all(&byte)?;
         stream.read_exact(&mut byte)?;
     }
-    tell(
+    report(
         "TCP round trip of a byte",
         "us",
         micros_each(began, TRIPS.into()),

@@ -1,5 +1,6 @@
-//! What KVM and rvmm answer to SBI calls, against the specification: the guest `resources/guests/conformance.S` asks and judges,
-//! on one hart and on several. Known deviations of the host's kernel are its own and no failure.
+//! Compares the answers of KVM and rvmm to SBI calls with the specification. The guest
+//! `resources/guests/conformance.S` makes the calls and judges the answers, on one hart and on
+//! several. Known deviations of the host's kernel count apart, and are no failures.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -8,7 +9,8 @@ use std::collections::HashSet;
 
 use common::{Outcome, POWERED_OFF, Rvmm};
 
-/// Extensions that every machine has, with the least number of checks on one hart and what each other hart adds.
+/// Extensions that every machine has, with the least number of checks on one hart, and for each
+/// further hart.
 const EXTENSIONS: [(&str, usize, usize); 7] = [
     ("BASE", 29, 0),
     ("TIME", 13, 0),
@@ -19,14 +21,14 @@ const EXTENSIONS: [(&str, usize, usize); 7] = [
     ("DBCN", 32, 0),
 ];
 
-/// Extensions that a host's KVM has or has not.
+/// Extensions that only some hosts' KVM has.
 const OPTIONAL: [&str; 4] = ["STA", "PMU", "SUSP", "FWFT"];
 
-/// The text that the guest writes as a check; refused calls write nothing.
+/// The text that the guest writes as one of the checks. Refused calls write nothing.
 const TEXT: &str = "text by console_write!";
 const LEAK: &str = "LEAK";
 
-/// One line of the guest that tells of a check.
+/// One line of the guest that reports a check.
 struct Check<'a> {
     name: &'a str,
     verdict: &'a str,
@@ -42,10 +44,11 @@ impl Check<'_> {
     }
 }
 
-/// How many checks, how many that failed, and how many known deviations.
+/// The numbers of checks, of failed checks, and of known deviations.
 type Sums = (usize, usize, usize);
 
-/// The checks among the guest's lines: an extension's name, a blank, the check's name, a colon, the verdict.
+/// The checks among the guest's lines: the extension's name, a blank, the check's name, a colon,
+/// the verdict.
 fn checks(console: &str) -> Vec<Check<'_>> {
     console
         .lines()
@@ -61,7 +64,7 @@ fn is_extension(name: &str) -> bool {
     EXTENSIONS.iter().any(|(known, ..)| *known == name) || OPTIONAL.contains(&name)
 }
 
-/// What the checks of `extension` amount to, counted here.
+/// The sums of the checks of `extension`, counted here.
 fn count(checks: &[Check<'_>], extension: &str) -> Sums {
     let prefix = format!("{extension} ");
     let own: Vec<_> = checks
@@ -75,11 +78,11 @@ fn count(checks: &[Check<'_>], extension: &str) -> Sums {
     )
 }
 
-/// Runs of the guest, of which one must have the timer's answers right.
+/// The most runs of the guest. In one of them the TIME checks must pass.
 const TIMER_RUNS: usize = 3;
 
-/// Run the guest on so many harts. The kernel of a host with Sstc forgets a timer that is set while the vCPU's thread loses its
-/// processor (docs/testing.md): a run whose only failures are TIME's is not the last.
+/// Runs the guest on `harts` harts. If only TIME checks fail, runs it again: on a host with Sstc,
+/// KVM forgets a timer that is set while the vCPU's thread loses its processor (docs/testing.md).
 fn run(harts: usize) -> Outcome {
     let guest = || {
         Rvmm::guest("conformance")
@@ -100,7 +103,7 @@ fn run(harts: usize) -> Outcome {
     guest()
 }
 
-/// Run the guest on so many harts, and judge its lines.
+/// Runs the guest on `harts` harts, and judges its lines.
 #[track_caller]
 fn conformance(harts: usize) {
     let end = run(harts);
@@ -110,24 +113,27 @@ fn conformance(harts: usize) {
         .filter(|check| check.failed())
         .map(|check| format!("{}: {}", check.name, check.verdict))
         .collect();
-    assert!(failed.is_empty(), "these failed:\n{}", failed.join("\n"));
+    assert!(failed.is_empty(), "failed checks:\n{}", failed.join("\n"));
 
     let mut names = HashSet::new();
     for check in &checks {
         assert!(
             names.insert(check.name),
-            "{:?} is told more than once",
+            "{:?} is reported more than once",
             check.name
         );
     }
     assert_sums(&end, &checks, harts);
     let texts = end.console.lines().filter(|line| *line == TEXT).count();
-    assert_eq!(texts, 1, "{TEXT:?} is one line of the console");
-    assert!(!end.console.contains(LEAK), "a refused write is no output");
+    assert_eq!(texts, 1, "{TEXT:?} must be exactly one line of the console");
+    assert!(
+        !end.console.contains(LEAK),
+        "a refused write must print nothing"
+    );
     end.assert_status(POWERED_OFF);
 }
 
-/// The guest's own sums are those of its lines, and no check is missing.
+/// The guest's own sums match its lines, and no check is missing.
 #[track_caller]
 fn assert_sums(end: &Outcome, checks: &[Check<'_>], harts: usize) {
     let has_line = |want: &str| {

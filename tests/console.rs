@@ -1,14 +1,16 @@
-//! The guest's console on rvmm's own standard streams: input, readers that lag or leave, and signals.
+//! The guest's console on rvmm's own standard streams: input, readers that lag or leave, and
+//! signals.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
 
 use common::{POWERED_OFF, Rvmm, TERMINATED, nonce};
 
-/// Bytes in the console's pipe that show that nobody reads (the pipe holds 64 KiB, the flood is 1 MiB).
+/// If so many bytes are in the console's pipe, nobody reads it. (The pipe holds 64 KiB, the flood
+/// is 1 MiB.)
 const STALLED: u64 = 32 << 10;
 
-/// What `flood` writes.
+/// The output of the guest `flood`.
 fn flood() -> String {
     let mut text = String::new();
     for number in 0..16384 {
@@ -35,7 +37,7 @@ fn input_by_dbcn_and_uart() {
     vm.finish().assert_console(POWERED_OFF, &lines);
 }
 
-/// Input that comes before the guest asks for it, and ends: all of it arrives.
+/// Input that arrives before the guest asks for it, and then ends, reaches the guest completely.
 #[test]
 fn input_ahead_of_the_guest() {
     let mut vm = Rvmm::guest("echo").spawn();
@@ -67,12 +69,13 @@ fn a_flood_is_complete() {
     // Not assert_eq: a failure would print the flood twice more.
     assert!(
         end.console == flood(),
-        "something of the flood is lost or changed"
+        "part of the flood is lost or changed"
     );
     end.assert_status(POWERED_OFF);
 }
 
-/// The guest writes more than anyone takes: it is told so, and nothing is lost once somebody reads.
+/// The guest writes more than rvmm can hold. DBCN reports short writes, and nothing is lost once
+/// somebody reads.
 #[test]
 fn a_flood_that_stalls_is_complete() {
     let mut vm = Rvmm::guest("flood").console_unread().spawn();
@@ -81,12 +84,12 @@ fn a_flood_that_stalls_is_complete() {
     let end = vm.finish();
     assert!(
         end.console == flood(),
-        "something of the flood is lost or changed"
+        "part of the flood is lost or changed"
     );
     end.assert_status(POWERED_OFF);
 }
 
-/// The same through an output that another program made non-blocking.
+/// The same with an output that another program made non-blocking.
 #[test]
 fn a_flood_on_a_non_blocking_output_is_complete() {
     let vm = Rvmm::guest("flood").stdout_nonblocking().console_unread();

@@ -1,4 +1,5 @@
-//! Disks on every kind of host: what a guest reads and writes, what that costs in exits, and a Debian on one.
+//! Disks on every kind of host: the data that a guest reads and writes, the exits that it causes,
+//! and a Debian that boots from one.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -11,7 +12,7 @@ use common::files::TempDir;
 use common::host::{self, Kind};
 use serde_json::Value;
 
-/// Reads and writes of all sizes, a flush, and what the host finds in the image.
+/// Reads and writes of all sizes, a flush, and the contents of the image on the host.
 fn check_io(transport: &str) {
     let scratch = TempDir::new();
     let a = scratch.file("a", random(8 * MIB));
@@ -51,7 +52,7 @@ fn check_io(transport: &str) {
         0
     );
 
-    // Half of one disk to the other, in blocks that fit nothing.
+    // Copies half of one disk to the other, in blocks whose size is no power of two.
     let copied = "dd if=/dev/vdb of=/dev/vda bs=3584 seek=7 conv=notrunc,fsync 2>/dev/null";
     guest.ok(copied);
     guest.ok("dd if=/dev/zero of=/dev/vda bs=1M seek=5 count=2 conv=notrunc,fsync 2>/dev/null");
@@ -59,7 +60,7 @@ fn check_io(transport: &str) {
     guest.power_off();
     assert_eq!(md5(&a), sum);
     let (a, b) = (fs::read(&a).expect("a"), fs::read(&b).expect("b"));
-    assert!(a[7 * 3584..][..2 * MIB] == b, "what was copied");
+    assert!(a[7 * 3584..][..2 * MIB] == b, "the copied data differs");
     assert!(a[5 * MIB..][..2 * MIB].iter().all(|byte| *byte == 0));
 }
 
@@ -73,8 +74,8 @@ fn mmio_reads_and_writes() {
     check_io("mmio");
 }
 
-/// 10,000 reads of 4 KiB: on PCI with messages none of them makes an exit to rvmm; by wire each
-/// interrupt is looked at and acknowledged.
+/// 10,000 reads of 4 KiB. On PCI with messages, no read causes an exit to rvmm. With a wire, the
+/// guest reads and acknowledges the cause of each interrupt.
 fn check_exits(transport: &str) {
     const READS: u64 = 10_000;
     let scratch = TempDir::new();
@@ -102,8 +103,11 @@ fn check_exits(transport: &str) {
         .as_u64()
         .expect("a number");
     eprintln!("{transport}: {exits} exits to rvmm and {kernel} in the kernel for {READS} reads");
-    // Fewer than the reads where the disk was still at work: none is needed then.
-    assert!(kernel >= READS / 2, "kicks stay in the kernel: {kernel}");
+    // There are fewer notifications than reads if the disk was still busy: it needs none then.
+    assert!(
+        kernel >= READS / 2,
+        "notifications must stay in the kernel: {kernel}"
+    );
     match (transport, host::kind()) {
         ("pci", Kind::Aia | Kind::AiaEmul) => assert!(exits < READS / 20, "{exits}"),
         _ => assert!(exits < 8 * READS, "{exits}"),
@@ -120,7 +124,8 @@ fn mmio_exits() {
     check_exits("mmio");
 }
 
-/// 31 devices for one hart: more queues than 31 interrupts could serve, and each of them works.
+/// 31 devices for one hart have more queues than 31 interrupts can serve one by one. Each of them
+/// works.
 #[test]
 fn more_queues_than_interrupts() {
     const DISKS: usize = 29;

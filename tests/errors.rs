@@ -1,4 +1,5 @@
-//! Files and sizes that cannot be: rvmm ends with one line that names the thing and the reason, and no guest has run.
+//! Files and sizes that rvmm refuses, with one line that names the object and the reason, before
+//! any guest runs.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -16,7 +17,7 @@ const IMAGE_SIZE: usize = 16;
 const FLAGS: usize = 24;
 const MAGIC2: usize = 56;
 
-/// rvmm refuses `kernel` with one line that names the file and each of `words`.
+/// rvmm refuses `kernel` with one line that contains the file's name and each of `words`.
 #[track_caller]
 fn refuse_kernel(kernel: &Path, words: &[&str]) {
     refuse(
@@ -25,7 +26,7 @@ fn refuse_kernel(kernel: &Path, words: &[&str]) {
     );
 }
 
-/// The same for an initrd, next to a kernel that is fine.
+/// The same for an initrd, with a kernel that is fine.
 #[track_caller]
 fn refuse_initrd(initrd: &Path, words: &[&str]) {
     let kernel = files::guest("shutdown");
@@ -66,7 +67,7 @@ fn with<'a>(words: &[&'a str], file: &'a Path) -> Vec<&'a str> {
     [&[file.to_str().expect("a path in UTF-8")], words].concat()
 }
 
-/// The guest that only shuts down, with `bytes` put at `at` of its header.
+/// The guest `shutdown`, with `bytes` written at offset `at` of its header.
 fn patched(at: usize, bytes: &[u8]) -> Vec<u8> {
     let mut image = fs::read(files::guest("shutdown")).expect("read the guest");
     image[at..at + bytes.len()].copy_from_slice(bytes);
@@ -79,7 +80,7 @@ fn refuse_patched(at: usize, bytes: &[u8], words: &[&str]) {
     refuse_kernel(&dir.file("lying.img", patched(at, bytes)), words);
 }
 
-/// The start of an ELF file: 64 bit, little endian, for this machine.
+/// The start of an ELF file for `machine`: 64 bits, little-endian.
 fn elf(machine: u16) -> Vec<u8> {
     let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
     elf.resize(16, 0);
@@ -89,7 +90,7 @@ fn elf(machine: u16) -> Vec<u8> {
     elf
 }
 
-/// What the patched images are made from is good: so is the patch that changes nothing.
+/// The image that the other cases patch is good, and so is a patch that changes nothing.
 #[test]
 fn the_image_the_lies_are_made_from_runs() {
     let dir = TempDir::new();
@@ -216,7 +217,7 @@ fn initrd_is_a_directory() {
     refuse_initrd(dir.path(), &["directory"]);
 }
 
-/// More than the memory holds: the line names a size that would do.
+/// For an initrd that is larger than RAM, the message names a size that is enough.
 #[test]
 fn initrd_is_too_large() {
     let dir = TempDir::new();
@@ -231,13 +232,13 @@ fn initrd_is_too_large() {
         "--initrd".as_ref(),
         initrd.as_os_str(),
     ];
-    refuse(&args, &["too little", "1 GiB", "would do"]);
+    refuse(&args, &["too small", "1 GiB", "is enough"]);
 }
 
 #[test]
 fn memory_too_small() {
     for size in ["1K", "1M", "2M"] {
-        refuse_mem(size, &["too little", "would do"]);
+        refuse_mem(size, &["too small", "is enough"]);
     }
 }
 
@@ -263,7 +264,7 @@ fn memory_that_is_not_whole_pages() {
     refuse_mem("134217729", &["pages"]);
 }
 
-/// KVM's limit of one memory slot: 2^31 - 1 pages, 8 TiB less one page.
+/// KVM's limit for one memory slot: 2^31 - 1 pages, one page less than 8 TiB.
 #[test]
 fn memory_more_than_a_memslot() {
     refuse_mem("99T", &["slot"]);

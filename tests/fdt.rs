@@ -18,7 +18,7 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
 }
 
-/// A property of one or two cells as a number.
+/// A property of one or two cells, as a number.
 fn number(value: &[u8]) -> u64 {
     value
         .chunks(4)
@@ -33,7 +33,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes[..end].to_vec()).expect("UTF-8")
 }
 
-/// Read a flattened tree (Devicetree specification 0.4, chapter 5); panics on anything that is not in order.
+/// Parses a flattened tree (Devicetree specification 0.4, chapter 5). Panics if it is malformed.
 fn parse(dtb: &[u8]) -> Tree {
     assert_eq!(be32(dtb, 0), 0xd00d_feed, "magic");
     assert_eq!(
@@ -78,11 +78,11 @@ fn parse(dtb: &[u8]) -> Tree {
     tree
 }
 
-/// The tree of a VM with this command line.
+/// The tree of a VM with these flags.
 fn dump(args: &[&str]) -> Tree {
     let dir = TempDir::new();
     let dtb = dir.path().join("dtb");
-    // The guest would end with 121 if it ran.
+    // If the guest ran, it would end with status 121.
     let rvmm = Rvmm::guest("failure")
         .args(args)
         .arg("--dump-dtb")
@@ -149,7 +149,7 @@ fn says_what_the_machine_is() {
     assert_eq!(number(&interrupt[4..8]), 10);
 }
 
-/// The initrd begins on the first 2 MiB behind the kernel, which is as long as its header says.
+/// The initrd begins at the first 2 MiB boundary behind the kernel, whose size is in its header.
 #[test]
 fn says_where_the_initrd_is() {
     let dir = TempDir::new();
@@ -166,7 +166,7 @@ fn says_where_the_initrd_is() {
     assert_eq!(start, kernel_end.next_multiple_of(2 << 20));
 }
 
-/// Everything is in a fixed order, and nothing in it changes but the seed.
+/// The tree has a fixed order, and nothing changes between runs but the seed.
 #[test]
 fn is_the_same_each_time() {
     let mut first = dump(&[]);

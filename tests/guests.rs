@@ -1,5 +1,5 @@
-//! Our own guests (`resources/guests/`): each has one behaviour, and rvmm's answer to it is its exit status and the exact
-//! lines on the console.
+//! Our own guests (`resources/guests/`). Each shows one behaviour. A case checks rvmm's exit status
+//! and the exact lines on the console.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -7,13 +7,13 @@ mod common;
 use common::files::TempDir;
 use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, TIMED_OUT};
 
-/// Run guest `name` to its end and compare all that it wrote.
+/// Runs guest `name` to its end, and compares all its output.
 #[track_caller]
 fn check(name: &str, status: i32, lines: &[&str]) {
     Rvmm::guest(name).run().assert_console(status, lines);
 }
 
-/// The simplest guest there is: the VM is entered, the guest's one act is the SBI call that shuts down, rvmm exits 0.
+/// The simplest guest: it makes the SBI call that shuts down, and rvmm exits with 0.
 #[test]
 fn shutdown() {
     check("shutdown", POWERED_OFF, &[]);
@@ -32,8 +32,9 @@ fn cold_reboot() {
 #[test]
 fn console() {
     let end = Rvmm::guest("console").args(["--mem", "128M"]).run();
-    // Where the host's kernel has the legacy calls, this one arrives with its byte, and answers in a0 alone. Elsewhere
-    // (Debian) KVM refuses it as it does an unknown extension, and a1 is the value of the error: none of rvmm's doing.
+    // If the host's kernel supports the legacy calls, this call reaches rvmm with its byte, and the
+    // answer is in a0 only. Otherwise (Debian) KVM refuses it like an unknown extension, and a1 has
+    // the error's value. rvmm has no influence on that.
     let putchar = if end.console.contains("putchar: [X]") {
         "putchar: [X] a0=0 a1=kept"
     } else if end.console.contains("a1=kept") {
@@ -74,7 +75,7 @@ fn console() {
     );
 }
 
-/// The UART is a 16550A to who measures it: 16 bytes, and one without FIFOs.
+/// A guest that measures the UART finds a 16550A: a FIFO of 16 bytes, or of one with FIFOs off.
 #[test]
 fn uart() {
     check(
@@ -124,8 +125,8 @@ fn touching_what_is_not_there() {
     );
 }
 
-/// An instruction that is illegal for the host's harts too: the guest sees a trap and lives on. Where what lies below the host's
-/// kernel loses the trap (`illegal.S` says where), the guest cannot go on.
+/// An instruction that is illegal on the host's harts, too. The guest takes a trap and goes on. If
+/// the firmware below the host's kernel loses the trap (see `illegal.S`), the guest cannot go on.
 #[test]
 fn illegal_instruction() {
     let end = Rvmm::guest("illegal").run();
@@ -141,8 +142,8 @@ fn illegal_instruction() {
     }
 }
 
-/// The entropy source, which KVM cannot hide from a guest where the host's harts have one; elsewhere it is an illegal
-/// instruction, which the guest reports as a failure.
+/// The entropy source. KVM cannot hide it from a guest if the host's harts have one. Elsewhere the
+/// access is an illegal instruction, which the guest reports as a failure.
 #[test]
 fn seed() {
     let end = Rvmm::guest("seed").run();
@@ -160,7 +161,7 @@ fn seed() {
     }
 }
 
-/// An instruction that KVM emulates on no kernel.
+/// An instruction that no kernel's KVM emulates.
 #[test]
 fn unrunnable_atomic() {
     let end = Rvmm::guest("amo").run();
@@ -171,7 +172,7 @@ fn unrunnable_atomic() {
     );
 }
 
-/// A fetch from where there is no memory is an instruction access fault, whichever kernel is below.
+/// A fetch from an address without memory is an instruction access fault, on every host kernel.
 #[test]
 fn fetch_faults() {
     check(
@@ -186,7 +187,7 @@ fn fetch_faults() {
     );
 }
 
-/// The guest's handler runs, and what it does there is the end.
+/// The guest's trap handler runs, and its instruction ends the machine.
 #[test]
 fn unrunnable_jump() {
     let end = Rvmm::guest("unrunnable").run();
@@ -197,7 +198,8 @@ fn unrunnable_jump() {
     );
 }
 
-/// A trap handler that is nowhere. Newer kernels give the fault to the hart themselves, for ever.
+/// The trap handler's address has no memory either. Newer kernels give the fault to the hart
+/// themselves, again and again.
 #[test]
 fn no_trap_handler() {
     let end = Rvmm::guest("nohandler").args(["--timeout", "20s"]).run();
@@ -206,7 +208,7 @@ fn no_trap_handler() {
         return;
     }
     end.assert_console(CANNOT_GO_ON, &["jumping"]);
-    let why = "its trap handler (stvec) is at 0x4000000, where no RAM is";
+    let why = "its trap handler (stvec) is at 0x4000000, outside RAM";
     assert!(end.log.contains(why), "{}", end.log);
 }
 
@@ -217,7 +219,7 @@ fn kvm_gives_fetch_faults() -> bool {
     major.parse::<u32>().expect("a number") >= 7
 }
 
-/// A driver that accepts the low 32 features alone is served. The map is QEMU's, and so is the vendor.
+/// A driver that accepts only the low 32 features works. The address map and the vendor are QEMU's.
 #[test]
 fn a_small_virtio_driver() {
     let scratch = TempDir::new();

@@ -1,6 +1,6 @@
-//! Linux's harts as processes see them: each tells the time, after it was offline too, and after the system slept. Hosts
-//! of Linux 7.x reset a hart's `scounteren` when it starts; with 0 in it each clock of the vDSO ends its process by
-//! SIGILL.
+//! Processes read the clock on each of Linux's harts: after the start, after the hart was offline,
+//! and after the system slept. Hosts with Linux 7.x reset a hart's `scounteren` when it starts. If
+//! it stays 0, each clock of the vDSO kills its process with SIGILL.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -10,54 +10,55 @@ use std::fs;
 use common::host::{self, Kind};
 use common::{Rvmm, Shell, TERMINATED, nonce};
 
-/// Hosts without the SBI's suspend reset no hart's register: there two show as much as four.
+/// Hosts without the SBI's suspend reset no hart's register. On them two harts are enough.
 fn cpus() -> u32 {
     if host::has_suspend() { 4 } else { 2 }
 }
 
 fn linux(flags: &[&str]) -> Shell {
-    // Lines of the kernel come while the system goes to sleep, too.
+    // The kernel prints lines while the system goes to sleep, too.
     let cmdline = "console=ttyS0 no_console_suspend panic=-1 rvmm.action=sh";
     let cpus = cpus().to_string();
     let rvmm = Rvmm::virtio(cmdline).args(["--mem", "256M", "--cpus", &cpus]);
     Shell::of(rvmm.args(flags))
 }
 
-/// A process on this CPU reads the clock through the vDSO, by `rdtime`. (`date` would not: it asks for less.)
+/// A process on this CPU reads the clock through the vDSO, with `rdtime`. (`date` would not: it
+/// asks for a coarser clock.)
 #[track_caller]
-fn tells_time(shell: &mut Shell, cpu: u32) {
+fn reads_clock(shell: &mut Shell, cpu: u32) {
     let mask = 1 << cpu;
     let times = shell.ok(&format!("taskset {mask:x} time true"));
     assert!(times.contains("real"), "{times}");
 }
 
-/// After the start, after a second offline, and after a moment.
+/// After the start, after a second offline, and after a moment offline.
 #[test]
 fn every_hart_tells_the_time() {
     let mut shell = linux(&[]);
     for cpu in 0..cpus() {
-        tells_time(&mut shell, cpu);
+        reads_clock(&mut shell, cpu);
     }
     for cpu in 1..cpus() {
         let online = format!("/sys/devices/system/cpu/cpu{cpu}/online");
-        // The host looks for stopped harts 20 times a second.
+        // rvmm looks for stopped harts 20 times a second.
         shell.ok(&format!("echo 0 >{online}; sleep 1; echo 1 >{online}"));
-        tells_time(&mut shell, cpu);
+        reads_clock(&mut shell, cpu);
     }
     for cpu in 1..cpus() {
         let online = format!("/sys/devices/system/cpu/cpu{cpu}/online");
         let mask = 1 << cpu;
-        // Here a clock may end its process for as long as the host has not looked.
+        // Until rvmm has looked, a clock may kill its process here.
         shell.ok(&format!(
             "for _ in 1 2 3; do echo 0 >{online}; echo 1 >{online}; done; \
              until taskset {mask:x} time true; do :; done"
         ));
-        tells_time(&mut shell, cpu);
+        reads_clock(&mut shell, cpu);
     }
     shell.power_off();
 }
 
-/// Ticks of 10 ms that the process has used.
+/// Ticks of 10 ms of CPU time that the process has used.
 fn ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("its statistics");
     let (_, fields) = stat.rsplit_once(") ").expect("the name's end");
@@ -66,10 +67,10 @@ fn ticks(pid: u32) -> u64 {
     field(11) + field(12)
 }
 
-/// Linux suspends, uses next to no time of the host's, and wakes by a typed line.
+/// Linux suspends, uses almost no CPU time of the host, and wakes up when a line is typed.
 fn sleeps(flags: &[&str]) {
     let mut shell = linux(flags);
-    // Without it Linux only waits in each hart's idle loop (s2idle).
+    // Without it, Linux only waits in each hart's idle loop (s2idle).
     let states = shell.ok("cat /sys/power/mem_sleep");
     let suspends = host::has_suspend();
     assert_eq!(states.contains("deep"), suspends, "{states}");
@@ -85,22 +86,22 @@ fn sleeps(flags: &[&str]) {
         std::thread::sleep(ASLEEP);
         let used = ticks(shell.vm.pid()) - before;
         assert!(!shell.vm.console().contains("woke"), "nothing woke it");
-        // One hart that ran would have used a hundred a second.
+        // One running hart would have used a hundred ticks a second.
         assert!(used < 30 * ASLEEP.as_secs(), "{used} ticks");
         shell.vm.send("echo typed\n");
         shell.vm.wait_for(&format!("woke {word}\r"));
         shell.answered(2);
         for cpu in 0..cpus() {
-            tells_time(&mut shell, cpu);
+            reads_clock(&mut shell, cpu);
         }
     }
     shell.power_off();
 }
 
-/// Long enough to see what a sleeping guest costs.
+/// Long enough to see how much CPU time a sleeping guest uses.
 const ASLEEP: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// By whatever interrupt controller. Without the SBI's suspend there is nothing to tell them apart by.
+/// With each interrupt controller. Without the SBI's suspend they make no difference.
 #[test]
 fn the_system_sleeps() {
     sleeps(&[]);
@@ -113,7 +114,7 @@ fn the_system_sleeps() {
     }
 }
 
-/// It ends as one that runs.
+/// A sleeping machine ends like a running one.
 fn sigterm_to_a_system_that_sleeps() {
     let mut shell = linux(&[]);
     shell.vm.send("echo mem >/sys/power/state\n");

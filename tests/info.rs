@@ -1,4 +1,4 @@
-//! `rvmm info`: what it says is so.
+//! What `rvmm info` reports is true.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -22,10 +22,10 @@ fn json() -> Value {
 fn bug(info: &Value, name: &str) -> Value {
     let bugs = info["bugs"].as_array().expect("bugs");
     let found = bugs.iter().find(|bug| bug["name"] == name);
-    found.expect("looked for").clone()
+    found.expect("the bug is listed").clone()
 }
 
-/// What the probe says of illegal instructions is what becomes of a guest that runs some.
+/// The probe's result for illegal instructions matches what happens to a guest that runs one.
 #[test]
 fn it_knows_where_illegal_instructions_go() {
     let lost = bug(&json(), "lost-illegal")["present"].as_bool();
@@ -66,13 +66,14 @@ fn the_text_has_the_same() {
     }
 }
 
-/// What can be switched off is off then, and what cannot is refused with a way out.
+/// An extension that can be switched off is off then. One that cannot is refused, and the message
+/// says what to do instead.
 #[test]
 fn extensions_go_as_it_says() {
     let info = json();
     let extensions = info["hart"]["extensions"].as_array().expect("extensions");
     let find = |can: bool| {
-        // f and d go together with what Linux needs; any other letter will do.
+        // f and d depend on each other and Linux needs them. Any other letter will do.
         let named =
             |e: &&Value| e["can_be_off"] == can && e["name"].as_str().is_some_and(|n| n.len() > 2);
         let found = extensions.iter().find(named).expect("one of each");
@@ -102,7 +103,7 @@ fn extensions_go_as_it_says() {
     assert!(end.log.contains("no such ISA extension"), "{}", end.log);
 }
 
-/// The guest's DBCN prints through its answer; off, the guest cannot print and reports failure.
+/// The guest prints through DBCN. With DBCN off it cannot print, and reports a failure.
 #[test]
 fn sbi_extensions_go() {
     let end = Rvmm::guest("idle")

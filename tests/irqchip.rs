@@ -1,4 +1,4 @@
-//! The host's interrupt controllers, and what rvmm makes of their faults.
+//! The host's interrupt controllers, and how rvmm works around their bugs.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -8,12 +8,12 @@ use std::fs;
 use common::host::{self, Kind};
 use common::{HOST_FAILED, POWERED_OFF, Rvmm};
 
-/// Sources that the device tree tells of where the IMSIC file in software is lossy, and elsewhere.
+/// Sources in the device tree, on a host with the lossy emulated IMSIC file and on others.
 const SOURCES_LOSSY: u32 = 30;
 const SOURCES: u32 = 63;
 
-/// The bug by itself, without rvmm, and the remedy: the tree offers so few wired sources that all of them and the IPIs need
-/// at most 31 identities, and `-v` says why.
+/// Checks the bug itself, without rvmm, and then the workaround: the tree offers so few wired
+/// sources that these and the IPIs need at most 31 identities. `-v` says why.
 #[test]
 fn a_lossy_imsic_is_found_and_spared() {
     if host::kind() == Kind::NoAia {
@@ -43,7 +43,7 @@ fn tree() -> (common::Outcome, Vec<u8>) {
     (end, tree)
 }
 
-/// The cell that the only property of this name has (Devicetree Specification 0.4, chapter 5).
+/// The cell of the only property with this name (Devicetree Specification 0.4, chapter 5).
 fn cell_of(tree: &[u8], name: &[u8]) -> u32 {
     let word = |at: usize| u32::from_be_bytes(tree[at..at + 4].try_into().expect("4 bytes"));
     let (structs, strings) = (word(8) as usize, word(12) as usize);
@@ -57,8 +57,8 @@ fn cell_of(tree: &[u8], name: &[u8]) -> u32 {
     word(property.expect("the property") + 12)
 }
 
-/// The wires of the in-kernel AIA rise and fall: each rise of an edge is one interrupt; a level that is still high comes again
-/// when its end is told, one that is low does not.
+/// The wires of the in-kernel AIA rise and fall. Each rising edge is one interrupt. After the guest
+/// ends a level interrupt, it comes again if the level is still high, and not if it is low.
 #[test]
 fn wires_are_edges_and_levels() {
     let rvmm = Rvmm::guest("aplic").args(["--irqchip", "aia"]);

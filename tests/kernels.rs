@@ -1,4 +1,4 @@
-//! Kernels in every format that rvmm knows, and files that only look like one.
+//! Kernels in every format that rvmm supports, and files that only look like one.
 #![cfg(target_arch = "riscv64")]
 #![allow(unsafe_code)]
 
@@ -24,7 +24,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::bulk::compress(bytes, 1).expect("zstd")
 }
 
-/// EFI zboot, as the header of `drivers/firmware/efi/libstub/zboot-header.S` has it.
+/// EFI zboot, with the header of `drivers/firmware/efi/libstub/zboot-header.S`.
 fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     let size = u32::try_from(payload.len()).expect("less than 4 GiB");
@@ -80,7 +80,7 @@ fn image_in_zboot() {
     linux(&dir.file("vmlinuz.efi", zboot("zstd", &zstd(&image))));
 }
 
-/// A compressed kernel is expanded again for each life.
+/// A compressed kernel is decompressed again after each reset.
 #[test]
 fn a_compressed_kernel_reboots() {
     let dir = TempDir::new();
@@ -119,7 +119,8 @@ fn elf_at_its_physical_addresses() {
     }
 }
 
-/// As a RISC-V vmlinux: physical addresses that count from 0, everything else virtual.
+/// Patches an ELF into the form of a RISC-V vmlinux: physical addresses count from 0, and
+/// everything else is virtual.
 #[test]
 fn elf_as_vmlinux_is() {
     const LOW: u64 = 0x8020_0000;
@@ -147,7 +148,7 @@ fn elf_as_vmlinux_is() {
     end.assert_status(POWERED_OFF);
 }
 
-/// A command line that Linux would cut: the guest gets every byte of it.
+/// The guest gets every byte of a command line that Linux would cut off.
 #[track_caller]
 fn assert_cmdline_whole(rvmm: Rvmm, cmdline: &str) -> Outcome {
     let end = rvmm.run();
@@ -155,7 +156,7 @@ fn assert_cmdline_whole(rvmm: Rvmm, cmdline: &str) -> Outcome {
     end
 }
 
-/// As many bytes, which end with a nonce.
+/// A command line of `length` bytes that ends with a nonce.
 fn cmdline(length: usize) -> String {
     let nonce = nonce();
     format!("{}{nonce}", "x".repeat(length - nonce.len()))
@@ -176,7 +177,7 @@ fn a_long_command_line() {
         let names_both = end.log.contains("1100 bytes") && end.log.contains("keeps 1023");
         assert_eq!(names_both, warned, "{}", end.log);
     }
-    // Nothing is cut where nothing is too long.
+    // No warning if the command line is not too long.
     let cmdline = cmdline(1023);
     let end = assert_cmdline_whole(
         Rvmm::new()
@@ -187,7 +188,7 @@ fn a_long_command_line() {
     assert_eq!(end.log, "");
 }
 
-/// The longest that there is, as a flag and in JSON.
+/// The longest command line that rvmm accepts, as a flag and in JSON.
 #[test]
 fn the_longest_command_line() {
     let elf = elf_of("bootargs");
@@ -222,7 +223,8 @@ fn a_command_line_longer_than_the_tree_takes() {
     end.assert_one_line(USAGE, &words);
 }
 
-/// Debian's U-Boot for S-mode, a flat binary linked for RAM + 2 MiB, to its prompt and a command.
+/// Debian's U-Boot for S-mode, a flat binary linked for RAM + 2 MiB. It reaches its prompt and runs
+/// a command.
 #[test]
 fn u_boot() {
     let mut vm = Rvmm::new()
@@ -238,12 +240,12 @@ fn u_boot() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// RAM of the guests below, and the most that rvmm may have had resident, both in KiB.
+/// RAM of the guests below, and the limit for rvmm's resident memory, both in KiB.
 const RAM_KIB: i64 = 64 << 10;
 const PEAK_KIB: i64 = RAM_KIB + (16 << 10);
 const BOMB: u64 = 10 << 30;
 
-/// Runs rvmm on `kernel`: its exit status, what it told, its peak RSS in KiB.
+/// Runs rvmm on `kernel`. Returns its exit status, its messages, and its peak RSS in KiB.
 #[allow(clippy::zombie_processes, reason = "wait4 waits for it")]
 fn peak(kernel: &Path) -> (i32, String, i64) {
     let mut command = Command::new(files::rvmm());
@@ -272,13 +274,13 @@ fn assert_defused(file: Vec<u8>, compression: &str) {
     println!("{size} bytes: {log}peak {peak} KiB");
     assert_eq!(status, HOST_FAILED);
     assert_eq!(log.lines().count(), 1, "{log}");
-    for word in ["bomb", compression, "more than the 64 MiB", "--mem"] {
+    for word in ["bomb", compression, "guest RAM (64 MiB)", "--mem"] {
         assert!(log.contains(word), "{log}");
     }
     assert!(peak <= PEAK_KIB, "{peak} KiB");
 }
 
-/// 10 MB of gzip that are 10 GiB of zeros: one deflate block of 1 MiB, again and again.
+/// 10 MB of gzip that decompress to 10 GiB of zeros: one deflate block of 1 MiB, again and again.
 #[test]
 fn a_gzip_bomb_is_defused() {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
@@ -296,11 +298,12 @@ fn a_gzip_bomb_is_defused() {
     assert_defused(bomb, "gzip");
 }
 
-/// 0.3 MB of zstd that are 10 GiB of zeros: RLE blocks of 128 KiB (RFC 8878, section 3.1.1.2).
+/// 0.3 MB of zstd that decompress to 10 GiB of zeros: RLE blocks of 128 KiB (RFC 8878, section
+/// 3.1.1.2).
 #[test]
 fn a_zstd_bomb_is_defused() {
     const BLOCK: u64 = 128 << 10;
-    // With a window of 1 MiB, and with one of 128 MiB, which nobody may allocate.
+    // With a window of 1 MiB, and with one of 128 MiB, which rvmm must not allocate.
     for window in [0x50, 0x88] {
         let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, window];
         for _ in 1..BOMB / BLOCK {

@@ -1,6 +1,7 @@
-//! Linux as the guest: the kernel that the host itself runs, and our initramfs, whose init does what the `rvmm.` words on the
-//! kernel's command line say. A nonce on the command line comes back in the guest's answer, and the guest reports the id of
-//! the SBI implementation below it (3: KVM), so the answer is the guest's and nobody else's.
+//! Linux as the guest: the kernel that the host itself runs, and our initramfs. Its init does what
+//! the `rvmm.` words on the kernel's command line say. A nonce on the command line comes back in
+//! the guest's answer, together with the ID of its SBI implementation (3: KVM). So the answer can
+//! only come from this guest.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -8,14 +9,14 @@ mod common;
 use common::host::{self, Kind};
 use common::{HOST_FAILED, Outcome, POWERED_OFF, RESET, Rvmm, TERMINATED, nonce};
 
-/// Linux with this action, and `nonce` to be told again.
+/// Linux with this action, and a `nonce` that it prints.
 fn linux(nonce: &str, action: &str) -> Rvmm {
     // A guest that panics ends at once, by a reset.
     let cmdline = format!("console=ttyS0 panic=-1 rvmm.nonce={nonce} rvmm.action={action}");
     Rvmm::linux().arg("--cmdline").arg(cmdline)
 }
 
-/// The guest came to userspace on hart 0 of KVM, and knows the nonce.
+/// The guest reached userspace on hart 0 of KVM, and knows the nonce.
 #[track_caller]
 fn assert_userspace(end: &Outcome, nonce: &str) {
     let banner = format!("rvmm-guest: userspace nonce={nonce} sbi-impl=3 hart=0");
@@ -33,7 +34,7 @@ fn to_userspace_and_power_off() {
     end.assert_status(POWERED_OFF);
 }
 
-/// More vCPUs than the host has harts, all of them at work at once.
+/// More vCPUs than the host has harts, all of them working at once.
 #[test]
 fn eight_cpus() {
     let nonce = nonce();
@@ -63,14 +64,15 @@ fn reboot() {
     end.assert_status(RESET);
 }
 
-/// Without `--cmdline` the guest has a console all the same.
+/// Without `--cmdline` the guest has a console, too.
 #[test]
 fn default_command_line() {
     let vm = Rvmm::linux().stdin_null().spawn();
     vm.wait_for("rvmm-guest: userspace nonce=none sbi-impl=3 hart=0");
 }
 
-/// A line typed at rvmm reaches a process in the guest, which answers it: the UART's receive interrupt works.
+/// A line typed at rvmm reaches a process in the guest, which answers. So the UART's receive
+/// interrupt works.
 #[test]
 fn typed_input() {
     let nonce = nonce();
@@ -81,7 +83,7 @@ fn typed_input() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// Input that is there before the guest's kernel has begun: not a byte of it is lost.
+/// Not a byte is lost of input that is there before the guest's kernel starts.
 #[test]
 fn input_ahead_of_the_kernel() {
     let nonce = nonce();
@@ -92,7 +94,7 @@ fn input_ahead_of_the_kernel() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// The UART's interrupt arrives, through the controller that fits the host: its count rises with a
+/// The UART's interrupt arrives through the controller that fits the host. Its count rises with a
 /// typed line, and again while the guest writes 4 KiB.
 #[test]
 fn uart_interrupts() {
@@ -103,13 +105,13 @@ fn uart_interrupts() {
     check_uart_interrupts(&[], controller);
 }
 
-/// The PLIC is rvmm's own, and there on every host.
+/// The PLIC is rvmm's own, and exists on every host.
 #[test]
 fn uart_interrupts_by_plic() {
     check_uart_interrupts(&["--irqchip", "plic"], "SiFive PLIC");
 }
 
-/// Where there is an AIA, it can be had without the guest interrupt files too.
+/// On a host with an AIA, the guest can have it without the guest interrupt files.
 #[test]
 fn uart_interrupts_by_emulated_aia() {
     let flags = ["--irqchip", "aia-emul"];
@@ -149,7 +151,7 @@ fn check_uart_interrupts(flags: &[&str], controller: &str) {
     end.assert_status(POWERED_OFF);
 }
 
-/// The row of ttyS0 in the guest's n-th print of `/proc/interrupts`.
+/// The row of ttyS0 in the n-th `/proc/interrupts` that the guest prints.
 fn uart_row(console: &str, n: u32) -> &str {
     let begin = format!("rvmm-guest: irqs-begin {n}");
     let end = format!("rvmm-guest: irqs-end {n}");
@@ -162,7 +164,8 @@ fn uart_row(console: &str, n: u32) -> &str {
     row.unwrap_or_else(|| panic!("no row for ttyS0 behind {begin:?}"))
 }
 
-/// The interrupts that a row of `/proc/interrupts` counts: `10:`, one number for each CPU, then names.
+/// The number of interrupts in a row of `/proc/interrupts`: `10:`, one number for each CPU, then
+/// names.
 fn count(row: &str) -> u64 {
     row.split_whitespace()
         .skip(1)
@@ -170,7 +173,7 @@ fn count(row: &str) -> u64 {
         .sum()
 }
 
-/// 64 MiB are too few for Debian's kernel: it takes 32 MiB for its map of memory sections alone.
+/// 64 MiB are too little for Debian's kernel: its map of memory sections alone takes 32 MiB.
 #[test]
 fn in_96_mib() {
     let nonce = nonce();
@@ -179,14 +182,14 @@ fn in_96_mib() {
     end.assert_status(POWERED_OFF);
 }
 
-/// rvmm refuses a memory that cannot hold the guest, and names one that does: that one boots.
+/// rvmm refuses a memory size that cannot hold the guest, and names one that can. That one boots.
 #[test]
 fn in_the_size_that_rvmm_names() {
     let nonce = nonce();
     let vm = linux(&nonce, "poweroff").args(["--mem", "1K"]).spawn();
     let line = vm
         .finish()
-        .assert_refused(HOST_FAILED, &["too little", "would do"]);
+        .assert_refused(HOST_FAILED, &["too small", "is enough"]);
     let size = line
         .split(|c: char| !c.is_ascii_alphanumeric())
         .rfind(|word| {
@@ -201,7 +204,8 @@ fn in_the_size_that_rvmm_names() {
     end.assert_status(POWERED_OFF);
 }
 
-/// Linux with much RAM that may use no more than `mem` of it: the initrd and the tree lie low enough.
+/// Linux with much RAM that may use no more than `mem` of it. The initrd and the tree are low
+/// enough.
 #[track_caller]
 fn check_mem_limit(mem: &str) {
     let nonce = nonce();
@@ -220,13 +224,13 @@ fn half_of_ram_by_mem() {
     check_mem_limit("256M");
 }
 
-/// No more than Linux needs, where the initrd and the tree could not lie higher.
+/// No more than Linux needs: the initrd and the tree could not be higher.
 #[test]
 fn a_fifth_of_ram_by_mem() {
     check_mem_limit("96M");
 }
 
-/// What Linux does not keep is the end, and rvmm tells.
+/// Linux cuts off the end of the command line, and rvmm warns.
 #[test]
 fn a_command_line_longer_than_linux_keeps() {
     let nonce = nonce();
@@ -234,11 +238,11 @@ fn a_command_line_longer_than_linux_keeps() {
     let cmdline = format!("{words}{}", "x".repeat(1100 - words.len()));
     let end = Rvmm::linux().args(["--cmdline", &cmdline]).run();
     assert_userspace(&end, &nonce);
-    let told = end.log.lines().filter(|line| line.contains("--cmdline"));
-    let told: Vec<&str> = told.collect();
-    assert_eq!(told.len(), 1, "{told:?}");
+    let warnings = end.log.lines().filter(|line| line.contains("--cmdline"));
+    let warnings: Vec<&str> = warnings.collect();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
     for word in ["1100 bytes", "Linux keeps 1023"] {
-        assert!(told[0].contains(word), "{told:?} does not name {word:?}");
+        assert!(warnings[0].contains(word), "{warnings:?} lacks {word:?}");
     }
     end.assert_status(POWERED_OFF);
 }

@@ -1,5 +1,5 @@
-//! A Debian starts another kernel by kexec: because it was asked to, and because it crashed. The second kernel turns up
-//! with an initramfs of ours and all harts, and the disks still work.
+//! A Debian starts another kernel by kexec: once on request, and once because it crashed. The
+//! second kernel starts with an initramfs of ours and all harts, and the disks still work.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -13,19 +13,19 @@ use common::{Rvmm, Shell, Vm, nonce};
 
 /// Bytes of a disk that the second kernel reads.
 const READ: usize = 4096;
-/// Where it writes, behind what the first wrote.
+/// The offset where it writes, behind what the first kernel wrote.
 const SECOND: usize = 4096;
 
 struct Debian {
     vm: Vm,
     scratch: TempDir,
-    /// What the first kernel writes.
+    /// The text that the first kernel writes.
     word: String,
 }
 
 impl Debian {
-    /// Logged in, on two harts. Behind its own disk it has the next kernel as /dev/vdb, an initramfs for it as vdc, the
-    /// loader as vdd, and vde to write to.
+    /// Logged in, on two harts. Besides its own disk the guest has: as /dev/vdb the next kernel, as
+    /// vdc an initramfs for it, as vdd the loader, and as vde a disk to write to.
     fn start(cmdline: &str) -> Self {
         let scratch = TempDir::new();
         let [_, root] = disk(&debian(), ",snapshot=on");
@@ -53,7 +53,7 @@ impl Debian {
         Self { vm, scratch, word }
     }
 
-    /// Loads the second kernel by this command of the loader's, and runs `go`, which starts it.
+    /// Loads the second kernel with this command of the loader, and runs `go`, which starts it.
     fn next_kernel(self, load: &str, go: &str) -> Second {
         let Self {
             mut vm,
@@ -80,13 +80,14 @@ impl Debian {
 struct Second {
     shell: Shell,
     scratch: TempDir,
-    /// What the first kernel wrote, and what this one writes.
+    /// The text that the first kernel wrote, and the text that this one writes.
     first: String,
     word: String,
 }
 
 impl Second {
-    /// Has all harts, reads what was there, what the first wrote and Debian's file system, and writes to a disk.
+    /// Checks that all harts work; reads what was there, what the first kernel wrote, and Debian's
+    /// file system; and writes to a disk.
     fn works(mut self) {
         let shell = &mut self.shell;
         assert_eq!(shell.ok("nproc"), "2");
@@ -104,15 +105,19 @@ impl Second {
         ));
         drop(self.shell.power_off());
         let data = fs::read(self.scratch.path().join("data")).expect("the data");
-        assert!(data.starts_with(self.first.as_bytes()), "the first's word");
+        assert!(
+            data.starts_with(self.first.as_bytes()),
+            "the first kernel's text"
+        );
         assert!(
             data[SECOND..].starts_with(self.word.as_bytes()),
-            "the second's"
+            "the second kernel's text"
         );
     }
 }
 
-/// A copy of whole sectors, as the value of --disk. Neither a kernel nor an initramfs nor a program minds zeros behind.
+/// The value of --disk for a copy of a file, padded to whole sectors. A kernel, an initramfs and a
+/// program can have zeros behind them.
 fn sectors(scratch: &TempDir, name: &str, file: &Path) -> String {
     let mut bytes = fs::read(file).expect("the file");
     bytes.resize(bytes.len().next_multiple_of(512), 0);
@@ -126,7 +131,8 @@ fn kexec() {
     second.works();
 }
 
-/// It finds the other's RAM in /proc/vmcore, with what that noted as it crashed.
+/// It finds the crashed kernel's RAM in /proc/vmcore, with the notes that the kernel took when it
+/// crashed.
 #[test]
 fn a_crash_kernel() {
     let debian = Debian::start("crashkernel=160M");

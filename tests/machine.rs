@@ -1,4 +1,4 @@
-//! How a machine is described and how it ends: configuration files, time-outs, signals, consoles.
+//! Configuration files, time-outs, signals, and consoles of a machine.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -40,7 +40,7 @@ fn sigint_ends_a_guest_that_spins() {
     vm.finish().assert_console(INTERRUPTED, &["spinning"]);
 }
 
-/// Signals that nobody is known to send to rvmm, and whose default ends a process at once.
+/// Signals that no program is known to send to rvmm, and that end a process at once by default.
 #[test]
 fn other_signals_end_a_guest_that_spins_in_order() {
     for (name, number) in [("USR1", 10), ("ALRM", 14), ("XCPU", 24)] {
@@ -51,8 +51,8 @@ fn other_signals_end_a_guest_that_spins_in_order() {
     }
 }
 
-/// The statistics go to a pipe that is full, and whose reader does not read: rvmm waits for it, and a signal
-/// ends that.
+/// The statistics go to a full pipe that its reader does not read. rvmm waits for the reader until
+/// a signal comes.
 #[test]
 fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     let path = temporary("fifo");
@@ -68,7 +68,7 @@ fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     let stats = format!("--stats={}", path.display());
     let mut vm = Rvmm::guest("shutdown").arg(stats).spawn();
     vm.wait_for_log("powered off");
-    // The first may still ask a machine for its end.
+    // The first signal may still ask a machine for its end.
     while !vm.has_ended() {
         vm.terminate();
         sleep(Duration::from_millis(10));
@@ -78,7 +78,7 @@ fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     end.assert_status(TERMINATED);
 }
 
-/// SIGXFSZ, SIGTTIN, SIGTTOU: what they tell of is the error of a read or a write.
+/// SIGXFSZ, SIGTTIN, SIGTTOU: the read or write fails with an error instead.
 #[test]
 fn signals_that_mean_nothing_change_nothing() {
     let vm = Rvmm::guest("spin").spawn();
@@ -99,7 +99,7 @@ fn what_was_ignored_stays_ignored() {
     vm.finish().assert_console(INTERRUPTED, &["spinning"]);
 }
 
-/// `ulimit -f` counts half a KiB: a file that may not grow is as a full disk.
+/// `ulimit -f` counts units of 512 bytes. A file that may not grow behaves like a full disk.
 #[test]
 fn a_limit_on_files_loses_output_and_not_the_guest() {
     let path = temporary("limited");

@@ -7,7 +7,7 @@ use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE};
 
 const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-/// Reserves huge pages, and gives back what was there when dropped.
+/// Reserves huge pages. Dropped, it restores the number from before.
 struct HugePages(String);
 
 impl HugePages {
@@ -26,7 +26,7 @@ impl Drop for HugePages {
     }
 }
 
-/// One case for all of it: the pages are the whole host's.
+/// One case for all of this, because huge pages belong to the whole host.
 #[test]
 fn ram_in_huge_pages() {
     let pages = HugePages::reserve(16);
@@ -36,7 +36,7 @@ fn ram_in_huge_pages() {
     vm.wait_for("idle\n");
     let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("smaps");
     assert!(smaps.contains("KernelPageSize:     2048 kB"), "{smaps}");
-    // All 16 are this guest's.
+    // This guest has all 16.
     let two = Rvmm::guest("shutdown")
         .args(["--mem", "4M,hugepages=2M"])
         .run();

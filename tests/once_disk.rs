@@ -1,4 +1,4 @@
-//! Disks: what the host does to them while a guest runs. The kind of host makes no difference to it.
+//! Disks, and what the host does to them while a guest runs. The kind of host makes no difference.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -11,7 +11,7 @@ use common::disk::{MIB, disk, host_runs, md5, random};
 use common::files::TempDir;
 use common::{HOST_FAILED, Rvmm, Shell, TERMINATED, USAGE};
 
-/// Two guests at once write all over the same image, and it stays as it was.
+/// Two guests at once write all over the same image with `snapshot=on`, and it does not change.
 #[test]
 fn snapshots_share_an_image() {
     let scratch = TempDir::new();
@@ -20,7 +20,7 @@ fn snapshots_share_an_image() {
     let [flag, value] = disk(&image, ",snapshot=on");
     let place = format!("{value},snapshot-dir={}", scratch.path().display());
     let mut guests = [Shell::start([&flag, &value]), Shell::start([&flag, &place])];
-    // All that this host has is RAM; who chooses it knows that.
+    // This host has only RAM. Naming the directory avoids the warning.
     guests[0]
         .vm
         .wait_for_log("snapshot-dir=DIR chooses another place");
@@ -37,7 +37,8 @@ fn snapshots_share_an_image() {
     assert_eq!(md5(&image), before);
 }
 
-/// What a write cache holds is durable after a flush; without one, after each write.
+/// The guest sees the kind of cache: with a write cache data is durable after a flush, without one
+/// after each write.
 #[test]
 fn caches_are_told_to_the_guest() {
     let scratch = TempDir::new();
@@ -46,8 +47,8 @@ fn caches_are_told_to_the_guest() {
     let [_, b] = disk(&image("b"), ",cache=writethrough");
     let [_, c] = disk(&image("c"), ",cache=unsafe");
     let mut guest = Shell::start([&f, &a, &f, &b, &f, &c]);
-    let told = guest.ok("cat /sys/block/vd[abc]/queue/write_cache");
-    assert_eq!(told, "write back\nwrite through\nwrite back");
+    let caches = guest.ok("cat /sys/block/vd[abc]/queue/write_cache");
+    assert_eq!(caches, "write back\nwrite through\nwrite back");
     for disk in ["vda", "vdb", "vdc"] {
         guest.ok(&format!(
             "dd if=/dev/urandom of=/dev/{disk} bs=64k count=8 conv=fsync 2>/dev/null"
@@ -56,8 +57,8 @@ fn caches_are_told_to_the_guest() {
     guest.power_off();
 }
 
-/// The host loses what it was given, and tells so once: none of those who wait at the same time is told
-/// that its write is durable.
+/// The host loses data, and reports that only once. None of the writers that wait at the same time
+/// may be told that its write is durable.
 #[test]
 fn what_is_acknowledged_is_not_lost() {
     const BLOCK: usize = 4096;
@@ -107,7 +108,7 @@ fn what_is_acknowledged_is_not_lost() {
     host_runs(&format!("losetup -d {device}; umount {mount}"));
 }
 
-/// A partition table is found past the host's page cache too.
+/// The guest finds a partition table with O_DIRECT on the host, too.
 #[test]
 fn direct_is_the_same_disk() {
     const START: u8 = 8;
@@ -123,8 +124,8 @@ fn direct_is_the_same_disk() {
     let image = scratch.file("x", content);
     let [flag, value] = disk(&image, ",direct");
     let mut guest = Shell::start([flag, value]);
-    let told = guest.ok("cat /sys/block/vda/vda1/start /sys/block/vda/vda1/size");
-    assert_eq!(told, format!("{START}\n{SECTORS}"));
+    let partition = guest.ok("cat /sys/block/vda/vda1/start /sys/block/vda/vda1/size");
+    assert_eq!(partition, format!("{START}\n{SECTORS}"));
     assert_eq!(
         guest.ok("cat /sys/block/vda/queue/logical_block_size"),
         "512"
@@ -137,7 +138,8 @@ fn direct_is_the_same_disk() {
     assert_eq!(md5(&image), sum);
 }
 
-/// The image gets shorter while the guest runs: what is gone is an I/O error, what is there goes on.
+/// The image gets shorter while the guest runs. Accesses to the missing part are I/O errors; the
+/// rest still works.
 #[test]
 fn a_truncated_image() {
     let scratch = TempDir::new();
@@ -148,14 +150,14 @@ fn a_truncated_image() {
     let file = File::options().write(true).open(&image).expect("the image");
     file.set_len(MIB as u64).expect("truncate it");
     let (status, _) = guest.run("dd if=/dev/vda of=/dev/null bs=1M skip=2 count=1");
-    assert_ne!(status, 0, "a read behind the end fails");
+    assert_ne!(status, 0, "a read behind the end must fail");
     let (status, _) =
         guest.run("dd if=/dev/zero of=/dev/vda bs=4k seek=700 count=1 conv=notrunc,fsync");
-    assert_ne!(status, 0, "and so does a write");
+    assert_ne!(status, 0, "a write behind the end must fail");
     assert_eq!(
         file.metadata().expect("its size").len(),
         MIB as u64,
-        "which makes nothing longer"
+        "the write must not extend the image"
     );
     guest.ok("dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null");
     guest.vm.wait_for_log("the image was truncated");
@@ -178,14 +180,14 @@ fn no_space_left() {
     let [flag, value] = disk(&image, "");
     let mut guest = Shell::start([flag, value]);
     let (status, _) = guest.run("dd if=/dev/urandom of=/dev/vda bs=64k conv=notrunc,fsync");
-    assert_ne!(status, 0, "the guest is told");
+    assert_ne!(status, 0, "the guest must get an error");
     guest.vm.wait_for_log("No space left on device");
     guest.ok("dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null");
     drop(guest.power_off());
     host_runs(&format!("umount {mount}"));
 }
 
-/// The host's disk cannot read: a loop device whose file has lost its second half.
+/// The host's disk fails to read: a loop device whose file has lost its second half.
 #[test]
 fn the_hosts_disk_fails() {
     let scratch = TempDir::new();
@@ -202,7 +204,7 @@ fn the_hosts_disk_fails() {
         .expect("the backing file");
     backing.set_len(MIB as u64).expect("truncate it");
     let (status, _) = guest.run("dd if=/dev/vda of=/dev/null bs=64k skip=32 count=1 iflag=direct");
-    assert_ne!(status, 0, "the guest is told");
+    assert_ne!(status, 0, "the guest must get an error");
     guest.vm.wait_for_log("Failed to read");
     guest.ok("dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>/dev/null");
     guest.power_off();
@@ -229,7 +231,7 @@ fn what_cannot_be_a_disk() {
     let image = scratch.file("x", vec![0; 4096]);
     let name = image.display().to_string();
     let both = kernel().args(["--disk", &name, "--disk", &name]).run();
-    both.assert_refused(USAGE, &["one file", &name, "readonly or snapshot=on"]);
+    both.assert_refused(USAGE, &["the same file", &name, "readonly or snapshot=on"]);
     let vm = Rvmm::guest("spin").args(["--disk", &name]).spawn();
     vm.wait_for("spinning\n");
     let other = kernel().args(["--disk", &name]).run();
@@ -238,7 +240,7 @@ fn what_cannot_be_a_disk() {
     vm.finish().assert_status(TERMINATED);
 }
 
-/// A disk is the guest's still after a reset, and locked all the time.
+/// After a reset the guest still has its disk, and the image is locked all the time.
 #[test]
 fn a_reset_keeps_disks() {
     let scratch = TempDir::new();

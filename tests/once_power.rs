@@ -8,17 +8,17 @@ use common::{POWERED_OFF, Rvmm, Shell, TERMINATED};
 
 const SH: &str = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
 
-/// Without a driver for the key: SysRq on the UART, which Linux knows.
+/// Without a driver for the key, rvmm sends SysRq on the UART, which Linux supports.
 #[test]
 fn sysrq_powers_off() {
     let linux = Rvmm::linux().args(["--cmdline", SH, "--on-sigterm", "poweroff"]);
     let guest = Shell::of(linux);
     guest.vm.terminate();
-    guest.vm.wait_for_log("SysRq on its UART");
+    guest.vm.wait_for_log("SysRq to its UART");
     guest.vm.finish().assert_status(POWERED_OFF);
 }
 
-/// Who reads the key's input device is told of it, and the guest's end is its own.
+/// A program that reads the key's input device gets its events. The guest then ends in its own way.
 #[test]
 fn the_power_key_is_pressed() {
     for transport in ["pci", "mmio"] {
@@ -27,14 +27,14 @@ fn the_power_key_is_pressed() {
             guest.ok("cat /sys/class/input/event0/device/name"),
             "rvmm power key"
         );
-        // Four events of 24 bytes; the last eight of each are type, code and value.
+        // Four events of 24 bytes. The last eight of each are type, code and value.
         guest.vm.send(
             "exec 3</dev/input/event0; echo listening; head -c 96 <&3 | od -An -v -tx1 -w24 | cut -c 49-; \
              poweroff -f\n",
         );
         guest.vm.wait_for("listening\r");
         guest.vm.terminate();
-        guest.vm.wait_for_log("power key is pressed");
+        guest.vm.wait_for_log("pressed the guest's power key");
         let end = guest.vm.finish();
         end.assert_status(POWERED_OFF);
         for event in [" 01 00 74 00 01 00 00 00\r", " 01 00 74 00 00 00 00 00\r"] {
@@ -54,15 +54,15 @@ fn systemd_powers_off() {
     vm.wait_for("rvmm-debian login: ");
     vm.send("root\n");
     vm.wait_for(":~# ");
-    // Started by the first login at the latest, but not waited for.
+    // The first login at the latest starts it, but does not wait for it.
     vm.send("systemctl start systemd-logind && echo logind runs\n");
     vm.wait_for("logind runs\r");
     vm.terminate();
-    vm.wait_for_log("power key is pressed");
+    vm.wait_for_log("pressed the guest's power key");
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// Neither key nor SysRq mean anything to it.
+/// A guest that ignores both the key and SysRq.
 #[test]
 fn a_guest_that_goes_on_is_ended() {
     let spin = |how| Rvmm::guest("spin").args(["--on-sigterm", how]).spawn();
@@ -73,7 +73,7 @@ fn a_guest_that_goes_on_is_ended() {
     let impatient = spin("poweroff,timeout=1d");
     impatient.wait_for("spinning\n");
     impatient.terminate();
-    impatient.wait_for_log("SysRq on its UART");
+    impatient.wait_for_log("SysRq to its UART");
     impatient.terminate();
     impatient.finish().assert_status(TERMINATED);
 }

@@ -1,4 +1,4 @@
-//! A terminal of its own for rvmm, and a shell with job control between the two: foreground, background, stop and end.
+//! rvmm on its own terminal, under a shell with job control: foreground, background, stop and end.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -16,10 +16,10 @@ use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
-/// Only a case that hangs gets there.
+/// Only a hanging case takes so long.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// A shell that is the leader of a session on a new terminal.
+/// A shell that leads a session on a new terminal.
 struct Session {
     terminal: File,
     shell: Child,
@@ -28,7 +28,7 @@ struct Session {
 }
 
 impl Session {
-    /// Runs `script`, in which `$rvmm` and `$guest` are the files.
+    /// Runs `script`. `$rvmm` and `$guest` in it are the files' names.
     fn start(guest: &str, script: &str) -> Self {
         let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
         grantpt(&main).expect("grantpt");
@@ -59,7 +59,7 @@ impl Session {
         }
     }
 
-    /// Reads until the terminal shows `text`, and gives what came before it.
+    /// Reads until the terminal shows `text`. Returns what came before it.
     fn wait_for(&mut self, text: &str) -> String {
         loop {
             if let Some((before, after)) = self.shown.split_once(text) {
@@ -88,7 +88,7 @@ impl Session {
         self.terminal.write_all(text.as_bytes()).expect("type");
     }
 
-    /// Whether keys go through as they are.
+    /// Whether the terminal is in raw mode.
     fn is_raw(&self) -> bool {
         let mode = tcgetattr(&self.terminal).expect("tcgetattr");
         !mode.local_modes.contains(LocalModes::ICANON)
@@ -104,7 +104,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // The end of a session's leader hangs up what is left of it.
+        // When the leader of a session ends, the kernel sends SIGHUP to the rest of it.
         let _ = self.shell.kill();
         let _ = self.shell.wait();
     }

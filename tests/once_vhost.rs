@@ -1,4 +1,5 @@
-//! Queues that the host's kernel serves, driven without a guest. The kind of host makes no difference to it.
+//! Queues that the host's kernel serves (vhost), driven without a guest. The kind of host makes no
+//! difference.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -25,10 +26,10 @@ const SIZE: u16 = 16;
 const NEGOTIATED: u8 = 1 | 2 | 8;
 const READY: u8 = NEGOTIATED | 4;
 const BROKEN: u8 = 64;
-/// Only a failing case waits as long.
+/// Only a failing case waits so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Passes on that the configuration, or DEVICE_NEEDS_RESET, changed.
+/// Sends a message when the configuration or DEVICE_NEEDS_RESET changes.
 struct Told(mpsc::SyncSender<()>);
 
 impl Interrupt for Told {
@@ -48,7 +49,7 @@ fn rings(queue: u16) -> [u64; 3] {
     [base, base + 0x400, base + 0x800]
 }
 
-/// A driver that accepts VERSION_1 and nothing else, and sets up both queues.
+/// A driver that accepts only VERSION_1, and sets up both queues.
 fn make_ready(core: &Core) {
     core.set_status(3);
     let mut registers = core.registers();
@@ -73,14 +74,14 @@ fn make_ready(core: &Core) {
     assert_eq!(core.registers().status(), READY);
 }
 
-/// Whether this process has vhost-net open: queues that it refuses are served without it.
+/// Whether this process has vhost-net open. If vhost refuses queues, rvmm serves them without it.
 fn uses_vhost() -> bool {
     let fds = std::fs::read_dir("/proc/self/fd").expect("/proc/self/fd");
     let mut links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
     links.any(|link| link.ends_with("vhost-net"))
 }
 
-/// An index that jumps breaks a queue, and the driver finds that its device needs a reset.
+/// An available index that jumps breaks a queue, and the driver sees that its device needs a reset.
 #[test]
 fn hostile_a_queue_that_vhost_gives_up() {
     let tap = Tap::new(false);
@@ -94,7 +95,7 @@ fn hostile_a_queue_that_vhost_gives_up() {
     let queues = queues.into_iter().map(Arc::new).collect();
     let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
     let net = Net::new("net0", &tap.name, queues, mac, None, true);
-    let (sender, told) = mpsc::sync_channel(1);
+    let (sender, changes) = mpsc::sync_channel(1);
     let interrupt = Arc::new(Told(sender));
     let starter = Starter::new().expect("a thread");
     let core = Core::new(Box::new(net), Arc::clone(&ram), interrupt, &starter).expect("a device");
@@ -105,14 +106,14 @@ fn hostile_a_queue_that_vhost_gives_up() {
         core.pause();
         assert!(
             !uses_vhost(),
-            "the kernel has its queues while it is paused"
+            "the kernel must not have the queues during a pause"
         );
         core.resume();
         core.wait_settled();
         assert!(uses_vhost());
         ram.write_obj(SIZE + 1, index).expect("RAM");
         core.registers().kick(1);
-        told.recv_timeout(PATIENCE).expect("DEVICE_NEEDS_RESET");
+        changes.recv_timeout(PATIENCE).expect("DEVICE_NEEDS_RESET");
         assert_eq!(core.registers().status(), READY | BROKEN);
         core.set_status(0);
         assert!(!uses_vhost());

@@ -1,4 +1,5 @@
-//! More output than anyone keeps: 100 MiB through DBCN, into a file, into a reader that leaves, into one that sleeps.
+//! More output than anybody keeps: 100 MiB through DBCN, to a file, to a reader that leaves, and to
+//! a reader that sleeps.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -7,7 +8,8 @@ use common::{GUEST_FAILED, POWERED_OFF, Rvmm};
 
 const TORRENT: usize = 100 << 20;
 const LAST: &str = "torrent: done\n";
-/// What rvmm may have resident beside the guest's 16 MiB, in KiB: itself, and no torrent.
+/// The limit for rvmm's resident memory, in KiB: the guest's 16 MiB and rvmm itself, but not the
+/// output.
 const PEAK_KIB: u64 = (16 + 8) << 10;
 
 fn torrent() -> Rvmm {
@@ -35,8 +37,8 @@ fn a_torrent_whose_reader_leaves_runs_to_its_end() {
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// The guest's clock goes on while nobody reads: after three of its seconds it gives up. What it wrote and rvmm took is
-/// there for a reader that wakes up later.
+/// The guest's clock goes on while nobody reads, and the guest gives up after three seconds. What
+/// rvmm has accepted is there for a reader that wakes up later.
 #[test]
 fn a_torrent_nobody_reads_blocks_no_vcpu_and_fills_no_memory() {
     let mut vm = torrent().console_unread().spawn();

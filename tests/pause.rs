@@ -1,4 +1,4 @@
-//! A machine that stands still and goes on: `--ctl`, `--pause` and `rvmm ctl`.
+//! A machine that is paused and resumed: `--ctl`, `--pause` and `rvmm ctl`.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -14,26 +14,26 @@ use common::host::{self, Kind};
 use common::pausing::{cpu_time, nothing_is_lost, wait_for_work};
 use common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, USAGE, nonce};
 
-/// Rounds in the ordinary run; `long_pause` has more.
+/// Rounds in the ordinary run; `long_pause` runs more.
 const ROUNDS: u32 = 100;
 
-/// `rvmm ctl` with these words.
+/// Runs `rvmm ctl` with these words.
 fn ctl(socket: &Path, words: &[&str]) -> Output {
     let mut command = Command::new(rvmm());
     command.arg("ctl").arg(socket).args(words);
     command.output().expect("run rvmm ctl")
 }
 
-/// What it prints where it succeeds.
+/// The output of `rvmm ctl`, which must succeed.
 #[track_caller]
-fn told(socket: &Path, words: &[&str]) -> String {
+fn printed(socket: &Path, words: &[&str]) -> String {
     let output = ctl(socket, words);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{words:?}: {error}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// The one line it says where it does not.
+/// The single line of error of `rvmm ctl`, which must fail with `status`.
 #[track_caller]
 fn refused(socket: &Path, words: &[&str], status: i32) -> String {
     let output = ctl(socket, words);
@@ -51,24 +51,26 @@ fn the_commands_of_ctl() {
     let at = socket.display().to_string();
     let vm = Rvmm::guest("echo").args(["--ctl", &at]).spawn();
     vm.wait_for("ready");
-    assert!(told(&socket, &["status"]).starts_with("running: 1 vCPUs, 128 MiB of RAM, 0 resets\n"));
+    assert!(
+        printed(&socket, &["status"]).starts_with("running: 1 vCPUs, 128 MiB of RAM, 0 resets\n")
+    );
     for _ in 0..2 {
-        assert_eq!(told(&socket, &["pause"]), "");
-        assert!(told(&socket, &["status"]).starts_with("paused: "));
+        assert_eq!(printed(&socket, &["pause"]), "");
+        assert!(printed(&socket, &["status"]).starts_with("paused: "));
     }
-    let json = told(&socket, &["status", "--json"]);
+    let json = printed(&socket, &["status", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
     assert_eq!(json["devices"]["uart"]["kind"], "uart16550");
     for _ in 0..2 {
-        assert_eq!(told(&socket, &["resume"]), "");
+        assert_eq!(printed(&socket, &["resume"]), "");
     }
     let tree = scratch.path().join("tree");
-    told(&socket, &["dump-dtb", &tree.display().to_string()]);
+    printed(&socket, &["dump-dtb", &tree.display().to_string()]);
     let bytes = std::fs::read(&tree).expect("the tree");
     assert_eq!(bytes[..4], [0xd0, 0x0d, 0xfe, 0xed]);
     assert!(refused(&socket, &["stats"], HOST_FAILED).contains("--stats"));
     refused(&socket, &["fly"], USAGE);
-    // A second machine does not take the name.
+    // A second machine cannot take the name.
     let second = Rvmm::guest("echo").args(["--ctl", &at]).run();
     second.assert_status(HOST_FAILED);
     assert!(
@@ -76,13 +78,13 @@ fn the_commands_of_ctl() {
         "{}",
         second.log
     );
-    told(&socket, &["stop"]);
+    printed(&socket, &["stop"]);
     vm.finish().assert_status(POWERED_OFF);
     assert!(!socket.exists());
     assert!(refused(&socket, &["status"], HOST_FAILED).contains("No such file"));
 }
 
-/// Statistics of a machine that runs, again and again.
+/// Statistics of a running machine, several times.
 #[test]
 fn statistics_are_told_meanwhile() {
     let scratch = TempDir::new();
@@ -106,7 +108,7 @@ fn statistics_are_told_meanwhile() {
     assert!(end.log.contains("exits to rvmm"), "{}", end.log);
 }
 
-/// Takes from a process the right to map more memory, or gives it back.
+/// Takes the right to map more memory from a process, or gives it back.
 fn limit_memory(pid: u32, to: Option<u64>) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let limit = Rlimit {
@@ -116,7 +118,8 @@ fn limit_memory(pid: u32, to: Option<u64>) {
     prlimit(pid, Resource::As, limit).expect("set a limit");
 }
 
-/// A host without room for a vCPU's thread refuses a command. The machine stands still, and goes on later.
+/// If the host has no room for a vCPU's thread, the command fails. The machine stays paused, and
+/// can go on later.
 #[test]
 fn vcpus_that_cannot_be_started_are_not_lost() {
     let scratch = TempDir::new();
@@ -134,7 +137,10 @@ fn vcpus_that_cannot_be_started_are_not_lost() {
         let reply = ctl.ask(command);
         limit_memory(vm.pid(), None);
         let reason = reply["refused"].as_str().unwrap_or_default();
-        assert!(reason.contains("cannot go on now: Failed to"), "{reply}");
+        assert!(
+            reason.contains("cannot be resumed now: Failed to"),
+            "{reply}"
+        );
         assert_eq!(ctl.status()["state"], "paused");
         ctl.done("resume");
         assert_eq!(ctl.status()["state"], "running");
@@ -144,7 +150,7 @@ fn vcpus_that_cannot_be_started_are_not_lost() {
     end.assert_console(POWERED_OFF, &["ready", "no result is lost"]);
 }
 
-/// Pauses between an exit and the next entry: its result is not lost.
+/// A pause between an exit and the next entry does not lose the exit's result.
 #[track_caller]
 fn no_result_is_lost(guest: &str, more: &[&str]) {
     let scratch = TempDir::new();
@@ -168,17 +174,17 @@ fn no_load_and_no_call_is_lost() {
     no_result_is_lost("pause", &[]);
 }
 
-/// On a host with AIA a guest without one has CSRs that rvmm answers.
+/// On a host with AIA, a guest without one has CSRs that rvmm serves.
 #[test]
 fn no_csr_is_lost() {
     if host::kind() == Kind::NoAia {
-        // Its guests have no such CSR: what they have is shown all the same.
+        // Guests on this host have no such CSR. The case is run all the same.
         return no_result_is_lost("pause", &["--irqchip", "plic"]);
     }
     no_result_is_lost("pausecsr", &["--irqchip", "plic"]);
 }
 
-/// While it is paused no thread of rvmm's runs, and no process of the guest's.
+/// During a pause no thread of rvmm runs, and no process of the guest.
 #[test]
 fn a_paused_machine_stands_still() {
     let scratch = TempDir::new();
@@ -189,7 +195,8 @@ fn a_paused_machine_stands_still() {
     let mut ctl = Ctl::connect(&socket);
     ctl.done("pause");
     let pid = guest.vm.pid();
-    // The threads that answered have come to rest once two looks agree; each look takes time of another process'.
+    // The threads that answered are idle again once two looks agree. Each look takes time of
+    // another process.
     let mut before = cpu_time(pid);
     loop {
         common::disk::host_runs("head -c 4000000 /dev/urandom | md5sum");
@@ -206,7 +213,7 @@ fn a_paused_machine_stands_still() {
     guest.power_off();
 }
 
-/// The guest does not begin before it is resumed; after a reset by a command neither.
+/// The guest does not start before it is resumed. The same holds after a reset by a command.
 #[test]
 fn a_machine_can_begin_paused() {
     let scratch = TempDir::new();
@@ -222,7 +229,7 @@ fn a_machine_can_begin_paused() {
     ctl.done("reset");
     assert_eq!(ctl.status()["state"], "paused");
     assert_eq!(ctl.status()["resets"], 1);
-    assert_eq!(vm.console(), "", "it has not run");
+    assert_eq!(vm.console(), "", "the guest must not have run");
     ctl.done("resume");
     vm.wait_for("ready");
     ctl.done("reset");
@@ -233,7 +240,7 @@ fn a_machine_can_begin_paused() {
     vm.finish().assert_status(common::TERMINATED);
 }
 
-/// SIGTERM, and the time of --timeout, end a paused machine too.
+/// SIGTERM and `--timeout` end a paused machine, too.
 #[test]
 fn a_paused_machine_ends() {
     let scratch = TempDir::new();

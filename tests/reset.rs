@@ -1,5 +1,5 @@
-//! A guest's reset makes the machine anew, in the same process and as often as the guest likes; and how a guest says how it
-//! ends.
+//! A guest's reset rebuilds the machine in the same process, as often as the guest likes. Also, the
+//! ways in which a guest can end the machine.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -8,7 +8,8 @@ use common::host::{self, Kind};
 use common::{POWERED_OFF, RESET, Rvmm, Vm};
 
 const REBOOTS: u32 = 50;
-/// What rvmm's own memory may grow by between the second and the last life, in KiB: nothing but what caches round up.
+/// How much rvmm's own memory may grow between the second and the last life, in KiB: only rounding
+/// by caches.
 const GROWTH_KIB: u64 = 64;
 
 fn lives() -> Rvmm {
@@ -16,8 +17,8 @@ fn lives() -> Rvmm {
     Rvmm::guest("lives").args(["--mem", "160M"])
 }
 
-/// Sends a line, and waits until the guest has told it.
-fn tell(vm: &mut Vm, line: &str) {
+/// Sends a line, and waits until the guest has printed it.
+fn send_line(vm: &mut Vm, line: &str) {
     vm.send(format!("{line}\n"));
     vm.wait_for(&format!("life: {line}\n"));
 }
@@ -39,16 +40,16 @@ fn fifty_reboots_leave_nothing_behind() {
     for life in 0..REBOOTS {
         // Cold, warm, and by a store to sifive_test, in turn.
         let how = ["c", "w", "t"][life as usize % 3];
-        tell(&mut vm, &format!("{how}{life}"));
+        send_line(&mut vm, &format!("{how}{life}"));
         if life == 2 {
-            tell(&mut vm, "n1");
+            send_line(&mut vm, "n1");
             first = Some((fds(&vm), vm.rss_kib()));
         }
     }
-    tell(&mut vm, "n2");
+    send_line(&mut vm, "n2");
     let (fds_then, rss_then) = first.expect("measured");
     let (fds_now, rss_now, threads_now) = (fds(&vm), vm.rss_kib(), threads(&vm));
-    tell(&mut vm, "p");
+    send_line(&mut vm, "p");
     vm.finish().assert_status(POWERED_OFF);
     println!(
         "fds {fds_then} then, {fds_now} now; RSS {rss_then} KiB then, {rss_now} KiB now; {threads_now} threads"
@@ -71,10 +72,10 @@ fn a_second_life_finds_nothing_of_the_first() {
         Kind::Aia | Kind::AiaEmul => ("a", "k"),
     };
     let mut vm = lives().reboots().spawn();
-    tell(&mut vm, dirty);
-    tell(&mut vm, check);
+    send_line(&mut vm, dirty);
+    send_line(&mut vm, check);
     vm.wait_for("timer: ");
-    tell(&mut vm, "p");
+    send_line(&mut vm, "p");
     let end = vm.finish();
     end.assert_status(POWERED_OFF);
     let checks: Vec<&str> = end
@@ -90,25 +91,25 @@ fn a_second_life_finds_nothing_of_the_first() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Harts that were never started lie in KVM_RUN while the machine is made anew and ended.
+/// Harts that were never started sleep in KVM_RUN while the machine is rebuilt and ended.
 #[test]
 fn a_reset_with_parked_harts() {
     let mut vm = lives().args(["--cpus", "4"]).reboots().spawn();
     for how in ["c", "w", "t"] {
-        tell(&mut vm, how);
+        send_line(&mut vm, how);
     }
-    tell(&mut vm, "p");
+    send_line(&mut vm, "p");
     vm.finish().assert_status(POWERED_OFF);
 }
 
-/// The same by the PLIC, where the host has an AIA.
+/// The same with the PLIC, on a host with an AIA.
 #[test]
 fn a_second_life_with_a_plic() {
     let mut vm = lives().args(["--irqchip", "plic"]).reboots().spawn();
-    tell(&mut vm, "l");
-    tell(&mut vm, "K");
+    send_line(&mut vm, "l");
+    send_line(&mut vm, "K");
     vm.wait_for("timer: ");
-    tell(&mut vm, "p");
+    send_line(&mut vm, "p");
     let end = vm.finish();
     end.assert_status(POWERED_OFF);
     let wrong = |line: &&str| !line.starts_with("life: ") && !line.ends_with(": ok");
@@ -119,7 +120,7 @@ fn a_second_life_with_a_plic() {
 fn no_reboot_ends_with_its_own_status() {
     for how in ["c", "w", "t"] {
         let mut vm = lives().spawn();
-        tell(&mut vm, how);
+        send_line(&mut vm, how);
         vm.finish().assert_status(RESET);
     }
 }
@@ -128,7 +129,7 @@ fn no_reboot_ends_with_its_own_status() {
 fn a_guest_chooses_its_exit_status() {
     for (how, status) in [("p", 0), ("x", 42), ("y", 119)] {
         let mut vm = lives().reboots().spawn();
-        tell(&mut vm, how);
+        send_line(&mut vm, how);
         vm.finish().assert_status(status);
     }
 }
@@ -137,7 +138,7 @@ fn a_guest_chooses_its_exit_status() {
 fn a_signal_between_lives_ends_it() {
     let mut vm = lives().reboots().spawn();
     for life in 0..5 {
-        tell(&mut vm, &format!("c{life}"));
+        send_line(&mut vm, &format!("c{life}"));
     }
     vm.terminate();
     vm.finish().assert_status(common::TERMINATED);

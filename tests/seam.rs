@@ -1,4 +1,4 @@
-//! The seam to KVM, on machines of a few instructions: what a fake cannot show.
+//! The interface to KVM, on machines of a few instructions: what a fake cannot show.
 #![cfg(target_arch = "riscv64")]
 
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const BASE: u64 = 0x8000_0000;
 
-/// A store to address 0, which is no RAM: `sd zero, 0(zero)`.
-const TELL: u32 = 0x0000_3023;
+/// A store to address 0, which is not RAM: `sd zero, 0(zero)`.
+const STORE: u32 = 0x0000_3023;
 /// `j .`
 const SPIN: u32 = 0x0000_006f;
 
@@ -37,7 +37,7 @@ fn machine(code: &[u32]) -> (Arc<dyn Vm>, Box<dyn Vcpu>) {
     (vm, vcpu)
 }
 
-/// The next exit that is not a signal's.
+/// The next exit that no signal caused.
 fn exit(vcpu: &mut dyn Vcpu, mut entry: VmEntry) -> VmExit {
     loop {
         match vcpu.run(entry).expect("KVM_RUN") {
@@ -47,7 +47,7 @@ fn exit(vcpu: &mut dyn Vcpu, mut entry: VmEntry) -> VmExit {
     }
 }
 
-fn told(vcpu: &mut dyn Vcpu) {
+fn run_to_store(vcpu: &mut dyn Vcpu) {
     let exit = exit(vcpu, VmEntry::Run);
     assert!(matches!(exit, VmExit::MmioWrite { gpa: 0, .. }), "{exit:?}");
 }
@@ -74,7 +74,7 @@ fn a_load_is_completed_and_nothing_runs() {
     let kicker = vcpu.kicker().expect("a kicker");
     kicker.set_immediate_exit(true);
     vcpu.complete(VmEntry::Run).expect("completed");
-    // The guest spins: a kick that was lost would hang here.
+    // The guest spins, so a lost kick would hang here.
     assert_eq!(
         vcpu.run(VmEntry::Run).expect("KVM_RUN"),
         VmExit::Interrupted
@@ -83,9 +83,9 @@ fn a_load_is_completed_and_nothing_runs() {
     assert_eq!(value(vcpu, regs::PC), BASE + 4);
 }
 
-/// Stores to the third page of RAM, tells, and goes on so:
-/// `auipc t0, 0; lui t1, 2; add t0, t0, t1; sd t0, 0(t0); (tell); j .-20`.
-const STORES: [u32; 6] = [0x0297, 0x2337, 0x0062_82b3, 0x0052_b023, TELL, 0xfedf_f06f];
+/// Stores to the third page of RAM, then to address 0, in a loop: `auipc t0, 0; lui t1, 2; add t0,
+/// t0, t1; sd t0, 0(t0); sd zero, 0(zero); j .-20`.
+const STORES: [u32; 6] = [0x0297, 0x2337, 0x0062_82b3, 0x0052_b023, STORE, 0xfedf_f06f];
 
 fn logged(vm: &dyn Vm) -> Vec<usize> {
     let log = vm.dirty_log(RAM).expect("a log");
@@ -104,12 +104,12 @@ fn what_the_guest_writes_is_logged() {
     for _ in 0..2 {
         vm.set_dirty_log(RAM, true).expect("logging");
         for _ in 0..2 {
-            told(vcpu.as_mut());
+            run_to_store(vcpu.as_mut());
             assert_eq!(logged(vm.as_ref()), [2]);
             assert_eq!(logged(vm.as_ref()), NONE);
         }
         vm.set_dirty_log(RAM, false).expect("no logging");
-        told(vcpu.as_mut());
+        run_to_store(vcpu.as_mut());
     }
 }
 
@@ -118,13 +118,17 @@ fn a_log_is_cleared_by_hand() {
     let (vm, mut vcpu) = machine(&STORES);
     assert!(
         vm.clear_dirty_log_by_hand().expect("asked"),
-        "every KVM can"
+        "every KVM supports this"
     );
     vm.set_dirty_log(RAM, true).expect("logging");
     for _ in 0..2 {
-        told(vcpu.as_mut());
+        run_to_store(vcpu.as_mut());
         assert_eq!(logged(vm.as_ref()), [2]);
-        assert_eq!(logged(vm.as_ref()), [2], "until it is cleared");
+        assert_eq!(
+            logged(vm.as_ref()),
+            [2],
+            "it stays in the log until it is cleared"
+        );
         vm.clear_dirty_log(RAM, 0, &[1 << 2]).expect("cleared");
         assert_eq!(logged(vm.as_ref()), NONE);
     }
@@ -159,10 +163,10 @@ fn a_read_only_memslot_is_read_and_not_written() {
     assert_eq!(load, VmExit::MmioRead { gpa: FLASH, len });
 }
 
-/// `ebreak`, and a trap handler 8 bytes on.
+/// `ebreak`, with a trap handler 8 bytes further on.
 #[test]
 fn a_breakpoint_is_an_exit_or_the_guests() {
-    let (_vm, mut vcpu) = machine(&[0x0010_0073, SPIN, TELL, SPIN]);
+    let (_vm, mut vcpu) = machine(&[0x0010_0073, SPIN, STORE, SPIN]);
     vcpu.set_reg(regs::STVEC, BASE + 8).expect("stvec");
     vcpu.set_guest_debug(true).expect("debugged");
     for _ in 0..2 {
@@ -170,7 +174,7 @@ fn a_breakpoint_is_an_exit_or_the_guests() {
         assert_eq!(value(vcpu.as_ref(), regs::PC), BASE);
     }
     vcpu.set_guest_debug(false).expect("not debugged");
-    told(vcpu.as_mut());
+    run_to_store(vcpu.as_mut());
     assert_eq!(value(vcpu.as_ref(), regs::SCAUSE), 3);
     assert_eq!(value(vcpu.as_ref(), regs::SEPC), BASE);
 }
@@ -192,7 +196,7 @@ fn every_listed_register_has_its_width() {
     assert_eq!(vcpu.reg_bytes(regs::PC).expect("read").expect("pc"), pc);
     assert!(
         vcpu.set_reg_bytes(regs::PC, &pc[..4]).is_err(),
-        "half of it"
+        "half of a register must be refused"
     );
 }
 

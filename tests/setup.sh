@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# The set-up's decisions, against mirrors made here: which suite the environment is made from, and what a download that fails leads to.
+# Tests the set-up with mirrors made here: which suite it chooses for the environment, and what
+# happens when a download fails.
 #
 #     tests/setup.sh --list         the cases
-#     tests/setup.sh DIR            run them in DIR; records as resources/rig/run-tests writes them on stdout, the rest on stderr
+#     tests/setup.sh DIR            run them in DIR; the records are on stdout, as resources/rig/run-tests
+#                                   writes them, the rest on stderr
 #
-# Runs in the cross-environment: apt, gpg, xz and HTTP do here what they do with real mirrors.
+# Runs in the cross-environment. apt, gpg, xz and HTTP work here as with real mirrors.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 readonly HOUR=3600
 
-# --- the cases: a function each, in this order ---------------------------------------------------------------------------------------
+# --- the cases: a function each, in this order ----------------------------------------------------
 
 suite_whole() {
     make_suite trixie
@@ -60,7 +62,7 @@ suite_without_riscv64() {
 suite_expired() {
     make_suite trixie "Valid-Until: $(date_of -$HOUR)"
     make_suite stable
-    # Some machines take what has expired; the environment does not.
+    # Some machines accept expired suites. The environment does not.
     echo 'Acquire::Check-Valid-Until "false";' >>"$dir/apt.conf"
     chosen stable
     said "^not whole: trixie: Release file for $site/$name/debian/dists/trixie/InRelease is expired"
@@ -183,7 +185,7 @@ fetch_comes_back() {
 fetch_gives_up() {
     fetch_with "unreachable unreachable unreachable fine"
     [[ $status == 123 && $tries == 3 ]]
-    said "^setup.sh: Get it: http://mirror/file: Could not connect to mirror:80.*. Another day. (All it said is in .*)$"
+    said "^setup.sh: Get it: http://mirror/file: Could not connect to mirror:80.*. Another day. (Its output is in .*)$"
 }
 
 fetch_of_what_is_not_there() {
@@ -201,7 +203,7 @@ fetch_of_a_crate() {
 fetch_where_the_disk_is_full() {
     fetch_with "full fine"
     [[ $status == 123 && $tries == 1 ]]
-    said "^setup.sh: Get it: failed; all it said is in "
+    said "^setup.sh: Get it: failed; its output is in "
 }
 
 fetch_in_a_build_of_docker() {
@@ -213,7 +215,7 @@ fetch_in_a_build_of_docker() {
 fetch_without_a_word() {
     fetch_with "silent fine"
     [[ $status == 123 && $tries == 1 ]]
-    said "^setup.sh: Get it: failed; all it said is in "
+    said "^setup.sh: Get it: failed; its output is in "
 }
 
 crates_without_a_network() {
@@ -233,7 +235,7 @@ work_of_a_killed_script_goes() {
     local work=$dir/cache/rvmm/work
     script 'kill -KILL $$' || true
     [[ $(find "$work" -mindepth 1 -maxdepth 1 | wc -l) == 1 ]]
-    # What it started still works there.
+    # A child of the script still works there.
     script 'sleep 1000 & echo $! >"$RVMM_CACHE/child"; kill -KILL $$' || true
     [[ $(find "$work" -mindepth 1 -maxdepth 1 | wc -l) == 1 ]]
     script 'ls "$RVMM_CACHE/work" | wc -l >"$RVMM_CACHE/seen"'
@@ -243,7 +245,8 @@ work_of_a_killed_script_goes() {
     [[ $(cat "$dir/cache/rvmm/seen") == 1 && -z $(ls "$work") ]]
 }
 
-# A command in the environment whose engine failed before it began is begun again; one that failed is not, nor what was killed.
+# A command in the environment is started again if its engine failed before the command began. It is
+# not started again if the command itself failed, or if it was killed.
 work_begins_again() {
     begun_by "refuses refuses runs" 'exit 7' 7 3
     begun_by "refuses refuses refuses runs" 'exit 7' 1 3
@@ -252,7 +255,8 @@ work_begins_again() {
     begun_by "killed runs" 'exit 0' 143 1
 }
 
-# env_run of a command, with an engine that does these things in turn: the status and the number of turns.
+# Calls env_run with an engine that does these things in turn. Checks the status and the number of
+# turns.
 begun_by() {
     # shellcheck disable=SC2086 # one line for each word
     printf '%s\n' $1 >"$dir/turns"
@@ -299,7 +303,7 @@ options_without_a_value() {
     for script in bench demo l1 test; do
         called "$script" --host
         [[ $status == 125 && ! -e $dir/cache/rvmm ]]
-        said "^$script: --host needs a value; scripts/$script --help tells every option"
+        said "^$script: --host needs a value; scripts/$script --help lists every option"
         called "$script" --host mars
         [[ $status == 125 ]]
         said "^$script: there is no kind of host 'mars', only aia aia-emul none aia-next none-next;"
@@ -322,16 +326,16 @@ options_that_cannot_be() {
     refused bench "without --peer" --before "$repo/README.md" --peer x=/nowhere
 }
 
-# Wrong usage is a line, before anything is done.
+# Wrong usage gives one line of error before anything is done.
 refused() {
     called "$1" "${@:3}"
     [[ $status == 125 && ! -e $dir/cache/rvmm ]]
-    said "^$1: .*$2.*; scripts/$1 --help tells every option"
+    said "^$1: .*$2.*; scripts/$1 --help lists every option"
 }
 
-# --- what they are made with ---------------------------------------------------------------------------------------------------------
+# --- helpers of the cases ------------------------------------------------------------------------
 
-# A suite of two architectures, signed, whole: make_suite NAME [FIELD [ARCHITECTURES]]
+# Make a signed, complete suite of two architectures: make_suite NAME [FIELD [ARCHITECTURES]]
 make_suite() {
     local field=${2-} architectures=${3:-amd64 riscv64} top=$mirror/dists/$1 arch
     for arch in $architectures; do
@@ -346,7 +350,7 @@ make_suite() {
             printf ' %s %s %s\n' "$(sha256sum "$file" | cut -d' ' -f1)" "$size" "$file"
         done)
     } >"$dir/Release"
-    # Listed and not there, as on real mirrors.
+    # Uncompressed indexes are listed but missing, as on real mirrors.
     find "$top" -name Packages -delete
     gpg --quiet --batch --yes --local-user ours --clearsign --output "$top/InRelease" "$dir/Release"
 }
@@ -358,7 +362,7 @@ make_index() {
     xz --force --keep "$to/Packages"
 }
 
-# The index of an architecture is of another day than the Release file.
+# Replace the index of an architecture by one from another day than the Release file.
 make_stale() {
     make_index "$mirror/dists/$1" "$2" "1 of another day"
     rm "$mirror/dists/$1/main/binary-$2/Packages"
@@ -369,7 +373,7 @@ make_key() {
     gpg --quiet --batch --export "$1" >"$dir/$1.gpg"
 }
 
-# Seconds from when this began, as Release files write it.
+# The time of the start plus so many seconds, in the form of Release files.
 date_of() {
     LC_ALL=C date --utc --date "@$((made + $1))" '+%a, %d %b %Y %H:%M:%S UTC'
 }
@@ -378,7 +382,7 @@ whole_suite() {
     sh "$repo/scripts/lib/whole-suite" "${url:-$site/$name/debian}" "$keyring" >"$dir/out" 2>"$dir/err"
 }
 
-# Serves the files below the current directory by HTTP; prints the port.
+# Serves the files in the current directory by HTTP; prints the port.
 serve() {
     perl -MIO::Socket::INET -e '
         $| = 1;
@@ -397,7 +401,7 @@ serve() {
         }'
 }
 
-# The choice is this suite, of this URL (a pattern).
+# Check that this suite, of this URL (a pattern), is chosen.
 chosen() {
     whole_suite || return
     grep -q "^$site/$name${2:-/debian} $1 13.9 [0-9]" "$dir/out"
@@ -412,7 +416,7 @@ said() {
     grep -q -- "$1" "$dir/err"
 }
 
-# This machine as apt and os-release describe it.
+# Describe this machine to apt and in os-release.
 os() {
     printf 'ID=%s\nVERSION_CODENAME=%s\n' "$1" "$2" >"$dir/os-release"
 }
@@ -426,12 +430,13 @@ machines_mirror() {
     OS_RELEASE=$dir/os-release sh "$repo/scripts/lib/whole-suite" --mirror 2>"$dir/err"
 }
 
-# must_fetch on a command that ends in these ways, one for each try; sets $status and $tries.
+# Calls must_fetch with a command that ends in these ways, one for each attempt. Sets $status and
+# $tries.
 fetch_with() {
     ending "$1" 'must_fetch "Get it" "Another day." download'
 }
 
-# The same for the crates, by a cargo that ends so.
+# The same for the crates, with a cargo that ends so.
 fetch_crates() {
     lock=$(cat "$repo"/{,fuzz/}Cargo.lock | sha256sum | cut -c1-12)
     mkdir -p "$dir/cache/cargo/registry"
@@ -470,18 +475,18 @@ scripts() {
     find "$repo/scripts" -maxdepth 1 -type f -printf '%f\n'
 }
 
-# A script with these arguments and nothing built; sets $status.
+# Run a script with these arguments and an empty cache. Sets $status.
 called() {
     status=0
     XDG_CACHE_HOME=$dir/cache "$repo/scripts/$1" "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null || status=$?
 }
 
-# A script of ours with a cache of its own.
+# Run commands as a script with its own cache.
 script() {
     XDG_CACHE_HOME=$dir/cache bash -c 'source "$1/scripts/lib/common.sh"; cache_begin; eval "$2"' - "$repo" "$1" >>"$dir/out" 2>>"$dir/err"
 }
 
-# --- running them --------------------------------------------------------------------------------------------------------------------
+# --- running the cases ---------------------------------------------------------------------------
 
 cases() {
     sed -nE 's/^((suite|mirror|fetch|crates|work|options)_[a-z0-9_]+)\(\) \{$/\1/p' "$repo/tests/setup.sh" | grep -vE '^fetch_(with|crates)$'
@@ -498,7 +503,7 @@ main() {
     local name status=0
     mkdir -p "$1"
     cd "$1"
-    # A socket lies in it, whose name cannot be long.
+    # It will have a socket, whose name cannot be long.
     GNUPGHOME=$(mktemp -d)
     export GNUPGHOME
     trap 'gpgconf --kill all; rm -rf "$GNUPGHOME"; kill "${SERVER_PID-}" 2>/dev/null || true' EXIT
@@ -508,7 +513,7 @@ main() {
     read -r port <&"${SERVER[0]}"
     export made site=http://127.0.0.1:$port
     for name in $(cases); do
-        # A process of its own: its first command that fails ends it.
+        # A separate process, which ends at its first command that fails.
         if bash "$repo/tests/setup.sh" --case "$name"; then
             echo "setup ok $name"
         else
@@ -522,7 +527,7 @@ main() {
 run() {
     name=$1 dir=$PWD/$1 mirror=$PWD/$1/debian keyring=$PWD/ours.gpg
     mkdir "$dir"
-    # apt may know where the snapshots of the real mirrors are.
+    # apt may know where the real mirrors' snapshots are.
     echo '#clear Acquire::Snapshots;' >"$dir/apt.conf"
     export APT_CONFIG=$dir/apt.conf
     trap 'tail -n +1 "$dir"/{err,out} >&2 || true' EXIT

@@ -1,4 +1,4 @@
-//! `--stats`: counted by rvmm and by KVM, and the same as what the guest did.
+//! `--stats`: rvmm's and KVM's counts match what the guest did.
 #![cfg(target_arch = "riscv64")]
 
 mod common;
@@ -7,7 +7,7 @@ use common::files::TempDir;
 use common::{POWERED_OFF, Rvmm};
 use serde_json::Value;
 
-/// `exits.S` does each of its four things so often.
+/// `exits.S` does each of its four actions so often.
 const EACH: u64 = 10_100;
 
 fn count(stats: &Value, kind: &str) -> u64 {
@@ -37,7 +37,7 @@ fn json_has_every_exit() {
     let uart = exits.iter().find(|exit| exit["kind"] == read);
     assert_eq!(uart.expect("the read")["device"], "UART");
 
-    // KVM counted the same, and the calls that it answered itself.
+    // KVM counted the same exits, and also the calls that it served itself.
     let mmio = exits
         .iter()
         .filter(|e| e["kind"].as_str().is_some_and(|k| k.starts_with("MMIO")));

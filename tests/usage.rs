@@ -1,4 +1,4 @@
-//! The command line, as far as it needs neither KVM nor a guest: on any host.
+//! The parts of the command line that need neither KVM nor a guest. Runs on any host.
 
 mod common;
 
@@ -8,7 +8,8 @@ fn rvmm(args: &[&str]) -> Outcome {
     Rvmm::new().args(args).stdin_null().run()
 }
 
-/// A wrong command line is told in one line, before anything else is looked at (there is no file `x`).
+/// A wrong command line gives one line of error before rvmm looks at anything else (there is no
+/// file `x`).
 #[track_caller]
 fn wrong(args: &[&str], words: &[&str]) -> String {
     rvmm(args).assert_one_line(USAGE, words)
@@ -20,9 +21,9 @@ fn bare_rvmm_prints_a_short_help() {
     let help = format!("{}{}", end.console, end.log);
     assert!(
         help.contains("--kernel"),
-        "it names the one flag that is needed"
+        "the help must name the required flag"
     );
-    assert!(help.lines().count() <= 24, "it fits on a screen");
+    assert!(help.lines().count() <= 24, "the help must fit on a screen");
 }
 
 #[test]
@@ -93,7 +94,7 @@ fn cpus() {
     wrong(&["--kernel", "x", "--cpus", "many"], &["--cpus", "many"]);
 }
 
-/// Elsewhere than on riscv64: what is missing, and what to do.
+/// On other architectures than riscv64, the line says what is missing and what to do.
 #[cfg(not(target_arch = "riscv64"))]
 #[test]
 fn other_architectures() {

@@ -1,4 +1,5 @@
-//! Where the time of rvmm's boot goes: `--stats` of one boot, times what each exit costs.
+//! Where rvmm's boot spends its time: the `--stats` of one boot, multiplied by the cost of each
+//! exit.
 
 use std::fs;
 
@@ -9,11 +10,11 @@ use crate::contestants::Contestant;
 use crate::figures::Figures;
 use crate::measure::Lab;
 
-/// A part of the boot: what it is, how often, milliseconds.
+/// A part of the boot: its name, its count, and its milliseconds.
 pub(crate) type Part = (String, u64, f64);
 
-/// The parts of one boot of rvmm. Exits are counted by KVM; what one costs was measured by the guests of the groups "exits"
-/// and "pages", and the parts that need those are left out with them.
+/// The parts of one boot of rvmm. KVM counts the exits. The guests of the groups "exits" and
+/// "pages" measure what one exit costs; parts that need a missing figure are left out.
 pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Vec<Part>> {
     let path = lab.dir().join("stats.json");
     lab.boot_with_stats(rvmm, &path)?;
@@ -68,7 +69,7 @@ pub(crate) fn boot(lab: &Lab, rvmm: &Contestant, figures: &Figures) -> Result<Ve
     Ok(parts)
 }
 
-/// SBI calls that came to rvmm: KVM counts those that it served itself with them.
+/// SBI calls that came to rvmm. KVM's counter includes the calls that it served itself.
 fn sbi_calls(vcpu: &Value) -> u64 {
     let exits = vcpu["exits"].as_array().into_iter().flatten();
     let calls = exits.filter(|exit| {

@@ -30,7 +30,7 @@ pub(crate) struct Link {
     pub(crate) vhost: bool,
 }
 
-/// A VMM under measurement.
+/// A VMM to measure.
 #[derive(Clone, Debug)]
 pub(crate) struct Contestant {
     pub(crate) name: String,
@@ -39,17 +39,17 @@ pub(crate) struct Contestant {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// This build or another, over its default transport or over MMIO.
+    /// This build or another one, with its default transport or with MMIO.
     Rvmm { program: String, mmio: bool },
-    /// With this machine.
+    /// With this machine type.
     Qemu(&'static str),
-    /// With the in-kernel AIA, and with a device tree that was made for it.
+    /// With the in-kernel AIA, and with a device tree for that.
     Floor { aia: bool, dtb: String },
-    /// A command with places for kernel, initrd, command line and RAM.
+    /// A command with placeholders for kernel, initrd, command line and RAM.
     Peer(Vec<String>),
 }
 
-/// What kind of host L1 is, as far as the contestants are concerned.
+/// The kind of host that L1 is, as the contestants see it.
 pub(crate) struct Host {
     aia: bool,
 }
@@ -75,7 +75,7 @@ fn build(name: &str, program: &str, mmio: bool) -> Contestant {
     contestant(name, Kind::Rvmm { program, mmio })
 }
 
-/// Everybody that is to run on this host. `dir` is for files of theirs.
+/// All contestants for this host. `dir` is for their files.
 pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
     let before = env::var("RVMM_BENCH_BEFORE").unwrap_or_default();
     if !before.is_empty() {
@@ -113,12 +113,12 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 }
 
 impl Contestant {
-    /// Whether a group of figures is about it.
+    /// Whether a group of figures applies to it.
     pub(crate) fn takes_part(&self, group: &str) -> bool {
         !matches!(self.kind, Kind::Rvmm { mmio: true, .. }) || ["blk", "net"].contains(&group)
     }
 
-    /// Whether it can run such a guest at all.
+    /// Whether it can run this guest at all.
     pub(crate) fn can(&self, job: &Job) -> bool {
         match self.kind {
             Kind::Rvmm { .. } | Kind::Qemu(_) => true,
@@ -130,7 +130,7 @@ impl Contestant {
         }
     }
 
-    /// Whether it has interrupts and a real console: the floor has neither.
+    /// Whether it has interrupts and a real console. The floor has neither.
     pub(crate) fn is_machine(&self) -> bool {
         !matches!(self.kind, Kind::Floor { .. })
     }
@@ -161,7 +161,7 @@ fn rvmm(program: &str, job: &Job) -> Command {
     command
 }
 
-/// rvmm's machine with a disk that does the least.
+/// rvmm's machine with the minimal disk.
 fn disk_floor(aia: bool, job: &Job) -> Command {
     let mut command = Command::new("disk-floor");
     add_flags(&mut command, job);
@@ -231,7 +231,7 @@ fn qemu(machine: &str, job: &Job) -> Command {
     command
 }
 
-/// Its device tree is rvmm's, for the same guest.
+/// Its device tree is the one that rvmm makes for the same guest.
 fn floor(aia: bool, dtb: &str, job: &Job) -> Result<Command> {
     let mut command = Command::new("floor");
     command.arg("--kernel").arg(job.kernel);

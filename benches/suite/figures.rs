@@ -1,4 +1,4 @@
-//! Samples, and what is said of them.
+//! Samples, and the statistics of them.
 
 use anyhow::Result;
 
@@ -12,15 +12,15 @@ pub(crate) struct Figure {
     pub(crate) samples: Vec<(String, Vec<f64>)>,
 }
 
-/// All that was measured, in the order it came.
+/// All figures, in the order of their measurement.
 #[derive(Debug, Default)]
 pub(crate) struct Figures {
     pub(crate) rows: Vec<Figure>,
     /// Bytes of rvmm's stripped binary, by crate.
     pub(crate) sizes: Vec<(String, u64)>,
-    /// Where rvmm's boot spends its time: what, how often, milliseconds.
+    /// Where rvmm's boot spends its time: part, count, milliseconds.
     pub(crate) boot_parts: Vec<Part>,
-    /// Group, contestant, why.
+    /// Failures: group, contestant, reason.
     pub(crate) failures: Vec<(String, String, String)>,
 }
 
@@ -53,7 +53,7 @@ impl Figures {
         }
     }
 
-    /// Samples that were taken elsewhere.
+    /// Adds samples that were taken elsewhere.
     pub(crate) fn add_given(
         &mut self,
         name: &str,
@@ -94,7 +94,7 @@ impl Figure {
         Summary::of(samples)
     }
 
-    /// How `a`'s median compares to `b`'s.
+    /// The ratio of `a`'s median to `b`'s.
     pub(crate) fn ratio(&self, a: &str, b: &str) -> Option<f64> {
         let (a, b) = (self.summary(a)?.median, self.summary(b)?.median);
         (b > 0.0).then(|| a / b)
@@ -122,7 +122,7 @@ impl Summary {
         Some(Self { median, min, max })
     }
 
-    /// Half the distance from the least to the most, in percent of the median.
+    /// Half the distance between the least and the largest sample, in percent of the median.
     pub(crate) fn spread(&self) -> f64 {
         if self.median == 0.0 {
             return 0.0;

@@ -1,11 +1,11 @@
-//! The benchmark's driver. It runs in L1 (scripts/bench boots that), starts every contestant again and again, and writes
-//! one table and one JSON.
+//! The benchmark's driver. It runs in L1, which scripts/bench boots, starts every contestant
+//! several times, and writes one table and one JSON document.
 //!
 //! ```text
-//! main          what to measure, in which order          measure   one run of one contestant
-//! contestants   how each VMM is started                  memory    what a process has beside guest RAM
-//! figures       samples, medians, ratios                 report    the table and the JSON
-//! attribution   where rvmm's boot spends its time       wire      disks and networks
+//! main         what to measure, in which order      measure  one run of one contestant
+//! contestants  how each VMM is started              memory   a process's memory beside guest RAM
+//! figures      samples, medians, ratios             report   the table and the JSON
+//! attribution  where rvmm's boot spends its time    wire     disks and networks
 //! ```
 
 mod attribution;
@@ -25,16 +25,16 @@ use contestants::{Contestant, Host};
 use figures::Figures;
 use measure::Lab;
 
-/// What scripts/bench asks for, in the environment.
+/// The options of scripts/bench, from the environment.
 struct Plan {
-    /// Its kind.
+    /// The kind of host.
     host: String,
     /// Its harts and its clock, in words.
     l1: String,
     repetitions: usize,
-    /// Groups of figures; all when empty.
+    /// Groups of figures; all if empty.
     only: Vec<String>,
-    /// Where the report goes.
+    /// The file for the report.
     report: String,
 }
 
@@ -64,15 +64,15 @@ fn words(name: &str) -> Vec<String> {
         .collect()
 }
 
-/// What a measurement does to one contestant.
+/// One measurement of one contestant.
 type Measure = fn(&Lab, &Contestant, &mut Figures) -> Result<()>;
 
-/// Groups, how often each is measured in a round, and how.
+/// The groups, how often each is measured in a round, and how.
 const MEASUREMENTS: [(&str, usize, Measure); 11] = [
     ("boot", 1, measure::boot),
     ("hugeboot", 1, measure::boot_in_hugepages),
     ("log", 1, measure::boot_with_log),
-    // Its samples fall in two heaps, 40 ms apart.
+    // Its samples form two clusters, 40 ms apart.
     ("init", 3, measure::clock_at_init),
     ("firstbyte", 1, measure::first_byte),
     ("exits", 1, measure::exits),
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
     let lab = Lab::set_up()?;
     let contestants = contestants::all(&Host::of(&plan.host)?, lab.dir())?;
     let mut figures = Figures::default();
-    // The first round is for L1's caches, unless there is only one.
+    // The first round only fills L1's caches, unless it is the only one.
     let first = usize::from(plan.repetitions == 1);
     for repetition in first..=plan.repetitions {
         for (group, times, measurement) in MEASUREMENTS {

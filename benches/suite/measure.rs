@@ -13,18 +13,19 @@ use crate::contestants::{Contestant, Job, MEM_MIB};
 use crate::figures::Figures;
 use crate::memory;
 
-/// The same command line for all. The kernel runs `poweroff -f` as its init: what is measured is the boot.
+/// The same command line for all. The kernel runs `poweroff -f` as its init, so that the boot is
+/// measured.
 const QUIET: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/poweroff -- -f";
 const LOGGING: &str = "console=ttyS0 panic=-1 rdinit=/bin/poweroff -- -f";
 const CLOCK: &str = "console=ttyS0 quiet panic=-1 rvmm.action=clock";
 const PROCESSES: &str = "console=ttyS0 quiet panic=-1 rvmm.action=processes";
 const WAITING: &str = "console=ttyS0 quiet panic=-1 rvmm.action=echo";
 
-/// Bytes of the kernel file whose first byte of output is awaited: about what Debian's has.
+/// The size of the kernel file for the first byte of output, about that of Debian's kernel.
 const PADDED: usize = 31 << 20;
 const HUGE_PAGE_MIB: u64 = 2;
 
-/// L1 as the measurements find it.
+/// L1 as the measurements see it.
 pub(crate) struct Lab {
     dir: PathBuf,
     linux: PathBuf,
@@ -32,7 +33,7 @@ pub(crate) struct Lab {
     io_initrd: PathBuf,
     guests: PathBuf,
     padded: PathBuf,
-    /// Ticks a second of the guests' timer, which is the host's.
+    /// Ticks per second of the guests' timer, which is the host's.
     timebase: f64,
 }
 
@@ -87,7 +88,7 @@ impl Lab {
         }
     }
 
-    /// Microseconds each of `count` events that took `ticks`.
+    /// Microseconds for each of `count` events that took `ticks` together.
     fn micros_each(&self, count: f64, ticks: f64) -> f64 {
         ticks / self.timebase * 1e6 / count
     }
@@ -102,7 +103,7 @@ fn timebase() -> Result<f64> {
     Ok(hertz as f64)
 }
 
-/// The guest at `from` as a kernel of `PADDED` bytes, none of them a hole.
+/// The guest at `from` as a kernel of `PADDED` bytes without holes.
 fn pad(from: &Path, to: &Path) -> Result<()> {
     const IMAGE_SIZE: std::ops::Range<usize> = 16..24;
     let mut image = fs::read(from)?;
@@ -111,10 +112,10 @@ fn pad(from: &Path, to: &Path) -> Result<()> {
     Ok(fs::write(to, image)?)
 }
 
-/// No run takes so long: what still runs then hangs, and is killed.
+/// No run takes so long. A contestant that still runs then hangs, and is killed.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A contestant at work; killed if it is still there at the end, or after [`LIMIT`].
+/// A running contestant. It is killed if it still runs when dropped, or after [`LIMIT`].
 struct Running {
     child: Child,
     began: Instant,
@@ -151,7 +152,7 @@ impl Running {
         self.child.stdout.take().context("no stdout")
     }
 
-    /// Milliseconds until it has ended, its output, and how it ended.
+    /// Milliseconds until it has ended, its output, and its exit status.
     fn finish(mut self) -> Result<(f64, String, ExitStatus)> {
         let mut output = Vec::new();
         self.stdout()?.read_to_end(&mut output)?;
@@ -172,7 +173,7 @@ fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Runs `job` to its end: milliseconds and output.
+/// Runs `job` to its end. Returns the milliseconds and the output.
 pub(crate) fn run(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
     let (took, output, status) = Running::start(contestant, job)?.finish()?;
     ensure!(status.success(), "{status}; it wrote {:?}", tail(&output));
@@ -184,7 +185,8 @@ pub(crate) fn tail(output: &str) -> &str {
     &output[from..]
 }
 
-/// Runs Linux until it powers off, and makes sure that it did: the kernel says so even when it is quiet.
+/// Runs Linux until it powers off, and checks that it did: the kernel prints that even with
+/// `quiet`.
 fn run_to_power_off(contestant: &Contestant, job: &Job) -> Result<(f64, String)> {
     let (took, output) = run(contestant, job)?;
     ensure!(
@@ -195,7 +197,7 @@ fn run_to_power_off(contestant: &Contestant, job: &Job) -> Result<(f64, String)>
     Ok((took, output))
 }
 
-/// Process start to power-off of Linux.
+/// From the start of the process to Linux' power-off.
 pub(crate) fn boot(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let (took, _) = run_to_power_off(contestant, &lab.linux(QUIET))?;
     figures.add("start to power-off", "ms", &contestant.name, took);
@@ -249,7 +251,7 @@ pub(crate) fn clock_at_init(
     Ok(())
 }
 
-/// Of "[    0.841366] Run /init as init process".
+/// The milliseconds of a line "[    0.841366] Run /init as init process".
 fn init_stamp(output: &str) -> Option<f64> {
     let line = output.lines().find(|line| line.contains("] Run /init"))?;
     let stamp = line.split(['[', ']']).nth(1)?;
@@ -279,7 +281,8 @@ pub(crate) fn processes(lab: &Lab, contestant: &Contestant, figures: &mut Figure
     Ok(())
 }
 
-/// Process start to the first byte of a guest that stores one at once, of a kernel as large as Debian's.
+/// From the start of the process to the first byte of a guest that stores one at once, as a kernel
+/// as large as Debian's.
 pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let job = Job {
         kernel: &lab.padded,
@@ -293,7 +296,7 @@ pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figur
     let mut running = Running::start(contestant, &job)?;
     let mut byte = [0];
     let mut stdout = running.stdout()?;
-    // A peer may have something to say before its guest does.
+    // A peer may print something before its guest does.
     while byte[0] != b'!' {
         stdout.read_exact(&mut byte).context("no byte came")?;
     }
@@ -304,7 +307,7 @@ pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figur
     Ok(())
 }
 
-/// What exits cost, by the guest's timer.
+/// The cost of exits, by the guest's timer.
 pub(crate) fn exits(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let kernel = lab.guests.join("exits.img");
     let (_, output) = run(contestant, &guest(&kernel, false))?;
@@ -329,7 +332,7 @@ pub(crate) fn exits(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -
     Ok(())
 }
 
-/// What the first touch of a page costs, without and with huge pages.
+/// The cost of the first touch of a page, without and with huge pages.
 pub(crate) fn pages(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let kernel = lab.guests.join("pages.img");
     for (hugepages, name) in [
@@ -363,7 +366,8 @@ fn guest(kernel: &Path, hugepages: bool) -> Job<'_> {
     }
 }
 
-/// Memory beside guest RAM of a VMM whose Linux waits for input, and then the time SIGTERM takes to end it.
+/// The memory beside guest RAM of a VMM whose Linux waits for input, and then the time from SIGTERM
+/// to its end.
 pub(crate) fn memory_and_term(
     lab: &Lab,
     contestant: &Contestant,
@@ -400,7 +404,8 @@ pub(crate) fn memory_and_term(
     Ok(())
 }
 
-/// Reserves huge pages for a job that wants them, for as long as it runs: nobody else shall have less memory for them.
+/// Reserves huge pages while a job that needs them runs. Other jobs should not have less memory
+/// because of them.
 fn with_pages_for(
     contestant: &Contestant,
     job: &Job,

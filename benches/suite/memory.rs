@@ -1,4 +1,4 @@
-//! What a process has in memory beside guest RAM.
+//! The memory of a process beside guest RAM.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::contestants::MEM_MIB;
 
-/// A line of /proc/PID/smaps with its Pss, in KiB.
+/// A mapping of /proc/PID/smaps with its Pss, in KiB.
 #[derive(Clone, Debug)]
 struct Mapping {
     start: u64,
@@ -15,9 +15,9 @@ struct Mapping {
     pss: u64,
 }
 
-/// KiB of all mappings but guest RAM: that is the end of the first run of writable mappings, one behind the other, that is
-/// as long as guest RAM. (A kernel that is mapped into RAM is part of it, so it counts as RAM; a thread's stack right below
-/// does not.)
+/// KiB of all mappings except guest RAM. Guest RAM is the end of the first run of adjacent writable
+/// mappings that is at least as long as guest RAM. (A kernel that is mapped into RAM belongs to it
+/// and counts as RAM. A thread's stack right below does not.)
 pub(crate) fn beside_ram(pid: u32) -> Result<u64> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mappings = parse(&smaps);

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::contestants::Contestant;
 use crate::figures::{Figure, Figures};
 
-/// Between the table and the JSON.
+/// The line between the table and the JSON.
 const SEPARATOR: &str = "=== json";
 
 /// The report: the table, the separator, the JSON.
@@ -35,7 +35,7 @@ pub(crate) fn write(
     )
 }
 
-/// Of whom rvmm's ratios are: what the column is called, and the contestant.
+/// The contestants that rvmm is compared with: the column's name, and the contestant.
 type Others = [(&'static str, &'static str); 2];
 
 fn table(
@@ -73,7 +73,9 @@ fn table(
     }
     if !figures.sizes.is_empty() {
         line(String::new());
-        line("rvmm's binary, stripped and static, bytes by crate (symbols; inlined code counts where it went):".into());
+        let title = "rvmm's binary, stripped and static, bytes by crate (symbols; inlined code \
+                     counts where it was inlined):";
+        line(title.into());
         for (part, bytes) in &figures.sizes {
             line(format!("  {part:<28}{bytes:>10}"));
         }

@@ -1,4 +1,5 @@
-//! The groups "blk" and "net": a guest that measures its disk or its network itself (benches/guest_io.rs).
+//! The groups "blk" and "net": the guest measures its disk or its network itself
+//! (benches/guest_io.rs).
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -10,12 +11,12 @@ use crate::contestants::{Contestant, Link};
 use crate::figures::Figures;
 use crate::measure::{Lab, run, tail};
 
-/// Bytes of the disk. Its image lies in L1's memory.
+/// Bytes of the disk. Its image is in L1's memory.
 const DISK: u64 = 64 << 20;
-/// As in the guest's program.
+/// The same as in the guest's program.
 const STREAM: usize = 64 << 20;
 const TRIPS: u32 = 2000;
-/// The host's address and the guest's on the tap that scripts/bench made.
+/// The addresses of the host and the guest on the tap that scripts/bench made.
 const HOST: &str = "10.99.0.1";
 const GUEST: &str = "10.99.0.2/24";
 const TAP: &str = "bench0";
@@ -34,7 +35,7 @@ pub(crate) fn blk(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> 
     add(figures, contestant, &output, "")
 }
 
-/// Not a hole in it: those would be quicker.
+/// Written completely, because holes would be faster.
 fn write_image(path: &Path) -> Result<()> {
     if std::fs::metadata(path).is_ok_and(|metadata| metadata.len() == DISK) {
         return Ok(());
@@ -85,7 +86,7 @@ fn serve(listener: &TcpListener) -> Result<()> {
     Ok(())
 }
 
-/// Figures from lines "io: NAME UNIT VALUE".
+/// Reads figures from lines "io: NAME UNIT VALUE".
 fn add(figures: &mut Figures, contestant: &Contestant, output: &str, suffix: &str) -> Result<()> {
     let mut found = 0;
     for line in output.lines() {

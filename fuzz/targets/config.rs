@@ -1,6 +1,6 @@
-//! A machine's JSON: what is read is printed and read again as the same.
+//! A machine's JSON: accepted input is printed, and reading that gives the same again.
 //!
-//! What `validate` accepts has flags that say the same.
+//! If `validate` accepts it, flags can say the same.
 
 use rvmm::config::VmConfig;
 

@@ -1,6 +1,7 @@
-//! Lines on the control socket: a command, or refused by one line; and a machine's replies.
+//! Lines on the control socket: each is a command, or is refused with one line. Also a machine's
+//! replies.
 //!
-//! A reply is read by the client, printed and read again as the same.
+//! The client reads a reply; printing and reading it gives the same again.
 
 use rvmm::control::{self, Hex, Reply};
 use serde_json::Value;
@@ -29,7 +30,7 @@ fuzz_engine::fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// No reply of rvmm's has one, and serde_json does not promise their last digit.
+/// No reply of rvmm contains a fraction, and serde_json does not guarantee its last digit.
 fn has_fraction(reply: &Reply) -> bool {
     fn is_in(value: &Value) -> bool {
         match value {

@@ -1,19 +1,20 @@
-//! Kernels by content: what is accepted lies in RAM, and memory is bounded.
+//! Kernels by content: an accepted kernel fits in RAM, and memory use is bounded.
 //!
-//! Image, ELF, gzip, zstd and zboot. What is accepted has its parts in the file and in RAM, none over another, and
-//! begins inside them; and no file makes rvmm hold more than what RAM bounds.
+//! Image, ELF, gzip, zstd and zboot. The parts of an accepted kernel are inside the file and inside
+//! RAM, do not overlap, and the entry point is in one of them. No file makes rvmm use more memory
+//! than RAM allows.
 //!
-//! An input is a recipe of five letters, as in `gi8a-`, and what follows:
+//! An input is a recipe of five letters, as in `gi8a-`, and data:
 //!
 //! ```text
-//! 0 around it:  g gzip, z zstd, G zboot with gzip, Z zboot with zstd; else nothing
-//! 1 the kernel: i Image, p Image with PE headers, e ELF, v vmlinux, b zeros as large as RAM and more;
-//!               else what follows is the file
+//! 0 container:  g gzip, z zstd, G zboot with gzip, Z zboot with zstd; else nothing
+//! 1 kernel:     i Image, p Image with PE headers, e ELF, v vmlinux, b more zeros than RAM has
+//!               bytes; else the data is the file
 //! 2 RAM:        0 to 9, 16 KiB to 8 MiB
-//! 3 the format: i Image, e ELF, f flat; else told by content
-//! 4 the initrd: 0 to 9, 1 KiB to 512 KiB; else there is none
-//! 5 changes:    a place (2 bytes) and the 8 bytes that are written there, in the kernel, or, from 0x8000, in
-//!               what is around it; as many as there are
+//! 3 format:     i Image, e ELF, f flat; else detected by content
+//! 4 initrd:     0 to 9, 1 KiB to 512 KiB; else there is none
+//! 5 changes:    a place (2 bytes) and the 8 bytes that are written there, in the kernel or, from
+//!               0x8000 on, in the container around it; any number of them
 //! ```
 
 use std::io::Write;
@@ -27,7 +28,7 @@ use rvmm::util::ByteSize;
 
 const BASE: u64 = 0x8000_0000;
 
-/// A place from which on a change is in what is around the kernel.
+/// A change at this place or later is in the container around the kernel.
 const OUTSIDE: u16 = 0x8000;
 
 fuzz_engine::fuzz_target!(|data: &[u8]| {
@@ -53,7 +54,8 @@ fuzz_engine::fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Packed and expanded, each in a vector that has grown by doubling; and what decoders need.
+/// The compressed and the decompressed data, each in a vector that has grown by doubling, and the
+/// memory of the decoders.
 fn most(ram: ByteSize) -> usize {
     let ram = usize::try_from(ram.bytes()).expect("RAM is small here");
     4 * ram + (256 << 10)
@@ -72,7 +74,7 @@ fn check(kernel: &Kernel, file: &[u8], ram: ByteSize, initrd: Option<u64>) {
     }
     assert!(!kernel.segments.is_empty());
     no_overlap(kernel.segments.iter().map(|s| s.at..s.at + s.size));
-    // A file of no bytes is none; a kernel of some begins in one of its parts.
+    // An empty file has no parts. Otherwise the entry point is in one of them.
     let begins_in = |range: Range<u64>| range.contains(&kernel.entry);
     assert!(
         kernel
@@ -110,7 +112,7 @@ fn digit(letter: u8) -> Option<u32> {
     char::from(letter).to_digit(10)
 }
 
-/// The file that a recipe is for.
+/// The file that a recipe describes.
 fn file(around: u8, what: u8, rest: &[u8]) -> Vec<u8> {
     let mut kernel = match what {
         b'i' => image(0),
@@ -144,7 +146,7 @@ fn write(file: &mut [u8], at: u16, bytes: &[u8]) {
     places.zip(bytes).for_each(|(place, byte)| *place = *byte);
 }
 
-/// A few bytes that expand to 9 MiB, more than RAM. Made once.
+/// A few bytes that decompress to 9 MiB, more than RAM. Made once.
 fn bomb(around: u8, changes: &[u8]) -> Vec<u8> {
     static BOMBS: OnceLock<[Vec<u8>; 4]> = OnceLock::new();
     let letters = *b"gzGZ";
@@ -177,7 +179,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::bulk::compress(bytes, 1).expect("memory takes it")
 }
 
-/// As `zboot-header.S` lays it out.
+/// The layout of `zboot-header.S`.
 fn zboot(compression: &str, payload: &[u8]) -> Vec<u8> {
     const OFFSET: u32 = 64;
     let mut file = vec![0; OFFSET as usize];
@@ -201,7 +203,7 @@ fn image(text_offset: u64) -> Vec<u8> {
     image
 }
 
-/// One with an EFI stub's headers, and two sections.
+/// An Image with an EFI stub's headers, and two sections.
 fn pe() -> Vec<u8> {
     let mut image = image(2 << 20);
     image[..2].copy_from_slice(b"MZ");

@@ -1,6 +1,6 @@
-//! The values of flags: what is read is printed and read again as the same.
+//! The values of flags: an accepted value is printed, and reading that gives the same again.
 //!
-//! Each is tried as the value of every flag; what is refused has a reason.
+//! Each input is tried as the value of every flag. A refusal has a reason.
 
 use std::fmt::{Debug, Display};
 use std::str::FromStr;

@@ -1,6 +1,6 @@
-//! A planted fault: it must be found, or the others' silence would say nothing.
+//! A planted bug. The engine must find it; otherwise the other targets' success would mean nothing.
 //!
-//! Without coverage and the values that are compared nobody finds it.
+//! It cannot be found without coverage and the values of comparisons.
 
 fuzz_engine::fuzz_target!(|data: &[u8]| {
     let Some((head, rest)) = data.split_at_checked(8) else {

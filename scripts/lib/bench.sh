@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # The benchmark's L1: one hart, and a clock that counts instructions.
 
-# 1 instruction is 1 ns, and waiting takes no time: what the clock says is the same on every machine.
+# 1 instruction is 1 ns, and waiting takes no time: the clock runs the same on every machine.
 BENCH_CLOCK=(-icount "shift=0,sleep=off")
 BENCH_HARTS=1
 BENCH_L1='1 hart'
 readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net)
 readonly BENCH_LIMIT=5400
-# Where the user is: the scripts work in the repository.
+# The user's directory: the scripts work in the repository.
 BENCH_CALLER=$OLDPWD
 
 # Two harts instead, and this machine's time.
@@ -30,7 +30,7 @@ bench_build() {
         env_run cargo build --release --locked --examples --target "$RVMM_TRIPLE"
 }
 
-# A payload with the contestants, and what is measured outside L1.
+# A payload with the contestants, and the measurements outside L1.
 bench_begin() {
     local kind=$1 repetitions=$2 only=$3 root bare=
     rig_begin "$kind"
@@ -62,7 +62,7 @@ exec bench-suite
 END
 }
 
-# The guest's initramfs with the modules for virtio, and behind it the program.
+# The guest's initramfs with the modules for virtio, and the program behind it.
 bench_pack_io() {
     local work=$RIG_RUN/io
     mkdir -p "$work/bin"
@@ -76,7 +76,8 @@ bench_boot() {
     rig_boot "$BENCH_LIMIT"
 }
 
-# The guest of the group "init", on L0: each time a line "[    0.841366] Run /init ..." in $RIG_RUN/bare.
+# Boots the guest of the group "init" on L0. Each boot adds a line "[    0.841366] Run /init ..." to
+# $RIG_RUN/bare.
 bench_bare() {
     local kind=$1 repetitions=$2 run
     : >"$RIG_RUN/bare"
@@ -90,18 +91,19 @@ bench_bare() {
     done
 }
 
-# Those lines' stamps, in milliseconds.
+# The timestamps of those lines, in milliseconds.
 bench_stamps() {
     sed -E 's/^\[ *([0-9.]+)\].*/\1/' "$RIG_RUN/bare" | awk '{ printf "%.3f ", $1 * 1000 }'
 }
 
-# rvmm's stripped size, and what its symbols take by crate, largest first: words PART=BYTES.
+# rvmm's stripped size, and the size of its symbols by crate, largest first: words PART=BYTES.
 bench_sizes() {
     printf 'all=%d' "$(stat --format %s "$RIG_RUN/root/payload/bin/rvmm")"
     env_run riscv64-linux-gnu-nm --demangle --print-size --size-sort --radix=d "$RIG_RVMM" | bench_by_crate
 }
 
-# From nm's lines "address size type symbol". A symbol belongs to the first path in its name; one without a path is C's.
+# Reads nm's lines "address size type symbol". A symbol belongs to the first path in its name; one
+# without a path is C's.
 bench_by_crate() {
     awk '
         {
@@ -116,7 +118,7 @@ bench_by_crate() {
         END { for (part in sum) print sum[part], part }' | sort -rn | awk '{ printf " %s=%d", $2, $1 }'
 }
 
-# Other VMMs: NAME=PROGRAM ARGUMENTS, with the program's path as the caller's directory has it.
+# Other VMMs: NAME=PROGRAM ARGUMENTS. The program's path is relative to the caller's directory.
 bench_check_peers() {
     local peer name names=" rvmm rvmm/mmio qemu floor floor+aia bare " program
     for peer; do
@@ -135,24 +137,24 @@ bench_peer_program() {
     bench_path "${command%% *}"
 }
 
-# By the start of an ELF file: 64 bits, EM_RISCV.
+# Checks the start of the ELF file: 64 bits, EM_RISCV.
 bench_is_riscv64() {
     [[ $(od -An -tx1 -N20 "$1" | tr -d ' \n') =~ ^7f454c4602.{26}f300$ ]]
 }
 
-# A file as the caller's directory has it.
+# The absolute path of a file that is relative to the caller's directory.
 bench_path() {
     [[ $1 == /* ]] || printf '%s/' "$BENCH_CALLER"
     printf '%s' "$1"
 }
 
-# Takes along another build of rvmm.
+# Adds another build of rvmm.
 bench_add_before() {
     install -m 755 "$1" "$RIG_RUN/root/payload/bin/before"
     rig_set RVMM_BENCH_BEFORE before
 }
 
-# Takes along the programs of peers that were checked.
+# Adds the programs of the peers, which were checked.
 bench_add_peers() {
     local peer name command lines='' bin=$RIG_RUN/root/payload/bin/peer
     mkdir -p "$bin"
@@ -164,7 +166,7 @@ bench_add_peers() {
     rig_set RVMM_BENCH_PEERS "$lines"
 }
 
-# The report that L1 left, however it ended: the table on stdout, the JSON in a file.
+# Prints the table of L1's report, if there is one, and writes the JSON to a file.
 bench_report() {
     local out=$RVMM_TARGET/bench-$1.json
     [[ -s $RIG_RUN/log ]] || return 0
@@ -175,5 +177,5 @@ bench_report() {
 
 bench_fail() {
     ui_show_log
-    die "the benchmark failed; all it said is in $UI_LOG"
+    die "the benchmark failed; its output is in $UI_LOG"
 }

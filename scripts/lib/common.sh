@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What every script starts with: where things are, and a way out that leaves nothing running.
+# Sourced by every script: sets paths, and a clean-up that leaves nothing running.
 
 set -euo pipefail
 
 RVMM_REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 RVMM_CACHE=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/rvmm
-# What cargo builds, apart for each clone: two may build at once.
+# Cargo's output, separate for each clone: two may build at once.
 RVMM_TARGET=$RVMM_CACHE/target/$(printf '%s' "$RVMM_REPO" | sha256sum | cut -c1-12)
 readonly RVMM_REPO RVMM_CACHE RVMM_TARGET
 readonly RVMM_TRIPLE=riscv64gc-unknown-linux-gnu
@@ -25,13 +25,14 @@ source "$RVMM_REPO/scripts/lib/rig.sh"
 # shellcheck source=scripts/lib/debian.sh
 source "$RVMM_REPO/scripts/lib/debian.sh"
 
-# A new directory for what is not finished. It goes when this script ends. One that was killed leaves it to the next: the lock on
-# the script's own directory, which what it started has too, says whether anybody still works there.
+# Make a directory for unfinished files. It is removed when this script ends. If the script was
+# killed, the next one removes it. The lock on the script's own directory, which its children
+# inherit, shows whether it is still in use.
 cache_temp() {
     mktemp -d "$CACHE_WORK/XXXXXX"
 }
 
-# Before the first cache_temp. One script at a time does this.
+# Called before the first cache_temp. One script at a time does this.
 cache_begin() {
     local gate
     mkdir -p "$RVMM_CACHE/work"
@@ -44,7 +45,7 @@ cache_begin() {
     exec {gate}<&-
 }
 
-# Remove the directories of scripts that were killed, once all that these had started has ended too.
+# Remove the directories of killed scripts, once all their children have ended.
 cache_sweep() {
     local dir
     for dir in "$RVMM_CACHE"/work/*/; do

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# A small Debian for guests, on a disk: packages of the cross-environment, installed in an emulated machine.
+# A small Debian for guests, on a disk. Packages of the cross-environment are installed in an
+# emulated machine.
 #
 #   debian_build         make $DEBIAN_IMAGE, an ext4 file system, unless it is there
 #
-# The image is never written to again: who boots it does so with a throw-away overlay.
+# The image is never changed afterwards: those who boot it use a throw-away overlay.
 
 readonly DEBIAN_SIZE=1G
 readonly DEBIAN_LIMIT=1800
@@ -26,8 +27,9 @@ debian_install() {
     return "$status"
 }
 
-# All packages unpacked, and behind them as files that need no decompression: dpkg registers them from there. No documentation but
-# the licences, no translations; and the modules that a guest has loaded by the time this disk is mounted, for modprobe to find.
+# All packages unpacked, and also the packages as files without compression, from which dpkg
+# registers them. No documentation except licences, no translations. Includes the modules that a
+# guest has loaded by the time this disk is mounted, so that modprobe finds them.
 debian_unpack() {
     env_run bash -euc '
         work=$1

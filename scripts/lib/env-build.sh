@@ -1,15 +1,17 @@
 # shellcheck shell=bash
-# Building the cross-environment: room, the tools for it, a Debian suite that is whole, the image, and the crates.
+# Builds the cross-environment: checks free space, installs tools, chooses a complete Debian suite,
+# builds the image, and downloads the crates.
 #
-# The suite is chosen before each build (scripts/lib/whole-suite). A built environment keeps its own: /opt/rvmm/suite in it.
+# The suite is chosen before each build (scripts/lib/whole-suite). A built environment keeps its
+# suite: /opt/rvmm/suite in it.
 
 readonly ENV_NEEDS_MIB=6000
 readonly ENV_PACKAGES=(buildah mmdebstrap debian-archive-keyring ca-certificates)
-readonly ENV_OTHER_MIRROR="Use another mirror with RVMM_MIRROR=URL, set http_proxy and https_proxy if this machine needs them, or come back another day."
-readonly ENV_OTHER_IMAGE="That is the engine's own download: see to its proxy, its login or its limits, or come back another day."
-readonly ENV_OTHER_REGISTRY="Come back later, or name a mirror of crates.io as cargo's source replacement in $RVMM_CACHE/cargo/config.toml."
+readonly ENV_OTHER_MIRROR="Use another mirror with RVMM_MIRROR=URL, set http_proxy and https_proxy if this machine needs them, or try again another day."
+readonly ENV_OTHER_IMAGE="That is the engine's own download: check its proxy, its login and its limits, or try again another day."
+readonly ENV_OTHER_REGISTRY="Try again later, or name a mirror of crates.io as cargo's source replacement in $RVMM_CACHE/cargo/config.toml."
 
-# Everything that the engines share before a build.
+# The steps before a build that all engines share.
 env_prepare() {
     env_check_room
     env_take_proxies_of_apt
@@ -26,7 +28,7 @@ env_prepare() {
     ENV_BUILD_ARGS=(--network host --build-arg "MIRROR=$ENV_MIRROR" --build-arg "SUITE=$ENV_SUITE" "${ENV_PROXY_ARGS[@]}")
 }
 
-# What reaches the mirror for this machine's apt reaches it for the environment's.
+# Use this machine's proxies of apt for the environment, too.
 env_take_proxies_of_apt() {
     local proxy
     command -v apt-config >/dev/null || return 0
@@ -47,7 +49,7 @@ env_check_room() {
     local free
     free=$(df --output=avail --block-size=1M "$RVMM_CACHE" | tail -n 1 | tr -d " ")
     ((free >= ENV_NEEDS_MIB)) ||
-        die "not enough space for the cross-environment: $RVMM_CACHE has $free MiB free and needs $ENV_NEEDS_MIB; free some, or set XDG_CACHE_HOME to a roomier place"
+        die "not enough space for the cross-environment: $RVMM_CACHE has $free MiB free and needs $ENV_NEEDS_MIB; free some, or set XDG_CACHE_HOME to a directory with more space"
 }
 
 env_install_tools() {
@@ -62,7 +64,7 @@ env_install() {
     apt-get install "${wait[@]}" --assume-yes --no-install-recommends "${ENV_PACKAGES[@]}"
 }
 
-# Sets ENV_MIRROR and ENV_SUITE, and says in one line which they are and which were passed over.
+# Sets ENV_MIRROR and ENV_SUITE. Prints one line with them and the suites that were passed over.
 env_choose_suite() {
     local chosen passed_over version made
     chosen=$(cache_temp)/suite
@@ -73,7 +75,7 @@ env_choose_suite() {
     say "$ENV_FROM${passed_over:+ (passed over: $passed_over)}"
 }
 
-# With an engine, in the base image, which has apt where this machine may have none.
+# With an engine this runs in the base image, which has apt where this machine may have none.
 env_whole_suite() {
     local args mirror=${RVMM_MIRROR-}
     [[ -n $mirror ]] || mirror=$(sh scripts/lib/whole-suite --mirror)
@@ -102,13 +104,14 @@ env_build_podman() {
     env_build_docker
 }
 
-# The name is given only to a finished image.
+# Only a finished image gets the name.
 env_engine_build() {
     "$ENV_ENGINE" build "${ENV_BUILD_ARGS[@]}" --tag "$ENV_NAME" "$ENV_CONTEXT"
 }
 
-# buildah: a base made by mmdebstrap under the name that FROM gives, the Dockerfile on it, a container to run things in.
-# It is done when its .done file is there, and what an earlier attempt left half done goes first.
+# buildah: mmdebstrap makes a base with the name in FROM, the Dockerfile is built on it, and
+# commands run in a container. The .done file says that the build is complete. Leftovers of an
+# earlier attempt are removed first.
 env_build_buildah() {
     env_prepare
     must_fetch "Make the Debian base with mmdebstrap" "$ENV_OTHER_MIRROR" env_make_base
@@ -121,7 +124,7 @@ env_finish() {
     printf '%s\n' "$ENV_FROM" >"$RVMM_CACHE/env/$ENV_NAME.from"
 }
 
-# What mmdebstrap mounts is mounted for it alone: when it is killed, nothing of it stays.
+# mmdebstrap's mounts are in their own namespace, so that nothing is left if it is killed.
 env_make_base() {
     local container dir tar
     dir=$(cache_temp)
@@ -141,7 +144,8 @@ env_buildah_build() {
         env_buildah from --pull-never --security-opt seccomp=unconfined --name "$ENV_NAME" "$ENV_NAME"
 }
 
-# Containers without a .done file: of builds that ended early. Images without a name: layers of those.
+# Containers without a .done file are from builds that ended early. Images without a name are their
+# layers.
 env_drop_leftovers() {
     local name
     env_buildah containers --format '{{.ContainerName}}' | while read -r name; do
@@ -150,10 +154,10 @@ env_drop_leftovers() {
     env_buildah rmi --prune >/dev/null || true
 }
 
-# The packages with a Cargo.lock of their own.
+# The packages with their own Cargo.lock.
 readonly ENV_MANIFESTS=(Cargo.toml fuzz/Cargo.toml)
 
-# The file that is there when all crates of each Cargo.lock are. It goes when they go.
+# The file that exists if all crates of each Cargo.lock are there. It is removed with them.
 env_crates_mark() {
     local locks=("${ENV_MANIFESTS[@]/#/"$RVMM_REPO/"}")
     printf '%s/cargo/registry/fetched-%s' "$RVMM_CACHE" "$(cat "${locks[@]/%.toml/.lock}" | sha256sum | cut -c1-12)"
@@ -163,13 +167,13 @@ env_has_crates() {
     [[ -e $(env_crates_mark) ]]
 }
 
-# All crates at once, so that no later step needs a network.
+# Download all crates at once, so that no later step needs a network.
 env_fetch_crates() {
     must_fetch "Download the crates" "$ENV_OTHER_REGISTRY" env_cargo_fetch
     touch "$(env_crates_mark)"
 }
 
-# A download that was cut off can leave a file that cargo takes for whole and then cannot unpack.
+# An interrupted download can leave a file that cargo accepts as complete and then cannot unpack.
 env_cargo_fetch() {
     env_cargo_fetch_each && return
     grep -qE 'failed to unpack|checksum|corrupt' "$UI_LOG" || return 1

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# The cross-environment that the Dockerfile defines: build it once, run commands in it.
+# The cross-environment that the Dockerfile defines. It is built once, and commands run in it.
 #
 #   env_up             build it if need be; every script calls this first
 #   env_run COMMAND    run a command in it, in the current directory, with this repository and the cache at their own paths
 #
-# An engine (Docker, Podman) does it where one answers; without one, buildah does, which needs root and Debian. What is built is used
-# without asking the network anything. scripts/lib/env-build.sh has the building.
+# A container engine (Docker, Podman) does this if one answers. Otherwise buildah does, which needs
+# root and Debian. A built environment needs no network. scripts/lib/env-build.sh builds it.
 
 readonly ENV_PROXIES=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
-# This machine's certificate authorities: Debian's place, Fedora's, SUSE's.
+# This machine's certificate authorities: where Debian, Fedora and SUSE have them.
 for ENV_HOST_CA in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
     [[ ! -r $ENV_HOST_CA ]] || break
 done
@@ -34,7 +34,7 @@ env_up() {
     say "[$(ui_since "$start") s] The cross-environment is ready$(ui_downloaded "$UI_BYTES")"
 }
 
-# One short name for all that it is made from.
+# A short name that depends on everything the environment is made from.
 env_key() {
     {
         cat "$RVMM_REPO/Dockerfile"
@@ -55,7 +55,7 @@ env_choose_engine() {
     ENV_ENGINE=buildah
 }
 
-# Without an engine: this machine must be one that buildah can be installed and run on.
+# Without an engine, buildah must be installed or installable on this machine.
 env_check_bare_host() {
     local id
     id=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID-} ${VERSION_ID-}")
@@ -79,13 +79,13 @@ env_buildah() {
     buildah --root "$RVMM_CACHE/storage" --runroot "$RVMM_CACHE/storage-run" "$@"
 }
 
-# What the environment was made from, in one line; nothing where an engine has it from elsewhere.
+# What the environment was made from, in one line; nothing if an engine has it from elsewhere.
 env_made_from() {
     cat "$RVMM_CACHE/env/$ENV_NAME.from" 2>/dev/null || true
 }
 
-# Run a command in the environment. stdin, stdout and stderr are the caller's; the exit status is the command's.
-# It is without the engine's own filter of system calls: unit tests use io_uring.
+# Run a command in the environment. stdin, stdout and stderr are the caller's; the exit status is
+# the command's. The engine's filter of system calls is off, because unit tests use io_uring.
 env_run() {
     local args=() engine
     env_volumes
@@ -108,8 +108,9 @@ env_run() {
     esac
 }
 
-# For env_run, whose "args" this takes. buildah's programs first copy themselves into a sealed memory file, and give up when the
-# host's kernel holds a page of it just then (EBUSY). The command has not begun then, and the next try is as good as the first.
+# For env_run, whose "args" this uses. buildah's programs first copy themselves into a sealed memory
+# file, and fail if the host's kernel holds a page of it at that moment (EBUSY). The command has not
+# begun then, so this tries again.
 env_buildah_run() {
     local begun status _
     begun=$(mktemp --dry-run "$CACHE_WORK/begun.XXXXXX")
@@ -130,7 +131,7 @@ env_volumes() {
     [[ $ENV_ENGINE != buildah || ! -r /etc/resolv.conf ]] || ENV_VOLUMES+=(--volume "/etc/resolv.conf:/etc/resolv.conf:ro")
 }
 
-# Sets ENV_PROXY_ARGS: this machine's proxies behind a flag, --env or --build-arg.
+# Sets ENV_PROXY_ARGS: this machine's proxies, each after a flag (--env or --build-arg).
 env_proxies() {
     local name
     ENV_PROXY_ARGS=()

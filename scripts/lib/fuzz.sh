@@ -1,13 +1,14 @@
 # shellcheck shell=bash
-# The targets of fuzz/: built once, and run for some seconds.
+# The targets of fuzz/: builds them once, and runs them for some seconds.
 #
-# The corpus of the repository is only read. What is found stays in FUZZ_FOUND, apart for each target.
+# The corpus in the repository is only read. Findings are kept in FUZZ_FOUND, separately for each
+# target.
 
 readonly FUZZ_FOUND=$RVMM_TARGET/fuzz-found
-# A target's memory, MiB of address space.
+# The limit of a target's address space, in MiB.
 readonly FUZZ_MEMORY=512
 
-# The names of all targets but the one with a planted fault.
+# The names of all targets except the one with a planted bug.
 fuzz_targets() {
     local source
     for source in fuzz/targets/*.rs; do
@@ -16,7 +17,8 @@ fuzz_targets() {
     done
 }
 
-# cargo for fuzz/: in its directory, whose .cargo has the flags, and apart from rvmm's own builds, which have others.
+# cargo for fuzz/: in its directory, whose .cargo has the flags, and with its own target directory,
+# because rvmm's builds have other flags.
 fuzz_cargo() {
     env_run env -C fuzz CARGO_TARGET_DIR="$RVMM_TARGET/fuzz" cargo "$@"
 }
@@ -29,7 +31,7 @@ fuzz_lint() {
     fuzz_cargo fmt --all --check && fuzz_cargo clippy --release --locked --workspace --all-targets -- -D warnings
 }
 
-# Run a target for some seconds; further arguments are more options, and directories for the inputs.
+# Run a target for some seconds. Further arguments are options, and directories for the inputs.
 #   fuzz_run TARGET SECONDS [ARGUMENT...]
 fuzz_run() {
     local target=$1 seconds=$2 found=$FUZZ_FOUND/$1
@@ -39,12 +41,12 @@ fuzz_run() {
         -max_total_time="$seconds" -rss_limit_mb="$FUZZ_MEMORY" -artifact_prefix="$found/" "$@" "fuzz/corpus/$target"
 }
 
-# The target whose fault must be found.
+# The target whose bug must be found.
 fuzz_finds() {
     local status=0
     fuzz_run planted "$1" -seed=1 || status=$?
     ((status == 77)) || {
-        echo "the planted fault was not found: exit status $status"
+        echo "the planted bug was not found: exit status $status"
         return 1
     }
 }

@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# Making initramfs archives. Runs where the cross-tools are: in the cross-environment, or on a riscv64 machine.
+# Makes initramfs archives. Runs where the cross-tools are: in the cross-environment, or on a
+# riscv64 machine.
 
 readonly PACK_ENV=/opt/rvmm
 
-# A directory as a cpio archive on stdout: root's, in a fixed order.
+# Write a directory as a cpio archive to stdout: owned by root, in a fixed order.
 pack_dir() {
     (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet --create --format=newc --owner=+0:+0 --reproducible)
 }
 
-# A riscv64 root directory with busybox under all its names.
+# Make a riscv64 root directory with busybox under all its names.
 pack_busybox() {
     local root=$1 busybox=$PACK_ENV/busybox emulator=qemu-riscv64 name
     [[ -e $busybox ]] || busybox=$(command -v busybox)
@@ -18,12 +19,14 @@ pack_busybox() {
     for name in $($emulator "$busybox" --list); do
         [[ $name == busybox ]] || ln -s /bin/busybox "$root/bin/$name"
     done
-    # Pid 1 is a script here, which busybox's poweroff would signal in vain: in an interactive shell it needs no pid 1.
+    # Pid 1 is a script here, which does not react to the signal of busybox's poweroff. With -f,
+    # poweroff does not need pid 1. The alias is for interactive shells.
     printf "alias %s='%s -f'\n" poweroff poweroff reboot reboot halt halt >"$root/etc/shrc"
 }
 
-# Modules that a list names, without the symbols that only the compiler made: those are most of each, and loading them most of a
-# small guest's boot. It costs them their signature, which a kernel notes and does not insist on.
+# Copy the modules in a list, without the symbols that only debuggers need. These are most of each
+# module, and loading them takes most of a small guest's boot. The modules lose their signature,
+# which the kernel notes but does not require.
 pack_modules() {
     local from=$1 list=$2 to=$3 name
     mkdir -p "$to"
@@ -32,7 +35,7 @@ pack_modules() {
     done <"$from/$list"
 }
 
-# The Linux guest's initramfs; with the modules for virtio and disks, if their directory is given.
+# The Linux guest's initramfs, with the modules for virtio and disks if their directory is given.
 pack_guest_initramfs() {
     local repo=$1 out=$2 modules=${3-} root
     root=$(mktemp -d)
@@ -47,7 +50,8 @@ pack_guest_initramfs() {
     rm -rf "$root"
 }
 
-# The part of L1's initramfs that is the same in every run: busybox, KVM, the guest's kernel, init. KVM is of the kernel in HOST.
+# The part of L1's initramfs that is the same in every run: busybox, KVM, the guest's kernel, init.
+# KVM belongs to the kernel in HOST.
 pack_l1_base() {
     local repo=$1 out=$2 host=$3 root
     root=$(mktemp -d)

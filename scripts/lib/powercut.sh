@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# The power fails while a guest writes and syncs: QEMU, with L1, rvmm and the guest in it, is killed. Then a fresh L1 looks for
-# every write that the guest was told is on disk.
+# Cuts the power while a guest writes and syncs: kills QEMU, with L1, rvmm and the guest in it. Then
+# a fresh L1 looks for every write that the guest was told is on disk.
 #
 #   powercut_keeps    with rvmm's ordinary cache nothing is missing
-#   powercut_loses    with cache=unsafe, in which a flush does nothing, something is: the first one can fail
+#   powercut_loses    with cache=unsafe, which ignores flushes, some are: so the first can fail
 
 readonly POWERCUT_WRITES=150
 readonly POWERCUT_LIMIT=300
@@ -18,28 +18,28 @@ powercut_loses() {
 
 # Sets POWERCUT_MISSING.
 powercut() {
-    local cache=$1 nonce=$RANDOM$RANDOM image told
+    local cache=$1 nonce=$RANDOM$RANDOM image synced
     image=$(cache_temp)/disk
     truncate --size=64M "$image"
     powercut_boot "$image" "$POWERCUT_WRITES" <<END
 exec rvmm --kernel /guest/Image --initrd /payload/guests/virtio.cpio.gz --disk path=/dev/vda,cache=$cache \\
     --cmdline "console=ttyS0 quiet panic=-1 rvmm.action=writes rvmm.nonce=$nonce"
 END
-    told=$(sed -nE 's/^rvmm-guest: synced ([0-9]+).*/\1/p' "$RIG_RUN/console" | tail -n 1)
+    synced=$(sed -nE 's/^rvmm-guest: synced ([0-9]+).*/\1/p' "$RIG_RUN/console" | tail -n 1)
     powercut_boot "$image" '' <<END
 missing=0
-for number in \$(seq ${told:-0}); do
+for number in \$(seq ${synced:-0}); do
     dd if=/dev/vda bs=4096 skip=\$number count=1 2>/dev/null | grep -q "^write \$number $nonce\$" || missing=\$((missing + 1))
 done
 echo "missing \$missing"
 END
     POWERCUT_MISSING=$(sed -nE 's/^missing ([0-9]+).*/\1/p' "$RIG_RUN/console")
     rm -rf "${image%/*}"
-    printf 'cache=%s: %s of %s writes that were synced are missing\n' "$cache" "${POWERCUT_MISSING:-?}" "${told:-?}"
-    ((${told:-0} >= POWERCUT_WRITES)) && [[ -n $POWERCUT_MISSING ]]
+    printf 'cache=%s: %s of %s writes that were synced are missing\n' "$cache" "${POWERCUT_MISSING:-?}" "${synced:-?}"
+    ((${synced:-0} >= POWERCUT_WRITES)) && [[ -n $POWERCUT_MISSING ]]
 }
 
-# Boots L1 with the image; kills it once the guest has synced so many writes, or waits for its end.
+# Boots L1 with the image. Kills it once the guest has synced so many writes, or waits for its end.
 powercut_boot() {
     local image=$1 writes=$2
     rig_begin aia </dev/null # stdin is the script

@@ -1,17 +1,19 @@
 # shellcheck shell=bash
-# The rig: build rvmm and L1, boot L1 in QEMU, run a payload in it, get its result.
+# The rig: builds rvmm and L1, boots L1 in QEMU, runs a payload in it, and gets its result.
 #
-#   rig_build            rvmm (release, static riscv64), then rig_assemble: the guests, L1's base
-#   rig_next KIND...     what a kind of host with a newer kernel needs; fails, with the reason, where there is none
-#   rig_begin KIND       a new payload for a kind of host; add files below $RIG_RUN/root/payload
-#   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are forgotten
-#   rig_boot SECONDS     boot L1 with it; $RIG_RUN/result has what it reported; 0 seconds: for as long as it takes
-#   rig_status           the payload's exit status; fails when L1 gave none
+#   rig_build            build rvmm (release, static riscv64), then the guests and L1's base
+#   rig_next KIND...     get the newer kernel that a kind of host needs; fails if there is none
+#   rig_begin KIND       start a payload for a kind of host; add files in $RIG_RUN/root/payload
+#   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are discarded
+#   rig_boot SECONDS     boot L1 with it, for SECONDS at most (0: no limit); the result is in
+#                        $RIG_RUN/result
+#   rig_status           the payload's exit status; fails if L1 reported none
 #
-# L1 is an initramfs and nothing else: a base kept in the cache, in $RIG_L1 with its kernel, and the payload behind it.
+# L1 consists of a kernel and an initramfs: a base, kept in the cache ($RIG_L1, with the kernel),
+# and the payload behind it.
 
 readonly RIG_KINDS=(aia aia-emul none)
-# The same with a newer kernel in L1, where one can be had.
+# The same with a newer kernel in L1, if one is available.
 readonly RIG_NEXT_KINDS=(aia-next none-next)
 readonly RIG_GUESTS=$RVMM_TARGET/guests
 readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
@@ -20,7 +22,7 @@ readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 RIG_CPUS=2
 RIG_QEMU=()
 RIG_DISKS=()
-# Kill QEMU at once when its console has this line; empty: let it end.
+# Kill QEMU as soon as its console has this line. If empty, let it end.
 RIG_KILL=
 
 RIG_L1=
@@ -48,7 +50,7 @@ rig_l1_key() {
     { printf '%s\n' "$ENV_NAME" "$(env_made_from)" "$@" && cat resources/rig/init scripts/lib/pack.sh; } | sha256sum | cut -c1-12
 }
 
-# L1 with the kernel in HOST. The directory gets its name when all of it is there.
+# L1 with the kernel in HOST. The directory gets its name when it is complete.
 rig_make_l1() {
     local l1=$1 host=$2 new
     new=$(cache_temp)
@@ -57,7 +59,8 @@ rig_make_l1() {
         "$RVMM_REPO" "$new" "$host" && { mv --no-target-directory "$new" "$l1" 2>/dev/null || [[ -e $l1 ]]; }
 }
 
-# The newer kernel is kept until scripts/clean; RVMM_NEXT_KERNEL names a directory with the packages of another.
+# The newer kernel is kept until scripts/clean. RVMM_NEXT_KERNEL names a directory with the packages
+# of another one.
 rig_next() {
     local kind next
     for kind; do
@@ -87,18 +90,18 @@ rig_get_next() {
     env_run scripts/lib/next-kernel "$new" "${debs[@]}" && { mv --no-target-directory "$new" "$1" 2>/dev/null || [[ -e $1 ]]; }
 }
 
-# Why the last rig_next failed, in a line.
+# The reason why the last rig_next failed, in one line.
 rig_no_next() {
     sed -nE 's/[.?]*$//; s/^no newer kernel: //p' "$UI_LOG" | paste --serial --delimiters=';'
 }
 
-# An option that takes a kind of host, and what follows it.
+# Check an option that takes a kind of host.
 rig_needs_kind() {
     needs_value "$@"
     rig_machine "$2" >/dev/null || wrong_usage "there is no kind of host '$2', only ${RIG_KINDS[*]} ${RIG_NEXT_KINDS[*]}"
 }
 
-# What every payload has: rvmm, the guests, and who the host is meant to be.
+# Prepare what every payload has: rvmm, the guests, and the expected kind of host.
 rig_begin() {
     local kind=$1
     rig_cleanup
@@ -114,7 +117,7 @@ rig_begin() {
     rig_set RVMM_TEST_GUESTS /payload/guests
 }
 
-# Take along a program that cargo built, without what only a debugger reads.
+# Add a program that cargo built, without debug information.
 rig_add_program() {
     env_run riscv64-linux-gnu-strip -o "$RIG_RUN/root/payload/bin/${1##*/}" "$1"
 }
@@ -124,12 +127,12 @@ rig_add_disk() {
     RIG_DISKS+=(-drive "file=$1,format=raw,if=none,snapshot=on,id=$id" -device "virtio-blk-pci,drive=$id")
 }
 
-# Give the payload a variable.
+# Set a variable for the payload.
 rig_set() {
     printf '%s=%q\n' "$1" "$2" >>"$RIG_RUN/root/payload/env"
 }
 
-# What the payload runs, from stdin.
+# Set the payload's script, from stdin.
 rig_script() {
     cat >"$RIG_RUN/root/payload/run"
 }
@@ -165,7 +168,7 @@ rig_boot() {
     env_run timeout --foreground --kill-after=5 "$limit" "${command[@]}"
 }
 
-# Its output goes to the file $RIG_RUN/console meanwhile, as the caller's would.
+# QEMU's output goes to the file $RIG_RUN/console, as it would go to the caller's.
 readonly RIG_KILLER='
     line=$1 console=$2
     shift 2
@@ -181,25 +184,25 @@ rig_pack() {
         "$(rig_l1)/base.cpio" "$RIG_RUN/root" "$RIG_RUN/initrd"
 }
 
-# The L1 of this kind of host.
+# The directory of L1 for this kind of host.
 rig_l1() {
     if [[ $RIG_KIND == *-next ]]; then printf '%s' "$RIG_L1_NEXT"; else printf '%s' "$RIG_L1"; fi
 }
 
-# The "done" record is L1's last; without it L1 ended early.
+# The "done" record is L1's last. Without it, L1 ended early.
 rig_status() {
     local status
     status=$(sed -n 's/^done \([0-9]*\)$/\1/p' "$RIG_RUN/result")
     [[ -n $status ]] && printf '%s' "$status"
 }
 
-# Seconds that a command in L1 may take: the user's, or these.
+# The time limit for a command in L1 in seconds: the user's, or this default.
 rig_limit() {
     [[ ${RVMM_TIMEOUT:-$1} =~ ^[0-9]+$ ]] || wrong_usage "RVMM_TIMEOUT is '$RVMM_TIMEOUT', and no number of seconds"
     printf '%s' "${RVMM_TIMEOUT:-$1}"
 }
 
-# A person's terminal as it is to a program at it: every key goes to the guest.
+# Put the user's terminal into raw mode, so that every key goes to the guest.
 rig_terminal() {
     RIG_TTY=$(stty --save)
     local size
@@ -208,7 +211,7 @@ rig_terminal() {
     stty raw -echo
 }
 
-# Its columns and rows, 80x24, behind a word; nothing where the terminal does not know them.
+# Its columns and rows, as 80x24, after a prefix. Nothing if the terminal does not know them.
 rig_winsize() {
     stty size | sed -nE "s/^([1-9][0-9]*) ([1-9][0-9]*)\$/${1-}\\2x\\1/p"
 }
@@ -218,7 +221,7 @@ rig_terminal_back() {
     RIG_TTY=
 }
 
-# Every way out: the terminal as it was, no L1, no files of the run.
+# Called on every way out: restores the terminal, ends L1, removes the files of the run.
 rig_cleanup() {
     if [[ -n $RIG_CHILD ]]; then
         pkill -TERM -P "$RIG_CHILD" || true
@@ -230,7 +233,7 @@ rig_cleanup() {
     RIG_RUN=
 }
 
-# Both commands that run one thing in L1: boot, tell what went wrong, end with its status.
+# For the scripts that run one command in L1: boot, print errors, end with its status.
 rig_run() {
     local limit=$1 status ended=0
     rig_boot "$limit" <&0 & # in the background, so that a signal ends it at once
@@ -238,8 +241,8 @@ rig_run() {
     wait "$RIG_CHILD" || ended=$?
     RIG_CHILD=
     rig_terminal_back
-    # What timeout says of who took too long.
-    ((ended != 124)) || die "cut off after $limit s: RVMM_TIMEOUT=SECONDS gives another limit"
+    # timeout's status if the time is over.
+    ((ended != 124)) || die "ended after $limit s: RVMM_TIMEOUT=SECONDS sets another limit"
     if ! status=$(rig_status); then
         say "L1 ended without a result; the end of its log:"
         tail -n 15 "$RIG_RUN/l1.log" | sed 's/^/    | /' >&2

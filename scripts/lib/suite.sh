@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Suites: libtest binaries with the cases wanted of each, run somewhere, and judged by the records they leave.
+# Suites: libtest binaries with a list of cases for each. They run somewhere, and are judged by the
+# records that they leave.
 #
-# A suite is a directory: an executable NAME and a list of its cases NAME.names for every binary. It is run by
-# resources/rig/run-tests, wherever that is. A case has passed when there is exactly one record of it and that says ok:
-# what is missing, ignored, or said twice has failed.
+# A suite is a directory with an executable NAME and a list of its cases NAME.names for every
+# binary. resources/rig/run-tests runs it, wherever that is. A case has passed if there is exactly
+# one record of it, and that is "ok". A missing, ignored or duplicate record is a failure.
 
 PASSED=0
 FAILED=0
@@ -31,12 +32,13 @@ check() {
     fi
 }
 
-# From the log of `cargo test --no-run`: a line "SOURCE EXECUTABLE" for each test binary.
+# From the log of `cargo test --no-run`, print a line "SOURCE EXECUTABLE" for each test binary.
 suite_executables() {
     sed -nE 's/^ *Executable (unittests )?([^ ]+) \((.*)\)$/\2 \3/p' "$1"
 }
 
-# Make a suite of the binaries whose source matches a pattern and the cases whose name contains a filter.
+# Make a suite of the binaries whose source matches a pattern, and of the cases whose name contains
+# a filter.
 #   suite_make DIR LOG SOURCES FILTER RUNNER
 suite_make() {
     local dir=$1 log=$2 sources=$3 filter=$4 runner=$5 source executable name
@@ -65,7 +67,8 @@ suite_is_empty() {
     ! compgen -G "$1/*.names" >/dev/null
 }
 
-# Judge a suite by its records; LABEL/NAME::CASE for each case, and what the failed binaries printed.
+# Judge a suite by its records: prints LABEL/NAME::CASE for each case, and the output of the failed
+# binaries.
 suite_judge() {
     local label=$1 dir=$2 records=$3 log=$4 names name verdict case
     for names in "$dir"/*.names; do
@@ -78,7 +81,8 @@ suite_judge() {
     done
 }
 
-# "pass ::CASE" or "fail ::CASE (why)" for each case of one binary, then its exit status if that contradicts them.
+# "pass ::CASE" or "fail ::CASE (why)" for each case of one binary, then its exit status if that
+# contradicts them.
 suite_verdicts() {
     awk -v bin="$1" '
         NR == FNR { wanted[++n] = $1; next }

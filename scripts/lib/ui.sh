@@ -1,32 +1,34 @@
 # shellcheck shell=bash
-# What a person sees while the scripts work. Everything here goes to stderr: stdout is the guest's console, or the result.
+# Progress and messages of the scripts. Everything here goes to stderr, because stdout is the
+# guest's console or the result.
 #
-# A step is `step TITLE COMMAND...`. On a terminal it is one live line, elsewhere a line when it starts, one about every
-# half minute, and one when it ends. Its output is in a log, whose last lines are shown when it fails.
+# A step is `step TITLE COMMAND...`. On a terminal it is one line that is updated. Elsewhere it is a
+# line when it starts, one about every half minute, and one when it ends. Its output goes to a log,
+# whose last lines are shown if it fails.
 
 readonly UI_HEARTBEAT=30
 UI_LOG=
 UI_CHILD=
 UI_BYTES=0
 
-# Say one line.
+# Print one line.
 say() {
     printf '%s\n' "$*" >&2
 }
 
-# End with one line. 123 is rvmm's own "the host or its files failed".
+# Print one line and end. 123 is rvmm's own "the host or one of its files failed".
 die() {
     say "${0##*/}: $*"
     exit 123
 }
 
-# End with one line because of how the script was called. 125 is rvmm's own "wrong usage".
+# Print one line about wrong usage of the script and end. 125 is rvmm's own "wrong usage".
 wrong_usage() {
-    say "${0##*/}: $*; scripts/${0##*/} --help tells every option"
+    say "${0##*/}: $*; scripts/${0##*/} --help lists every option"
     exit 125
 }
 
-# An option and what follows it.
+# Check that an option has a value.
 needs_value() {
     [[ -n ${2-} ]] || wrong_usage "$1 needs a value"
 }
@@ -48,15 +50,15 @@ step() {
     return "$status"
 }
 
-# The same for a step that nothing can go on without.
+# The same for a step without which the script cannot go on.
 must() {
     local title=$1
     step "$@" && return
     ui_show_log
-    die "$title: failed; all it said is in $UI_LOG"
+    die "$title: failed; its output is in $UI_LOG"
 }
 
-# The end of the last step's log, set off from what the scripts say.
+# The end of the last step's log, indented.
 ui_show_log() {
     sed '/^subprocess exited with status/d' "$UI_LOG" | tail -n 25 | sed 's/^/    | /' >&2
 }
@@ -88,14 +90,14 @@ ui_end() {
     say "[$took s] $title$failed$(ui_downloaded "$bytes")"
 }
 
-# Until the step ends: redraw the live line, or beat.
+# Until the step ends: update the line, or print one now and then.
 ui_watch() {
-    local title=$1 start=$SECONDS told=$SECONDS pause=0.02
+    local title=$1 start=$SECONDS shown=$SECONDS pause=0.02
     while kill -0 "$UI_CHILD" 2>/dev/null; do
         if [[ -t 2 ]]; then
             ui_live "$title" "$((SECONDS - start))"
-        elif ((SECONDS - told >= UI_HEARTBEAT)); then
-            told=$SECONDS
+        elif ((SECONDS - shown >= UI_HEARTBEAT)); then
+            shown=$SECONDS
             say "[$((SECONDS - start)) s] $title: $(ui_last_line)"
         fi
         sleep "$pause"
@@ -114,7 +116,8 @@ ui_last_line() {
     tail -c 400 "$UI_LOG" 2>/dev/null | tr '\r' '\n' | tr -dc '[:print:]\n' | grep -v '^ *$' | tail -n 1
 }
 
-# The bytes that the last step downloaded: apt tells them, cargo names the crates.
+# The bytes that the last step downloaded. apt prints them; for cargo, add the sizes of the crates
+# that it names.
 ui_count_downloads() {
     {
         sed -nE 's/,//g; s/.*Fetched ([0-9.]+) ([kMG]?)B in .*/\1 \2/p' "$UI_LOG"
@@ -134,7 +137,7 @@ ui_downloaded() {
     (($1 == 0)) || printf ', %d.%d MB downloaded' $(($1 / 1000000)) $(($1 / 100000 % 10))
 }
 
-# Every way out: the running step goes too.
+# Called on every way out: ends the running step.
 ui_cleanup() {
     [[ -n $UI_CHILD ]] || return 0
     kill -TERM -- "-$UI_CHILD" 2>/dev/null || true

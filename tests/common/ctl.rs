@@ -1,4 +1,4 @@
-//! A machine's control socket, spoken to in lines of JSON.
+//! A client for a machine's control socket, which takes and sends lines of JSON.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// How long a command may take, on a busy emulated host.
+/// The time limit for a command, on a busy emulated host.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// One connection.
 pub(crate) struct Ctl(BufReader<UnixStream>);
 
 impl Ctl {
-    /// Connects to the socket at `path`, which is there already.
+    /// Connects to the socket at `path`, which must exist.
     pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).expect("connect to the control socket");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
@@ -31,13 +31,13 @@ impl Ctl {
         serde_json::from_str(&reply).unwrap_or_else(|error| panic!("{reply:?}: {error}"))
     }
 
-    /// The same of a command that has no other answer than that it is done.
+    /// Sends a command whose only reply is `done`.
     #[track_caller]
     pub(crate) fn done(&mut self, command: &str) {
         assert_eq!(self.ask(command), "done", "{command}");
     }
 
-    /// What `status` says.
+    /// The reply to `status`.
     pub(crate) fn status(&mut self) -> Value {
         self.ask("status")["status"].take()
     }

@@ -8,7 +8,7 @@ use super::{POWERED_OFF, Rvmm, nonce};
 
 pub(crate) const MIB: usize = 1 << 20;
 
-/// `len` bytes that no other call gives: xorshift.
+/// `len` random bytes (xorshift), different for each call.
 pub(crate) fn random(len: usize) -> Vec<u8> {
     let mut state = u64::from_str_radix(&nonce(), 16).expect("a number") | 1;
     let mut bytes = Vec::with_capacity(len + 8);
@@ -26,7 +26,7 @@ pub(crate) fn disk(path: &Path, flags: &str) -> [String; 2] {
     ["--disk".into(), format!("{}{flags}", path.display())]
 }
 
-/// Runs a command of the host's.
+/// Runs a shell command on the host, and returns its output.
 pub(crate) fn host_runs(command: &str) -> String {
     let output = Command::new("sh")
         .args(["-c", command])
@@ -43,7 +43,7 @@ pub(crate) fn md5(path: &Path) -> String {
     line.split_whitespace().next().expect("a sum").to_owned()
 }
 
-/// The guest's own init comes up from the disk, and a login at its console works.
+/// The guest's own init starts from the disk, and a login at its console works.
 pub(crate) fn debian_boots(transport: &str) {
     let nonce = nonce();
     let [flag, value] = disk(&debian(), ",snapshot=on");
@@ -57,7 +57,7 @@ pub(crate) fn debian_boots(transport: &str) {
             transport,
         ])
         .spawn();
-    // What takes a minute takes several on a loaded machine.
+    // The minute that this takes can be several on a loaded machine.
     vm.allow_seconds(900);
     vm.wait_for("rvmm-debian login: ");
     vm.send("root\n");

@@ -1,4 +1,4 @@
-//! The files the cases use: what was built, what the host has, and what a case makes for itself.
+//! The files that the cases use: built ones, files of the host, and temporary ones.
 
 use std::env;
 use std::fs;
@@ -22,7 +22,7 @@ pub(crate) fn initramfs() -> PathBuf {
     built("initramfs.cpio.gz")
 }
 
-/// The Linux kernel: the one this host runs, unless told otherwise.
+/// The Linux kernel: the one in RVMM_TEST_KERNEL, else the one that this host runs.
 pub(crate) fn kernel() -> PathBuf {
     let kernel = env::var_os("RVMM_TEST_KERNEL").map_or_else(
         || {
@@ -40,20 +40,20 @@ pub(crate) fn kernel() -> PathBuf {
     kernel
 }
 
-/// The same with the modules that Debian's kernel needs for virtio devices; or, with `root=` on the
-/// command line, boots that disk.
+/// The same initramfs with the modules that Debian's kernel needs for virtio devices. With `root=`
+/// on the command line it boots that disk.
 pub(crate) fn virtio_initramfs() -> PathBuf {
     built("virtio.cpio.gz")
 }
 
-/// A disk with a Debian for guests, which nobody writes to.
+/// A disk with a Debian for guests. No case writes to it.
 pub(crate) fn debian() -> PathBuf {
     let disk = env::var_os("RVMM_TEST_DEBIAN");
     disk.expect("RVMM_TEST_DEBIAN names a disk with a Debian: scripts/test makes one")
         .into()
 }
 
-/// The program with which a guest loads another kernel, `resources/kexec`.
+/// The program `resources/kexec`, with which a guest loads another kernel.
 pub(crate) fn kexec_loader() -> PathBuf {
     let loader = env::var_os("RVMM_TEST_KEXEC").map_or_else(
         || Path::new(env!("CARGO_BIN_EXE_rvmm")).with_file_name("examples/guest-kexec"),
@@ -81,7 +81,7 @@ fn built(name: &str) -> PathBuf {
     file
 }
 
-/// A directory of one case, removed at its end.
+/// A temporary directory of one case. Dropped, it is removed.
 pub(crate) struct TempDir(PathBuf);
 
 impl TempDir {
@@ -101,7 +101,7 @@ impl TempDir {
         &self.0
     }
 
-    /// Write a file, and return where it is.
+    /// Writes a file, and returns its path.
     pub(crate) fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let file = self.0.join(name);
         fs::write(&file, content).unwrap_or_else(|e| panic!("write {}: {e}", file.display()));

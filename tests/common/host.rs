@@ -1,4 +1,4 @@
-//! Which kind of host this is, asked of KVM itself: rvmm's own opinion is what the cases check.
+//! The kind of this host, asked from KVM itself, because the cases check what rvmm thinks of it.
 
 use std::sync::OnceLock;
 
@@ -34,7 +34,7 @@ impl Kind {
     }
 }
 
-/// The kind of this host. Panics, and so fails the case, when `RVMM_TEST_HOST` names another.
+/// The kind of this host. Panics, and so fails the case, if `RVMM_TEST_HOST` names another.
 pub(crate) fn kind() -> Kind {
     static KIND: OnceLock<Kind> = OnceLock::new();
     let kind = *KIND.get_or_init(probe);
@@ -42,7 +42,7 @@ pub(crate) fn kind() -> Kind {
         assert_eq!(
             kind.name(),
             want,
-            "this host's kind, and the one RVMM_TEST_HOST names"
+            "this host's kind differs from RVMM_TEST_HOST"
         );
     }
     kind
@@ -85,7 +85,8 @@ pub(crate) fn has_suspend() -> bool {
     vcpu.get_one_reg(SUSP, &mut [0; 8]).is_ok()
 }
 
-/// Which of `enables` an emulated IMSIC keeps: `eie0` of a VM of one vCPU, written and read.
+/// Which of the bits in `enables` an emulated IMSIC keeps: writes and reads `eie0` of a VM with one
+/// vCPU.
 pub(crate) fn imsic_enables_kept(enables: u64) -> u64 {
     const APLIC: u64 = 0x0d00_0000;
     const IMSIC: u64 = 0x2800_0000;

@@ -1,17 +1,18 @@
-//! The harness of the integration tests: rvmm as a child process, its guest's console and its own messages in buffers.
+//! The harness of the integration tests. It runs rvmm as a child process, and captures the guest's
+//! console and rvmm's messages.
 //!
-//! Nothing here waits for a time: a case waits for a line, for the end of the process, or for a pipe to fill, and every
-//! process has one deadline that only a hanging case ever meets. A case that fails shows the command, the guest's console and
-//! rvmm's messages.
+//! Nothing here waits for a fixed time. A case waits for a line, for the end of the process, or
+//! until a pipe is full. Every process has one deadline, which only a hanging case reaches. If a
+//! case fails, the command, the guest's console and rvmm's messages are shown.
 //!
-//! | variable             | meaning                                                   | default                       |
-//! |----------------------|-----------------------------------------------------------|-------------------------------|
-//! | `RVMM_TEST_BIN`      | the rvmm to test                                          | the one cargo built           |
-//! | `RVMM_TEST_HOST`     | the host this is meant to be: `aia`, `aia-emul` or `none` | whatever it is                |
-//! | `RVMM_TEST_KERNEL`   | a Linux `Image`                                           | `/boot/vmlinux-$(uname -r)`   |
-//! | `RVMM_TEST_GUESTS`   | what `scripts/guests` built                               | `target/guests`               |
-//! | `RVMM_TEST_DEBIAN`   | a disk with a Debian for guests                           | none: those cases fail        |
-//! | `RVMM_TEST_KEXEC`    | the guests' loader for kexec, `resources/kexec`           | the one cargo built           |
+//! | variable           | meaning                                         | default                     |
+//! |--------------------|-------------------------------------------------|-----------------------------|
+//! | `RVMM_TEST_BIN`    | the rvmm to test                                | the one cargo built         |
+//! | `RVMM_TEST_HOST`   | the expected kind: `aia`, `aia-emul` or `none`  | any                         |
+//! | `RVMM_TEST_KERNEL` | a Linux `Image`                                 | `/boot/vmlinux-$(uname -r)` |
+//! | `RVMM_TEST_GUESTS` | the directory that `scripts/guests` built       | `target/guests`             |
+//! | `RVMM_TEST_DEBIAN` | a disk with a Debian for guests                 | none: those cases fail      |
+//! | `RVMM_TEST_KEXEC`  | the guests' loader for kexec, `resources/kexec` | the one cargo built         |
 #![allow(
     dead_code,
     unused_imports,
@@ -44,7 +45,7 @@ pub(crate) const GUEST_FAILED: i32 = 121;
 pub(crate) const CANNOT_GO_ON: i32 = 122;
 /// Exit status: the host or its files failed.
 pub(crate) const HOST_FAILED: i32 = 123;
-/// Exit status: the time is over.
+/// Exit status: the time of `--timeout` is over.
 pub(crate) const TIMED_OUT: i32 = 124;
 /// Exit status: the command line is wrong.
 pub(crate) const USAGE: i32 = 125;

@@ -13,14 +13,14 @@ use super::Shell;
 const TUNSETIFF: c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: c_ulong = 0x4004_54cb;
 
-/// A tap with an address, which goes with the case.
+/// A tap with an address. Dropped, it is deleted.
 pub(crate) struct Tap {
     pub(crate) name: String,
     number: u32,
 }
 
 impl Tap {
-    /// One with a queue, or with several.
+    /// Creates a tap with one queue, or with several.
     pub(crate) fn new(multi_queue: bool) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -34,17 +34,17 @@ impl Tap {
         tap
     }
 
-    /// The host's address (1) or the guest's (2), with the length of the net's part.
+    /// The address of the host (1) or of the guest (2), with the prefix length.
     fn net(&self, station: u32) -> String {
         format!("10.77.{}.{station}/24", self.number)
     }
 
-    /// The same without it.
+    /// The address without the prefix length.
     pub(crate) fn address(&self, station: u32) -> String {
         format!("10.77.{}.{station}", self.number)
     }
 
-    /// Gives the guest its address, and waits for an answer from the host.
+    /// Gives the guest its address, and waits until the host answers.
     pub(crate) fn configure(&self, guest: &mut Shell) {
         guest.ok(&format!("ip addr add {} dev eth0", self.net(2)));
         guest.ok("ip link set eth0 up");
@@ -54,7 +54,7 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        // Gone already where a case took it away.
+        // A case may have deleted it already.
         let _ = Command::new("ip")
             .args(["link", "del", &self.name])
             .output();
@@ -90,7 +90,7 @@ fn ioctl(file: &File, request: c_ulong, argument: c_ulong) {
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// `ip` with these words.
+/// Runs `ip` with these words.
 pub(crate) fn ip(words: &str) {
     let done = Command::new("ip")
         .args(words.split(' '))
@@ -99,7 +99,7 @@ pub(crate) fn ip(words: &str) {
     assert!(done.success(), "ip {words}");
 }
 
-/// A sum over what is written to it.
+/// An MD5 sum of the bytes that are written to it.
 struct Md5(Child);
 
 impl Md5 {
@@ -125,11 +125,13 @@ impl Md5 {
 
 const CHUNK: usize = 1 << 20;
 
-/// Sends `chunks` MiB to the guest, and as many back; not a byte is lost, added or changed.
+/// Sends `chunks` MiB to the guest, and as many back. Checks that no byte is lost, added or
+/// changed.
 pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
     let listener = TcpListener::bind((tap.address(1), 0)).expect("listen");
     let port = listener.local_addr().expect("its address").port();
-    // The program has the connection as its standard input and output: with pipes between, a GiB takes half an hour.
+    // The program's standard input and output are the connection itself. With pipes between, a GiB
+    // would take half an hour.
     let connect = format!("nc {} {port} -e /tmp/program", tap.address(1));
     let program = |guest: &mut Shell, script: &str| {
         guest.ok(&format!(
@@ -154,7 +156,7 @@ pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
     });
 }
 
-/// Random bytes, whose first ones count the chunks.
+/// Sends chunks of the same random bytes, each with its number at the start. Returns their sum.
 fn send(listener: &TcpListener, chunks: usize) -> String {
     let (mut stream, _) = listener.accept().expect("the guest's connection");
     let mut chunk = vec![0; CHUNK];
@@ -170,7 +172,8 @@ fn send(listener: &TcpListener, chunks: usize) -> String {
     sum.end()
 }
 
-/// Chunks that have their number, from one, in eight digits, and then the same bytes, whose sum it returns.
+/// Receives chunks that start with their number, counted from one, in eight digits, followed by the
+/// same bytes. Returns the sum.
 fn receive(listener: &TcpListener, chunks: usize) -> String {
     const NUMBER: usize = 8;
     let (mut stream, _) = listener.accept().expect("the guest's connection");
@@ -192,7 +195,7 @@ fn receive(listener: &TcpListener, chunks: usize) -> String {
 /// MiB each way.
 const SOME: usize = 8;
 
-/// A guest with this interface, and TCP both ways.
+/// Boots a guest with this interface, and runs TCP both ways.
 pub(crate) fn tcp(transport: &str, more: &str, cpus: &str, multi_queue: bool) {
     let tap = Tap::new(multi_queue);
     let net = format!("tap={}{more}", tap.name);

@@ -1,4 +1,4 @@
-//! A Linux guest that is paused and resumed again and again, while its harts, disk and network are busy.
+//! Pauses and resumes a Linux guest again and again, while its harts, disk and network are busy.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -12,11 +12,12 @@ use super::disk::{MIB, disk, md5};
 use super::files::TempDir;
 use super::net::{Tap, transfer};
 
-/// Nanoseconds of work between two pauses, all vCPUs together. The guest's clock goes on in a pause, and its kernel gives a
-/// hart a second to start: with less work a hart that starts would be late.
+/// Nanoseconds of work between two pauses, of all vCPUs together. The guest's clock goes on during
+/// a pause, and its kernel gives a starting hart one second. With less work, a hart could be late.
 const WORK: u64 = 200_000_000;
 
-/// Waits until vCPUs of `pid`, which are busy, have run for so many nanoseconds since they were resumed.
+/// Waits until the vCPUs of `pid`, which are busy, have run for so many nanoseconds since they were
+/// resumed.
 pub(crate) fn wait_for_work(pid: u32, nanoseconds: u64) {
     let worked = || {
         let threads = cpu_time(pid).into_iter();
@@ -28,7 +29,8 @@ pub(crate) fn wait_for_work(pid: u32, nanoseconds: u64) {
     }
 }
 
-/// Pauses and resumes until `is_over`, and counts the rounds. In each pause nothing moves.
+/// Pauses and resumes until `is_over`, and returns the number of rounds. Checks that nothing
+/// changes during a pause.
 fn pause_and_resume(
     (pid, socket): (u32, &Path),
     tap: &Tap,
@@ -41,14 +43,14 @@ fn pause_and_resume(
         ctl.done("pause");
         let look = |ctl: &mut Ctl| (state_of_devices(ctl), packets_of(&tap.name));
         let before = look(&mut ctl);
-        assert_eq!(before, look(&mut ctl), "something moves in a pause");
+        assert_eq!(before, look(&mut ctl), "something changed during a pause");
         ctl.done("resume");
         rounds.fetch_add(1, Ordering::AcqRel);
     }
 }
 
-/// The state of a paused machine's devices, with the indexes of their queues. What is typed meanwhile waits for the UART,
-/// which counts it.
+/// The state of a paused machine's devices, with the indexes of their queues. Bytes typed during
+/// the pause wait for the UART, which counts them.
 fn state_of_devices(ctl: &mut Ctl) -> Value {
     let mut status = ctl.status();
     assert_eq!(status["state"], "paused");
@@ -56,13 +58,13 @@ fn state_of_devices(ctl: &mut Ctl) -> Value {
     status["devices"].take()
 }
 
-/// Packets that the host got from the guest by this tap.
+/// Packets that the host received from the guest through this tap.
 fn packets_of(tap: &str) -> String {
     let path = format!("/sys/class/net/{tap}/statistics/rx_packets");
     std::fs::read_to_string(&path).expect(&path)
 }
 
-/// At least `least` rounds under load, after which all sums agree.
+/// Runs at least `least` rounds under load, and then checks all sums.
 pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
     let (scratch, tap) = (TempDir::new(), Tap::new(true));
     let socket = scratch.path().join("ctl");
@@ -90,7 +92,7 @@ pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
         pauser.join().expect("no round fails");
     });
     let counts = [0, 1].map(|_| {
-        // The file has no line for a moment, again and again.
+        // Again and again the file has no line for a moment.
         let count = guest.ok("until read count </tmp/count; do :; done; echo $count");
         guest.ok("sleep 1");
         count
@@ -101,7 +103,7 @@ pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
     assert_eq!(md5(&image), sum);
 }
 
-/// Fresh bytes to the disk, past the guest's cache; they come back as they were written.
+/// Writes new bytes to the disk, without the guest's page cache, and reads them back.
 fn write_and_read(guest: &mut Shell) {
     guest.ok("dd if=/dev/urandom of=/tmp/bytes bs=1M count=8 2>/dev/null; md5sum </tmp/bytes >/tmp/sum-of-disk");
     guest.ok("dd if=/tmp/bytes of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches");
@@ -114,7 +116,7 @@ pub(crate) fn cpu_time(pid: u32) -> Vec<(String, u64)> {
     let tasks = std::fs::read_dir(&path).expect(&path);
     let mut times: Vec<_> = tasks
         .filter_map(|task| {
-            // It may end meanwhile.
+            // The thread may have ended.
             let task = task.ok()?.path();
             let name = std::fs::read_to_string(task.join("comm")).ok()?;
             let times = std::fs::read_to_string(task.join("schedstat")).ok()?;

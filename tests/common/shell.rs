@@ -1,10 +1,10 @@
-//! A Linux guest that runs commands: a line each, typed at its console.
+//! A Linux guest that runs commands, typed at its console one per line.
 
 use std::ffi::OsStr;
 
 use super::{Outcome, POWERED_OFF, Rvmm, Vm};
 
-/// A guest that runs what it is told, one command after the other.
+/// A guest that runs commands one after the other.
 pub(crate) struct Shell {
     pub(crate) vm: Vm,
     commands: usize,
@@ -14,23 +14,23 @@ const READY: &str = "rvmm-guest: ready";
 const STATUS: &str = "rvmm-guest: status ";
 
 impl Shell {
-    /// Linux with the drivers for virtio, and `flags` for rvmm.
+    /// Starts Linux with the drivers for virtio, and `flags` for rvmm.
     pub(crate) fn start<I: IntoIterator<Item: AsRef<OsStr>>>(flags: I) -> Self {
         Self::of(Rvmm::virtio("console=ttyS0 quiet panic=-1 rvmm.action=sh").args(flags))
     }
 
-    /// The same of a command line that has that action.
+    /// Starts `rvmm`, whose guest must have the action `sh`.
     pub(crate) fn of(rvmm: Rvmm) -> Self {
         Self::on(rvmm.spawn())
     }
 
-    /// The same of a guest that has not been ready before.
+    /// A guest of `vm`, which has not been ready before. Waits until it is.
     pub(crate) fn on(vm: Vm) -> Self {
         vm.wait_for(READY);
         Self { vm, commands: 0 }
     }
 
-    /// Runs `command` with the guest's `sh`: its status, and what it wrote.
+    /// Runs `command` in the guest's `sh`. Returns its status and its output.
     pub(crate) fn run(&mut self, command: &str) -> (i32, String) {
         assert!(!command.contains('\n'), "one line: {command:?}");
         let before = self.vm.console().len();
@@ -43,7 +43,7 @@ impl Shell {
         (status.parse().expect("a number"), output.replace('\r', ""))
     }
 
-    /// The same of a command that succeeds.
+    /// Runs a command that must succeed, and returns its output.
     #[track_caller]
     pub(crate) fn ok(&mut self, command: &str) -> String {
         let (status, output) = self.run(command);
@@ -51,12 +51,12 @@ impl Shell {
         output.trim().to_owned()
     }
 
-    /// The guest was started again, and has said so since the last command.
+    /// Waits until the guest, which was started again, is ready again.
     pub(crate) fn restarted(&mut self) {
         self.answered(1);
     }
 
-    /// So many commands have ended that were sent without [`Shell::run`].
+    /// Waits until so many `commands` have ended that were sent without [`Shell::run`].
     pub(crate) fn answered(&mut self, commands: usize) {
         self.commands += commands;
         self.vm.wait_for_times(READY, self.commands + 1);

@@ -15,31 +15,32 @@ use rustix::net::sockopt::set_socket_send_buffer_size;
 
 use super::files;
 
-/// How long one process may take, emulated on a busy machine. Only a case that hangs gets there.
+/// The time limit for one process, emulated on a busy machine. Only a hanging case reaches it.
 const DEADLINE: Duration = Duration::from_secs(180);
-/// How often to look at what gives no notice (the end of a process, the fill of a pipe).
+/// The interval for polling events without a notification, such as the end of a process or a full
+/// pipe.
 const POLL: Duration = Duration::from_millis(10);
-/// Bytes that fit a standard output which is often full. The kernel takes at least 4 KiB.
+/// The size of a standard output that is often full. The kernel takes at least 4 KiB.
 const SMALL_BUFFER: usize = 4 << 10;
 
-/// A command line of rvmm, and what its standard streams are.
+/// A command line of rvmm, and its standard streams.
 pub(crate) struct Rvmm {
     args: Vec<OsString>,
-    /// Its input is a pipe that stays open until the case closes it; else `/dev/null`.
+    /// If true, its input is a pipe that stays open until the case closes it; else `/dev/null`.
     stdin_pipe: bool,
     stdout_blocks: bool,
     read_console: bool,
-    /// Shell commands that its process runs before it is rvmm.
+    /// Shell commands that the process runs before it executes rvmm.
     before: Option<&'static str>,
 }
 
-/// Of every guest that a case does not want restarted: one that fails by a reset would never end.
+/// For every guest that should not restart. A guest that fails by a reset would never end.
 const NO_REBOOT: &str = "--no-reboot";
 
 impl Rvmm {
     /// rvmm with nothing on its command line.
     pub(crate) fn new() -> Self {
-        // Every case passes here: none may run on another kind of host than it was meant for.
+        // Every case passes here: no case may run on another kind of host than it was meant for.
         #[cfg(target_arch = "riscv64")]
         super::host::kind();
         Rvmm {
@@ -71,7 +72,8 @@ impl Rvmm {
             .arg(files::initramfs())
     }
 
-    /// rvmm with the Linux under test and an initramfs that has the drivers for virtio, and with a log.
+    /// rvmm with the Linux under test and an initramfs that has the drivers for virtio, and with a
+    /// log.
     pub(crate) fn virtio(cmdline: &str) -> Self {
         Rvmm::new()
             .arg("-v")
@@ -84,7 +86,7 @@ impl Rvmm {
             .arg(cmdline)
     }
 
-    /// Restarted when it asks for it; without this, a reset is the end.
+    /// Restarts the guest when it asks for a reset. Without this, a reset ends rvmm.
     pub(crate) fn reboots(mut self) -> Self {
         self.args.retain(|arg| arg != NO_REBOOT);
         self
@@ -101,36 +103,36 @@ impl Rvmm {
         self
     }
 
-    /// Give it an input that ends at once.
+    /// Gives it an input that ends at once.
     pub(crate) fn stdin_null(mut self) -> Self {
         self.stdin_pipe = false;
         self
     }
 
-    /// Give it no input: file descriptor 0 is closed.
+    /// Gives it no input: file descriptor 0 is closed.
     pub(crate) fn stdin_closed(self) -> Self {
         self.stdin_null().after("exec <&-")
     }
 
-    /// Let its process run these shell commands before it is rvmm.
+    /// Lets its process run these shell commands before it executes rvmm.
     pub(crate) fn after(mut self, commands: &'static str) -> Self {
         self.before = Some(commands);
         self
     }
 
-    /// Give it an output that is non-blocking, as another program may have left it, and often full.
+    /// Gives it a non-blocking output, as another program may have left it, which is often full.
     pub(crate) fn stdout_nonblocking(mut self) -> Self {
         self.stdout_blocks = false;
         self
     }
 
-    /// Let nobody read the console until [`Vm::read_console`] or [`Vm::close_console`].
+    /// Does not read the console before [`Vm::read_console`] or [`Vm::close_console`].
     pub(crate) fn console_unread(mut self) -> Self {
         self.read_console = false;
         self
     }
 
-    /// Start it and wait for its end.
+    /// Starts it and waits for its end.
     pub(crate) fn run(self) -> Outcome {
         self.spawn().finish()
     }
@@ -157,14 +159,14 @@ impl Rvmm {
             command.stdout(Stdio::piped());
         } else {
             theirs.set_nonblocking(true).expect("O_NONBLOCK");
-            // However fast the console is read: a write of more than this does not fit.
+            // A write of more than this does not fit, however fast the console is read.
             set_socket_send_buffer_size(&theirs, SMALL_BUFFER).expect("SO_SNDBUF");
             command.stdout(OwnedFd::from(theirs));
         }
         let mut child = command
             .spawn()
             .unwrap_or_else(|e| panic!("cannot run {}: {e}", bin.display()));
-        // Else it keeps the other end of its output open here.
+        // Otherwise the command would keep the other end of its output open.
         let text = format!("{command:?}");
         drop(command);
         let stdout = match child.stdout.take() {
@@ -192,7 +194,7 @@ impl Rvmm {
 pub(crate) struct Vm {
     child: Child,
     stdin: Option<ChildStdin>,
-    /// The console, as long as nobody reads it.
+    /// The console, until it is read.
     stdout: Option<File>,
     console: Arc<Capture>,
     log: Arc<Capture>,
@@ -201,12 +203,12 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// Wait until the console shows `text`; panics when the console ends without it.
+    /// Waits until the console shows `text`. Panics if the console ends without it.
     pub(crate) fn wait_for(&self, text: &str) {
         self.wait_for_times(text, 1);
     }
 
-    /// The same until it stands there so often.
+    /// Waits until the console shows `text` so many times.
     pub(crate) fn wait_for_times(&self, text: &str, times: usize) {
         let mut state = self.console.lock();
         while count(&state.bytes, text) < times {
@@ -218,7 +220,7 @@ impl Vm {
         }
     }
 
-    /// Type `bytes`.
+    /// Types `bytes`.
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         let stdin = self.stdin.as_mut().expect("stdin is open");
         stdin
@@ -227,23 +229,24 @@ impl Vm {
             .expect("write to rvmm's stdin");
     }
 
-    /// End the input.
+    /// Ends the input.
     pub(crate) fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// Start to read the console after [`Rvmm::console_unread`].
+    /// Starts to read the console after [`Rvmm::console_unread`].
     pub(crate) fn read_console(&mut self) {
         self.console = Capture::of(self.stdout.take().expect("nobody reads the console yet"));
     }
 
-    /// Close the reading end of the console after [`Rvmm::console_unread`].
+    /// Closes the reading end of the console after [`Rvmm::console_unread`].
     pub(crate) fn close_console(&mut self) {
         drop(self.stdout.take().expect("nobody reads the console yet"));
         self.console.end();
     }
 
-    /// Wait until at least `bytes` lie unread in the console's pipe (which holds 64 KiB); panics when rvmm ends before.
+    /// Waits until the console's pipe (which holds 64 KiB) has at least `bytes` unread bytes.
+    /// Panics if rvmm ends before.
     pub(crate) fn wait_for_unread(&mut self, bytes: u64) {
         let pipe = self.stdout.as_ref().expect("nobody reads the console yet");
         while rustix::io::ioctl_fionread(pipe).expect("FIONREAD") < bytes {
@@ -260,7 +263,7 @@ impl Vm {
         }
     }
 
-    /// Allow it this much more time than others, in seconds.
+    /// Allows it so many seconds more than other processes.
     pub(crate) fn allow_seconds(&mut self, seconds: u64) {
         self.deadline += Duration::from_secs(seconds);
     }
@@ -269,21 +272,21 @@ impl Vm {
         self.child.try_wait().expect("ask for rvmm's end").is_some()
     }
 
-    /// Send SIGTERM.
+    /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
         self.signal("TERM");
     }
 
-    /// Wait until rvmm has told `text` among its own messages.
+    /// Waits until rvmm's messages contain `text`.
     pub(crate) fn wait_for_log(&self, text: &str) {
         let mut state = self.log.lock();
         while count(&state.bytes, text) == 0 {
-            assert!(!state.ended, "rvmm ended and never told {text:?}");
+            assert!(!state.ended, "rvmm ended without the message {text:?}");
             state = self.log.wait(state, self.deadline, text);
         }
     }
 
-    /// What the guest has written so far.
+    /// The output of the guest so far.
     pub(crate) fn console(&self) -> String {
         self.console.text()
     }
@@ -292,12 +295,12 @@ impl Vm {
         self.child.id()
     }
 
-    /// The most memory it has had resident so far that was its own or the guest's, in KiB.
+    /// The peak resident memory so far, its own and the guest's, in KiB.
     pub(crate) fn peak_rss_kib(&self) -> u64 {
         self.status_kib("VmHWM:")
     }
 
-    /// The memory it has resident now, its own and the guest's, in KiB.
+    /// The resident memory now, its own and the guest's, in KiB.
     pub(crate) fn rss_kib(&self) -> u64 {
         self.status_kib("VmRSS:")
     }
@@ -312,7 +315,7 @@ impl Vm {
             .unwrap_or_else(|| panic!("{key} is no number"))
     }
 
-    /// Wait until a signal has stopped it: state T of `/proc/PID/stat`.
+    /// Waits until a signal has stopped it: state T of `/proc/PID/stat`.
     pub(crate) fn wait_until_stopped(&self) {
         let path = format!("/proc/{}/stat", self.child.id());
         loop {
@@ -329,9 +332,9 @@ impl Vm {
         }
     }
 
-    /// Send the signal of this name, as `kill` knows it.
+    /// Sends the signal with this name, as `kill` spells it.
     pub(crate) fn signal(&self, name: &str) {
-        // The shell's builtin: std has no way to send a signal other than SIGKILL.
+        // The shell's builtin, because std can only send SIGKILL.
         let kill = format!("kill -{name} {}", self.child.id());
         let status = Command::new("sh")
             .args(["-c", &kill])
@@ -340,7 +343,7 @@ impl Vm {
         assert!(status.success(), "{kill}: {status}");
     }
 
-    /// Wait for the end of the process and of both its streams.
+    /// Waits for the end of the process and of both its streams.
     pub(crate) fn finish(mut self) -> Outcome {
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait for rvmm") {
@@ -389,15 +392,15 @@ impl Drop for Vm {
 /// How a run ended.
 pub(crate) struct Outcome {
     pub(crate) status: ExitStatus,
-    /// What the guest wrote: rvmm's stdout.
+    /// The guest's output: rvmm's stdout.
     pub(crate) console: String,
-    /// What rvmm itself said: its stderr.
+    /// rvmm's own messages: its stderr.
     pub(crate) log: String,
     command: String,
 }
 
 impl Outcome {
-    /// The exit status, and not a signal.
+    /// Checks the exit status. An end by a signal fails.
     #[track_caller]
     pub(crate) fn assert_status(&self, want: i32) {
         assert_eq!(
@@ -408,29 +411,29 @@ impl Outcome {
         );
     }
 
-    /// The exit status, and exactly these lines on the console.
+    /// Checks the exit status, and that the console has exactly these lines.
     #[track_caller]
     pub(crate) fn assert_console(&self, want: i32, lines: &[&str]) {
         let console: Vec<&str> = self.console.lines().collect();
         assert_eq!(console, lines, "the guest's console");
         assert!(
             self.console.is_empty() || self.console.ends_with('\n'),
-            "the console ends within a line"
+            "the console must end with a whole line"
         );
         self.assert_status(want);
     }
 
-    /// rvmm gave up: with this status, before the guest wrote anything, and with one line that names each of `words`
-    /// (upper and lower case alike). Returns the line.
+    /// Checks that rvmm failed with this status, before the guest wrote anything, and with one line
+    /// that contains each of `words` in upper or lower case. Returns the line.
     #[track_caller]
     pub(crate) fn assert_refused(&self, status: i32, words: &[&str]) -> String {
-        assert_eq!(self.console, "", "nothing may be on stdout");
+        assert_eq!(self.console, "", "stdout must be empty");
         let mut errors = self.log.lines().filter(|line| line.starts_with("rvmm: "));
         let line = errors
             .next()
             .expect("a line that starts with \"rvmm: \"")
             .to_owned();
-        assert_eq!(errors.next(), None, "one line says it");
+        assert_eq!(errors.next(), None, "there must be only one line");
         let lower = line.to_lowercase();
         for word in words {
             assert!(
@@ -442,11 +445,15 @@ impl Outcome {
         line
     }
 
-    /// The same, where that line is all of stderr (no `-v`).
+    /// The same, and that line is all of stderr (no `-v`).
     #[track_caller]
     pub(crate) fn assert_one_line(&self, status: i32, words: &[&str]) -> String {
         let line = self.assert_refused(status, words);
-        assert_eq!(self.log, format!("{line}\n"), "stderr is that one line");
+        assert_eq!(
+            self.log,
+            format!("{line}\n"),
+            "stderr must be only that line"
+        );
         line
     }
 }
@@ -464,7 +471,7 @@ impl Drop for Outcome {
     }
 }
 
-/// For a case that fails: everything there is to see. libtest shows it with the failure.
+/// Prints everything there is to see of a failed case. libtest shows it with the failure.
 fn report(command: &str, end: &str, console: &str, log: &str) {
     let mut text = format!("---- {command}\n---- ended: {end}\n---- the guest's console:\n");
     for line in console.lines() {
@@ -491,7 +498,7 @@ struct State {
 }
 
 impl Capture {
-    /// Read `pipe` to its end, on a thread of its own.
+    /// Reads `pipe` to its end, on a thread of its own.
     fn of(mut pipe: impl Read + Send + 'static) -> Arc<Self> {
         let capture = Arc::new(Capture::default());
         let filled = Arc::clone(&capture);
@@ -511,12 +518,12 @@ impl Capture {
         self.changed.notify_all();
     }
 
-    /// Nothing can be half done in there: a panic of another thread does not matter.
+    /// A panic of another thread does not matter: no change in there can be half done.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wait for the next bytes or the end; panics at the deadline.
+    /// Waits for the next bytes or the end. Panics at the deadline.
     fn wait<'a>(
         &'a self,
         state: MutexGuard<'a, State>,
@@ -536,7 +543,7 @@ impl Capture {
     }
 }
 
-/// How often `part` stands in what was captured.
+/// How often `text` contains `part`.
 fn count(text: &[u8], part: &str) -> usize {
     String::from_utf8_lossy(text).matches(part).count()
 }

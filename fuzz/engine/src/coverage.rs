@@ -1,28 +1,29 @@
-//! What a run reached, told by LLVM's SanitizerCoverage: a byte for each edge of the program, which counts, and a call
-//! at each comparison of integers.
+//! The code that a run reached, from LLVM's SanitizerCoverage: a counter byte for each edge of the
+//! program, and a call at each comparison of integers.
 //!
-//! All crates but `std` are built so, this one too. LLVM leaves out functions whose names begin with `__sanitizer_`;
-//! what those call is inlined, or it would be traced and call them again.
+//! All crates except `std` are instrumented, including this one. LLVM leaves out functions whose
+//! names begin with `__sanitizer_`. The functions that they call are inlined; otherwise they would
+//! be instrumented, and call the first ones again.
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 static START: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static LENGTH: AtomicUsize = AtomicUsize::new(0);
 
-/// Comparisons are only looked at while a target runs.
+/// Comparisons are recorded only while a target runs.
 static TRACING: AtomicBool = AtomicBool::new(false);
-/// The last comparisons of values that differed: the two values, in turn.
+/// The last comparisons of different values: the two values of each, in turn.
 static PAIRS: [AtomicU64; 2 * PAIRS_MAX] = [const { AtomicU64::new(0) }; 2 * PAIRS_MAX];
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 const PAIRS_MAX: usize = 64;
 
-/// What the program's runs reached so far.
+/// The code that the runs of the program have reached so far.
 pub(crate) struct Coverage {
     /// The counters of the last run.
     last: Vec<u8>,
     /// For each edge, a bit for each of eight ranges of counts.
     seen: Vec<u8>,
-    /// Edges that were reached.
+    /// The number of edges that were reached.
     edges: usize,
 }
 
@@ -36,21 +37,22 @@ impl Coverage {
         }
     }
 
-    /// All edges of the program.
+    /// The number of all edges of the program.
     pub(crate) fn all(&self) -> usize {
         self.seen.len()
     }
 
-    /// Edges that were reached so far.
+    /// The number of edges that were reached so far.
     pub(crate) fn edges(&self) -> usize {
         self.edges
     }
 
-    /// Runs `work`; whether it reached an edge for the first time, or so often for the first time.
+    /// Runs `work`. Returns whether it reached a new edge, or a new range of counts of an edge.
     pub(crate) fn run(&mut self, work: impl FnOnce()) -> bool {
         let (start, length) = (START.load(Relaxed), self.last.len());
-        // SAFETY: the counters are writable for the program's life, and one thread uses them. The compiler cannot
-        // see that `work` counts: to it the memory is somebody else's, and `work` may write to it.
+        // SAFETY: the counters are writable for the program's life, and only one thread uses them.
+        // The compiler does not know that `work` counts: for it, the memory is foreign, and `work`
+        // may write to it.
         unsafe { std::ptr::write_bytes(start, 0, length) };
         TRACING.store(true, Relaxed);
         work();
@@ -64,7 +66,7 @@ impl Coverage {
         let mut is_new = false;
         let words = self.last.chunks(8).zip(self.seen.chunks_mut(8));
         for (counts, seen) in words {
-            // Most are zero.
+            // Most counters are zero.
             if <[u8; 8]>::try_from(counts).is_ok_and(|word| u64::from_ne_bytes(word) == 0) {
                 continue;
             }
@@ -81,7 +83,7 @@ impl Coverage {
     }
 }
 
-/// Ranges of counts that are told apart: 1, 2, 3, 4-7, 8-15, 16-31, 32-127, 128 and more.
+/// Ranges of counts: 1, 2, 3, 4-7, 8-15, 16-31, 32-127, 128 and more.
 fn range_of(count: u8) -> u8 {
     match count {
         0 => 0,
@@ -94,7 +96,7 @@ fn range_of(count: u8) -> u8 {
     }
 }
 
-/// Values that a recent run compared, and that differed.
+/// Different values that a recent run compared.
 pub(crate) fn pairs() -> Vec<(u64, u64)> {
     let values: Vec<u64> = PAIRS.iter().map(|value| value.load(Relaxed)).collect();
     let pairs = values.chunks_exact(2).map(|pair| (pair[0], pair[1]));
@@ -111,8 +113,8 @@ fn compared(one: u64, other: u64) {
     }
 }
 
-// What the compiler's calls are called is in LLVM's SanitizerCoverage.cpp. Comparisons of bytes are left out: there are
-// many, and changing a byte finds the other by itself.
+// The compiler's calls are named in LLVM's SanitizerCoverage.cpp. Comparisons of bytes are left
+// out: there are many, and a random change of a byte finds the other value as well.
 
 #[unsafe(no_mangle)]
 extern "C" fn __sanitizer_cov_8bit_counters_init(start: *mut u8, stop: *mut u8) {
@@ -156,7 +158,7 @@ extern "C" fn __sanitizer_cov_trace_const_cmp8(one: u64, other: u64) {
     compared(one, other);
 }
 
-/// `cases` has their number, their bits, and then the values.
+/// `cases` has the number of cases, their width in bits, and then the values.
 #[unsafe(no_mangle)]
 extern "C" fn __sanitizer_cov_trace_switch(value: u64, cases: *const u64) {
     // SAFETY: the compiler's table has two words before its cases.

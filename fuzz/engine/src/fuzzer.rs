@@ -1,4 +1,4 @@
-//! The loop: change an input, run it, keep it if it reached something new.
+//! The loop: change an input, run it, and keep it if it reached something new.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::options::Options;
 use crate::rng::Rng;
 use crate::watch::Input;
 
-/// Fuzzes as `options` say. `shared` is told each input before it runs.
+/// Fuzzes as `options` say. Each input is written to `shared` before it runs.
 pub(crate) fn fuzz(options: &Options, target: fn(&[u8]), shared: &mut Input) {
     let mut fuzzer = Fuzzer {
         options,
@@ -77,7 +77,7 @@ impl Fuzzer<'_> {
         }
     }
 
-    /// Every second time one of the newest.
+    /// Every second time it is one of the newest.
     fn choose(&self, rng: &mut Rng) -> usize {
         let count = self.kept.len();
         match rng.below(2) {
@@ -103,14 +103,14 @@ impl Fuzzer<'_> {
         is_new
     }
 
-    /// Not for each input: that would be a system call.
+    /// Not for each input, because it is a system call.
     fn set_alarm(&mut self) {
         let is_set = self
             .alarmed
             .is_some_and(|at| at.elapsed() < Duration::from_secs(1));
         if !is_set {
             self.alarmed = Some(Instant::now());
-            // SAFETY: it sets a timer.
+            // SAFETY: it only sets a timer.
             unsafe { libc::alarm(self.options.timeout.saturating_add(1)) };
         }
     }
@@ -129,7 +129,7 @@ pub(crate) fn hash(input: &[u8]) -> u64 {
     })
 }
 
-/// All inputs below `places`, in the order of their names; and whether these are files, to be run once.
+/// All inputs in `places`, sorted by name, and whether `places` are files, to be run once.
 fn seeds(places: &[PathBuf]) -> (Vec<Vec<u8>>, bool) {
     let are_files = !places.is_empty() && places.iter().all(|place| place.is_file());
     let mut files = BTreeSet::new();
@@ -147,7 +147,7 @@ fn seeds(places: &[PathBuf]) -> (Vec<Vec<u8>>, bool) {
     (files.iter().filter_map(read).collect(), are_files)
 }
 
-/// The words of the inputs that are there in the beginning, as a dictionary.
+/// The words of the initial inputs, as a dictionary.
 fn words(seeds: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let is_end = |byte: &u8| !(byte.is_ascii_alphanumeric() || *byte == b'_' || *byte == b'-');
     let words = seeds.iter().flat_map(|seed| seed.split(is_end));

@@ -1,11 +1,13 @@
-//! Coverage-guided fuzzing on the one toolchain that rvmm is built with.
+//! Coverage-guided fuzzing with the same toolchain as rvmm.
 //!
-//! libFuzzer is C++, and the cross-environment has no compiler for that. So this does what libFuzzer does, as far as
-//! a parser needs it: inputs that reach new code are kept and changed on. LLVM's SanitizerCoverage tells what is
-//! reached (`coverage`); `mutate` changes inputs; `watch` runs all of it in a child, so that any death leaves the
-//! input; `memory` counts bytes on the heap. Options and directories are as libFuzzer's, and so is [`fuzz_target!`].
+//! libFuzzer is C++, for which the cross-environment has no compiler. This crate does what
+//! libFuzzer does, as far as parsers need it: inputs that reach new code are kept and changed
+//! further. LLVM's SanitizerCoverage reports the code that is reached (`coverage`). `mutate`
+//! changes inputs. `watch` runs all of it in a child, so that the input survives any death.
+//! `memory` counts bytes on the heap. Options and directories are libFuzzer's, and so is
+//! [`fuzz_target!`].
 //!
-//! One thread runs targets. Fuzzing is the same for the same seed, inputs and number of runs.
+//! One thread runs targets. With the same seed, inputs and number of runs, fuzzing does the same.
 
 mod coverage;
 mod fuzzer;
@@ -27,7 +29,8 @@ pub fn run(target: fn(&[u8])) -> ! {
     std::process::exit(status)
 }
 
-/// A program that calls this with inputs, until it panics, dies, hangs, or takes too much memory.
+/// Defines a program that calls this with inputs until it panics, dies, hangs, or uses too much
+/// memory.
 #[macro_export]
 macro_rules! fuzz_target {
     (|$data:ident: &[u8]| $body:block) => {

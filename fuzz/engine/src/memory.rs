@@ -1,4 +1,5 @@
-//! The heap, counted: what Rust code holds. C code's is not in it, and only `-rss_limit_mb` bounds that.
+//! Counts the bytes on the heap that Rust code holds. Memory of C code is not counted; only
+//! `-rss_limit_mb` bounds that.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -6,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);
 
-/// Runs `work`, and says how many bytes of the heap it held at most, beyond those held before.
+/// Runs `work`. Returns the most heap bytes that it held at once, beyond those held before.
 pub fn most_memory<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);
@@ -28,7 +29,7 @@ fn gave(bytes: usize) {
     HELD.fetch_sub(bytes, Relaxed);
 }
 
-// SAFETY: all of it is the system's allocator; counting does not touch what it gives.
+// SAFETY: this is the system's allocator; counting does not touch the memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are passed on.
@@ -58,7 +59,7 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: the caller's promises are passed on.
         let moved = unsafe { System.realloc(bytes, layout, size) };
         if !moved.is_null() {
-            // Both may be there for a moment; where the system moves pages instead, only one is.
+            // Both may exist for a moment. If the system moves pages instead, only one does.
             took(size);
             gave(layout.size());
         }

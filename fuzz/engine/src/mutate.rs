@@ -1,16 +1,16 @@
-//! Changes of an input: some small ones, one on the other.
+//! Changes an input by several small steps.
 
 use crate::rng::Rng;
 
-/// What changes can be made of.
+/// The material for changes.
 pub(crate) struct Material<'a> {
-    /// Words of the inputs that there were in the beginning.
+    /// Words of the initial inputs.
     pub(crate) words: &'a [Vec<u8>],
     /// Values that were compared.
     pub(crate) pairs: &'a [(u64, u64)],
     /// Another input.
     pub(crate) other: &'a [u8],
-    /// Bytes that an input may have.
+    /// The most bytes of an input.
     pub(crate) max_len: usize,
 }
 
@@ -33,7 +33,7 @@ pub(crate) fn mutate(input: &mut Vec<u8>, rng: &mut Rng, material: &Material) {
     }
 }
 
-/// Values at which programs change their minds.
+/// Values at which programs often behave differently.
 const NUMBERS: [u64; 12] = [
     0,
     1,
@@ -63,7 +63,7 @@ fn set_byte(input: &mut [u8], rng: &mut Rng) {
     }
 }
 
-/// A byte, or one many times.
+/// Inserts a byte once or many times.
 fn insert(input: &mut Vec<u8>, rng: &mut Rng, material: &Material) {
     let at = rng.below(input.len() + 1);
     let count = match rng.below(8) {
@@ -90,7 +90,7 @@ fn erase(input: &mut Vec<u8>, rng: &mut Rng) {
     input.drain(piece);
 }
 
-/// A piece of it to another place, over what is there or between.
+/// Copies a piece of the input to another place, over the old bytes or between them.
 fn copy(input: &mut Vec<u8>, rng: &mut Rng) {
     let bytes = input[piece(input, rng)].to_vec();
     put(input, rng, &bytes);
@@ -116,7 +116,7 @@ fn put(input: &mut Vec<u8>, rng: &mut Rng, bytes: &[u8]) {
     input.splice(at..at + over, bytes.iter().copied());
 }
 
-/// A number of 2, 4 or 8 bytes.
+/// Changes a number of 2, 4 or 8 bytes.
 fn number(input: &mut [u8], rng: &mut Rng) {
     let value = match rng.below(4) {
         0 => 1 << rng.below(64),
@@ -130,7 +130,7 @@ fn number(input: &mut [u8], rng: &mut Rng) {
     }
 }
 
-/// A number in digits.
+/// Changes a number in digits.
 fn digits(input: &mut Vec<u8>, rng: &mut Rng) {
     let Some(start) = input.iter().position(u8::is_ascii_digit) else {
         return;
@@ -148,7 +148,7 @@ fn digits(input: &mut Vec<u8>, rng: &mut Rng) {
     input.splice(start..end, value.to_string().into_bytes());
 }
 
-/// Where one value of a comparison stands in the input, the other is put.
+/// Replaces one value of a comparison in the input by the other.
 fn replace_compared(input: &mut [u8], rng: &mut Rng, pairs: &[(u64, u64)]) {
     let Some((one, other)) = rng.one_of(pairs) else {
         return;

@@ -1,10 +1,10 @@
-//! Options, as libFuzzer writes them: `-name=value`, then directories of inputs, or files to run once.
+//! Options in libFuzzer's form: `-name=value`, then directories of inputs, or files to run once.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub(crate) struct Options {
-    /// Fuzzing ends after so long.
+    /// Fuzzing ends after this time.
     pub(crate) max_total_time: Option<Duration>,
     /// Fuzzing ends after so many runs.
     pub(crate) runs: u64,
@@ -13,12 +13,12 @@ pub(crate) struct Options {
     pub(crate) rss_limit_mb: u64,
     /// Seconds for one input.
     pub(crate) timeout: u32,
-    /// Bytes of an input.
+    /// The most bytes of an input.
     pub(crate) max_len: usize,
-    /// What a finding's name begins with, a directory maybe.
+    /// The start of the name of a finding's file; it may name a directory.
     pub(crate) artifact_prefix: String,
-    /// Where inputs are, directories or files. What reaches new code is written to the first directory, if there are
-    /// two or more.
+    /// Directories or files of inputs. Inputs that reach new code are written to the first
+    /// directory, if there are two or more.
     pub(crate) corpus: Vec<PathBuf>,
 }
 

@@ -1,5 +1,6 @@
-//! The child that fuzzes, and its parent, who has the input in memory that both share: however the child ends, by a
-//! panic, a signal, the stack's or the memory's end, or a loop without one, the parent has what led to it.
+//! A child process fuzzes, and its parent watches it. The input is in memory that both share. So
+//! the parent has it however the child ends: by a panic, a signal, the end of stack or memory, or
+//! an endless loop.
 
 use std::fs;
 use std::path::Path;
@@ -7,10 +8,10 @@ use std::path::Path;
 use crate::fuzzer;
 use crate::options::Options;
 
-/// The status when something was found, as libFuzzer has it.
+/// The exit status if something was found, as in libFuzzer.
 const FOUND: i32 = 77;
 
-/// Bytes that are printed in digits.
+/// The most bytes that are printed in hex.
 const PRINTED_MAX: usize = 1024;
 
 /// The last input.
@@ -19,7 +20,7 @@ pub(crate) struct Input {
     room: usize,
 }
 
-/// Before the bytes: how many they are.
+/// The header of the shared memory: the number of bytes.
 const HEADER: usize = size_of::<usize>();
 
 impl Input {
@@ -29,7 +30,7 @@ impl Input {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: a new mapping, wherever the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -47,10 +48,11 @@ impl Input {
         }
     }
 
-    /// Says what runs next.
+    /// Stores the input that runs next.
     pub(crate) fn set(&mut self, input: &[u8]) {
         let length = input.len().min(self.room);
-        // SAFETY: the mapping has room for both, is aligned, and the other process only reads it when this one is dead.
+        // SAFETY: the mapping has room for both, is aligned, and the other process reads it only
+        // when this one is dead.
         unsafe {
             self.start.cast::<usize>().write_volatile(length);
             std::ptr::copy_nonoverlapping(input.as_ptr(), self.start.add(HEADER), length);
@@ -58,7 +60,7 @@ impl Input {
     }
 
     fn get(&self) -> &[u8] {
-        // SAFETY: the mapping has that many bytes, and who wrote them is dead.
+        // SAFETY: the mapping has that many bytes, and the process that wrote them is dead.
         unsafe {
             let length = self.start.cast::<usize>().read_volatile().min(self.room);
             std::slice::from_raw_parts(self.start.add(HEADER), length)
@@ -66,11 +68,11 @@ impl Input {
     }
 }
 
-/// Runs `work` in a child, and reports how that ends if not by itself. Returns an exit status.
+/// Runs `work` in a child, and reports an abnormal end. Returns an exit status.
 pub(crate) fn run(options: &Options, work: impl FnOnce(&mut Input)) -> i32 {
-    // A file that is run again may be longer than what is made here.
+    // A file that is run again may be longer than the inputs made here.
     let mut input = Input::new(options.max_len.max(1 << 20));
-    // SAFETY: there is one thread, and the child goes on as this process would.
+    // SAFETY: there is only one thread, and the child continues like this process.
     let child = unsafe { libc::fork() };
     match child {
         -1 => {
@@ -87,7 +89,7 @@ pub(crate) fn run(options: &Options, work: impl FnOnce(&mut Input)) -> i32 {
         }
         _ => {
             let mut status = 0;
-            // SAFETY: the child is this process's, and the status is its own variable.
+            // SAFETY: the child belongs to this process, and the status is a local variable.
             while unsafe { libc::waitpid(child, &mut status, 0) } == -1 {}
             match how_it_ended(status, options) {
                 Ok(status) => status,
@@ -97,14 +99,14 @@ pub(crate) fn run(options: &Options, work: impl FnOnce(&mut Input)) -> i32 {
     }
 }
 
-/// The child's limits: memory, no core file, and its parent's life.
+/// Sets the child's limits: memory, no core file, and an end with its parent.
 fn limit(options: &Options) {
     let set = |what, bytes| {
         let limit = libc::rlimit {
             rlim_cur: bytes,
             rlim_max: bytes,
         };
-        // SAFETY: the limit is a whole one.
+        // SAFETY: the limit is fully initialized.
         unsafe { libc::setrlimit(what, &limit) };
     };
     set(libc::RLIMIT_CORE, 0);
@@ -116,7 +118,7 @@ fn limit(options: &Options) {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
 
-/// The exit status, where the child ended by itself; else what ended it.
+/// The exit status, if the child ended by itself; otherwise the cause of its end.
 fn how_it_ended(status: i32, options: &Options) -> Result<i32, String> {
     if libc::WIFEXITED(status) {
         return match libc::WEXITSTATUS(status) {
@@ -126,7 +128,7 @@ fn how_it_ended(status: i32, options: &Options) -> Result<i32, String> {
     }
     match libc::WTERMSIG(status) {
         libc::SIGALRM => Err(format!("it took more than {} s", options.timeout)),
-        // Somebody ended it.
+        // The user ended it.
         signal @ (libc::SIGTERM | libc::SIGINT | libc::SIGHUP) => Ok(128 + signal),
         libc::SIGABRT => Err("it panicked, or was aborted: see above".into()),
         signal => Err(format!("signal {signal} ended it")),
