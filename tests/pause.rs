@@ -112,10 +112,9 @@ impl Group {
     fn of(pid: u32, scratch: &TempDir) -> Self {
         let root = scratch.path().join("cgroup");
         std::fs::create_dir(&root).expect("a folder");
-        let mounted = Command::new("mount")
-            .args(["-t", "cgroup2", "none"])
-            .arg(&root);
-        assert!(mounted.status().expect("run mount").success());
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "cgroup2", "none"]).arg(&root);
+        assert!(mount.status().expect("run mount").success());
         std::fs::write(root.join("cgroup.subtree_control"), "+pids").expect("add pids");
         let group = root.join(format!("rvmm-test-{pid}"));
         std::fs::create_dir(&group).expect("a group");
