@@ -1,12 +1,13 @@
 //! Commands: what each of them does to the machine.
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 use log::{debug, warn};
 
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
 use crate::control::server::Client;
 use crate::control::{Command, Hex, Reply, State, Status};
+use crate::hypervisor;
 
 impl Running<'_> {
     /// Does what `client` wants, and answers it. Returns the end of this life where the command is one.
@@ -36,33 +37,37 @@ impl Running<'_> {
         Ok(None)
     }
 
+    /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
     fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
-            vcpus.pause(self.machine.hardware()?, &mut self.main)?;
+            vcpus.park(&mut self.main)?;
             self.count_time(State::Running);
+            let devices = &self.machine.hardware()?.devices;
+            self.main.while_serving(|| devices.pause())?;
             debug!("the guest stands still");
         }
         Ok(Reply::Done)
     }
 
     fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
-        match self.go_on(vcpus) {
-            Ok(()) => Ok(Reply::Done),
-            Err(error) => Ok(stays_paused(&error)),
-        }
+        let reply = self.go_on(vcpus)?;
+        Ok(reply.map_or_else(stays_paused, |()| Reply::Done))
     }
 
-    /// Lets a paused machine go on; does nothing where it runs.
+    /// Lets a paused machine go on; does nothing where it runs. The inner result is [`Vcpus::resume`]'s.
     ///
     /// # Errors
-    /// As [`Vcpus::resume`].
-    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<()> {
-        if vcpus.state() == State::Paused {
-            vcpus.resume(self.machine.hardware()?, &self.post, &mut self.main)?;
+    /// There is no machine any more.
+    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<hypervisor::Result<()>> {
+        if vcpus.state() == State::Running {
+            return Ok(Ok(()));
+        }
+        let resumed = vcpus.resume(self.machine.hardware()?, &self.post);
+        if resumed.is_ok() {
             self.count_time(State::Paused);
             debug!("the guest goes on");
         }
-        Ok(())
+        Ok(resumed)
     }
 
     fn count_time(&mut self, state: State) {
@@ -99,7 +104,7 @@ impl Running<'_> {
             if let Err(error) = vcpus.start(hardware, &self.post) {
                 self.main.while_serving(|| hardware.devices.pause())?;
                 self.count_time(State::Running);
-                return Ok(stays_paused(&error));
+                return Ok(stays_paused(error));
             }
         }
         Ok(Reply::Stats(stats.json()))
@@ -107,7 +112,8 @@ impl Running<'_> {
 }
 
 /// The reply where vCPUs cannot be started.
-fn stays_paused(error: &Error) -> Reply {
+fn stays_paused(error: hypervisor::Error) -> Reply {
+    let error = anyhow::Error::from(error);
     let reason = format!("the guest is paused, and cannot go on now: {error:#}");
     warn!("{reason}");
     Reply::Refused(reason)

@@ -1,7 +1,7 @@
 //! The main loop: one thread, the machine's own, waits for all that controls the machine.
 //!
-//! Signals, the control socket and the clock's alarm are descriptors that it waits for; vCPU threads and the
-//! consoles send it an [`Event`] by a [`Post`]. What each of them means is decided by `Machine::run`. The
+//! Signals, the consoles' input, the control socket and the clock's alarm are descriptors that it waits for; vCPU
+//! threads and some of these send it an [`Event`] by a [`Post`]. What each of them means is decided by `Machine::run`. The
 //! data plane, disks' and networks' queues, has threads of its own.
 
 use std::cell::RefCell;

@@ -22,7 +22,7 @@ pub struct Stats {
     start: Duration,
     /// The guest ran.
     run: Duration,
-    /// The guest stood still, by a command.
+    /// The guest stood still, by a command or by `--pause`.
     paused: Duration,
     /// From the guest's end until all was put away.
     end: Duration,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use std::{fmt, io};
@@ -55,6 +55,29 @@ impl Parked {
     }
 }
 
+/// A vCPU whose thread waits for it.
+pub struct Ready {
+    handle: VcpuHandle,
+    hand: SyncSender<Parked>,
+    parked: Parked,
+}
+
+impl Ready {
+    /// Lets the vCPU run.
+    pub fn go(self) -> VcpuHandle {
+        // The channel has room for it, and the thread is there to take it.
+        let _ = self.hand.send(self.parked);
+        self.handle
+    }
+
+    /// Ends the thread. The vCPU has not run.
+    pub fn cancel(self) -> Parked {
+        drop(self.hand);
+        drop(self.handle);
+        self.parked
+    }
+}
+
 /// A vCPU that could not be started, and why.
 pub struct NotStarted(Box<(Parked, Error)>);
 
@@ -63,7 +86,7 @@ impl NotStarted {
         Self(Box::new((parked, error)))
     }
 
-    /// The vCPU as it was, and what failed.
+    /// The vCPU, and what failed.
     pub fn into_parts(self) -> (Parked, Error) {
         *self.0
     }
@@ -95,24 +118,24 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
-    /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops it.
+    /// Makes a thread for the vCPU of `parked`, which [`Ready::go`] then runs until `exits` ends it or the
+    /// handle stops it.
     ///
     /// # Errors
     /// The thread cannot be started, its signal not be set, or the vCPU's run page not be had. The vCPU is
-    /// given back as it was.
-    pub fn start(
+    /// given back.
+    pub fn prepare(
         parked: Parked,
         exits: Arc<Exits>,
         how: Start,
-    ) -> std::result::Result<Self, NotStarted> {
-        // The vCPU follows when there is a thread: a thread that cannot be started would take it along.
+    ) -> std::result::Result<Ready, NotStarted> {
         let (hand, take) = sync_channel(1);
         match Self::start_thread(&parked, take, exits, how) {
-            Ok(handle) => {
-                // The thread waits for nothing else.
-                let _ = hand.send(parked);
-                Ok(handle)
-            }
+            Ok(handle) => Ok(Ready {
+                handle,
+                hand,
+                parked,
+            }),
             Err(error) => Err(NotStarted::new(parked, error)),
         }
     }

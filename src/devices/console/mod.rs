@@ -2,7 +2,8 @@
 //!
 //! The UART and the SBI debug console share them. A vCPU thread never waits here: when the output
 //! queue is full the UART is not ready to transmit and a DBCN write is short. The host's side
-//! ([`host`]) reads no more input than there is room for.
+//! ([`host`]) reads no more input than there is room for, but from a terminal, whose keys may be
+//! for rvmm.
 
 pub mod escape;
 pub mod host;
@@ -31,7 +32,7 @@ pub trait Listener: Send + Sync {
     fn console_changed(&self);
 }
 
-/// The queues. The guest's side never waits; the host's side may.
+/// The queues. Only who takes output waits.
 #[derive(Default)]
 pub struct Console {
     queues: Mutex<Queues>,
@@ -132,7 +133,7 @@ impl Console {
         *lock(&self.listener) = Some(listener);
     }
 
-    /// Sets what wakes the host's side when [`Console::input_room`] is no longer 0. It may be called on a
+    /// Sets what wakes the host's side after [`Console::input_room`] was 0. It may be called on a
     /// vCPU's thread, without any console lock held, and must not wait. Only the first call counts.
     pub fn set_on_input_room(&self, wake: Box<dyn Fn() + Send + Sync>) {
         let _ = self.on_input_room.set(wake);
@@ -198,6 +199,11 @@ impl Console {
     pub fn close(&self) {
         lock(&self.queues).closed = true;
         self.output_ready.notify_all();
+    }
+
+    /// Whether the console has ended.
+    pub fn is_closed(&self) -> bool {
+        lock(&self.queues).closed
     }
 
     /// Waits until all output is written. `patience` is asked now and then, with the time since

@@ -97,13 +97,13 @@ impl Sink for Socket {
 /// Input from a socket's clients.
 struct Input {
     socket: Arc<Socket>,
-    /// The client that is waited for, which stays open until then.
+    /// The client that is read, to its last byte, also when a write to it has failed.
     client: Option<Arc<UnixStream>>,
 }
 
 impl Source for Input {
     fn wait(&mut self) -> Wait<'_> {
-        self.client = self.socket.client();
+        self.client = self.client.take().or_else(|| self.socket.client());
         let client = self.client.as_ref().map(AsFd::as_fd);
         Wait {
             fd: client.or(Some(self.socket.listener.as_fd())),
@@ -112,13 +112,19 @@ impl Source for Input {
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        let Some(client) = self.client.take().or_else(|| self.socket.client()) else {
+        let Some(client) = self.client.take() else {
             self.socket.accept()?;
             return Err(Errno::AGAIN);
         };
         match recv(&*client, buffer, RecvFlags::DONTWAIT) {
-            Ok((count @ 1.., _)) => Ok(count),
-            Err(Errno::INTR | Errno::AGAIN) => Err(Errno::AGAIN),
+            Ok((count @ 1.., _)) => {
+                self.client = Some(client);
+                Ok(count)
+            }
+            Err(Errno::INTR | Errno::AGAIN) => {
+                self.client = Some(client);
+                Err(Errno::AGAIN)
+            }
             Ok(_) | Err(_) => {
                 self.socket.lose(&client);
                 Err(Errno::AGAIN)
