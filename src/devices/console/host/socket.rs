@@ -55,12 +55,13 @@ impl Socket {
         lock(&self.client).clone()
     }
 
-    fn accept(&self) -> Result<(), Errno> {
+    fn accept(&self) -> Result<Arc<UnixStream>, Errno> {
         let accepted = self.listener.accept();
         let (stream, _) = accepted.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
         info!("a client has connected to the console");
-        *lock(&self.client) = Some(Arc::new(stream));
-        Ok(())
+        let client = Arc::new(stream);
+        *lock(&self.client) = Some(Arc::clone(&client));
+        Ok(client)
     }
 
     /// `client` has gone. Another may have come meanwhile, and stays.
@@ -103,7 +104,6 @@ struct Input {
 
 impl Source for Input {
     fn wait(&mut self) -> Wait<'_> {
-        self.client = self.client.take().or_else(|| self.socket.client());
         let client = self.client.as_ref().map(AsFd::as_fd);
         Wait {
             fd: client.or(Some(self.socket.listener.as_fd())),
@@ -113,7 +113,7 @@ impl Source for Input {
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
         let Some(client) = self.client.take() else {
-            self.socket.accept()?;
+            self.client = Some(self.socket.accept()?);
             return Err(Errno::AGAIN);
         };
         match recv(&*client, buffer, RecvFlags::DONTWAIT) {
