@@ -1,5 +1,5 @@
-//! Has the linker put the code together that a running guest needs: see resources/link/order.t. A linker that cannot do
-//! so leaves the code as it comes, and rvmm takes more memory.
+//! Makes the linker put the code together that a running guest needs: see resources/link/order.t.
+//! If the linker cannot do that, the code keeps its usual order, and rvmm takes more memory.
 
 use std::env;
 use std::path::Path;
@@ -18,14 +18,14 @@ fn main() {
     }
     let root = env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
     let order = Path::new(&root).join(ORDER);
-    // Not by -Wl, which splits at commas.
+    // Not with -Wl, which splits at commas.
     for argument in [OPTION, &order.to_string_lossy()] {
         println!("cargo:rustc-link-arg-bins=-Xlinker");
         println!("cargo:rustc-link-arg-bins={argument}");
     }
 }
 
-/// Whether the linker behind the compiler knows the option.
+/// Whether the compiler's linker supports the option.
 fn linker_orders() -> bool {
     let compiler = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
     let help = Command::new(compiler).arg("-Wl,--help").output();

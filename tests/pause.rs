@@ -3,10 +3,8 @@
 
 mod common;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use common::ctl::Ctl;
 use common::files::{TempDir, rvmm};
@@ -108,14 +106,34 @@ fn statistics_are_told_meanwhile() {
     assert!(end.log.contains("exits to rvmm"), "{}", end.log);
 }
 
-/// Takes the right to map more memory from a process, or gives it back.
-fn limit_memory(pid: u32, to: Option<u64>) {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let limit = Rlimit {
-        current: to,
-        maximum: None,
-    };
-    prlimit(pid, Resource::As, limit).expect("set a limit");
+/// A control group that limits the threads of the process in it.
+struct Group(PathBuf);
+
+impl Group {
+    /// Puts process `pid` into a group of its own.
+    fn of(pid: u32, scratch: &TempDir) -> Self {
+        let root = scratch.path().join("cgroup");
+        std::fs::create_dir(&root).expect("a folder");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "cgroup2", "none"]).arg(&root);
+        assert!(mount.status().expect("run mount").success());
+        std::fs::write(root.join("cgroup.subtree_control"), "+pids").expect("add pids");
+        let group = root.join(format!("rvmm-test-{pid}"));
+        std::fs::create_dir(&group).expect("a group");
+        std::fs::write(group.join("cgroup.procs"), pid.to_string()).expect("enter the group");
+        Group(group)
+    }
+
+    fn limit_threads(&self, limit: &str) {
+        std::fs::write(self.0.join("pids.max"), limit).expect("set a limit");
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let root = self.0.parent().expect("a folder");
+        let _ = Command::new("umount").arg(root).status();
+    }
 }
 
 /// If the host has no room for a vCPU's thread, the command fails. The machine stays paused, and
@@ -128,14 +146,15 @@ fn vcpus_that_cannot_be_started_are_not_lost() {
     let vm = Rvmm::guest("pause");
     let mut vm = vm.args(["--ctl", &at, "--stats", "--cpus", "2"]).spawn();
     vm.wait_for("ready");
+    let group = Group::of(vm.pid(), &scratch);
     let mut ctl = Ctl::connect(&socket);
     for command in ["resume", "stats"] {
         if command == "resume" {
             ctl.done("pause");
         }
-        limit_memory(vm.pid(), Some(1));
+        group.limit_threads("1");
         let reply = ctl.ask(command);
-        limit_memory(vm.pid(), None);
+        group.limit_threads("max");
         let reason = reply["refused"].as_str().unwrap_or_default();
         assert!(
             reason.contains("cannot be resumed now: Failed to"),

@@ -1,6 +1,6 @@
 /*
- * An atomic instruction at an address where there is no memory. KVM decodes plain loads and stores only, on every kernel:
- * KVM_RUN fails with EOPNOTSUPP, and the guest cannot go on.
+ * An atomic instruction at an address without memory. On every kernel KVM decodes only plain loads
+ * and stores: KVM_RUN fails with EOPNOTSUPP, and the guest cannot go on.
  * rvmm: exit status 122.
  */
 #include "common.inc"

@@ -1,6 +1,7 @@
 /*
- * The UART's wire through the APLIC and the IMSIC, once as an edge and once as a level: the transmitter's interrupt is
- * enabled (the wire rises) and acknowledged (it falls). Tells which identity came each time, 0 for none.
+ * The UART's wire through the APLIC and the IMSIC, once as an edge and once as a level. The
+ * transmitter's interrupt is enabled (the wire rises) and acknowledged (it falls). Prints which
+ * identity came each time, 0 for none.
  * rvmm: exit status 0, on a host with AIA.
  */
 #include "common.inc"
@@ -41,7 +42,7 @@
 .endm
 
 /* Print a name and the identity that comes. */
-.macro tell name:vararg
+.macro report name:vararg
     print   \name
     call    next_identity
     call    print_dec
@@ -61,27 +62,28 @@ main:
     aplic   SETIENUM, SOURCE
 
     call    raise_wire
-    tell    "edge: rise="
-    tell    " then="
+    report  "edge: rise="
+    report  " then="
     call    lower_wire
-    tell    " fall="
+    report  " fall="
     call    raise_wire
-    tell    " rise="
+    report  " rise="
     call    lower_wire
     print   "\n"
 
     aplic   SOURCECFG, SOURCECFG_LEVEL
     aplic   SETIENUM, SOURCE
     call    raise_wire
-    tell    "level: rise="
-    tell    " then="
-    aplic   SETIPNUM_LE, SOURCE         /* as Linux ends a level interrupt: still high, so it comes again */
-    tell    " retrigger="
+    report  "level: rise="
+    report  " then="
+    /* Linux ends a level interrupt so. The level is still high: the interrupt comes again. */
+    aplic   SETIPNUM_LE, SOURCE
+    report  " retrigger="
     call    lower_wire
     aplic   SETIPNUM_LE, SOURCE         /* low: nothing to come */
-    tell    " fall="
+    report  " fall="
     call    raise_wire
-    tell    " rise="
+    report  " rise="
     call    lower_wire
     print   "\n"
 
@@ -89,19 +91,19 @@ main:
     addi    sp, sp, 16
     ret
 
-/* The empty transmitter interrupts as soon as it may. */
+/* The empty transmitter interrupts as soon as it is enabled. */
 raise_wire:
     li      t0, IER_THRI
     sb      t0, UART_IER(s2)
     ret
 
-/* Reading what interrupts acknowledges it. */
+/* Reading IIR acknowledges the interrupt. */
 lower_wire:
     lbu     t0, UART_IIR(s2)
     sb      zero, UART_IER(s2)
     ret
 
-/* next_identity() -> a0: claims the interrupt that is pending, or comes soon; 0 when none does */
+/* next_identity() -> a0: claims the interrupt that is pending or comes soon; 0 if none does */
 next_identity:
     li      t0, 100000
 1:  csrrw   a0, STOPEI, zero

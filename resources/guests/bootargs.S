@@ -1,5 +1,5 @@
 /*
- * Prints the command line of its device tree, whole: `bootargs: ` and what /chosen/bootargs has.
+ * Prints the whole command line of its device tree: `bootargs: ` and the value of /chosen/bootargs.
  * rvmm: one line, exit status 0.
  */
 #include "common.inc"
@@ -43,7 +43,7 @@ next:
     beq     a0, t0, next
     j       fail                    /* the end, and no command line */
 
-/* A node's name, and up to the next token. */
+/* Skip a node's name, up to the next token. */
 name:
     lbu     t0, 0(s2)
     addi    s2, s2, 1

@@ -1,21 +1,24 @@
 /*
- * Asks the SBI everything that its specification (RISC-V SBI 2.0) answers, extension by extension, and compares.
+ * Calls all SBI functions whose answer the specification (RISC-V SBI 2.0) defines, extension by
+ * extension, and compares the answers.
  *
- * One line a check, `EXT name: ok` or `EXT name: got ERROR/VALUE wanted ERROR/VALUE`, where `*` is any value and `a|b` either
- * error. Where the host's kernel is known to answer otherwise than the specification, and does: `EXT name: known, got ...`,
- * which is counted apart and is no failure. Then the sums: `EXT: N checks, M failed, K known` and
- * `conformance: N checks, M failed, H harts, K known`.
+ * Prints one line for each check, `EXT name: ok` or `EXT name: got ERROR/VALUE wanted ERROR/VALUE`,
+ * where `*` is any value and `a|b` either error. If the host's kernel is known to deviate from the
+ * specification, and does, the line is `EXT name: known, got ...`. Such checks count separately,
+ * and are no failures. Then come the sums: `EXT: N checks, M failed, K known` and `conformance: N
+ * checks, M failed, H harts, K known`.
  *
- * Runs on harts 0 to N-1 for N up to 32, started on any of them; time is taken to run at 10 MHz, as on QEMU's machines.
- * rvmm: exit status 0, or 121 when a check failed; the lines in tests/conformance.rs.
+ * Runs on harts 0 to N-1 for N up to 32, and can be started on any of them. Assumes that time runs
+ * at 10 MHz, as on QEMU's machines.
+ * rvmm: exit status 0, or 121 if a check failed; the lines in tests/conformance.rs.
  *
- *   conformance-check.inc    the checks' records, the verdict, the sums
- *   conformance-harts.inc    the code of the other harts, and waiting for them
+ *   conformance-check.inc    the records of checks, the verdict, the sums
+ *   conformance-harts.inc    the code of the other harts, and how to wait for them
  *   conformance-base.inc     BASE, TIME, SRST
  *   conformance-remote.inc   IPI, RFENCE
  *   conformance-hsm.inc      HSM
- *   conformance-memory.inc   DBCN, STA: what takes an address; the end of RAM
- *   conformance-optional.inc PMU, SUSP, FWFT, where they are
+ *   conformance-memory.inc   DBCN, STA: functions with an address; the end of RAM
+ *   conformance-optional.inc PMU, SUSP, FWFT, where they exist
  */
 #include "common.inc"
 #include "conformance-check.inc"
@@ -26,7 +29,10 @@
 #include "conformance-memory.inc"
 #include "conformance-optional.inc"
 
-/* For all that follows: s0 = this hart, s1 = device tree, s2 = number of harts, s8 = end of RAM (0 when not told). */
+/*
+ * For everything below: s0 = this hart, s1 = device tree, s2 = number of harts, s8 = end of RAM (0
+ * if unknown).
+ */
 main:
     call    check_registers
     call    count_harts
@@ -58,8 +64,8 @@ too_many:
     j       fail
 
 /*
- * count_harts(): the lowest id that HSM does not know. Linux 6.12 calls such a hart started, against the specification (the
- * checks of HSM tell so), which none but this one is yet.
+ * count_harts(): the lowest ID that HSM does not know. Linux 6.12 reports such a hart as started,
+ * against the specification (HSM's checks show this). Only this hart has been started yet.
  */
 count_harts:
     li      t0, 0

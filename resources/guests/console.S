@@ -1,7 +1,7 @@
 /*
- * Checks what it was started with, writes by every way to the console, and tells what each call returned. Hostile DBCN
- * arguments are refused as a whole: not one byte of them reaches the console.
- * To be run with 128 MiB of RAM, whose end the hostile arguments cross.
+ * Checks its initial registers, writes to the console in every way, and prints the result of each
+ * call. A hostile DBCN call is refused as a whole: not one byte of it reaches the console. Needs
+ * 128 MiB of RAM, because the hostile arguments cross its end.
  * rvmm: exit status 0, the lines in tests/guests.rs.
  */
 #include "common.inc"
@@ -53,7 +53,7 @@ main:
     addi    sp, sp, -16
     sd      ra, 8(sp)
 
-    /* What rvmm put into a0 and a1. */
+    /* The values that rvmm put into a0 and a1. */
     print   "hart="
     mv      a0, s0
     call    print_dec
@@ -65,7 +65,7 @@ main:
 1:  print   " fdt=ok\n"
 2:
 
-    /* One line by each way. */
+    /* One line in each way. */
     lla     a1, hello
     lla     a0, hello_end
     sub     a0, a0, a1
@@ -88,7 +88,10 @@ main:
 
     uart_print "uart: hello from the UART\n"
 
-    /* The legacy call returns an error in a0 alone. Whether a host forwards it is its kernel's choice. */
+    /*
+     * The legacy call returns an error in a0 only. The host's kernel decides whether it forwards
+     * the call.
+     */
     print   "putchar: ["
     li      a0, 'X'
     li      a1, KEPT
@@ -105,7 +108,10 @@ main:
 5:  print   " a1=kept\n"
 6:
 
-    /* Ranges that are not, or not wholly, in RAM. The last 8 bytes of RAM are text: none of it may be seen. */
+    /*
+     * Ranges that are not in RAM, or only in part. The last 8 bytes of RAM are text, none of which
+     * may be printed.
+     */
     li      t0, RAM_END - 8
     ld      t1, leak
     sd      t1, 0(t0)
@@ -124,7 +130,7 @@ main:
     refused "read longest",            SBI_DBCN_READ, -1, RAM_END - 8, 0
     refused "read wrapping",           SBI_DBCN_READ, 16, -8, 0
 
-    /* Ranges that are fine: nothing, the very last byte, and a read with nothing to read. */
+    /* Valid ranges: an empty one, the very last byte, and a read with nothing to read. */
     li      a0, 0
     lla     a1, hello
     li      a2, 0

@@ -1,6 +1,6 @@
 /*
- * Answers one line read by DBCN, then one line read from the UART.
- * The host sends the first line after `ready`, the second after `uart ready`.
+ * Answers one line read by DBCN, then one line read from the UART. The host sends the first line
+ * after `ready`, the second after `uart ready`.
  * rvmm: exit status 0.
  */
 #include "common.inc"

@@ -1,9 +1,9 @@
 /*
- * Measures what a way out of the guest and back costs. For each kind it prints `exits: KIND COUNT TICKS` through the UART,
- * TICKS of the guest's timer, or `exits: KIND refused`.
+ * Measures the cost of an exit, out of the guest and back. For each kind it prints `exits: KIND
+ * COUNT TICKS` through the UART, with TICKS of the guest's timer, or `exits: KIND refused`.
  *
- *   base    an SBI call that KVM itself answers: BASE, get_spec_version
- *   dbcn    an SBI call that userspace answers: DBCN, a write of no bytes
+ *   base    an SBI call that KVM itself serves: BASE, get_spec_version
+ *   dbcn    an SBI call that userspace serves: DBCN, a write of no bytes
  *   read    a load from the UART's scratch register
  *   write   a store to it
  *
@@ -33,7 +33,7 @@ main:
     addi    sp, sp, 16
     ret
 
-/* time_it(a0 = routine that takes its count in s4, and leaves 0 in a0 when it was served) */
+/* time_it(a0 = routine that takes its count in s4, and leaves 0 in a0 if it was served) */
 time_it:
     addi    sp, sp, -32
     sd      ra, 24(sp)

@@ -1,13 +1,14 @@
 /*
- * Jumps to where there is no memory, in each way a kernel can, and tells of the instruction access fault that a hart takes:
- * scause, sepc and stval, and the bits of sstatus that say where it came from. The last one is how Linux leaves a kernel by
- * kexec: it turns translation off, and the fetch that follows faults.
+ * Jumps to addresses without memory, in each way a kernel can, and prints the instruction access
+ * fault that the hart takes: scause, sepc and stval, and the bits of sstatus for the state before.
+ * The last jump is how Linux leaves a kernel by kexec: it turns translation off, and the next fetch
+ * faults.
  * rvmm: exit status 0, the lines in tests/guests.rs.
  */
 #include "common.inc"
 
 #define NO_CODE         0x04000000
-#define NO_MEMORY       0x40000000  /* the window for PCI's memory, of a gigabyte: nothing is there */
+#define NO_MEMORY       0x40000000  /* PCI's memory window, a gigabyte: nothing is there */
 
 #define SSTATUS_SIE     0x002
 #define SSTATUS_SPIE    0x020
@@ -25,7 +26,7 @@
 .endm
 
 /* One bit of sstatus as the trap found it, in s7. */
-.macro told text, bit
+.macro sstatus_bit text, bit
     print   "\text"
     andi    a0, s7, \bit
     snez    a0, a0
@@ -57,7 +58,7 @@ main:
 2:  print   "user:"
     call    report
 
-    /* RAM where it is, RAM elsewhere, and a gigabyte of nothing. */
+    /* RAM at its own address, RAM at another address, and a gigabyte without memory. */
     map     2, RAM
     map     4, RAM
     map     3, NO_MEMORY
@@ -116,9 +117,9 @@ report:
     print   " tval="
     mv      a0, s4
     call    print_hex
-    told    " spp=", SSTATUS_SPP
-    told    " spie=", SSTATUS_SPIE
-    told    " sie=", SSTATUS_SIE
+    sstatus_bit " spp=", SSTATUS_SPP
+    sstatus_bit " spie=", SSTATUS_SPIE
+    sstatus_bit " sie=", SSTATUS_SIE
     print   "\n"
     ld      ra, 8(sp)
     addi    sp, sp, 16

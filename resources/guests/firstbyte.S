@@ -1,5 +1,6 @@
 /*
- * Stores one byte to the UART as soon as it runs, and powers off: how soon does a guest run? The benchmark pads the image.
+ * Stores one byte to the UART as soon as it runs, and powers off. The benchmark uses it, in a
+ * padded image, to measure how soon a guest runs.
  * rvmm: one byte of output, exit status 0.
  */
 #include "header.inc"

@@ -1,6 +1,7 @@
 /*
- * Writes 1 MiB through DBCN, faster than anyone reads: 16384 lines of 64 bytes, each with its number. The console may
- * take less than it is given, and then says how much; nothing may be lost.
+ * Writes 1 MiB through DBCN, faster than anybody reads: 16384 lines of 64 bytes, each with its
+ * number. The console may accept fewer bytes than it is given, and then returns the number; nothing
+ * may be lost.
  * rvmm: exit status 0.
  */
 #include "common.inc"

@@ -1,6 +1,7 @@
 /*
- * Says so and sleeps for ever: no interrupt is enabled, so its hart lies blocked in the host's kernel.
- * rvmm: ends by a signal only.
+ * Prints a line and sleeps forever. No interrupt is enabled, so its hart is blocked in the host's
+ * kernel.
+ * rvmm: ends only by a signal.
  */
 #include "common.inc"
 

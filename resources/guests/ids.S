@@ -1,5 +1,5 @@
 /*
- * Tells who its SBI says made the hart.
+ * Prints the IDs of the hart's maker, as its SBI reports them.
  * rvmm: one line, exit status 0.
  */
 #include "common.inc"
@@ -8,8 +8,8 @@
 #define SBI_BASE_MARCHID    5
 #define SBI_BASE_MIMPID     6
 
-/* Print \name=, and what BASE's function \fid answers. */
-.macro tell name, fid
+/* Print \name= and the answer of BASE's function \fid. */
+.macro report name, fid
     print   "\name="
     sbi     SBI_BASE, \fid
     mv      a0, a1
@@ -19,9 +19,9 @@
 main:
     addi    sp, sp, -16
     sd      ra, 8(sp)
-    tell    mvendorid, SBI_BASE_MVENDORID
-    tell    " marchid", SBI_BASE_MARCHID
-    tell    " mimpid", SBI_BASE_MIMPID
+    report  mvendorid, SBI_BASE_MVENDORID
+    report  " marchid", SBI_BASE_MARCHID
+    report  " mimpid", SBI_BASE_MIMPID
     print   "\n"
     ld      ra, 8(sp)
     addi    sp, sp, 16

@@ -1,9 +1,10 @@
 /*
- * Reads and writes a CSR that no hart has. The host's M-mode firmware sees this first, and has to hand it on to KVM, and KVM
- * to the guest, as an illegal instruction.
- * rvmm: exit status 0. Where the handing on fails below KVM, the guest finds itself at KVM's own trap vector, which is no
- * address of its, and the status is 122. On an emulated host (QEMU 10.0 with OpenSBI 1.6) it is always so: mstatus.MPV is still
- * set after OpenSBI has prepared the return to the host's kernel, and the return goes to the guest.
+ * Reads and writes a CSR that no hart has. The host's M-mode firmware takes this trap first. It
+ * must pass it on to KVM as an illegal instruction, and KVM to the guest.
+ * rvmm: exit status 0. If the firmware fails to pass it on, the guest continues at KVM's own trap
+ * vector, which is not an address of the guest, and the status is 122. On an emulated host (QEMU
+ * 10.0 with OpenSBI 1.6) that always happens: mstatus.MPV is still set after OpenSBI has prepared
+ * the return to the host's kernel, and the return goes to the guest.
  */
 #include "common.inc"
 

@@ -1,10 +1,11 @@
 /*
- * Reads lines by DBCN, tells each as `life: LINE`, and does what its first letter says:
+ * Reads lines through DBCN, prints each as `life: LINE`, and does what its first letter says:
  *
- *   c  cold reboot       t  reboot by sifive_test      x  end with code 42       a  dirty a machine with an AIA, cold reboot
- *   w  warm reboot       p  power off by sifive_test   y  end with code 300      l  dirty one with a PLIC, cold reboot
- *   k  find a machine as after reset, and tell each thing that was dirtied: `NAME: ok`, or what is there instead
- *      (K on one with a PLIC)
+ *   c  cold reboot    t  reboot by sifive_test      x  end with code 42
+ *   w  warm reboot    p  power off by sifive_test   y  end with code 300
+ *   a  change registers of a machine with an AIA, then cold reboot; l  the same with a PLIC
+ *   k  check that the registers are as after a reset, and print for each `NAME: ok`, or its value
+ *      (K on a machine with a PLIC)
  *   n  nothing
  */
 #include "common.inc"
@@ -52,7 +53,7 @@
 #define SBI_IPI         0x735049
 #define TICKS_SOON      200000                  /* 20 ms of QEMU's 10 MHz */
 
-#define DIRT            0x8700000               /* an address in RAM, from its start, that no loader fills */
+#define DIRT            0x8700000               /* offset in RAM that no loader fills */
 
 /* Store a word. Clobbers t0, t1. */
 .macro store width, address, value
@@ -162,7 +163,7 @@ dirty_plic:
     call    dirty_rest
     j       cold
 
-/* What every machine has. The UART's wire is left asserted. */
+/* What every machine has. The UART's wire is left high. */
 dirty_rest:
     store   b, UART + UART_LCR, 0x1b
     store   b, UART + UART_MCR, 0x0b
@@ -213,7 +214,7 @@ check:
     expect  plic-enable, 0, load w, PLIC_ENABLE
     expect  plic-threshold, 0, load w, PLIC_THRESHOLD
     expect  plic-pending, 0, load w, PLIC_PENDING
-    /* the timer that the last life armed must not ring in this one */
+    /* the timer that the last life set must not fire in this one */
 2:  rdtime  s4
 3:  rdtime  t0
     sub     t0, t0, s4

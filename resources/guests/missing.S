@@ -1,5 +1,6 @@
 /*
- * Touches what is not there, and lives on: addresses without a device, unknown SBI calls, an unknown CSR.
+ * Accesses things that do not exist, and goes on: addresses without a device, unknown SBI calls, an
+ * unknown CSR.
  * rvmm: exit status 0, the lines in tests/guests.rs.
  */
 #include "common.inc"
@@ -31,8 +32,8 @@ main:
     sd      ra, 8(sp)
 
     /*
-     * Every width and both kinds of load. The signed ones are not printed: Linux 6.12 does not extend the sign of an MMIO load
-     * of less than 8 bytes, newer kernels do.
+     * Every width and both kinds of load. The signed ones are not printed: Linux 6.12 does not
+     * sign-extend an MMIO load of less than 8 bytes; newer kernels do.
      */
     print   "nowhere:"
     loaded  lbu, NOWHERE, 0
@@ -53,7 +54,10 @@ main:
     sd      t1, 8(t0)
     print   "nowhere: stored\n"
 
-    /* The UART, by accesses no driver makes. Zeros, and not to THR, so that nothing is printed. */
+    /*
+     * The UART, by accesses that no driver makes. Writes zeros, and not to THR, so that nothing is
+     * printed.
+     */
     li      s3, UART
     li      t1, 0x5a
     sb      t1, UART_SCR(s3)
@@ -94,8 +98,9 @@ main:
     print   "\n"
 
     /*
-     * A CSR of a hypervisor, and there is none here: KVM answers as a hart without one does. The handler goes on behind it.
-     * (Instructions that are unknown to the host's harts too are in illegal.S.)
+     * A hypervisor CSR, which the guest's hart does not have: KVM answers like such a hart. The
+     * handler goes on after it. (illegal.S has instructions that the host's harts do not know
+     * either.)
      */
     li      s11, -1
     on_trap skip

@@ -1,7 +1,8 @@
 /*
- * Jumps to where there is no memory, with a trap handler where there is none either: a hart takes one instruction access fault
- * after the other, and comes to nothing.
- * rvmm: exit status 122 where KVM leaves the fault to it (before Linux 7.x); else the hart spins inside KVM.
+ * Jumps to an address without memory, and the trap handler's address has none either: the hart
+ * takes one instruction access fault after the other, forever.
+ * rvmm: exit status 122 if KVM leaves the fault to it (before Linux 7.x); otherwise the hart spins
+ * inside KVM.
  */
 #include "common.inc"
 

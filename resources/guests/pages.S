@@ -1,6 +1,7 @@
 /*
- * Measures the first touch of memory: stores one word to each 4 KiB page of 128 MiB of RAM from its 64th MiB on, and prints
- * `pages: COUNT TICKS` through the UART, TICKS of the guest's timer. Wants 256 MiB of RAM.
+ * Measures the first touch of memory: stores one word to each 4 KiB page of 128 MiB of RAM,
+ * starting at its 64th MiB, and prints `pages: COUNT TICKS` through the UART, with TICKS of the
+ * guest's timer. Needs 256 MiB of RAM.
  * rvmm: exit status 0.
  */
 #include "common.inc"

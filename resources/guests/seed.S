@@ -1,6 +1,7 @@
 /*
- * Reads the entropy source (Zkr) 16 times. KVM leaves the answer to rvmm where the host's harts have Zkr, and cannot hide it
- * from a guest. To be run where the guest has Zkr; elsewhere the access is an illegal instruction (see illegal.S).
+ * Reads the entropy source (Zkr) 16 times. If the host's harts have Zkr, KVM leaves the answer to
+ * rvmm, and cannot hide Zkr from a guest. If the guest has no Zkr, the access is an illegal
+ * instruction (see illegal.S).
  * rvmm: exit status 0.
  */
 #include "common.inc"

@@ -1,6 +1,6 @@
 /*
- * Reads a disk's first sector over virtio-mmio as small kernels do: it asks for QEMU's vendor id, accepts features among the low
- * 32 alone, and so never VIRTIO_F_VERSION_1.
+ * Reads a disk's first sector over virtio-mmio as small kernels do: it requires QEMU's vendor ID,
+ * and accepts only features among the low 32, so never VIRTIO_F_VERSION_1.
  * rvmm --transport mmio --disk ...: exit status 0, the lines in tests/guests.rs.
  */
 #include "common.inc"
@@ -58,7 +58,7 @@
     sw      t1, STATUS(s2)
 .endm
 
-.macro told text, register
+.macro report text, register
     print   "\text"
     lwu     a0, \register(s2)
     call    print_hex
@@ -69,22 +69,22 @@ main:
     sd      ra, 8(sp)
     li      s2, VIRTIO
 
-    told    "magic=", MAGIC
-    told    " version=", VERSION
-    told    " device=", DEVICE_ID
-    told    " vendor=", VENDOR_ID
+    report  "magic=", MAGIC
+    report  " version=", VERSION
+    report  " device=", DEVICE_ID
+    report  " vendor=", VENDOR_ID
     print   "\n"
 
     status  0
     status  1
     status  3
     lwu     t1, DEVICE_FEATURES(s2)
-    /* Not the ring's own: indirect descriptors (28) and event indices (29). */
+    /* Not the ring's features: indirect descriptors (28) and event indexes (29). */
     li      t2, ~(3 << 28)
     and     t1, t1, t2
     sw      t1, DRIVER_FEATURES(s2)
     status  NEGOTIATED
-    told    "negotiated: status=", STATUS
+    report  "negotiated: status=", STATUS
     print   "\n"
 
     sw      zero, QUEUE_SEL(s2)
@@ -96,7 +96,7 @@ main:
     li      t1, 1
     sw      t1, QUEUE_READY(s2)
     status  READY
-    told    "ready: status=", STATUS
+    report  "ready: status=", STATUS
     print   "\n"
 
     describe 0, header, 16, DESC_NEXT

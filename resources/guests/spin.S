@@ -1,6 +1,6 @@
 /*
- * Says so and spins for ever, without an exit that rvmm could notice a signal at.
- * rvmm: ends by a signal only.
+ * Prints a line and spins forever, without an exit at which rvmm could notice a signal.
+ * rvmm: ends only by a signal.
  */
 #include "common.inc"
 

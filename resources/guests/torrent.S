@@ -1,7 +1,7 @@
 /*
- * Writes 100 MiB through DBCN as fast as it can. While the console takes nothing it looks at its clock; after three seconds
- * of that it reports failure.
- * rvmm: exit status 0; 121 when nobody reads.
+ * Writes 100 MiB through DBCN as fast as it can. If the console accepts nothing for three seconds,
+ * it reports a failure.
+ * rvmm: exit status 0; 121 if nobody reads.
  */
 #include "common.inc"
 

@@ -1,6 +1,6 @@
 /*
- * Measures the UART's receive FIFO in loopback, as a driver does that asks what chip it has, and looks at the modem's lines, a
- * break and the trigger levels.
+ * Measures the UART's receive FIFO in loopback, like a driver that detects the chip, and tests the
+ * modem lines, a break and the trigger levels.
  * rvmm: exit status 0, the lines in tests/guests.rs.
  */
 #include "common.inc"
@@ -40,7 +40,7 @@
 .endm
 
 /* Print a name and the number in \register. */
-.macro tell register, name:vararg
+.macro report register, name:vararg
     print   \name
     mv      a0, \register
     call    print_dec
@@ -60,7 +60,7 @@
     call    fill
 .endm
 
-/* Print MSR twice with \mcr: changes are told once. */
+/* Print MSR twice with \mcr: changes are reported once. */
 .macro lines mcr, name:vararg
     put     UART_MCR, \mcr
     show    UART_MSR, \name
@@ -110,7 +110,10 @@ main:
     addi    sp, sp, 16
     ret
 
-/* Print which byte is the first that is lost, LSR's errors after that, how many are kept, and which are the first and last. */
+/*
+ * Print the first byte that is lost, LSR's errors after that, the number of bytes kept, and the
+ * first and the last of them.
+ */
 measure:
     addi    sp, sp, -16
     sd      ra, 8(sp)
@@ -123,7 +126,7 @@ measure:
     bnez    t0, 2f
     bltu    s2, s3, 1b
     addi    s2, s2, 1
-2:  tell    s2, " overrun="
+2:  report  s2, " overrun="
     show    UART_LSR, " lsr="
 
     li      s2, 0                   /* bytes kept */
@@ -137,15 +140,18 @@ measure:
     mv      s5, s6
 4:  addi    s2, s2, 1
     bltu    s2, s3, 3b
-5:  tell    s2, " kept="
-    tell    s5, " first="
-    tell    s6, " last="
+5:  report  s2, " kept="
+    report  s5, " first="
+    report  s6, " last="
     print   "\n"
     ld      ra, 8(sp)
     addi    sp, sp, 16
     ret
 
-/* Send bytes until IIR says that data is available. Print its answers before: without data, and after the first byte. */
+/*
+ * Send bytes until IIR reports available data. Print IIR before: without data, and after the first
+ * byte.
+ */
 fill:
     addi    sp, sp, -16
     sd      ra, 8(sp)
@@ -164,13 +170,13 @@ fill:
     li      t1, IIR_RDI
     beq     t0, t1, 3f
     bltu    s2, s3, 1b
-3:  tell    s2, " available="
+3:  report  s2, " available="
     print   "\n"
     ld      ra, 8(sp)
     addi    sp, sp, 16
     ret
 
-/* A break arrives behind a byte: its error waits until it is the next. */
+/* A break arrives behind a byte: its error is reported when it is the next to read. */
 break_behind_a_byte:
     addi    sp, sp, -16
     sd      ra, 8(sp)
@@ -188,7 +194,7 @@ break_behind_a_byte:
     addi    sp, sp, 16
     ret
 
-/* Every interrupt at once, and each acknowledged as IIR tells it. */
+/* Every interrupt at once, each acknowledged in the order that IIR reports. */
 by_priority:
     addi    sp, sp, -16
     sd      ra, 8(sp)

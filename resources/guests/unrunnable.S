@@ -1,6 +1,6 @@
 /*
- * Jumps to where there is no memory, takes the fault, and in its handler runs an instruction on a device that no kernel
- * emulates (see amo.S).
+ * Jumps to an address without memory, takes the fault, and in its handler runs an instruction on a
+ * device that no kernel emulates (see amo.S).
  * rvmm: exit status 122.
  */
 #include "common.inc"

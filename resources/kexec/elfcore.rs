@@ -1,4 +1,5 @@
-//! The head of /proc/vmcore: where a crash kernel finds the crashed one's RAM and notes (`fs/proc/vmcore.c`).
+//! The head of /proc/vmcore, from which a crash kernel knows the crashed kernel's RAM and notes
+//! (`fs/proc/vmcore.c`).
 
 use std::fs;
 use std::ops::Range;
@@ -13,7 +14,8 @@ const PT_NOTE: u32 = 4;
 const HEADER: u16 = 64;
 const PROGRAM_HEADER: u16 = 56;
 
-/// The notes of each CPU and of the kernel, and the pieces of `ram` that are not the crash kernel's own.
+/// Lists the notes of each CPU and of the kernel, and the pieces of `ram` that do not belong to the
+/// crash kernel.
 pub(crate) fn header(ram: &[Range<u64>], own: &Range<u64>) -> Result<Vec<u8>> {
     let around = |ram: &Range<u64>| {
         let before = ram.start..ram.end.min(own.start);
@@ -35,7 +37,7 @@ pub(crate) fn header(ram: &[Range<u64>], own: &Range<u64>) -> Result<Vec<u8>> {
     Ok(elf)
 }
 
-/// Up to the number of program headers.
+/// The ELF header.
 fn ident() -> Vec<u8> {
     let mut elf = b"\x7fELF\x02\x01\x01".to_vec(); // 64 bits, little endian
     elf.resize(16, 0);

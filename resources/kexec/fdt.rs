@@ -1,4 +1,4 @@
-//! The device tree of this kernel, written anew for the next one.
+//! Copies the device tree of this kernel for the next one.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,7 +7,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail, ensure};
 use vm_fdt::FdtWriter;
 
-/// What is new in `/chosen`.
+/// New values in `/chosen`.
 pub(crate) struct Chosen<'a> {
     pub(crate) cmdline: &'a str,
     pub(crate) initrd: Range<u64>,
@@ -15,7 +15,7 @@ pub(crate) struct Chosen<'a> {
     pub(crate) ranges: Vec<(&'a str, Range<u64>)>,
 }
 
-/// Properties of `/chosen` that are of one boot.
+/// Properties of `/chosen` that are only for one boot.
 const OF_ONE_BOOT: &[&str] = &[
     "bootargs",
     "linux,initrd-start",
@@ -25,7 +25,7 @@ const OF_ONE_BOOT: &[&str] = &[
     "rng-seed",
 ];
 
-/// `blob` with this `/chosen`, and all else as it is.
+/// Returns `blob` with this `/chosen`, and everything else unchanged.
 pub(crate) fn rewrite(blob: &[u8], chosen: &Chosen) -> Result<Vec<u8>> {
     let mut tokens = Tokens::of(blob)?;
     let mut fdt = FdtWriter::new()?;
@@ -74,7 +74,7 @@ enum Token<'a> {
     End,
 }
 
-/// The structure block, from front to back.
+/// A reader of the structure block, from front to back.
 struct Tokens<'a> {
     rest: &'a [u8],
     strings: &'a [u8],
@@ -87,7 +87,7 @@ impl<'a> Tokens<'a> {
         let [structure, strings, reserved] =
             [offset(blob, 8)?, offset(blob, 12)?, offset(blob, 16)?];
         let from = |at: usize| blob.get(at..).context("the device tree is cut off");
-        // rvmm reserves nothing; what others do would be lost here.
+        // rvmm reserves nothing. Reservations of other VMMs would be lost here.
         ensure!(
             from(reserved)?.starts_with(&[0; 16]),
             "the device tree reserves RAM"
@@ -113,7 +113,7 @@ impl<'a> Tokens<'a> {
                     let name = self.strings.get(name..).context("a property's name")?;
                     Token::Property(text(name)?, take(&mut self.rest, length)?)
                 }
-                // Linux makes one of rng-seed.
+                // Linux replaces rng-seed.
                 4 => continue,
                 9 => Token::End,
                 other => bail!("the device tree has a token {other}"),
@@ -132,7 +132,7 @@ fn word(rest: &mut &[u8]) -> Result<u32> {
     Ok(u32::from_be_bytes(take(rest, 4)?.try_into()?))
 }
 
-/// So many bytes, and what fills them up to a word.
+/// Skips so many bytes, and the padding to a word.
 fn take<'a>(rest: &mut &'a [u8], length: usize) -> Result<&'a [u8]> {
     let (bytes, behind) = rest
         .split_at_checked(length.next_multiple_of(4))
@@ -141,7 +141,7 @@ fn take<'a>(rest: &mut &'a [u8], length: usize) -> Result<&'a [u8]> {
     Ok(&bytes[..length])
 }
 
-/// A text that ends in NUL.
+/// A text that ends with NUL.
 fn text(bytes: &[u8]) -> Result<&str> {
     let end = bytes.iter().position(|&byte| byte == 0);
     let end = end.context("a name without an end")?;

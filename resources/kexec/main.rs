@@ -1,13 +1,16 @@
-//! What the kexec cases (tests/long_kexec.rs) run in a Debian guest, which has no kexec-tools for riscv64.
+//! Run by the kexec cases (tests/long_kexec.rs) in a Debian guest, because Debian has no
+//! kexec-tools for riscv64.
 //!
 //! ```text
-//! guest-kexec load KERNEL INITRD CMDLINE     the next kernel, for "go"
-//! guest-kexec crash KERNEL INITRD CMDLINE    the kernel that a panic starts, in the RAM of crashkernel=
+//! guest-kexec load KERNEL INITRD CMDLINE     loads the next kernel, for "go"
+//! guest-kexec crash KERNEL INITRD CMDLINE    loads the kernel that a panic starts, into the RAM of
+//!                                            crashkernel=
 //! guest-kexec go                             starts the next kernel at once
 //! ```
 //!
-//! Linux enters the new kernel at its first byte, with the hart's id and the address of the device tree, which it finds
-//! among the segments by its magic number (`arch/riscv/kernel/machine_kexec.c`). Nothing else is needed in between.
+//! Linux enters the new kernel at its first byte, with the hart's ID and the address of the device
+//! tree, which it finds among the segments by its magic number
+//! (`arch/riscv/kernel/machine_kexec.c`). No other code runs in between.
 
 mod elfcore;
 mod fdt;
@@ -25,7 +28,7 @@ const KEXEC_ON_CRASH: libc::c_ulong = 1;
 const KEXEC_ARCH_RISCV: libc::c_ulong = 243 << 16;
 
 const PAGE: u64 = 4096;
-/// Linux maps itself with pages of this size, and gives up an initrd that begins in its last one.
+/// Linux maps itself with pages of this size, and ignores an initrd that begins in the last one.
 const HUGE_PAGE: u64 = 2 << 20;
 
 fn main() -> Result<()> {
@@ -38,7 +41,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// What is to run next.
+/// The kernel to run next.
 struct Next<'a> {
     kernel: Vec<u8>,
     initrd: Vec<u8>,
@@ -46,7 +49,7 @@ struct Next<'a> {
 }
 
 impl<'a> Next<'a> {
-    /// Files, or disks that are a file and zeros.
+    /// Files, or disks that contain a file and zeros.
     fn read(kernel: &str, initrd: &str, cmdline: &'a str) -> Result<Self> {
         Ok(Self {
             kernel: read(kernel)?,
@@ -61,7 +64,8 @@ impl<'a> Next<'a> {
         kexec_load(&layout, 0)
     }
 
-    /// The crash kernel may use its own RAM alone: the rest is the crashed one's, and stands in /proc/vmcore.
+    /// The crash kernel may use only its own RAM. The rest belongs to the crashed kernel, and is in
+    /// /proc/vmcore.
     fn load_for_crash(&self) -> Result<()> {
         let own = iomem("Crash kernel").context("crashkernel= on the command line")?;
         let mut layout = self.place(&own)?;
@@ -98,10 +102,10 @@ impl<'a> Next<'a> {
     }
 }
 
-/// What the head of an Image tells (`Documentation/arch/riscv/boot-image-header.rst`).
+/// Fields of an Image's header (`Documentation/arch/riscv/boot-image-header.rst`).
 struct Image {
     text_offset: u64,
-    /// With its BSS.
+    /// The size, with its BSS.
     size: u64,
 }
 
@@ -123,11 +127,11 @@ impl Image {
     }
 }
 
-/// The pieces of RAM that are filled, in order.
+/// The pieces of RAM to fill, in order.
 struct Layout {
-    /// Where the kernel begins.
+    /// The kernel's start.
     entry: u64,
-    /// Where the RAM ends.
+    /// The end of the RAM.
     end: u64,
     segments: Vec<Segment>,
 }
@@ -139,13 +143,13 @@ struct Segment {
 }
 
 impl Layout {
-    /// Behind all others. Returns where.
+    /// Adds a piece behind all others. Returns its address.
     fn add(&mut self, bytes: Vec<u8>) -> Range<u64> {
         let start = self.used().next_multiple_of(HUGE_PAGE);
         self.add_at(start, bytes, 0)
     }
 
-    /// `size` bytes, if that is more than there are.
+    /// Of `size` bytes, if that is more than the data.
     fn add_at(&mut self, start: u64, bytes: Vec<u8>, size: u64) -> Range<u64> {
         let length = bytes.len() as u64;
         let size = size.max(length).next_multiple_of(PAGE);
@@ -163,7 +167,7 @@ fn read(path: &str) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("read {path}"))
 }
 
-/// The ranges of this name in /proc/iomem, at least one.
+/// The ranges with this name in /proc/iomem, at least one.
 fn iomem(name: &str) -> Result<Vec<Range<u64>>> {
     let text = fs::read_to_string("/proc/iomem").context("read /proc/iomem")?;
     let of_line = |line: &str| {
@@ -199,7 +203,7 @@ fn kexec_load(layout: &Layout, flags: libc::c_ulong) -> Result<()> {
             memsz: usize::try_from(*size)?,
         });
     }
-    // SAFETY: the kernel only reads: `raw` and the buffers that it names, which outlive the call.
+    // SAFETY: the kernel only reads `raw` and the buffers that it names, which outlive the call.
     let status = unsafe {
         libc::syscall(
             libc::SYS_kexec_load,
@@ -217,7 +221,7 @@ fn kexec_load(layout: &Layout, flags: libc::c_ulong) -> Result<()> {
     Ok(())
 }
 
-/// Returns only where no kernel is loaded.
+/// Returns only if no kernel is loaded.
 fn go() -> Result<()> {
     rustix::fs::sync();
     reboot(RebootCommand::Kexec).context("reboot")

@@ -1,8 +1,9 @@
 /*
- * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that a running guest
- * needs comes first and together. The host maps code by 64 KiB around each page that is used, so that a machine
- * which has started keeps a fifth less of it in memory. Everything else follows as it comes. The names are those of
- * Rust's legacy mangling; a pattern that matches nothing changes nothing.
+ * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that
+ * a running guest needs comes first and together. The host maps code in units of 64 KiB around each
+ * page that is used, so a running machine keeps a fifth less of it in memory. The other code
+ * follows in its usual order. The names use Rust's legacy mangling; a pattern that matches nothing
+ * has no effect.
  */
 .text : {
   *(.text._ZN4rvmm4vcpu* .text._ZN4rvmm3bus* .text._ZN4rvmm7irqchip* .text._ZN4rvmm7devices*)

@@ -286,7 +286,7 @@ mod tests {
     /// What a shell passes on of --disk 'path="a,b.img"'.
     #[test]
     fn a_value_in_quotes_may_have_commas() {
-        let path = |text| parse::<Thing>(text).map(|thing| thing.path);
+        let path = |text: &str| parse::<Thing>(text).map(|thing| thing.path);
         for (text, value) in [
             (r#"path="a,b.img""#, "a,b.img"),
             (r#""a,b.img",id=c"#, "a,b.img"),

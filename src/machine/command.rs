@@ -1,12 +1,13 @@
 //! Carries out the commands of the control socket.
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 use log::{debug, warn};
 
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
 use crate::control::server::Client;
 use crate::control::{Command, Hex, Reply, State, Status};
+use crate::hypervisor;
 
 impl Running<'_> {
     /// Carries out `command`, and sends the reply to `client`. Returns how this life ends, if the
@@ -37,33 +38,38 @@ impl Running<'_> {
         Ok(None)
     }
 
+    /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
     fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
-            vcpus.pause(self.machine.hardware()?, &mut self.main)?;
+            vcpus.park(&mut self.main)?;
             self.count_time(State::Running);
+            let devices = &self.machine.hardware()?.devices;
+            self.main.while_serving(|| devices.pause())?;
             debug!("the guest is paused");
         }
         Ok(Reply::Done)
     }
 
     fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
-        match self.go_on(vcpus) {
-            Ok(()) => Ok(Reply::Done),
-            Err(error) => Ok(stays_paused(&error)),
-        }
+        let reply = self.go_on(vcpus)?;
+        Ok(reply.map_or_else(stays_paused, |()| Reply::Done))
     }
 
-    /// Resumes a paused machine. Does nothing if it runs.
+    /// Resumes a paused machine. Does nothing if it runs. The inner result is that of
+    /// [`Vcpus::resume`].
     ///
     /// # Errors
-    /// As [`Vcpus::resume`].
-    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<()> {
-        if vcpus.state() == State::Paused {
-            vcpus.resume(self.machine.hardware()?, &self.post, &mut self.main)?;
+    /// There is no machine any more.
+    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<hypervisor::Result<()>> {
+        if vcpus.state() == State::Running {
+            return Ok(Ok(()));
+        }
+        let resumed = vcpus.resume(self.machine.hardware()?, &self.post);
+        if resumed.is_ok() {
             self.count_time(State::Paused);
             debug!("the guest is resumed");
         }
-        Ok(())
+        Ok(resumed)
     }
 
     fn count_time(&mut self, state: State) {
@@ -100,7 +106,7 @@ impl Running<'_> {
             if let Err(error) = vcpus.start(hardware, &self.post) {
                 self.main.while_serving(|| hardware.devices.pause())?;
                 self.count_time(State::Running);
-                return Ok(stays_paused(&error));
+                return Ok(stays_paused(error));
             }
         }
         Ok(Reply::Stats(stats.json()))
@@ -108,7 +114,8 @@ impl Running<'_> {
 }
 
 /// The reply if vCPUs cannot be started.
-fn stays_paused(error: &Error) -> Reply {
+fn stays_paused(error: hypervisor::Error) -> Reply {
+    let error = anyhow::Error::from(error);
     let reason = format!("the guest stays paused, because it cannot be resumed now: {error:#}");
     warn!("{reason}");
     Reply::Refused(reason)

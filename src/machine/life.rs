@@ -11,8 +11,9 @@ use super::hardware::Hardware;
 use super::layout;
 use super::mainloop::{Event, MainLoop, Post};
 use crate::control::State;
+use crate::hypervisor;
 use crate::vcpu::stats::ExitStats;
-use crate::vcpu::thread::{Parked, Start, VcpuHandle};
+use crate::vcpu::thread::{Parked, Ready, Start, VcpuHandle};
 
 /// The vCPUs of a life, in the order of their harts.
 pub(super) enum Vcpus {
@@ -54,15 +55,33 @@ impl Vcpus {
     /// Starts a thread for each vCPU of `hardware`. Its devices must be running.
     ///
     /// # Errors
-    /// Fails if a thread cannot be started, such as if the host has no resources left. All vCPUs
-    /// are parked then, and can be started later.
-    pub(super) fn start(&mut self, hardware: &Hardware, post: &Post) -> Result<()> {
+    /// Fails if a thread cannot be started, such as if the host has no resources left. No vCPU has
+    /// run then, and all can be started later.
+    pub(super) fn start(&mut self, hardware: &Hardware, post: &Post) -> hypervisor::Result<()> {
+        self.start_after(hardware, post, || ())
+    }
+
+    /// Resumes the devices, then the vCPUs.
+    ///
+    /// # Errors
+    /// As [`Vcpus::start`]. On an error the devices stay paused.
+    pub(super) fn resume(&mut self, hardware: &Hardware, post: &Post) -> hypervisor::Result<()> {
+        self.start_after(hardware, post, || hardware.devices.resume())
+    }
+
+    /// Makes a thread for each vCPU, calls `first`, and then lets the vCPUs run.
+    fn start_after(
+        &mut self,
+        hardware: &Hardware,
+        post: &Post,
+        first: impl FnOnce(),
+    ) -> hypervisor::Result<()> {
         let Vcpus::Paused(parked) = self else {
             return Ok(());
         };
         let mut parked = take(parked).into_iter();
-        let mut running = Vec::new();
-        let started = (0u32..).zip(parked.by_ref()).try_for_each(|(id, vcpu)| {
+        let mut ready = Vec::new();
+        let prepared = (0u32..).zip(parked.by_ref()).try_for_each(|(id, vcpu)| {
             let (stopped, called) = (post.clone(), post.clone());
             let start = Start {
                 id,
@@ -70,19 +89,18 @@ impl Vcpus {
                 on_call: Box::new(move || called.send(Event::Called)),
                 follow_restarts: hardware.resets_harts,
             };
-            let handle = VcpuHandle::start(vcpu, Arc::clone(&hardware.exits), start);
-            handle.map(|handle| running.push(handle))
+            let vcpu = VcpuHandle::prepare(vcpu, Arc::clone(&hardware.exits), start);
+            vcpu.map(|vcpu| ready.push(vcpu))
         });
-        *self = Vcpus::Running(running);
-        let Err(failed) = started else {
+        let Err(failed) = prepared else {
+            first();
+            *self = Vcpus::Running(ready.into_iter().map(Ready::go).collect());
             return Ok(());
         };
-        self.park_now()?;
         let (vcpu, error) = failed.into_parts();
-        if let Vcpus::Paused(all) = self {
-            all.extend(once(vcpu).chain(parked));
-        }
-        Err(error.into())
+        let before = ready.into_iter().map(Ready::cancel);
+        *self = Vcpus::Paused(before.chain(once(vcpu)).chain(parked).collect());
+        Err(error)
     }
 
     /// Stops all vCPUs. They run no instruction any more, and the results of their last exits are
@@ -111,42 +129,6 @@ impl Vcpus {
         let parked = parked.collect::<Option<_>>();
         *self = Vcpus::Paused(parked.context("a vCPU's thread panicked")?);
         Ok(())
-    }
-
-    /// Pauses the vCPUs, then the devices. The main loop handles signals meanwhile, because a
-    /// device may wait for the host's disk.
-    ///
-    /// # Errors
-    /// As [`Vcpus::park`].
-    pub(super) fn pause(&mut self, hardware: &Hardware, main: &mut MainLoop) -> Result<()> {
-        if self.state() == State::Paused {
-            return Ok(());
-        }
-        self.park(main)?;
-        let devices = &hardware.devices;
-        main.while_serving(|| devices.pause())
-    }
-
-    /// Resumes the devices, then the vCPUs.
-    ///
-    /// # Errors
-    /// As [`Vcpus::start`]. On an error the devices are paused again.
-    pub(super) fn resume(
-        &mut self,
-        hardware: &Hardware,
-        post: &Post,
-        main: &mut MainLoop,
-    ) -> Result<()> {
-        if self.state() == State::Running {
-            return Ok(());
-        }
-        let devices = &hardware.devices;
-        devices.resume();
-        let started = self.start(hardware, post);
-        if started.is_err() {
-            main.while_serving(|| devices.pause())?;
-        }
-        started
     }
 
     /// The statistics of the vCPUs, which must be parked. Otherwise the result is empty.

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use log::info;
+use log::{info, warn};
 use signal_hook::consts::SIGTERM;
 
 use crate::config::ConsoleConfig;
@@ -307,7 +307,11 @@ impl Running<'_> {
                 Some(Event::Called) => {}
                 Some(Event::Pressed) => {
                     // A paused guest could not power off.
-                    self.go_on(vcpus)?;
+                    if let Err(error) = self.go_on(vcpus)? {
+                        let error = anyhow::Error::from(error);
+                        warn!("{error:#}: the guest cannot be asked to power off");
+                        return Ok(End::Over(Outcome::Signal(SIGTERM)));
+                    }
                     self.press()?;
                 }
                 Some(Event::Vcpu(Ok(Stop::Reset))) if self.how.reboot => {

@@ -22,7 +22,7 @@ pub struct Stats {
     start: Duration,
     /// Time that the guest ran.
     run: Duration,
-    /// Time that the guest was paused.
+    /// Time that the guest was paused, by a command or by `--pause`.
     paused: Duration,
     /// Time from the guest's end until disks and consoles had written everything.
     end: Duration,

@@ -9,7 +9,7 @@ use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 pub enum Kind {
     /// Runs one vCPU.
     Vcpu,
-    /// Moves bytes between the console and the host.
+    /// Writes a console's output.
     Console,
     /// Serves a disk's requests.
     Disk,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use std::{fmt, io};
@@ -55,6 +55,29 @@ impl Parked {
     }
 }
 
+/// A vCPU with a thread that waits for it.
+pub struct Ready {
+    handle: VcpuHandle,
+    hand: SyncSender<Parked>,
+    parked: Parked,
+}
+
+impl Ready {
+    /// Lets the vCPU run.
+    pub fn go(self) -> VcpuHandle {
+        // This cannot fail: the thread exists, and the channel has room for one vCPU.
+        let _ = self.hand.send(self.parked);
+        self.handle
+    }
+
+    /// Ends the thread. The vCPU has not run.
+    pub fn cancel(self) -> Parked {
+        drop(self.hand);
+        drop(self.handle);
+        self.parked
+    }
+}
+
 /// A vCPU that could not be started, with the error.
 pub struct NotStarted(Box<(Parked, Error)>);
 
@@ -63,7 +86,7 @@ impl NotStarted {
         Self(Box::new((parked, error)))
     }
 
-    /// The unchanged vCPU, and the error.
+    /// The vCPU, which has not run, and the error.
     pub fn into_parts(self) -> (Parked, Error) {
         *self.0
     }
@@ -96,26 +119,24 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
-    /// Runs the vCPU of `parked` on a thread of its own until `exits` ends it or the handle stops
-    /// it.
+    /// Makes a thread for the vCPU of `parked`. [`Ready::go`] then runs the vCPU on it until
+    /// `exits` ends it or the handle stops it.
     ///
     /// # Errors
     /// Fails if the thread cannot be started, if its signal handler cannot be set, or if the vCPU's
-    /// run page cannot be mapped. The error has the unchanged vCPU.
-    pub fn start(
+    /// run page cannot be mapped. The error has the vCPU, which has not run.
+    pub fn prepare(
         parked: Parked,
         exits: Arc<Exits>,
         how: Start,
-    ) -> std::result::Result<Self, NotStarted> {
-        // Pass the vCPU only once the thread exists. Otherwise it would be lost if the thread
-        // cannot be started.
+    ) -> std::result::Result<Ready, NotStarted> {
         let (hand, take) = sync_channel(1);
         match Self::start_thread(&parked, take, exits, how) {
-            Ok(handle) => {
-                // This cannot fail: the thread waits for it.
-                let _ = hand.send(parked);
-                Ok(handle)
-            }
+            Ok(handle) => Ok(Ready {
+                handle,
+                hand,
+                parked,
+            }),
             Err(error) => Err(NotStarted::new(parked, error)),
         }
     }

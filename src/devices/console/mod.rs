@@ -2,7 +2,8 @@
 //!
 //! The UART and the SBI debug console share the queues. A vCPU thread never blocks here: when the
 //! output queue is full, the UART is not ready to transmit and a DBCN write is short. The host's
-//! side ([`host`]) reads only as much input as the queue has room for.
+//! side ([`host`]) reads only as much input as the queue has room for. It always reads a terminal,
+//! whose keys may be for rvmm.
 
 pub mod escape;
 pub mod host;
@@ -32,7 +33,7 @@ pub trait Listener: Send + Sync {
     fn console_changed(&self);
 }
 
-/// The queues. The guest's side never blocks; the host's side may.
+/// The queues. Only the thread that takes the output waits.
 #[derive(Default)]
 pub struct Console {
     queues: Mutex<Queues>,
@@ -200,6 +201,11 @@ impl Console {
     pub fn close(&self) {
         lock(&self.queues).closed = true;
         self.output_ready.notify_all();
+    }
+
+    /// Whether the console is closed.
+    pub fn is_closed(&self) -> bool {
+        lock(&self.queues).closed
     }
 
     /// Waits until all output is written, and returns true. Calls `patience` at least every 50 ms

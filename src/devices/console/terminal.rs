@@ -12,7 +12,9 @@ use std::sync::Mutex;
 
 use rustix::process::getpgrp;
 use rustix::stdio::{stdin, stdout};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
+use rustix::termios::{
+    OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr,
+};
 
 use crate::util::sync::lock;
 
@@ -82,6 +84,9 @@ impl Terminal {
         let mut raw = before.clone();
         self.before = Some(before);
         raw.make_raw();
+        // A read does not wait for a key: another program may have taken the one that was there.
+        raw.special_codes[SpecialCodeIndex::VMIN] = 0;
+        raw.special_codes[SpecialCodeIndex::VTIME] = 0;
         Ok(tcsetattr(stdin(), OptionalActions::Now, &raw)?)
     }
 

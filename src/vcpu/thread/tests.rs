@@ -142,7 +142,9 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, state: HartState) -> Sta
         follow_restarts,
     };
     let parked = Parked::of_new(Box::new(vcpu), id, follow_restarts, stats);
-    let handle = VcpuHandle::start(parked, Arc::clone(&exits), start).unwrap();
+    let handle = VcpuHandle::prepare(parked, Arc::clone(&exits), start)
+        .unwrap()
+        .go();
     Started {
         handle,
         stops,
@@ -289,7 +291,9 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
         on_call: Box::new(move || called.send(()).unwrap()),
         follow_restarts: id > 0,
     };
-    let handle = VcpuHandle::start(parked, Arc::clone(exits), start).unwrap();
+    let handle = VcpuHandle::prepare(parked, Arc::clone(exits), start)
+        .unwrap()
+        .go();
     (handle, calls)
 }
 

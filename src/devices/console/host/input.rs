@@ -29,7 +29,7 @@ const SOURCE: u32 = 0;
 const TURN: u32 = 1;
 const TIMER: u32 = 2;
 
-/// Where a console's input comes from. Only the main loop's thread uses it, and no call blocks.
+/// Where a console's input comes from. Only the main loop's thread uses it, so no call may block.
 pub(super) trait Source {
     /// Returns what to wait for before the next [`Source::read`]. The descriptor must stay open
     /// until then.
@@ -102,6 +102,11 @@ impl Input {
             }
         }
         let _ = self.timer.clear();
+        if self.console.is_closed() {
+            // Input that comes now is for the next program.
+            self.has_ended = true;
+            return;
+        }
         // Always read from a terminal: Ctrl-A keys must work even if the guest does not read its
         // input.
         let room = match self.escape {
@@ -137,19 +142,15 @@ impl Input {
 
     /// Waits for the source. With `pause`, waits only for that time.
     fn watch(&mut self, pause: Option<Duration>, ops: &mut EventOps) {
-        let Wait { fd, time } = match pause {
-            Some(_) => Wait {
-                fd: None,
-                time: pause,
-            },
-            None => self.source.wait(),
-        };
-        if let Some(time) = time {
-            if let Err(error) = self.timer.reset(time, None) {
-                warn!("Failed to set a timer for the console's input: {error}");
+        let (fd, time) = match pause {
+            Some(_) => (None, pause),
+            None => {
+                let Wait { fd, time } = self.source.wait();
+                (fd.map(|fd| fd.as_raw_fd()), time)
             }
-        }
-        let Some(fd) = fd.map(|fd| fd.as_raw_fd()) else {
+        };
+        self.wait_for(time);
+        let Some(fd) = fd else {
             return;
         };
         match ops.add(Events::with_data(&fd, SOURCE, EventSet::IN)) {
@@ -158,7 +159,22 @@ impl Input {
             Err(Error::Epoll(refused)) if refused == errno::Error::new(libc::EPERM) => {
                 let _ = self.turn.write(1);
             }
-            Err(error) => warn!("Failed to wait for the console's input: {error}"),
+            Err(error) => {
+                let refused = Errno::NOMEM;
+                if self.failing.replace(refused) != Some(refused) {
+                    warn!("Failed to wait for the console's input: {error}; it is tried again");
+                }
+                self.wait_for(Some(RETRY));
+            }
+        }
+    }
+
+    fn wait_for(&mut self, time: Option<Duration>) {
+        let Some(time) = time else {
+            return;
+        };
+        if let Err(error) = self.timer.reset(time, None) {
+            warn!("Failed to set a timer for the console's input: {error}");
         }
     }
 

@@ -78,20 +78,18 @@ impl Host {
         terminal: Option<RawTerminal>,
         on_leave: OnLeave,
     ) -> io::Result<(Self, Option<Input>)> {
-        let (writer, output) = (Arc::clone(&sink), Arc::clone(&console));
-        // The thread is never joined: it may wait for a reader that never reads again.
-        spawn(Kind::Console, "out", move || {
-            write_output(&output, &*writer);
-        })?;
-        // Only a terminal has keys that are for rvmm.
-        let on_leave = terminal.is_some().then_some(on_leave);
-        let input = |source| Input::new(Arc::clone(&console), source, on_leave);
-        let input = source.map(input).transpose()?;
+        // If something below fails, this is dropped and removes the socket's file.
         let host = Self {
-            console,
-            sink,
+            console: Arc::clone(&console),
+            sink: Arc::clone(&sink),
             terminal,
         };
+        // Only a terminal has keys that are for rvmm.
+        let on_leave = host.terminal.is_some().then_some(on_leave);
+        let input = |source| Input::new(Arc::clone(&console), source, on_leave);
+        let input = source.map(input).transpose()?;
+        // The thread is never joined: it may wait for a reader that never reads again.
+        spawn(Kind::Console, "out", move || write_output(&console, &*sink))?;
         Ok((host, input))
     }
 

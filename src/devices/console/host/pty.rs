@@ -10,14 +10,14 @@ use anyhow::{Context, Result};
 use rustix::event::PollFlags;
 use rustix::fd::AsFd;
 use rustix::fs::OFlags;
-use rustix::io::{Errno, read};
+use rustix::io::{Errno, ioctl_fionbio, read};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::input::{Source, Wait};
 use super::{Ends, Sink};
 use crate::util::output::write_whole;
-use crate::util::poll::{poll_now, readable_now};
+use crate::util::poll::poll_now;
 use crate::util::stderr::print;
 
 /// How often to check whether somebody has opened the terminal: the kernel has no notification for
@@ -46,6 +46,8 @@ impl Pty {
 
 pub(super) fn create() -> io::Result<(Pty, String)> {
     let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    // It is rvmm's own, and the main loop reads it.
+    ioctl_fionbio(&main, true)?;
     grantpt(&main)?;
     unlockpt(&main)?;
     let name = ptsname(&main, Vec::new())?;
@@ -80,17 +82,16 @@ impl Sink for Pty {
 impl Source for Pty {
     fn wait(&mut self) -> Wait<'_> {
         // While nobody has the other side open it is in hang-up, which would end each wait at once.
-        let has_reader = self.has_reader();
+        // Input that came before the hang-up can still be read.
+        let ready = poll_now(&self.0, PollFlags::IN);
+        let may_wait = ready.contains(PollFlags::IN) || !ready.contains(PollFlags::HUP);
         Wait {
-            fd: has_reader.then(|| self.0.as_fd()),
-            time: (!has_reader).then_some(LOOK),
+            fd: may_wait.then(|| self.0.as_fd()),
+            time: (!may_wait).then_some(LOOK),
         }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        if !readable_now(&self.0) {
-            return Err(Errno::AGAIN);
-        }
         match read(&self.0, buffer) {
             // The other side was closed.
             Err(Errno::IO) => Err(Errno::AGAIN),

@@ -55,12 +55,13 @@ impl Socket {
         lock(&self.client).clone()
     }
 
-    fn accept(&self) -> Result<(), Errno> {
+    fn accept(&self) -> Result<Arc<UnixStream>, Errno> {
         let accepted = self.listener.accept();
         let (stream, _) = accepted.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
         info!("a client has connected to the console");
-        *lock(&self.client) = Some(Arc::new(stream));
-        Ok(())
+        let client = Arc::new(stream);
+        *lock(&self.client) = Some(Arc::clone(&client));
+        Ok(client)
     }
 
     /// Disconnects `client`. Does not affect another client that has connected meanwhile.
@@ -97,14 +98,12 @@ impl Sink for Socket {
 /// The input from a socket's clients.
 struct Input {
     socket: Arc<Socket>,
-    /// The client whose input the main loop waits for. Kept here so that its descriptor stays open
-    /// meanwhile.
+    /// The client whose input is read, up to its last byte, even if a write to it has failed.
     client: Option<Arc<UnixStream>>,
 }
 
 impl Source for Input {
     fn wait(&mut self) -> Wait<'_> {
-        self.client = self.socket.client();
         let client = self.client.as_ref().map(AsFd::as_fd);
         Wait {
             fd: client.or(Some(self.socket.listener.as_fd())),
@@ -113,13 +112,19 @@ impl Source for Input {
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        let Some(client) = self.client.take().or_else(|| self.socket.client()) else {
-            self.socket.accept()?;
+        let Some(client) = self.client.take() else {
+            self.client = Some(self.socket.accept()?);
             return Err(Errno::AGAIN);
         };
         match recv(&*client, buffer, RecvFlags::DONTWAIT) {
-            Ok((count @ 1.., _)) => Ok(count),
-            Err(Errno::INTR | Errno::AGAIN) => Err(Errno::AGAIN),
+            Ok((count @ 1.., _)) => {
+                self.client = Some(client);
+                Ok(count)
+            }
+            Err(Errno::INTR | Errno::AGAIN) => {
+                self.client = Some(client);
+                Err(Errno::AGAIN)
+            }
             Ok(_) | Err(_) => {
                 self.socket.lose(&client);
                 Err(Errno::AGAIN)

@@ -1,14 +1,15 @@
 //! Connects a console to standard input and output.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IsTerminal};
+use std::io::{self, IoSliceMut, IsTerminal};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::PollFlags;
 use rustix::fd::AsFd;
-use rustix::fs::OFlags;
-use rustix::io::{Errno, read};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, read};
 use rustix::net::{RecvFlags, recv};
 use rustix::stdio::{stdin, stdout};
 
@@ -16,7 +17,7 @@ use super::input::{Source, Wait};
 use super::{Ends, Sink};
 use crate::devices::console::terminal;
 use crate::util::output::write_whole;
-use crate::util::poll::readable_now;
+use crate::util::poll::{poll_now, readable_now};
 
 /// How often to check whether rvmm is in the foreground: a running job gets no signal when its
 /// shell brings it to the foreground.
@@ -31,20 +32,22 @@ impl Sink for Stdout {
     }
 }
 
-/// Standard input. Other programs may read it too, and may take the bytes that woke rvmm. So no
-/// read may block.
+/// Standard input. Other programs may read it too, and may take the bytes that woke rvmm. So rvmm
+/// uses reads that do not block, where the kernel has them.
 struct Stdin {
     kind: Kind,
     is_terminal: bool,
 }
 
 enum Kind {
-    /// Opened once more, non-blocking. Setting that flag on standard input itself would affect
-    /// other programs too.
+    /// A terminal or a pipe, opened once more, non-blocking. Setting that flag on standard input
+    /// itself would affect other programs too.
     Own(File),
     /// A socket: recv has a flag for reads that do not block.
     Socket,
-    /// It cannot be opened again, such as another user's terminal after su(1), or a regular file.
+    /// A file, or something that cannot be opened again, such as another user's pipe after su(1).
+    /// A read can block only if others take bytes from the pipe, and the kernel has no RWF_NOWAIT
+    /// for pipes.
     Shared,
 }
 
@@ -52,7 +55,7 @@ enum Kind {
 pub(super) fn open() -> Ends {
     let is_terminal = io::stdin().is_terminal();
     let source = Stdin {
-        kind: kind(),
+        kind: kind(is_terminal),
         is_terminal,
     };
     Ends {
@@ -61,22 +64,22 @@ pub(super) fn open() -> Ends {
     }
 }
 
-fn kind() -> Kind {
+fn kind(is_terminal: bool) -> Kind {
     const STDIN: &str = "/proc/self/fd/0";
     let what = fs::metadata(STDIN).map(|there| there.file_type());
+    let can_read = fcntl_getfl(stdin()).is_ok_and(|flags| !flags.contains(OFlags::WRONLY));
     match what {
         Ok(what) if what.is_socket() => Kind::Socket,
-        // A file that is opened again would be read from its first byte.
-        Ok(what) if what.is_file() => Kind::Shared,
-        _ => {
+        Ok(what) if can_read && (what.is_fifo() || is_terminal) => {
             let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
             let flags = i32::try_from(flags).unwrap_or(0);
-            let opened = OpenOptions::new()
-                .read(true)
-                .custom_flags(flags)
-                .open(STDIN);
+            let mut options = OpenOptions::new();
+            let opened = options.read(true).custom_flags(flags).open(STDIN);
             opened.map_or(Kind::Shared, Kind::Own)
         }
+        // A file that is opened again would be read from its first byte, and a device might be
+        // another device.
+        _ => Kind::Shared,
     }
 }
 
@@ -85,10 +88,31 @@ impl Stdin {
         match &self.kind {
             Kind::Own(file) => read(file, buffer),
             Kind::Socket => Ok(recv(stdin(), buffer, RecvFlags::DONTWAIT)?.0),
-            Kind::Shared if readable_now(stdin()) => read(stdin(), buffer),
-            Kind::Shared => Err(Errno::AGAIN),
+            Kind::Shared if !readable_now(stdin()) => Err(Errno::AGAIN),
+            Kind::Shared => match read_without_waiting(buffer) {
+                Err(Errno::OPNOTSUPP) => read(stdin(), buffer),
+                result => result,
+            },
         }
     }
+}
+
+/// Reads from a pipe. Files have a plain read: with RWF_NOWAIT, a file that is not in the page cache
+/// might give EAGAIN for ever.
+fn read_without_waiting(buffer: &mut [u8]) -> Result<usize, Errno> {
+    /// Where a pipe reads from.
+    const HERE: u64 = u64::MAX;
+    let is_pipe =
+        fstat(stdin()).is_ok_and(|there| FileType::from_raw_mode(there.st_mode) == FileType::Fifo);
+    if !is_pipe {
+        return Err(Errno::OPNOTSUPP);
+    }
+    preadv2(
+        stdin(),
+        &mut [IoSliceMut::new(buffer)],
+        HERE,
+        ReadWriteFlags::NOWAIT,
+    )
 }
 
 impl Source for Stdin {
@@ -110,12 +134,16 @@ impl Source for Stdin {
         if !self.is_terminal {
             return self.read_now(buffer);
         }
-        // The input may be for another program.
-        if terminal::in_background() {
+        // The input, and the terminal's mode, may be another program's.
+        if !terminal::follow() {
             return Err(Errno::AGAIN);
         }
         match self.read_now(buffer) {
             Err(Errno::IO) if terminal::in_background() => Err(Errno::AGAIN),
+            // Nothing was there, unless the terminal is gone.
+            Ok(0) if !poll_now(stdin(), PollFlags::IN).contains(PollFlags::HUP) => {
+                Err(Errno::AGAIN)
+            }
             result => result,
         }
     }

@@ -265,6 +265,46 @@ fn an_error_of_an_old_client_is_not_the_next_ones() {
     sink.close();
 }
 
+/// A client that has sent everything and gone: what is written to it fails before all is read.
+#[test]
+fn what_a_client_sent_before_it_went_arrives() {
+    let path = path("gone-client");
+    let Ends { sink, source } = socket::bind(&path).unwrap();
+    let mut source = source.unwrap();
+    let mut read = || {
+        source.wait();
+        source.read(&mut [0; 1000])
+    };
+    let mut client = UnixStream::connect(&path).unwrap();
+    assert_eq!(read(), Err(Errno::AGAIN), "accepted");
+    client.write_all(&[b'x'; 2500]).unwrap();
+    drop(client);
+    for count in [1000, 1000, 500] {
+        sink.write(b"an echo").unwrap();
+        assert_eq!(read(), Ok(count));
+    }
+    assert_eq!(read(), Err(Errno::AGAIN), "gone");
+    let _next = UnixStream::connect(&path).unwrap();
+    assert_eq!(read(), Err(Errno::AGAIN), "accepted");
+    sink.close();
+}
+
+/// What is typed after the end of the guest is for the next program.
+#[test]
+fn a_console_that_has_ended_reads_nothing() {
+    let path = path("late");
+    let mut connected = Connected::by(&ConsoleConfig::Socket(path.clone()));
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(b"x").unwrap();
+    assert_eq!(connected.guest_reads(1), b"x");
+    connected.console.close();
+    client.write_all(b"late").unwrap();
+    for _ in 0..3 {
+        connected.turn();
+    }
+    assert_eq!(connected.console.input_len(), 0);
+}
+
 #[test]
 fn where_no_socket_can_be_is_told() {
     let refused = |path: &Path| {
