@@ -11,78 +11,9 @@ impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "rvmm {} on Linux {}", self.rvmm, self.kernel)?;
         writeln!(f)?;
-        row(
-            f,
-            "G-stage",
-            format_args!(
-                "{}, {}-bit guest-physical addresses",
-                self.g_stage, self.gpa_bits
-            ),
-        )?;
-        row(
-            f,
-            "vCPUs",
-            format_args!("at most {} a guest", self.max_vcpus),
-        )?;
-        match &self.aia {
-            Some(aia) => {
-                let files = if aia.guest_files {
-                    "with"
-                } else {
-                    "emulated, without"
-                };
-                row(
-                    f,
-                    "Interrupts",
-                    format_args!(
-                        "AIA, {files} guest interrupt files; {} identities",
-                        aia.identities
-                    ),
-                )?;
-            }
-            None => row(f, "Interrupts", format_args!("no AIA: guests get a PLIC"))?,
-        }
-        row(f, "Guest's harts", format_args!("{}", self.hart.isa))?;
-        row(
-            f,
-            "",
-            format_args!("{}, timebase {} Hz", self.hart.mmu, self.hart.timebase),
-        )?;
-        let console = if self.legacy_sbi_console {
-            "reach rvmm"
-        } else {
-            "do not reach rvmm: guests need DBCN or the UART"
-        };
-        row(f, "Legacy SBI", format_args!("console calls {console}"))?;
-        let transparent = self.hugepages.transparent.as_deref().unwrap_or("none");
-        row(f, "Huge pages", format_args!("transparent: {transparent}"))?;
-        for pool in &self.hugepages.reserved {
-            row(
-                f,
-                "",
-                format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free),
-            )?;
-        }
+        self.host(f)?;
         writeln!(f)?;
-        let isa = &self.hart.extensions;
-        list(
-            f,
-            "ISA extensions that --cpu NAME=off takes away",
-            isa,
-            |e| e.can_be_off,
-        )?;
-        list(f, "ISA extensions that stay", isa, |e| !e.can_be_off)?;
-        let sbi = &self.sbi;
-        list(
-            f,
-            "SBI extensions that --sbi NAME=off takes away",
-            sbi,
-            |e| e.on && e.can_be_off,
-        )?;
-        list(f, "SBI extensions that stay", sbi, |e| {
-            e.on && !e.can_be_off
-        })?;
-        list(f, "SBI extensions, off", &self.sbi, |e| !e.on)?;
+        self.extensions(f)?;
         writeln!(f, "Known bugs of KVM:")?;
         for bug in &self.bugs {
             let found = match bug.present {
@@ -97,6 +28,69 @@ impl fmt::Display for Info {
             writeln!(f, "  {name:<28} {value}")?;
         }
         Ok(())
+    }
+}
+
+impl Info {
+    /// What guests get of this host, a line for each.
+    fn host(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stage = format_args!(
+            "{}, {}-bit guest-physical addresses",
+            self.g_stage, self.gpa_bits
+        );
+        row(f, "G-stage", stage)?;
+        row(
+            f,
+            "vCPUs",
+            format_args!("at most {} a guest", self.max_vcpus),
+        )?;
+        match &self.aia {
+            Some(aia) => {
+                let files = if aia.guest_files {
+                    "with"
+                } else {
+                    "emulated, without"
+                };
+                let identities = aia.identities;
+                let text =
+                    format_args!("AIA, {files} guest interrupt files; {identities} identities");
+                row(f, "Interrupts", text)?;
+            }
+            None => row(f, "Interrupts", format_args!("no AIA: guests get a PLIC"))?,
+        }
+        let hart = &self.hart;
+        row(f, "Guest's harts", format_args!("{}", hart.isa))?;
+        row(
+            f,
+            "",
+            format_args!("{}, timebase {} Hz", hart.mmu, hart.timebase),
+        )?;
+        let console = if self.legacy_sbi_console {
+            "reach rvmm"
+        } else {
+            "do not reach rvmm: guests need DBCN or the UART"
+        };
+        row(f, "Legacy SBI", format_args!("console calls {console}"))?;
+        let transparent = self.hugepages.transparent.as_deref().unwrap_or("none");
+        row(f, "Huge pages", format_args!("transparent: {transparent}"))?;
+        for pool in &self.hugepages.reserved {
+            let pool = format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free);
+            row(f, "", pool)?;
+        }
+        Ok(())
+    }
+
+    fn extensions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (isa, sbi) = (&self.hart.extensions, &self.sbi);
+        let off = "ISA extensions that --cpu NAME=off takes away";
+        list(f, off, isa, |e| e.can_be_off)?;
+        list(f, "ISA extensions that stay", isa, |e| !e.can_be_off)?;
+        let off = "SBI extensions that --sbi NAME=off takes away";
+        list(f, off, sbi, |e| e.on && e.can_be_off)?;
+        list(f, "SBI extensions that stay", sbi, |e| {
+            e.on && !e.can_be_off
+        })?;
+        list(f, "SBI extensions, off", sbi, |e| !e.on)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a vCPU's thread does first: enter the guest, or go on with what its last thread was at.
 
-use super::suspend::Sleeper;
 use crate::hypervisor::VmExit;
+use crate::irqchip::SavedRegister;
 
 /// The hart that runs from the start.
 const BOOT_HART: u32 = 0;
@@ -30,6 +30,17 @@ impl First {
             First::Enter
         }
     }
+}
+
+/// A hart that sleeps: what does not change meanwhile.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Sleeper {
+    /// `sie`.
+    pub(super) enabled: u64,
+    /// The time at which the hart's timer interrupts.
+    pub(super) compare: u64,
+    /// Its interrupt controller's registers.
+    pub(super) saved: Vec<SavedRegister>,
 }
 
 /// How a wait of the thread's ended.

@@ -7,10 +7,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::first::{First, Waited};
+use super::first::{First, Sleeper, Waited};
 use super::restart::Restarts;
 use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, regs};
-use crate::irqchip::{HartSide, SavedRegister};
+use crate::irqchip::HartSide;
 
 /// Extension id of the call, and its one function.
 pub const SUSP: u64 = 0x5355_5350;
@@ -92,15 +92,6 @@ impl Suspend {
             || Ok(enabled & EXTERNAL != 0 && self.irqs.is_pending(hart, &sleeper.saved)?);
         if timer { Ok(true) } else { external() }
     }
-}
-
-/// What does not change while a hart sleeps.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Sleeper {
-    /// `sie`.
-    enabled: u64,
-    compare: u64,
-    saved: Vec<SavedRegister>,
 }
 
 /// Every KVM that has the call has these registers.
