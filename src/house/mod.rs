@@ -45,7 +45,7 @@ fn collect(folder: &Path, found: &mut Vec<Source>) {
 }
 
 /// Everything that is written in Rust.
-const ALL: &[&str] = &["src", "tests", "benches", "fuzz", "resources"];
+const ALL: &[&str] = &["src", "tests", "benches", "fuzz", "resources", "scripts"];
 
 #[track_caller]
 fn assert_none(violations: &[String]) {

@@ -34,11 +34,14 @@ impl fmt::Display for Info {
 impl Info {
     /// What guests get of this host, a line for each.
     fn host(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let stage = format_args!(
-            "{}, {}-bit guest-physical addresses",
-            self.g_stage, self.gpa_bits
-        );
-        row(f, "G-stage", stage)?;
+        row(
+            f,
+            "G-stage",
+            format_args!(
+                "{}, {}-bit guest-physical addresses",
+                self.g_stage, self.gpa_bits
+            ),
+        )?;
         row(
             f,
             "vCPUs",
@@ -52,9 +55,11 @@ impl Info {
                     "emulated, without"
                 };
                 let identities = aia.identities;
-                let text =
-                    format_args!("AIA, {files} guest interrupt files; {identities} identities");
-                row(f, "Interrupts", text)?;
+                row(
+                    f,
+                    "Interrupts",
+                    format_args!("AIA, {files} guest interrupt files; {identities} identities"),
+                )?;
             }
             None => row(f, "Interrupts", format_args!("no AIA: guests get a PLIC"))?,
         }
@@ -74,8 +79,11 @@ impl Info {
         let transparent = self.hugepages.transparent.as_deref().unwrap_or("none");
         row(f, "Huge pages", format_args!("transparent: {transparent}"))?;
         for pool in &self.hugepages.reserved {
-            let pool = format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free);
-            row(f, "", pool)?;
+            row(
+                f,
+                "",
+                format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free),
+            )?;
         }
         Ok(())
     }

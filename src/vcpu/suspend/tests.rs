@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::hypervisor::VmExit;
 use crate::hypervisor::fake::{FakeVcpu, registers};
+use crate::irqchip::SavedRegister;
 use crate::util::sync::lock;
 
 /// The controller's register, and how often it is asked before an interrupt is pending.
