@@ -11,6 +11,29 @@ impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "rvmm {} on Linux {}", self.rvmm, self.kernel)?;
         writeln!(f)?;
+        self.host(f)?;
+        writeln!(f)?;
+        self.extensions(f)?;
+        writeln!(f, "Known bugs of KVM:")?;
+        for bug in &self.bugs {
+            let found = match bug.present {
+                Some(true) => "FOUND",
+                Some(false) => "not here",
+                None => "does not apply",
+            };
+            writeln!(f, "  {:<20} {found}: {}", bug.name, bug.meaning)?;
+        }
+        writeln!(f, "\nKVM's capabilities:")?;
+        for (name, value) in &self.kvm {
+            writeln!(f, "  {name:<28} {value}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Info {
+    /// What guests get of this host, a line for each.
+    fn host(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         row(
             f,
             "G-stage",
@@ -31,22 +54,21 @@ impl fmt::Display for Info {
                 } else {
                     "emulated, without"
                 };
+                let identities = aia.identities;
                 row(
                     f,
                     "Interrupts",
-                    format_args!(
-                        "AIA, {files} guest interrupt files; {} identities",
-                        aia.identities
-                    ),
+                    format_args!("AIA, {files} guest interrupt files; {identities} identities"),
                 )?;
             }
             None => row(f, "Interrupts", format_args!("no AIA: guests get a PLIC"))?,
         }
-        row(f, "Guest's harts", format_args!("{}", self.hart.isa))?;
+        let hart = &self.hart;
+        row(f, "Guest's harts", format_args!("{}", hart.isa))?;
         row(
             f,
             "",
-            format_args!("{}, timebase {} Hz", self.hart.mmu, self.hart.timebase),
+            format_args!("{}, timebase {} Hz", hart.mmu, hart.timebase),
         )?;
         let console = if self.legacy_sbi_console {
             "reach rvmm"
@@ -63,42 +85,20 @@ impl fmt::Display for Info {
                 format_args!("{} reserved: {}, {} free", pool.size, pool.total, pool.free),
             )?;
         }
-        writeln!(f)?;
-        let isa = &self.hart.extensions;
-        list(
-            f,
-            "ISA extensions that --cpu NAME=off turns off",
-            isa,
-            |e| e.can_be_off,
-        )?;
-        list(f, "ISA extensions that are always on", isa, |e| {
-            !e.can_be_off
-        })?;
-        let sbi = &self.sbi;
-        list(
-            f,
-            "SBI extensions that --sbi NAME=off turns off",
-            sbi,
-            |e| e.on && e.can_be_off,
-        )?;
-        list(f, "SBI extensions that are always on", sbi, |e| {
-            e.on && !e.can_be_off
-        })?;
-        list(f, "SBI extensions that are off", &self.sbi, |e| !e.on)?;
-        writeln!(f, "Known bugs of KVM:")?;
-        for bug in &self.bugs {
-            let found = match bug.present {
-                Some(true) => "FOUND",
-                Some(false) => "not here",
-                None => "does not apply",
-            };
-            writeln!(f, "  {:<20} {found}: {}", bug.name, bug.meaning)?;
-        }
-        writeln!(f, "\nKVM's capabilities:")?;
-        for (name, value) in &self.kvm {
-            writeln!(f, "  {name:<28} {value}")?;
-        }
         Ok(())
+    }
+
+    fn extensions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (isa, sbi) = (&self.hart.extensions, &self.sbi);
+        let off = "ISA extensions that --cpu NAME=off turns off";
+        list(f, off, isa, |e| e.can_be_off)?;
+        let on = "ISA extensions that are always on";
+        list(f, on, isa, |e| !e.can_be_off)?;
+        let off = "SBI extensions that --sbi NAME=off turns off";
+        list(f, off, sbi, |e| e.on && e.can_be_off)?;
+        let on = "SBI extensions that are always on";
+        list(f, on, sbi, |e| e.on && !e.can_be_off)?;
+        list(f, "SBI extensions that are off", sbi, |e| !e.on)
     }
 }
 

@@ -1,8 +1,8 @@
 //! The first action of a vCPU's thread: to enter the guest, or to continue what the vCPU's last
 //! thread was doing.
 
-use super::suspend::Sleeper;
 use crate::hypervisor::VmExit;
+use crate::irqchip::SavedRegister;
 
 /// The hart that runs when the machine starts.
 const BOOT_HART: u32 = 0;
@@ -32,6 +32,17 @@ impl First {
             First::Enter
         }
     }
+}
+
+/// State that does not change while a hart sleeps.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Sleeper {
+    /// The hart's `sie`.
+    pub(super) enabled: u64,
+    /// The time at which the hart's timer interrupts.
+    pub(super) compare: u64,
+    /// The registers of its interrupt controller.
+    pub(super) saved: Vec<SavedRegister>,
 }
 
 /// How a wait of a vCPU's thread ended.

@@ -8,10 +8,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::first::{First, Waited};
+use super::first::{First, Sleeper, Waited};
 use super::restart::Restarts;
 use crate::hypervisor::{RegId, Result, SbiRet, Vcpu, VmEntry, regs};
-use crate::irqchip::{HartSide, SavedRegister};
+use crate::irqchip::HartSide;
 
 /// Extension id of the call.
 pub const SUSP: u64 = 0x5355_5350;
@@ -95,15 +95,6 @@ impl Suspend {
             || Ok(enabled & EXTERNAL != 0 && self.irqs.is_pending(hart, &sleeper.saved)?);
         if timer { Ok(true) } else { external() }
     }
-}
-
-/// State that does not change while a hart sleeps.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Sleeper {
-    /// The hart's `sie`.
-    enabled: u64,
-    compare: u64,
-    saved: Vec<SavedRegister>,
 }
 
 /// Reads a register that every KVM with this call has.

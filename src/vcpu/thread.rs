@@ -11,10 +11,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::Stop;
 use super::exits::{Exits, Next, Rare};
-use super::first::{First, Waited};
+use super::first::{First, Sleeper, Waited};
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
-use super::suspend::Sleeper;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
 use crate::util::thread::{Kind, spawn};
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::hypervisor::VmExit;
 use crate::hypervisor::fake::{FakeVcpu, registers};
+use crate::irqchip::SavedRegister;
 use crate::util::sync::lock;
 
 /// An interrupt controller with one register. An interrupt is pending once it was asked
