@@ -1,14 +1,14 @@
-//! The judge of a suite: says of each case whether it has passed, by the records that its binary left.
+//! The judge of a suite: decides which cases have passed, from the records that the binaries left.
 //!
 //!     suite-judge LABEL SUITE RECORDS LOG
 //!
-//! SUITE is a folder with a list `NAME.names` of the cases that were to run of each binary. RECORDS
-//! and LOG are what `resources/rig/run-tests` wrote. A line `ok` or `FAIL` goes to standard output
-//! for each case, behind them what a binary with failures printed, and last `judged PASSED FAILED`.
+//! SUITE is a folder with a list `NAME.names` for each binary: the cases that were to run.
+//! `resources/rig/run-tests` wrote RECORDS and LOG. The judge prints a line `ok` or `FAIL` for each
+//! case, then the output of each binary with a failure, and last `judged PASSED FAILED`.
 //!
-//! A case has passed when there is exactly one record of it and that says ok. All else has failed:
-//! what is missing, ignored, or recorded twice, what was not to run, and a binary that did not end or
-//! whose exit status says that something failed when no record does.
+//! A case has passed if there is exactly one record of it, and that is `ok`. These are failures: a
+//! missing record, an ignored case, two records of one case, a record of a case that was not to
+//! run, a binary that did not end, and an exit status that no record explains.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 
 /// The verdicts on all binaries of a suite.
 fn judge_all(label: &str, suite: &Path, records: &Path, log: &Path) -> io::Result<String> {
-    // A host that died left none: each case then has no record.
+    // A host that died left no records: then each case fails.
     let records = fs::read_to_string(records).unwrap_or_default();
     let log = fs::read(log).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
@@ -78,10 +78,10 @@ fn lists(suite: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(lists)
 }
 
-/// What is said of a case, or of the whole binary.
+/// The verdict on a case, or on the whole binary.
 #[derive(Debug, PartialEq, Eq)]
 struct Verdict {
-    /// None for the binary.
+    /// None for the whole binary.
     case: Option<String>,
     /// Why it has failed, if it has.
     why: Option<String>,
@@ -108,8 +108,8 @@ impl Verdict {
     }
 }
 
-/// The verdicts on binary `name`, of which the cases `wanted` were to run. In `records` each line is
-/// `NAME WORD.. CASE` or `NAME exit STATUS`.
+/// The verdicts on binary `name`, of which the cases `wanted` were to run. Each line of `records`
+/// is `NAME WORD.. CASE` or `NAME exit STATUS`.
 fn judge(name: &str, wanted: &[&str], records: &str) -> Vec<Verdict> {
     let (mut said, mut exits) = (BTreeMap::<&str, Vec<String>>::new(), Vec::new());
     for line in records.lines() {
@@ -145,7 +145,7 @@ fn judge(name: &str, wanted: &[&str], records: &str) -> Vec<Verdict> {
     verdicts
 }
 
-/// The end of what binary `name` printed, which stands in `log` behind a line `=== NAME`.
+/// The last lines that binary `name` printed. They are in `log`, after a line `=== NAME`.
 fn shown(name: &str, log: &str) -> String {
     let title = format!("=== {name}");
     let begins = |line: &&str| line.starts_with("=== ");
@@ -162,7 +162,7 @@ fn shown(name: &str, log: &str) -> String {
 mod tests {
     use super::*;
 
-    /// What is said of the cases `a` and `b`, by the lines that it prints.
+    /// The verdicts on the cases `a` and `b`, as lines.
     fn said(records: &str) -> Vec<String> {
         let verdicts = judge("bin", &["a", "b"], records);
         verdicts
@@ -265,7 +265,8 @@ mod tests {
             "no cases"
         );
         fs::remove_dir_all(&suite).unwrap();
-        let expected = "ok   kind/bin::a\nFAIL kind/bin::b (failed)\n    | === bin\n    | b: it broke\n\
+        let expected = "ok   kind/bin::a\nFAIL kind/bin::b (failed)\n    | === bin\n    \
+                        | b: it broke\n\
                         ok   kind/one::c\njudged 2 1\n";
         assert_eq!(verdicts, expected);
         assert!(none.ends_with("judged 0 5\n"), "{none}");

@@ -168,14 +168,16 @@ mod tests {
 
     #[test]
     fn a_function_ends_at_its_own_brace() {
-        let text = "trait T {\n    fn one(&self);\n\n    fn two(&self) {\n        if x {\n        }\n    }\n}\nlet f = fn_of();\n";
+        let text = "trait T {\n    fn one(&self);\n\n    fn two(&self) {\n        if x {\n\
+                    \u{20}       }\n    }\n}\nlet f = fn_of();\n";
         assert_eq!(functions(text), [(2, "one", 1), (4, "two", 4)]);
     }
 
     #[test]
     fn unsafe_out_of_place_is_named() {
         let block = format!("{} {{ f() }}", "unsafe");
-        let contributing = "# x\n\n- `unsafe` is denied outside `src/a` and `src/util/{b,c}.rs`, `word`.\n- `src/d`\n";
+        let contributing = "# x\n\n- `unsafe` is denied outside `src/a` and `src/util/{b,c}.rs`, \
+                            `word`.\n- `src/d`\n";
         let violations = unsafe_places(
             contributing,
             &[

@@ -101,7 +101,8 @@ impl fmt::Display for Stop {
             Stop::LostTrap { pc } => write!(
                 f,
                 "the guest cannot go on: the host's firmware lost a trap, and the guest is at \
-                 {pc:#x} in the host's KVM: emulated hosts do so when a guest runs an illegal instruction"
+                 {pc:#x} in the host's KVM: emulated hosts do so when a guest runs an illegal \
+                 instruction"
             ),
             Stop::FailEntry { reason, cpu } => write!(
                 f,

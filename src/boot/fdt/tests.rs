@@ -53,7 +53,8 @@ fn blob_with(harts: u32, cmdline: &str) -> Vec<u8> {
 
 #[test]
 fn the_tree_as_text() {
-    assert_eq!(text_of(&blob(1)), GOLDEN);
+    let seed = " a5a5a5a5".repeat(RNG_SEED_SIZE / 4);
+    assert_eq!(text_of(&blob(1)), GOLDEN.replace(" SEED", &seed));
 }
 
 #[test]
@@ -116,7 +117,7 @@ const GOLDEN: &str = r#"{
     stdout-path = "/soc/serial@10000000"
     linux,initrd-start = 00000000 87f00000
     linux,initrd-end = 00000000 87ff1234
-    rng-seed = a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5 a5a5a5a5
+    rng-seed = SEED
   }
   memory@80000000 {
     device_type = "memory"

@@ -97,8 +97,8 @@ impl Stdin {
     }
 }
 
-/// Reads from a pipe. Files have a plain read: with RWF_NOWAIT, a file that is not in the page cache
-/// might give EAGAIN for ever.
+/// Reads from a pipe. Files have a plain read: with RWF_NOWAIT, a file that is not in the page
+/// cache might give EAGAIN for ever.
 fn read_without_waiting(buffer: &mut [u8]) -> Result<usize, Errno> {
     /// Where a pipe reads from.
     const HERE: u64 = u64::MAX;
