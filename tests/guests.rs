@@ -182,7 +182,7 @@ fn fetch_faults() {
             "supervisor: cause=1 epc=4000000 tval=4000000 spp=1 spie=1 sie=0",
             "user: cause=1 epc=4000004 tval=4000004 spp=0 spie=1 sie=0",
             "mapped: cause=1 epc=c0001000 tval=c0001000 spp=1 spie=0 sie=0",
-            "translation off, the place less its own address: cause=1 epc=0 tval=0 spp=1 spie=0 sie=0",
+            "translation off, relative to the jump: cause=1 epc=0 tval=0 spp=1 spie=0 sie=0",
         ],
     );
 }

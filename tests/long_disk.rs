@@ -32,9 +32,10 @@ fn check(transport: &str) {
     vm.send("root\n");
     vm.wait_for(":~# ");
     vm.send(format!(
-        "fio --name=mix --filename=/dev/vdb --direct=1 --rw=randwrite --bssplit=512/10:4k/40:16k/30:64k/20 \
-         --size={EACH_MIB}M --offset_increment={EACH_MIB}M --numjobs={JOBS} --ioengine=libaio --iodepth=16 \
-         --verify=crc32c --verify_fatal=1 --fsync=64 --group_reporting; echo \"fio ended with $?\"; \
+        "fio --name=mix --filename=/dev/vdb --direct=1 --rw=randwrite \
+         --bssplit=512/10:4k/40:16k/30:64k/20 --size={EACH_MIB}M --offset_increment={EACH_MIB}M \
+         --numjobs={JOBS} --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 \
+         --fsync=64 --group_reporting; echo \"fio ended with $?\"; \
          md5sum </dev/vdb | sed 's/ .*/ is the sum/'\n"
     ));
     vm.wait_for(" is the sum\r");

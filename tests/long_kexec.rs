@@ -46,8 +46,8 @@ impl Debian {
         vm.wait_for(":~# ");
         let word = nonce();
         vm.send(format!(
-            "cat /dev/vdd >/run/guest-kexec && chmod +x /run/guest-kexec && echo {word} >/dev/vde && sync && \
-             echo ready=$?\n"
+            "cat /dev/vdd >/run/guest-kexec && chmod +x /run/guest-kexec && \
+             echo {word} >/dev/vde && sync && echo ready=$?\n"
         ));
         vm.wait_for("ready=0");
         Self { vm, scratch, word }

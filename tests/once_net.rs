@@ -80,7 +80,8 @@ fn a_device_that_loses_the_bus() {
         let device = guest.ok("basename $(readlink -f /sys/class/net/eth0/device/..)");
         // Only memory space enable.
         guest.ok(&format!(
-            "printf '\\002' | dd of=/sys/bus/pci/devices/{device}/config bs=1 seek=4 conv=notrunc 2>/dev/null"
+            "printf '\\002' | \
+             dd of=/sys/bus/pci/devices/{device}/config bs=1 seek=4 conv=notrunc 2>/dev/null"
         ));
         guest.vm.wait_for_log("its bus master enable is off");
         assert_ne!(guest.run(&ping).0, 0);

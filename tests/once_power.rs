@@ -29,8 +29,8 @@ fn the_power_key_is_pressed() {
         );
         // Four events of 24 bytes. The last eight of each are type, code and value.
         guest.vm.send(
-            "exec 3</dev/input/event0; echo listening; head -c 96 <&3 | od -An -v -tx1 -w24 | cut -c 49-; \
-             poweroff -f\n",
+            "exec 3</dev/input/event0; echo listening; \
+             head -c 96 <&3 | od -An -v -tx1 -w24 | cut -c 49-; poweroff -f\n",
         );
         guest.vm.wait_for("listening\r");
         guest.vm.terminate();

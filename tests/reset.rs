@@ -52,7 +52,8 @@ fn fifty_reboots_leave_nothing_behind() {
     send_line(&mut vm, "p");
     vm.finish().assert_status(POWERED_OFF);
     println!(
-        "fds {fds_then} then, {fds_now} now; RSS {rss_then} KiB then, {rss_now} KiB now; {threads_now} threads"
+        "before: {fds_then} fds, RSS {rss_then} KiB; now: {fds_now} fds, RSS {rss_now} KiB, \
+         {threads_now} threads"
     );
     assert!(
         fds_now <= fds_then,

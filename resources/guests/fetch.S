@@ -90,7 +90,7 @@ main:
     lla     t0, 4b + 4
     sub     s3, s3, t0
     sub     s4, s4, t0
-    print   "translation off, the place less its own address:"
+    print   "translation off, relative to the jump:"
     call    report
 
     ld      ra, 8(sp)

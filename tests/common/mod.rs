@@ -5,14 +5,14 @@
 //! until a pipe is full. Every process has one deadline, which only a hanging case reaches. If a
 //! case fails, the command, the guest's console and rvmm's messages are shown.
 //!
-//! | variable           | meaning                                         | default                     |
-//! |--------------------|-------------------------------------------------|-----------------------------|
-//! | `RVMM_TEST_BIN`    | the rvmm to test                                | the one cargo built         |
-//! | `RVMM_TEST_HOST`   | the expected kind: `aia`, `aia-emul` or `none`  | any                         |
-//! | `RVMM_TEST_KERNEL` | a Linux `Image`                                 | `/boot/vmlinux-$(uname -r)` |
-//! | `RVMM_TEST_GUESTS` | the directory that `scripts/guests` built       | `target/guests`             |
-//! | `RVMM_TEST_DEBIAN` | a disk with a Debian for guests                 | none: those cases fail      |
-//! | `RVMM_TEST_KEXEC`  | the guests' loader for kexec, `resources/kexec` | the one cargo built         |
+//! | variable           | meaning                             | default                     |
+//! |--------------------|-------------------------------------|-----------------------------|
+//! | `RVMM_TEST_BIN`    | the rvmm to test                    | cargo's build               |
+//! | `RVMM_TEST_HOST`   | the kind: `aia`, `aia-emul`, `none` | any                         |
+//! | `RVMM_TEST_KERNEL` | a Linux `Image`                     | `/boot/vmlinux-$(uname -r)` |
+//! | `RVMM_TEST_GUESTS` | the output of `scripts/guests`      | `target/guests`             |
+//! | `RVMM_TEST_DEBIAN` | a disk with a Debian for guests     | none: those cases fail      |
+//! | `RVMM_TEST_KEXEC`  | the guests' loader for kexec        | cargo's build               |
 #![allow(
     dead_code,
     unused_imports,

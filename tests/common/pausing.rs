@@ -76,7 +76,10 @@ pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
     let mut guest = Shell::start(flags.iter().chain(more).chain(&["--cpus", "4"]));
     tap.configure(&mut guest);
     // A hart that stops and starts, and one that counts.
-    guest.ok("(while :; do for to in 0 1; do echo $to >/sys/devices/system/cpu/cpu3/online; done; done) &");
+    guest.ok(
+        "(while :; do for to in 0 1; do echo $to >/sys/devices/system/cpu/cpu3/online; done; \
+         done) &",
+    );
     guest.ok("(i=0; while :; do i=$((i+1)); echo $i >/tmp/count; done) &");
     let (rounds, is_over) = (AtomicU32::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -105,8 +108,14 @@ pub(crate) fn nothing_is_lost(least: u32, more: &[&str]) {
 
 /// Writes new bytes to the disk, without the guest's page cache, and reads them back.
 fn write_and_read(guest: &mut Shell) {
-    guest.ok("dd if=/dev/urandom of=/tmp/bytes bs=1M count=8 2>/dev/null; md5sum </tmp/bytes >/tmp/sum-of-disk");
-    guest.ok("dd if=/tmp/bytes of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches");
+    guest.ok(
+        "dd if=/dev/urandom of=/tmp/bytes bs=1M count=8 2>/dev/null; \
+         md5sum </tmp/bytes >/tmp/sum-of-disk",
+    );
+    guest.ok(
+        "dd if=/tmp/bytes of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null; \
+         echo 3 >/proc/sys/vm/drop_caches",
+    );
     guest.ok("md5sum </dev/vda | cmp - /tmp/sum-of-disk");
 }
 
