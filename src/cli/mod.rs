@@ -30,7 +30,9 @@ rvmm info shows what this host offers, rvmm ctl controls a machine, rvmm --help 
 
 /// Runs a RISC-V virtual machine on KVM
 #[derive(Debug, Parser)]
-#[command(name = "rvmm", version, after_help = after_help(), max_term_width = 100)]
+#[command(name = "rvmm", version, max_term_width = 100)]
+#[command(after_help = "rvmm --help says more about each of them, and lists the exit statuses.")]
+#[command(after_long_help = after_help())]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 // If a flag is given twice the last one counts; flags that are lists collect all values.
 #[command(args_override_self = true)]
@@ -43,49 +45,78 @@ pub struct Cli {
     #[command(flatten)]
     pub vm: VmConfig,
 
-    /// Read the machine from FILE, in JSON as --print-config writes it; flags override FILE, and
-    /// --disk or --net replaces FILE's whole list
-    #[arg(long, value_name = "FILE")]
+    /// Read the machine from a JSON file
+    ///
+    /// The file is as --print-config writes it. Flags override the file, and --disk or --net
+    /// replaces the file's whole list.
+    #[arg(help_heading = "Control", long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Write the machine as JSON to standard output, and do not run it
-    #[arg(long, conflicts_with = "dump_dtb")]
+    /// Print the machine as JSON, and end
+    ///
+    /// On standard output. The guest does not run.
+    #[arg(help_heading = "Control", long, conflicts_with = "dump_dtb")]
     pub print_config: bool,
 
-    /// End the machine after this time, such as 30s, 5m or 1h 30m
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    /// End after this time, such as 30s
+    ///
+    /// Also 5m or 1h 30m. The status is 124 then.
+    #[arg(
+        help_heading = "Control",
+        long,
+        value_name = "TIME",
+        allow_hyphen_values = true
+    )]
     pub timeout: Option<Time>,
 
-    /// When the guest requests a reset, end with status 120 instead of restarting it
-    #[arg(long)]
+    /// End when the guest wants a reset
+    ///
+    /// With status 120, instead of restarting the guest.
+    #[arg(help_heading = "Control", long)]
     pub no_reboot: bool,
 
-    /// At the end, report the number of the guest's exits and the time they took: as text on
-    /// standard error, or as JSON in FILE, which must be new, empty or hold earlier statistics
-    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    /// Report the guest's exits at the end
+    ///
+    /// Their number, and the time they took: as text on standard error, or as JSON in FILE, which
+    /// must be new, empty or hold earlier statistics.
+    #[arg(
+        help_heading = "Messages and reports",
+        long,
+        value_name = "FILE",
+        num_args = 0..=1,
+        require_equals = true
+    )]
     pub stats: Option<Option<PathBuf>>,
 
-    /// Listen on a Unix socket at PATH for commands of rvmm ctl, which pause, resume, reset and end
-    /// the machine
-    #[arg(long, value_name = "PATH")]
+    /// Socket for commands of rvmm ctl
+    ///
+    /// A Unix socket that rvmm creates at PATH. The commands pause, resume, reset and end the
+    /// machine, and report its state.
+    #[arg(help_heading = "Control", long, value_name = "PATH")]
     pub ctl: Option<PathBuf>,
 
-    /// Start paused: do not run the guest before rvmm ctl resumes it; needs --ctl
-    #[arg(long, requires = "ctl")]
+    /// Start paused; needs --ctl
+    ///
+    /// The guest does not run before rvmm ctl resumes it.
+    #[arg(help_heading = "Control", long, requires = "ctl")]
     pub pause: bool,
 
-    /// Write the guest's device tree to FILE, and do not run the guest; FILE must be new, empty or
-    /// hold an earlier tree of rvmm
-    #[arg(long, value_name = "FILE")]
+    /// Write the device tree, and end
+    ///
+    /// The guest does not run. FILE must be new, empty or hold an earlier tree of rvmm.
+    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,
 
-    /// Print more messages: -v for what rvmm does, -vv for details too
-    #[arg(short, long, action = clap::ArgAction::Count)]
+    /// Print more messages; -vv for details
+    ///
+    /// -v for what rvmm does, -vv for details too.
+    #[arg(help_heading = "Messages and reports", short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Append rvmm's messages to FILE instead of printing them on standard error; the reason for a
-    /// failure goes to both
-    #[arg(long, value_name = "FILE")]
+    /// Append rvmm's messages to a file
+    ///
+    /// Instead of printing them on standard error. The reason for a failure goes to both.
+    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
 
@@ -98,7 +129,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Control a machine that was started with --ctl PATH, as in rvmm ctl PATH pause
+    /// Control a machine that was started with --ctl PATH
     Ctl {
         /// The socket that was given to --ctl
         path: PathBuf,
@@ -251,7 +282,7 @@ fn after_help() -> String {
 
 /// The complete text of `--help`.
 pub fn help() -> String {
-    Cli::command().render_help().to_string()
+    Cli::command().render_long_help().to_string()
 }
 
 #[cfg(test)]
@@ -413,6 +444,17 @@ mod tests {
         let (linux, all) = (cmdline::LINUX_MAX, cmdline::MAX);
         let limits = format!("keeps {linux} bytes, the device tree takes {all}");
         assert!(words.join(" ").contains(&limits));
+    }
+
+    #[test]
+    fn the_short_help_fits_on_a_screen() {
+        let help = Cli::command().term_width(80).render_help().to_string();
+        assert!(help.lines().count() <= 52, "{help}");
+        let widest = help.lines().map(|line| line.chars().count()).max();
+        assert!(widest <= Some(80), "{help}");
+        for heading in ["Boot:", "Machine:", "Devices:", "Control:"] {
+            assert!(help.contains(heading), "{help}");
+        }
     }
 
     #[test]

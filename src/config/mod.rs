@@ -28,29 +28,58 @@ pub use sigterm::{SigtermAct, SigtermConfig, Time};
 #[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
-    /// Kernel to boot: a RISC-V Linux Image, also compressed (gzip, zstd or EFI zboot), a vmlinux,
-    /// or another ELF file that runs in S-mode
-    #[arg(short, long, value_name = "FILE")]
+    /// Kernel to boot
+    ///
+    /// A RISC-V Linux Image, also compressed (gzip, zstd or EFI zboot), a vmlinux, or another ELF
+    /// file that runs in S-mode.
+    #[arg(help_heading = "Boot", short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
 
-    /// Format of the kernel's file
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    /// Format: auto, image, elf or flat
+    ///
+    /// auto: decide by the content of the file. image: a RISC-V Linux Image. elf: an ELF file, or a
+    /// vmlinux. flat: a program without a header, such as U-Boot, that runs at the start of RAM.
+    /// The default is auto.
+    #[arg(
+        help_heading = "Boot",
+        hide_default_value = true,
+        hide_possible_values = true,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value_t
+    )]
     pub kernel_format: KernelFormat,
 
-    /// Initial RAM disk for the kernel, as an initramfs archive
-    #[arg(short, long, value_name = "FILE")]
+    /// Initial RAM disk
+    ///
+    /// An initramfs archive for the kernel.
+    #[arg(help_heading = "Boot", short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
 
-    /// Kernel command line; the default makes the UART Linux's console. A RISC-V Linux keeps 1023
-    /// bytes, the device tree takes 65536
-    #[arg(short = 'p', long, value_name = "TEXT", default_value = cmdline::DEFAULT)]
+    /// Kernel command line
+    ///
+    /// The default, console=ttyS0, makes the UART Linux's console. A RISC-V Linux keeps 1023 bytes,
+    /// the device tree takes 65536.
+    #[arg(
+        help_heading = "Boot",
+        hide_default_value = true,
+        short = 'p',
+        long,
+        value_name = "TEXT",
+        default_value = cmdline::DEFAULT
+    )]
     pub cmdline: String,
 
-    /// Size of the guest's RAM, in bytes or with K, M, G or T (powers of 1024); SIZE,hugepages=2M
-    /// (or 1G) takes the RAM from the host's reserved huge pages
+    /// RAM, such as 512M (default 128M)
+    ///
+    /// In bytes or with K, M, G or T (powers of 1024). SIZE,hugepages=2M (or 1G) takes the RAM from
+    /// the host's reserved huge pages.
     #[arg(
+        help_heading = "Machine",
+        hide_default_value = true,
         short,
         long,
         value_name = "SIZE",
@@ -60,8 +89,10 @@ pub struct VmConfig {
     #[serde(deserialize_with = "keyvalue::deserialize")]
     pub mem: MemConfig,
 
-    /// Number of virtual CPUs (harts); if there are more than the host has CPUs, they share those
-    #[arg(
+    /// Number of harts (default 1)
+    ///
+    /// Each is a virtual CPU. If there are more than the host has CPUs, they share those.
+    #[arg(help_heading = "Machine", hide_default_value = true, 
         short,
         long,
         value_name = "N",
@@ -71,72 +102,121 @@ pub struct VmConfig {
     )]
     pub cpus: u32,
 
-    /// How the harts differ from the host's: NAME=off disables an ISA extension, if KVM can;
-    /// NAME=hidden only removes it from the device tree; mvendorid, marchid and mimpid are the ids
-    /// to report. As in v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
-    #[arg(long, value_name = "KEY=VALUE,...")]
+    /// How the harts differ from the host's
+    ///
+    /// NAME=off disables an ISA extension, if KVM can; NAME=hidden only removes it from the device
+    /// tree; mvendorid, marchid and mimpid are the ids to report. As in
+    /// v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
+    #[arg(help_heading = "Machine", long, value_name = "KEY=VALUE,..")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
         skip_serializing_if = "Option::is_none"
     )]
     pub cpu: Option<CpuConfig>,
 
-    /// SBI extensions to disable: NAME=off, as in pmu=off,sta=off
-    #[arg(long, value_name = "NAME=off,...")]
+    /// SBI extensions to disable
+    ///
+    /// NAME=off, as in pmu=off,sta=off
+    #[arg(help_heading = "Machine", long, value_name = "NAME=off,..")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
         skip_serializing_if = "Option::is_none"
     )]
     pub sbi: Option<SbiConfig>,
 
-    /// A disk on a raw image or a block device. Keys: readonly, direct (without the host's page
+    /// Disk: a raw image or block device
+    ///
+    /// Give --disk again for each further disk. Keys: readonly, direct (without the host's page
     /// cache), id=NAME, cache=writeback, writethrough or unsafe, snapshot (the guest's writes are
     /// lost when rvmm ends), snapshot-dir=DIR (where rvmm keeps those writes; default $TMPDIR, else
-    /// /var/tmp or /tmp), format=raw (for an image that looks like another format). Give --disk
-    /// again for each further disk
-    #[arg(short, long, value_name = "PATH[,KEY=VALUE,...]")]
+    /// /var/tmp or /tmp), format=raw (for an image that looks like another format). A PATH with a
+    /// comma needs quotes: '"a,b.img",readonly'.
+    #[arg(help_heading = "Devices", short, long, value_name = "PATH[,..]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub disk: Vec<DiskConfig>,
 
-    /// A network interface on the host's tap NAME, with the tap's MTU. Keys: mac=52:54:00:12:34:56,
-    /// vhost (the host's kernel moves the packets). Give --net again for each further interface
-    #[arg(short, long, value_name = "tap=NAME[,KEY=VALUE,...]")]
+    /// Network interface on a host's tap
+    ///
+    /// With the MTU of the tap. Give --net again for each further interface. Keys:
+    /// mac=52:54:00:12:34:56, vhost (the host's kernel moves the packets).
+    #[arg(help_heading = "Devices", short, long, value_name = "tap=NAME[,..]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub net: Vec<NetConfig>,
 
-    /// An entropy source (virtio-rng)
-    #[arg(long)]
+    /// Entropy source (virtio-rng)
+    #[arg(help_heading = "Devices", long)]
     #[serde(skip_serializing_if = "keyvalue::is_off")]
     pub rng: bool,
 
-    /// Where the guest's second console goes (virtio-console, hvc0 in the guest): none, pty,
-    /// file=PATH, socket=PATH, or, with --console none, stdio
-    #[arg(long, value_name = "WHERE")]
+    /// Second console, hvc0 in the guest
+    ///
+    /// A virtio-console. WHERE is none, pty, file=PATH, socket=PATH, or, with --console none,
+    /// stdio.
+    #[arg(help_heading = "Devices", long, value_name = "WHERE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtio_console: Option<ConsoleConfig>,
 
-    /// How virtio devices are attached to the machine
-    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    /// Virtio over pci (default) or mmio
+    ///
+    /// pci: on a PCI bus, with an MSI-X message for each queue if the host can deliver messages.
+    /// mmio: at fixed addresses, with an interrupt wire for each; at most eight devices.
+    #[arg(
+        help_heading = "Machine",
+        hide_default_value = true,
+        hide_possible_values = true,
+        long,
+        value_enum,
+        value_name = "KIND",
+        default_value_t
+    )]
     pub transport: Transport,
 
-    /// Interrupt controller of the guest
-    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    /// auto, aia, aia-emul or plic
+    ///
+    /// The guest's interrupt controller. auto (the default): the AIA if the host has one, else the
+    /// PLIC. aia: the in-kernel AIA, with guest interrupt files if the host has them. aia-emul: the
+    /// in-kernel AIA, emulated. plic: the PLIC in userspace, which works on any host.
+    #[arg(
+        help_heading = "Machine",
+        hide_default_value = true,
+        hide_possible_values = true,
+        long,
+        value_enum,
+        value_name = "KIND",
+        default_value_t
+    )]
     pub irqchip: IrqchipKind,
 
-    /// Where the guest's console goes: stdio, none, pty, file=PATH or socket=PATH
-    #[arg(long, value_name = "WHERE", default_value_t)]
+    /// stdio, none, pty, file=, socket=
+    ///
+    /// Where the guest's console goes: stdio (the default), none, pty, file=PATH or socket=PATH.
+    #[arg(
+        help_heading = "Devices",
+        hide_default_value = true,
+        long,
+        value_name = "WHERE",
+        default_value_t
+    )]
     pub console: ConsoleConfig,
 
-    /// What SIGTERM does: kill ends the machine, as a power cut would; poweroff asks the guest to
-    /// power off (by a power key, or by SysRq on its UART if it has no driver for the key), and
-    /// ends the machine after timeout=TIME (30s) or at the next SIGTERM
-    #[arg(long, value_name = "kill|poweroff[,timeout=TIME]", default_value_t)]
+    /// kill (default) or poweroff
+    ///
+    /// kill ends the machine, as a power cut would. poweroff asks the guest to power off (by a
+    /// power key, or by SysRq on its UART if it has no driver for the key), and ends the machine after
+    /// 30 s or at the next SIGTERM; poweroff,timeout=TIME sets another time.
+    #[arg(
+        help_heading = "Control",
+        hide_default_value = true,
+        long,
+        value_name = "ACT",
+        default_value_t
+    )]
     #[serde(
         deserialize_with = "keyvalue::deserialize",
         skip_serializing_if = "SigtermConfig::is_default"

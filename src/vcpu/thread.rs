@@ -30,7 +30,7 @@ pub struct VcpuHandle {
 }
 
 /// A vCPU without a thread. The result of its last exit is in its registers, and
-/// [`VcpuHandle::start`] continues from there.
+/// [`VcpuHandle::prepare`] continues from there.
 pub struct Parked {
     /// The vCPU.
     pub vcpu: Box<dyn Vcpu>,
