@@ -208,8 +208,8 @@ pub struct VmConfig {
     /// kill (default) or poweroff
     ///
     /// kill ends the machine, as a power cut would. poweroff asks the guest to power off (by a
-    /// power key, or by SysRq on its UART if it has no driver for the key), and ends the machine after
-    /// 30 s or at the next SIGTERM; poweroff,timeout=TIME sets another time.
+    /// power key, or by SysRq on its UART if it has no driver for the key), and ends the machine
+    /// after 30 s or at the next SIGTERM; poweroff,timeout=TIME sets another time.
     #[arg(
         help_heading = "Control",
         hide_default_value = true,
