@@ -10,7 +10,7 @@
  *
  * Runs on harts 0 to N-1 for N up to 32, and can be started on any of them. Assumes that time runs
  * at 10 MHz, as on QEMU's machines.
- * rvmm: exit status 0, or 121 if a check failed; the lines in tests/conformance.rs.
+ * rvmm: exit status 0, or 121 if a check failed; the lines in tests/every_host/conformance.rs.
  *
  *   conformance-check.inc    the records of checks, the verdict, the sums
  *   conformance-harts.inc    the code of the other harts, and how to wait for them

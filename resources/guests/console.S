@@ -2,7 +2,7 @@
  * Checks its initial registers, writes to the console in every way, and prints the result of each
  * call. A hostile DBCN call is refused as a whole: not one byte of it reaches the console. Needs
  * 128 MiB of RAM, because the hostile arguments cross its end.
- * rvmm: exit status 0, the lines in tests/guests.rs.
+ * rvmm: exit status 0, the lines in tests/every_host/guests.rs.
  */
 #include "common.inc"
 

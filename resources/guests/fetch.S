@@ -3,7 +3,7 @@
  * fault that the hart takes: scause, sepc and stval, and the bits of sstatus for the state before.
  * The last jump is how Linux leaves a kernel by kexec: it turns translation off, and the next fetch
  * faults.
- * rvmm: exit status 0, the lines in tests/guests.rs.
+ * rvmm: exit status 0, the lines in tests/every_host/guests.rs.
  */
 #include "common.inc"
 

@@ -1,7 +1,7 @@
 /*
  * Accesses things that do not exist, and goes on: addresses without a device, unknown SBI calls, an
  * unknown CSR.
- * rvmm: exit status 0, the lines in tests/guests.rs.
+ * rvmm: exit status 0, the lines in tests/every_host/guests.rs.
  */
 #include "common.inc"
 

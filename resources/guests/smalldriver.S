@@ -1,7 +1,7 @@
 /*
  * Reads a disk's first sector over virtio-mmio as small kernels do: it requires QEMU's vendor ID,
  * and accepts only features among the low 32, so never VIRTIO_F_VERSION_1.
- * rvmm --transport mmio --disk ...: exit status 0, the lines in tests/guests.rs.
+ * rvmm --transport mmio --disk ...: exit status 0, the lines in tests/every_host/guests.rs.
  */
 #include "common.inc"
 

@@ -1,7 +1,7 @@
 /*
  * Measures the UART's receive FIFO in loopback, like a driver that detects the chip, and tests the
  * modem lines, a break and the trigger levels.
- * rvmm: exit status 0, the lines in tests/guests.rs.
+ * rvmm: exit status 0, the lines in tests/every_host/guests.rs.
  */
 #include "common.inc"
 

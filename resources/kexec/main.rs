@@ -1,4 +1,4 @@
-//! Run by the kexec cases (tests/long_kexec.rs) in a Debian guest, because Debian has no
+//! Run by the kexec cases (tests/long/kexec.rs) in a Debian guest, because Debian has no
 //! kexec-tools for riscv64.
 //!
 //! ```text

@@ -2,10 +2,8 @@
 //! ways in which a guest can end the machine.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::host::{self, Kind};
-use common::{POWERED_OFF, RESET, Rvmm, Vm};
+use crate::common::host::{self, Kind};
+use crate::common::{POWERED_OFF, RESET, Rvmm, Vm};
 
 const REBOOTS: u32 = 50;
 /// How much rvmm's own memory may grow between the second and the last life, in KiB: only rounding
@@ -142,5 +140,5 @@ fn a_signal_between_lives_ends_it() {
         send_line(&mut vm, &format!("c{life}"));
     }
     vm.terminate();
-    vm.finish().assert_status(common::TERMINATED);
+    vm.finish().assert_status(crate::common::TERMINATED);
 }

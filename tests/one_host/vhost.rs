@@ -2,12 +2,10 @@
 //! difference.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::net::Tap;
+use crate::common::net::Tap;
 use rvmm::config::{Mac, MemConfig};
 use rvmm::memory;
 use rvmm::util::{ByteSize, Half};

@@ -1,9 +1,7 @@
 //! What backs guest RAM.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE};
 
 const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 

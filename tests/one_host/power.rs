@@ -1,10 +1,8 @@
 //! SIGTERM that asks the guest to power off: `--on-sigterm poweroff`.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::files::debian;
-use common::{POWERED_OFF, Rvmm, Shell, TERMINATED};
+use crate::common::files::debian;
+use crate::common::{POWERED_OFF, Rvmm, Shell, TERMINATED};
 
 const SH: &str = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
 

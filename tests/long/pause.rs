@@ -1,9 +1,7 @@
 //! Pauses by the thousand, under load.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::pausing::nothing_is_lost;
+use crate::common::pausing::nothing_is_lost;
 
 #[test]
 fn nothing_is_lost_in_a_thousand_pauses() {

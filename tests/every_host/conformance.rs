@@ -3,11 +3,9 @@
 //! several. Known deviations of the host's kernel count apart, and are no failures.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::collections::HashSet;
 
-use common::{Outcome, POWERED_OFF, Rvmm};
+use crate::common::{Outcome, POWERED_OFF, Rvmm};
 
 /// Extensions that every machine has, with the least number of checks on one hart, and for each
 /// further hart.

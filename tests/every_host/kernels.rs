@@ -2,15 +2,13 @@
 #![cfg(target_arch = "riscv64")]
 #![allow(unsafe_code)]
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::files::TempDir;
-use common::{HOST_FAILED, Outcome, POWERED_OFF, Rvmm, USAGE, files, nonce};
+use crate::common::files::TempDir;
+use crate::common::{HOST_FAILED, Outcome, POWERED_OFF, Rvmm, USAGE, files, nonce};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 

@@ -3,12 +3,10 @@
 //! it stays 0, each clock of the vDSO kills its process with SIGILL.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs;
 
-use common::host::{self, Kind};
-use common::{Rvmm, Shell, TERMINATED, nonce};
+use crate::common::host::{self, Kind};
+use crate::common::{Rvmm, Shell, TERMINATED, nonce};
 
 /// Hosts without the SBI's suspend reset no hart's register. On them two harts are enough.
 fn cpus() -> u32 {

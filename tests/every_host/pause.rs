@@ -1,16 +1,14 @@
 //! A machine that is paused and resumed: `--ctl`, `--pause` and `rvmm ctl`.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::ctl::Ctl;
-use common::files::{TempDir, rvmm};
-use common::host::{self, Kind};
-use common::pausing::{cpu_time, nothing_is_lost, wait_for_work};
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, USAGE, nonce};
+use crate::common::ctl::Ctl;
+use crate::common::files::{TempDir, rvmm};
+use crate::common::host::{self, Kind};
+use crate::common::pausing::{cpu_time, nothing_is_lost, wait_for_work};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, USAGE, nonce};
 
 /// Rounds in the ordinary run; `long_pause` runs more.
 const ROUNDS: u32 = 100;
@@ -218,7 +216,7 @@ fn a_paused_machine_stands_still() {
     // another process.
     let mut before = cpu_time(pid);
     loop {
-        common::disk::host_runs("head -c 4000000 /dev/urandom | md5sum");
+        crate::common::disk::host_runs("head -c 4000000 /dev/urandom | md5sum");
         let after = cpu_time(pid);
         if after == before {
             break;
@@ -256,7 +254,7 @@ fn a_machine_can_begin_paused() {
     vm.send(format!("{word}\n"));
     vm.wait_for(&word);
     vm.terminate();
-    vm.finish().assert_status(common::TERMINATED);
+    vm.finish().assert_status(crate::common::TERMINATED);
 }
 
 /// SIGTERM and `--timeout` end a paused machine, too.
@@ -275,10 +273,10 @@ fn a_paused_machine_ends() {
     };
     let vm = guest(&[]);
     vm.terminate();
-    vm.finish().assert_status(common::TERMINATED);
+    vm.finish().assert_status(crate::common::TERMINATED);
     guest(&["--timeout", "1s"])
         .finish()
-        .assert_status(common::TIMED_OUT);
+        .assert_status(crate::common::TIMED_OUT);
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! The parts of the command line that need neither KVM nor a guest. Runs on any host.
 
-mod common;
-
-use common::{Outcome, Rvmm, USAGE};
+use crate::common::{Outcome, Rvmm, USAGE};
 
 fn rvmm(args: &[&str]) -> Outcome {
     Rvmm::new().args(args).stdin_null().run()
@@ -100,7 +98,7 @@ fn cpus() {
 fn other_architectures() {
     let end = rvmm(&["--kernel", "x"]);
     end.assert_one_line(
-        common::HOST_FAILED,
+        crate::common::HOST_FAILED,
         &["64-bit RISC-V", std::env::consts::ARCH, "scripts/demo"],
     );
 }

@@ -2,14 +2,12 @@
 //! second kernel starts with an initramfs of ours and all harts, and the disks still work.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::disk::{MIB, disk, md5};
-use common::files::{self, TempDir, debian};
-use common::{Rvmm, Shell, Vm, nonce};
+use crate::common::disk::{MIB, disk, md5};
+use crate::common::files::{self, TempDir, debian};
+use crate::common::{Rvmm, Shell, Vm, nonce};
 
 /// Bytes of a disk that the second kernel reads.
 const READ: usize = 4096;

@@ -1,12 +1,10 @@
 //! The host's interrupt controllers, and how rvmm works around their bugs.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs;
 
-use common::host::{self, Kind};
-use common::{HOST_FAILED, POWERED_OFF, Rvmm};
+use crate::common::host::{self, Kind};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm};
 
 /// Sources in the device tree, on a host with the lossy emulated IMSIC file and on others.
 const SOURCES_LOSSY: u32 = 30;
@@ -34,7 +32,7 @@ fn a_lossy_imsic_is_found_and_spared() {
 }
 
 /// The device tree of an ordinary machine, and the run that wrote it.
-fn tree() -> (common::Outcome, Vec<u8>) {
+fn tree() -> (crate::common::Outcome, Vec<u8>) {
     let path = std::env::temp_dir().join(format!("rvmm-irqchip-{}", std::process::id()));
     let end = Rvmm::guest("shutdown").arg("--dump-dtb").arg(&path).run();
     assert_eq!(end.status.code(), Some(POWERED_OFF), "{}", end.log);

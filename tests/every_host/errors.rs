@@ -2,14 +2,12 @@
 //! any guest runs.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 
-use common::files::{self, TempDir};
-use common::{HOST_FAILED, POWERED_OFF, Rvmm};
+use crate::common::files::{self, TempDir};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm};
 
 // Fields of a kernel image's header (Linux, Documentation/arch/riscv/boot-image-header.rst).
 const TEXT_OFFSET: usize = 8;

@@ -2,14 +2,12 @@
 //! and a Debian that boots from one.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs;
 
-use common::Shell;
-use common::disk::{MIB, debian_boots, disk, md5, random};
-use common::files::TempDir;
-use common::host::{self, Kind};
+use crate::common::Shell;
+use crate::common::disk::{MIB, debian_boots, disk, md5, random};
+use crate::common::files::TempDir;
+use crate::common::host::{self, Kind};
 use serde_json::Value;
 
 /// Reads and writes of all sizes, a flush, and the contents of the image on the host.

@@ -1,9 +1,7 @@
 //! TCP between the host and a guest over a tap, on every kind of host.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::net::tcp;
+use crate::common::net::tcp;
 
 #[test]
 fn tcp_over_pci() {

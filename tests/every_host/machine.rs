@@ -1,8 +1,6 @@
 //! Configuration files, time-outs, signals, and consoles of a machine.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,7 +9,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, TERMINATED, TIMED_OUT, USAGE, files};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, TERMINATED, TIMED_OUT, USAGE, files};
 
 /// Exit status: ended by SIGINT (128 + 2).
 const INTERRUPTED: i32 = 130;

@@ -2,12 +2,10 @@
 //! Debian over MMIO.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::process::Command;
 
-use common::Rvmm;
-use common::files::{TempDir, debian};
+use crate::common::Rvmm;
+use crate::common::files::{TempDir, debian};
 
 const JOBS: u32 = 4;
 const EACH_MIB: u32 = 8;
@@ -43,7 +41,7 @@ fn check(transport: &str) {
     assert!(console.contains("fio ended with 0\r"), "fio found errors");
     assert!(console.contains("err= 0"), "fio found errors");
     vm.send("poweroff -f\n");
-    vm.finish().assert_status(common::POWERED_OFF);
+    vm.finish().assert_status(crate::common::POWERED_OFF);
     let sum = Command::new("md5sum").arg(&image).output().expect("md5sum");
     let sum = String::from_utf8_lossy(&sum.stdout)[..32].to_owned();
     assert!(
@@ -64,5 +62,5 @@ fn fio_over_mmio() {
 
 #[test]
 fn debian_over_mmio() {
-    common::disk::debian_boots("mmio");
+    crate::common::disk::debian_boots("mmio");
 }

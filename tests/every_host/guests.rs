@@ -2,10 +2,8 @@
 //! and the exact lines on the console.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::files::TempDir;
-use common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, TIMED_OUT};
+use crate::common::files::TempDir;
+use crate::common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, TIMED_OUT};
 
 /// Runs guest `name` to its end, and compares all its output.
 #[track_caller]
@@ -223,7 +221,7 @@ fn kvm_gives_fetch_faults() -> bool {
 #[test]
 fn a_small_virtio_driver() {
     let scratch = TempDir::new();
-    let nonce = common::nonce();
+    let nonce = crate::common::nonce();
     let mut sector = [b'.'; 512];
     sector[..nonce.len()].copy_from_slice(nonce.as_bytes());
     let image = scratch.file("disk", sector);

@@ -1,10 +1,8 @@
 //! 1 GiB of TCP each way, with and without vhost.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::Shell;
-use common::net::{Tap, transfer};
+use crate::common::Shell;
+use crate::common::net::{Tap, transfer};
 
 /// MiB.
 const MANY: usize = 1024;

@@ -1,13 +1,11 @@
 //! The device tree that `--dump-dtb` writes.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 
-use common::files::{self, TempDir};
-use common::{HOST_FAILED, POWERED_OFF, Rvmm, host};
+use crate::common::files::{self, TempDir};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, host};
 
 const RAM: u64 = 0x8000_0000;
 

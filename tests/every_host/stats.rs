@@ -1,10 +1,8 @@
 //! `--stats`: rvmm's and KVM's counts match what the guest did.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::files::TempDir;
-use common::{POWERED_OFF, Rvmm};
+use crate::common::files::TempDir;
+use crate::common::{POWERED_OFF, Rvmm};
 use serde_json::Value;
 
 /// `exits.S` does each of its four actions so often.
@@ -65,7 +63,7 @@ fn text_goes_to_standard_error() {
 #[test]
 fn a_file_that_cannot_be_written_is_told() {
     let end = Rvmm::guest("shutdown").arg("--stats=/nope/stats").run();
-    end.assert_status(common::HOST_FAILED);
+    end.assert_status(crate::common::HOST_FAILED);
     let last = end.log.lines().last().expect("a line");
     assert!(last.starts_with("rvmm: Failed to write statistics \"/nope/stats\": No such file"));
 }

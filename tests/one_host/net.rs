@@ -2,10 +2,8 @@
 //! difference.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::net::{Tap, ip, tcp};
-use common::{HOST_FAILED, Rvmm, Shell, USAGE};
+use crate::common::net::{Tap, ip, tcp};
+use crate::common::{HOST_FAILED, Rvmm, Shell, USAGE};
 
 /// A pair of queues for each vCPU, on a tap that was made for several.
 #[test]

@@ -2,9 +2,7 @@
 //! a reader that sleeps.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::{GUEST_FAILED, POWERED_OFF, Rvmm};
+use crate::common::{GUEST_FAILED, POWERED_OFF, Rvmm};
 
 const TORRENT: usize = 100 << 20;
 const LAST: &str = "torrent: done\n";

@@ -2,9 +2,7 @@
 //! signals.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::{POWERED_OFF, Rvmm, TERMINATED, nonce};
+use crate::common::{POWERED_OFF, Rvmm, TERMINATED, nonce};
 
 /// If so many bytes are in the console's pipe, nobody reads it. (The pipe holds 64 KiB, the flood
 /// is 1 MiB.)

@@ -1,15 +1,13 @@
 //! Disks, and what the host does to them while a guest runs. The kind of host makes no difference.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use common::disk::{MIB, disk, host_runs, md5, random};
-use common::files::TempDir;
-use common::{HOST_FAILED, Rvmm, Shell, TERMINATED, USAGE};
+use crate::common::disk::{MIB, disk, host_runs, md5, random};
+use crate::common::files::TempDir;
+use crate::common::{HOST_FAILED, Rvmm, Shell, TERMINATED, USAGE};
 
 /// Two guests at once write all over the same image with `snapshot=on`, and it does not change.
 #[test]
@@ -258,7 +256,7 @@ fn a_reset_keeps_disks() {
     guest.vm.send("head -c 4096 /dev/vda | md5sum\n");
     guest.vm.wait_for("620f0b67a91f7f74151bc5be745b7110");
     guest.vm.send("poweroff -f\n");
-    guest.vm.finish().assert_status(common::POWERED_OFF);
+    guest.vm.finish().assert_status(crate::common::POWERED_OFF);
     let mut byte = [1];
     File::open(&image)
         .expect("the image")

@@ -1,10 +1,8 @@
 //! What `rvmm info` reports is true.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::host::{self, Kind};
-use common::{Outcome, POWERED_OFF, Rvmm};
+use crate::common::host::{self, Kind};
+use crate::common::{Outcome, POWERED_OFF, Rvmm};
 use serde_json::Value;
 
 fn info(args: &[&str]) -> Outcome {
@@ -81,7 +79,7 @@ fn extensions_go_as_it_says() {
     };
     let (goes, stays) = (find(true), find(false));
     let isa = |cpu: &str| {
-        let dir = common::files::TempDir::new();
+        let dir = crate::common::files::TempDir::new();
         let dtb = dir.path().join("dtb");
         let end = Rvmm::guest("shutdown")
             .args(["--cpu", cpu, "--dump-dtb"])
@@ -97,7 +95,7 @@ fn extensions_go_as_it_says() {
     let end = Rvmm::guest("shutdown")
         .args(["--cpu", &format!("{stays}=off")])
         .run();
-    end.assert_status(common::HOST_FAILED);
+    end.assert_status(crate::common::HOST_FAILED);
     assert!(end.log.contains(&format!("{stays}=hidden")), "{}", end.log);
     let end = Rvmm::guest("shutdown").args(["--cpu", "zzz=off"]).run();
     assert!(end.log.contains("no such ISA extension"), "{}", end.log);
@@ -109,7 +107,7 @@ fn sbi_extensions_go() {
     let end = Rvmm::guest("idle")
         .args(["--sbi", "dbcn=off", "--timeout", "30s"])
         .run();
-    end.assert_status(common::GUEST_FAILED);
+    end.assert_status(crate::common::GUEST_FAILED);
     assert_eq!(end.console, "");
     let end = Rvmm::guest("shutdown").args(["--sbi", "base=off"]).run();
     assert!(end.log.contains("no such SBI extension"), "{}", end.log);

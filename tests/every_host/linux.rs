@@ -4,10 +4,8 @@
 //! only come from this guest.
 #![cfg(target_arch = "riscv64")]
 
-mod common;
-
-use common::host::{self, Kind};
-use common::{HOST_FAILED, Outcome, POWERED_OFF, RESET, Rvmm, TERMINATED, nonce};
+use crate::common::host::{self, Kind};
+use crate::common::{HOST_FAILED, Outcome, POWERED_OFF, RESET, Rvmm, TERMINATED, nonce};
 
 /// Linux with this action, and a `nonce` that it prints.
 fn linux(nonce: &str, action: &str) -> Rvmm {

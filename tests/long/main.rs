@@ -1,0 +1,9 @@
+//! Long cases: `scripts/test --all` runs this binary once in each L1.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod disk;
+mod kexec;
+mod net;
+mod pause;
