@@ -31,7 +31,7 @@ rvmm info shows what this host offers, rvmm ctl controls a machine, rvmm --help 
 /// Runs a RISC-V virtual machine on KVM
 #[derive(Debug, Parser)]
 #[command(name = "rvmm", version, max_term_width = 100)]
-#[command(after_help = "rvmm --help says more about each of them, and lists the exit statuses.")]
+#[command(after_help = "rvmm --help explains each flag, and lists the exit statuses.")]
 #[command(after_long_help = after_help())]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 // If a flag is given twice the last one counts; flags that are lists collect all values.
@@ -47,20 +47,20 @@ pub struct Cli {
 
     /// Read the machine from a JSON file
     ///
-    /// The file is as --print-config writes it. Flags override the file, and --disk or --net
+    /// The file has the format that --print-config writes. Flags override the file. --disk or --net
     /// replaces the file's whole list.
     #[arg(help_heading = "Control", long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Print the machine as JSON, and end
     ///
-    /// On standard output. The guest does not run.
+    /// The JSON goes to standard output. The guest does not run.
     #[arg(help_heading = "Control", long, conflicts_with = "dump_dtb")]
     pub print_config: bool,
 
     /// End after this time, such as 30s
     ///
-    /// Also 5m or 1h 30m. The status is 124 then.
+    /// TIME is written as 30s, 5m or 1h 30m. rvmm then ends with status 124.
     #[arg(
         help_heading = "Control",
         long,
@@ -71,14 +71,14 @@ pub struct Cli {
 
     /// End when the guest wants a reset
     ///
-    /// With status 120, instead of restarting the guest.
+    /// rvmm then ends with status 120. Without this flag, it restarts the guest.
     #[arg(help_heading = "Control", long)]
     pub no_reboot: bool,
 
     /// Report the guest's exits at the end
     ///
-    /// Their number, and the time they took: as text on standard error, or as JSON in FILE, which
-    /// must be new, empty or hold earlier statistics.
+    /// The report has the number of exits, and the time they took. It is text on standard error, or
+    /// JSON in FILE. FILE must be new, empty or hold earlier statistics.
     #[arg(
         help_heading = "Messages and reports",
         long,
@@ -90,14 +90,14 @@ pub struct Cli {
 
     /// Socket for commands of rvmm ctl
     ///
-    /// A Unix socket that rvmm creates at PATH. The commands pause, resume, reset and end the
-    /// machine, and report its state.
+    /// rvmm creates a Unix socket at PATH. The commands pause, resume, reset and end the machine,
+    /// and report its state.
     #[arg(help_heading = "Control", long, value_name = "PATH")]
     pub ctl: Option<PathBuf>,
 
     /// Start paused; needs --ctl
     ///
-    /// The guest does not run before rvmm ctl resumes it.
+    /// The guest does not run until rvmm ctl resumes it.
     #[arg(help_heading = "Control", long, requires = "ctl")]
     pub pause: bool,
 
@@ -109,13 +109,13 @@ pub struct Cli {
 
     /// Print more messages; -vv for details
     ///
-    /// -v for what rvmm does, -vv for details too.
+    /// -v prints what rvmm does. -vv prints details too.
     #[arg(help_heading = "Messages and reports", short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
     /// Append rvmm's messages to a file
     ///
-    /// Instead of printing them on standard error. The reason for a failure goes to both.
+    /// The log goes to FILE instead of standard error. The reason for a failure goes to both.
     #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 }
@@ -156,8 +156,8 @@ pub enum Act {
     Stop,
     /// Restart the guest, as if power was off for a moment
     Reset,
-    /// Show the number of the guest's exits so far and the time they took, as JSON; the machine
-    /// must have been started with --stats
+    /// Show how many exits the guest has caused and the time they took, as JSON; the machine must
+    /// have been started with --stats
     Stats,
     /// Write the guest's device tree to FILE, or to standard output
     DumpDtb {
@@ -190,7 +190,7 @@ pub enum Request {
     Do(Command),
     /// Print this on standard output and end with 0: help, or the version.
     Print(String),
-    /// Print this on standard error and end with the status.
+    /// Print this on standard error and end with this status: a wrong command line or file.
     Refuse(String, u8),
 }
 

@@ -30,17 +30,17 @@ pub use sigterm::{SigtermAct, SigtermConfig, Time};
 pub struct VmConfig {
     /// Kernel to boot
     ///
-    /// A RISC-V Linux Image, also compressed (gzip, zstd or EFI zboot), a vmlinux, or another ELF
-    /// file that runs in S-mode.
+    /// A RISC-V Linux Image, a vmlinux, or another ELF file that runs in S-mode. The file may be
+    /// compressed with gzip or zstd, or be an EFI zboot image.
     #[arg(help_heading = "Boot", short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
 
     /// Format: auto, image, elf or flat
     ///
-    /// auto: decide by the content of the file. image: a RISC-V Linux Image. elf: an ELF file, or a
-    /// vmlinux. flat: a program without a header, such as U-Boot, that runs at the start of RAM.
-    /// The default is auto.
+    /// auto (the default): rvmm detects the format from the content. image: a RISC-V Linux Image.
+    /// elf: an ELF file, such as a vmlinux. flat: a program without a header, such as U-Boot, that
+    /// is loaded and entered 2 MiB above the start of RAM.
     #[arg(
         help_heading = "Boot",
         hide_default_value = true,
@@ -61,8 +61,8 @@ pub struct VmConfig {
 
     /// Kernel command line
     ///
-    /// The default, console=ttyS0, makes the UART Linux's console. A RISC-V Linux keeps 1023 bytes,
-    /// the device tree takes 65536.
+    /// The default is console=ttyS0: Linux uses the UART as its console. A RISC-V Linux keeps 1023
+    /// bytes, the device tree takes 65536.
     #[arg(
         help_heading = "Boot",
         hide_default_value = true,
@@ -75,8 +75,8 @@ pub struct VmConfig {
 
     /// RAM, such as 512M (default 128M)
     ///
-    /// In bytes or with K, M, G or T (powers of 1024). SIZE,hugepages=2M (or 1G) takes the RAM from
-    /// the host's reserved huge pages.
+    /// SIZE is in bytes, or has the suffix K, M, G or T (powers of 1024). SIZE,hugepages=2M (or 1G)
+    /// takes the RAM from the host's reserved huge pages.
     #[arg(
         help_heading = "Machine",
         hide_default_value = true,
@@ -91,7 +91,7 @@ pub struct VmConfig {
 
     /// Number of harts (default 1)
     ///
-    /// Each is a virtual CPU. If there are more than the host has CPUs, they share those.
+    /// Each hart is a virtual CPU. More harts than host CPUs share the host CPUs.
     #[arg(help_heading = "Machine", hide_default_value = true, 
         short,
         long,
@@ -104,8 +104,8 @@ pub struct VmConfig {
 
     /// How the harts differ from the host's
     ///
-    /// NAME=off disables an ISA extension, if KVM can; NAME=hidden only removes it from the device
-    /// tree; mvendorid, marchid and mimpid are the ids to report. As in
+    /// NAME=off disables an ISA extension, if KVM can do that. NAME=hidden only removes it from the
+    /// device tree. mvendorid, marchid and mimpid set the ids that the guest reads. Example:
     /// v=off,zbb=hidden,mvendorid=0x31,marchid=1,mimpid=2
     #[arg(help_heading = "Machine", long, value_name = "KEY=VALUE,..")]
     #[serde(
@@ -116,7 +116,7 @@ pub struct VmConfig {
 
     /// SBI extensions to disable
     ///
-    /// NAME=off, as in pmu=off,sta=off
+    /// NAME=off disables one. Example: pmu=off,sta=off
     #[arg(help_heading = "Machine", long, value_name = "NAME=off,..")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_some",
@@ -138,10 +138,10 @@ pub struct VmConfig {
     )]
     pub disk: Vec<DiskConfig>,
 
-    /// Network interface on a host's tap
+    /// Network interface on a host tap
     ///
-    /// With the MTU of the tap. Give --net again for each further interface. Keys:
-    /// mac=52:54:00:12:34:56, vhost (the host's kernel moves the packets).
+    /// The guest's interface has the MTU of the tap. Give --net again for each further interface.
+    /// Keys: mac=52:54:00:12:34:56, vhost (the host's kernel moves the packets).
     #[arg(help_heading = "Devices", short, long, value_name = "tap=NAME[,..]")]
     #[serde(
         deserialize_with = "keyvalue::deserialize_list",
@@ -156,16 +156,17 @@ pub struct VmConfig {
 
     /// Second console, hvc0 in the guest
     ///
-    /// A virtio-console. WHERE is none, pty, file=PATH, socket=PATH, or, with --console none,
-    /// stdio.
+    /// A virtio-console. WHERE is none, pty, file=PATH or socket=PATH. It can be stdio if --console
+    /// is not.
     #[arg(help_heading = "Devices", long, value_name = "WHERE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtio_console: Option<ConsoleConfig>,
 
     /// Virtio over pci (default) or mmio
     ///
-    /// pci: on a PCI bus, with an MSI-X message for each queue if the host can deliver messages.
-    /// mmio: at fixed addresses, with an interrupt wire for each; at most eight devices.
+    /// How virtio devices are attached. pci: on a PCI bus, with MSI-X if the guest's interrupt
+    /// controller is an AIA. mmio: at fixed addresses, with an interrupt wire for each device; at
+    /// most eight devices.
     #[arg(
         help_heading = "Machine",
         hide_default_value = true,
@@ -177,11 +178,11 @@ pub struct VmConfig {
     )]
     pub transport: Transport,
 
-    /// auto, aia, aia-emul or plic
+    /// Interrupts: auto, aia, aia-emul, plic
     ///
-    /// The guest's interrupt controller. auto (the default): the AIA if the host has one, else the
-    /// PLIC. aia: the in-kernel AIA, with guest interrupt files if the host has them. aia-emul: the
-    /// in-kernel AIA, emulated. plic: the PLIC in userspace, which works on any host.
+    /// The guest's interrupt controller. auto (the default): aia if the host has an AIA, else plic.
+    /// aia: KVM's AIA, with guest interrupt files if the host has them. aia-emul: KVM's AIA,
+    /// without guest interrupt files. plic: a PLIC in userspace, which works on any host.
     #[arg(
         help_heading = "Machine",
         hide_default_value = true,
@@ -207,9 +208,10 @@ pub struct VmConfig {
 
     /// kill (default) or poweroff
     ///
-    /// kill ends the machine, as a power cut would. poweroff asks the guest to power off (by a
-    /// power key, or by SysRq on its UART if it has no driver for the key), and ends the machine
-    /// after 30 s or at the next SIGTERM; poweroff,timeout=TIME sets another time.
+    /// What SIGTERM does. kill ends the machine, as a power cut would. poweroff asks the guest to
+    /// power off: by its power key, or by SysRq on its UART if it has no driver for the key. If the
+    /// guest does not power off, the machine ends after 30 s or at the next SIGTERM;
+    /// poweroff,timeout=TIME sets another time.
     #[arg(
         help_heading = "Control",
         hide_default_value = true,
@@ -227,7 +229,7 @@ pub struct VmConfig {
 fn parse_cpus(text: &str) -> Result<u32, String> {
     let number = text.parse::<u64>();
     let number = number.map_err(|_| "write a number of harts, as in --cpus 4")?;
-    // `machine/harts.rs` refuses a number that is too large, and names the limit.
+    // If the number is too large, `machine/harts.rs` refuses it later, and names the limit.
     Ok(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
@@ -255,11 +257,11 @@ impl Default for VmConfig {
     }
 }
 
-/// The format of a kernel's file.
+/// The format of the kernel file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KernelFormat {
-    /// rvmm finds the format from the content
+    /// rvmm detects the format from the content
     #[default]
     Auto,
     /// A Linux Image, which may be compressed
@@ -275,10 +277,11 @@ pub enum KernelFormat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// On a PCI bus, with an MSI-X message for each queue if the host can deliver messages
+    /// On a PCI bus, with MSI-X if the guest's interrupt controller is an AIA
     #[default]
     Pci,
-    /// At fixed addresses (virtio-mmio), with an interrupt wire for each; at most eight devices
+    /// At fixed addresses (virtio-mmio), with an interrupt wire for each device; at most eight
+    /// devices
     Mmio,
 }
 
@@ -289,9 +292,9 @@ pub enum IrqchipKind {
     /// The AIA if the host has one, else the PLIC
     #[default]
     Auto,
-    /// The in-kernel AIA, with guest interrupt files if the host has them
+    /// KVM's AIA, with guest interrupt files if the host has them
     Aia,
-    /// The in-kernel AIA, emulated
+    /// KVM's AIA, without guest interrupt files: KVM emulates the IMSIC
     AiaEmul,
     /// The PLIC in userspace; works on any host
     Plic,
@@ -321,7 +324,7 @@ pub enum ConfigError {
     /// The size of RAM is not a multiple of the size of its huge pages.
     #[error("--mem {0}: the size is not a multiple of the huge page size")]
     HugePages(String),
-    /// A path is empty.
+    /// A path of a disk is empty.
     #[error("--disk {0}: PATH or snapshot-dir is empty")]
     DiskPath(String),
     /// The disk's name is not allowed.
@@ -339,7 +342,7 @@ pub enum ConfigError {
     /// Both consoles are on standard input and output.
     #[error("--virtio-console stdio: the UART's console uses stdio: give --console none too")]
     TwoStdio,
-    /// No interface can have this name.
+    /// No network interface of the host can have this name.
     #[error("--net tap={0}: an interface's name has 1 to 15 bytes, and no '/', ':' or blank")]
     TapName(String),
     /// Two interfaces have the same tap.
@@ -360,7 +363,7 @@ impl VmConfig {
     /// Checks everything that does not depend on the host.
     ///
     /// # Errors
-    /// Fails for the first value that no host can serve.
+    /// Fails if no host can run this configuration. The error is about the first wrong value.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.mem.size.bytes() == 0 {
             return Err(ConfigError::NoMemory);
@@ -428,7 +431,7 @@ mod tests {
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)
         );
-        // The JSON's parser accepts this; the flag's does not.
+        // The parser of the JSON accepts this, but the parser of the flag does not.
         assert_eq!(
             with(|c| {
                 let json = r#"{"act":"kill","timeout":"3s"}"#;
