@@ -1,5 +1,5 @@
-//! Loads a guest: kernel, initrd and device tree into RAM, and the initial registers into the boot
-//! hart.
+//! Loads a guest: writes kernel, initrd and device tree to RAM, and sets the boot hart's initial
+//! registers.
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -15,7 +15,7 @@ use crate::hypervisor::{Vcpu, regs};
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_info};
 
-/// What the device tree says about the machine beyond the configuration.
+/// The facts for the device tree that are not in the configuration.
 pub(crate) struct Board<'a> {
     /// Path of the console's node in the device tree.
     pub(crate) stdout_path: &'a str,
@@ -26,13 +26,13 @@ pub(crate) struct Board<'a> {
 }
 
 impl BootFiles {
-    /// Loads kernel and initrd into `ram`, which must be zeroed, builds the device tree from
-    /// `board` and writes it to `ram`. Sets the registers of `boot_hart` so that it starts at the
-    /// kernel's entry point. Returns the tree.
+    /// Loads kernel and initrd into `ram`, which must be all zeros. Builds the device tree and
+    /// writes it to `ram`. Sets the registers of `boot_hart` so that it starts at the kernel's
+    /// entry point. Returns the device tree.
     ///
     /// # Errors
-    /// Fails if a file cannot be read or has shrunk, if the tree does not fit in its place, or if
-    /// KVM cannot set a register.
+    /// Fails if a file cannot be read or has shrunk, if the device tree cannot be built or does not
+    /// fit in its place, if the host has no entropy, or if KVM cannot set a register.
     pub(crate) fn load(
         &self,
         plan: &Plan,
@@ -80,7 +80,8 @@ fn build_tree(plan: &Plan, config: &VmConfig, board: &Board) -> Result<Vec<u8>> 
 
 fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
     let mut seed = [0; RNG_SEED_SIZE];
-    // Reads of up to 256 bytes are not short once the host's pool is ready (getrandom(2)).
+    // getrandom(2) waits until the host's entropy pool is ready. Then a read of up to 256 bytes
+    // returns all of them.
     let count = getrandom(&mut seed, GetRandomFlags::empty());
     match count.context("Failed to read entropy for the guest")? {
         RNG_SEED_SIZE => Ok(seed),
@@ -100,8 +101,8 @@ fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()
         .context("Failed to write the device tree to guest RAM")
 }
 
-/// Sets the boot hart's registers as `Documentation/arch/riscv/boot.rst` requires, and
-/// `scounteren`. Linux 7.x hosts reset `scounteren` to 0. A Linux guest without an SBI PMU never
+/// Sets the boot hart's registers as `Documentation/arch/riscv/boot.rst` requires. Also sets
+/// `scounteren`, because KVM of Linux 7.x resets it to 0: a Linux guest without an SBI PMU never
 /// sets it, although its processes read `time`.
 fn set_registers(vcpu: &dyn Vcpu, placement: &Placement) -> Result<()> {
     const HART_ID: u64 = 0;

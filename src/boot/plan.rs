@@ -1,5 +1,5 @@
-//! Opens a guest's boot files and plans where each goes in RAM. This needs no KVM, so rvmm reports
-//! a wrong file before it uses the host's KVM.
+//! Opens a guest's boot files and plans where each goes in RAM. This makes no call to KVM, so rvmm
+//! reports a wrong file before it creates a VM.
 
 use anyhow::{Context, Result};
 use log::warn;
@@ -10,13 +10,13 @@ use super::placement::{Placement, fdt_room, scarce};
 use crate::config::{VmConfig, cmdline};
 use crate::util::{RateLimit, guest_debug};
 
-/// The open files of kernel and initrd. They stay open, because a reset loads them again.
+/// The open kernel and initrd files. They stay open, because a reset loads them again.
 pub(crate) struct BootFiles {
     pub(super) kernel: BootFile,
     pub(super) initrd: Option<BootFile>,
 }
 
-/// The parsed kernel, and where everything goes.
+/// The parsed kernel, and where kernel, initrd and device tree go in RAM.
 pub(crate) struct Plan {
     pub(super) kernel: Kernel,
     pub(super) placement: Placement,
@@ -28,7 +28,8 @@ impl BootFiles {
     /// Opens the files that `config` names.
     ///
     /// # Errors
-    /// Fails if a file cannot be opened, is not a regular file, or if the initrd is empty.
+    /// Fails if `config` names no kernel, if a file cannot be opened or is not a regular file, or
+    /// if the initrd is empty.
     pub(crate) fn open(config: &VmConfig) -> Result<Self> {
         let kernel = BootFile::open("kernel", config.kernel()?)?;
         let initrd = match &config.initrd {
@@ -41,7 +42,8 @@ impl BootFiles {
     /// Plans where kernel, initrd and device tree go in RAM that starts at `ram_base`.
     ///
     /// # Errors
-    /// Fails if rvmm cannot load the kernel, or if RAM is too small.
+    /// Fails if the kernel's file cannot be read or is not a kernel that rvmm can load, or if RAM
+    /// is too small.
     pub(crate) fn plan(&self, config: &VmConfig, ram_base: u64) -> Result<Plan> {
         let size = config.mem.size;
         let kernel = self.kernel.kernel(config.kernel_format, ram_base, size)?;
@@ -60,7 +62,7 @@ impl BootFiles {
 
 impl Plan {
     /// Warns if the guest probably has too little RAM, or if Linux will cut off the command line.
-    /// rvmm itself accepts both.
+    /// rvmm runs the guest in both cases.
     pub(crate) fn warn_of_limits(&self, config: &VmConfig) {
         let long_cmdline = cmdline::warning(&config.cmdline, self.kernel.is_linux);
         let warnings = [self.little_ram(config), long_cmdline];
@@ -88,7 +90,7 @@ mod tests {
 
     const BASE: u64 = 0x8000_0000;
 
-    /// A machine that boots this source tree's licence, as a flat binary.
+    /// A machine whose kernel is the file LICENSE of this repository, as a flat binary.
     fn flat(initrd: Option<&str>) -> VmConfig {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         VmConfig {

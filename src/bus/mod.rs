@@ -16,19 +16,22 @@ pub use irq::{IrqLine, IrqSink};
 /// Memory-mapped registers, which the guest accesses by loads and stores.
 ///
 /// The vCPUs' threads call the methods, several at the same time. Implementations must not wait for
-/// a file of the host, or for a reader of the console's output.
+/// a file of the host, or for a reader of the console's output. There is one exception: a store
+/// that resets a virtio device, or clears its bus master enable, waits until the device has
+/// stopped.
 pub trait MmioDevice: Send + Sync {
     /// Serves a load at `offset` bytes from the start of the device's range. `data` has 1, 2, 4 or
-    /// 8 bytes, which are zero. The access is wholly inside the range.
+    /// 8 bytes, all zero at first. The whole access is inside the range.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Serves a store at `offset`. `data` has 1, 2, 4 or 8 bytes, wholly inside the range.
+    /// Serves a store at `offset`. `data` has 1, 2, 4 or 8 bytes. The whole access is inside the
+    /// range.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
 /// A part of the machine with a name. It can have nodes in the device tree, can be paused, and can
 /// describe its state.
 ///
-/// The machine's thread calls [`Device::pause`] and [`Device::resume`] alternately, while no vCPU
+/// The machine calls [`Device::pause`] and [`Device::resume`] alternately, and only while no vCPU
 /// runs. Any thread may call the other methods at any time. The caller must not hold a lock.
 pub trait Device: Send + Sync {
     /// The name, such as `uart` or `disk0`. It is unique in the machine.
@@ -41,17 +44,17 @@ pub trait Device: Send + Sync {
     /// Fails if the writer refuses a name or value, which is a bug in rvmm.
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError>;
 
-    /// A readable name for the registers at guest-physical address `gpa` now, for the statistics.
-    /// `None` if this device has no registers there. Only a kind of device of which a machine can
-    /// have several has to implement this; the machine's layout has a name for the others.
+    /// A readable name for the registers that are at guest-physical address `gpa` now, for the
+    /// statistics. `None` if this device has no registers there. Only devices of which a machine
+    /// can have several have to implement this. `machine/layout.rs` has a name for the others.
     fn registers_at(&self, _gpa: u64) -> Option<String> {
         None
     }
 
     /// Pauses the device. Requests that have begun are complete when this returns. Until
     /// [`Device::resume`], the device does not write to guest RAM, does not change an interrupt,
-    /// and takes no input from the host. No request is lost: those that have not begun, and new
-    /// ones, are served after the resume. May wait for the host's disk.
+    /// and takes no input from the host. No request is lost: the device serves those that have not
+    /// begun, and new ones, after the resume. This method may wait for the host's disk.
     fn pause(&self) {}
 
     /// Ends a [`Device::pause`]: the device goes on where it stopped. A device that cannot go on
@@ -62,7 +65,7 @@ pub trait Device: Send + Sync {
     fn describe(&self) -> Value;
 }
 
-/// The error for two devices that claim the same address, which is a bug in the machine's layout.
+/// Two devices claim the same address. This is a bug in the machine's layout.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("the MMIO ranges {} and {} overlap", range(.0), range(.1))]
 pub struct Overlap(Range<u64>, Range<u64>);
@@ -71,12 +74,12 @@ fn range(r: &Range<u64>) -> String {
     format!("{:#x}..{:#x}", r.start, r.end)
 }
 
-/// The guest-physical addresses of the devices: a sorted list of ranges, which does not change once
+/// The devices by guest-physical address: a sorted list of ranges. The list does not change once
 /// the machine runs.
 pub struct Bus {
     regions: Vec<Region>,
-    /// The region of the last access, which is tried first: the next access is mostly to the same
-    /// device.
+    /// The index of the region of the last access. It is tried first, because the next access is
+    /// mostly to the same device.
     last: AtomicUsize,
     unmapped: RateLimit,
 }
@@ -128,8 +131,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Serves a load of the guest of `len` bytes, at most 8. Returns the value, little-endian. It
-    /// is all ones where there is no device.
+    /// Serves a guest's load of `len` bytes, at most 8. Returns the bytes as a little-endian
+    /// number. They are all ones if no device has all of these addresses.
     pub fn read(&self, gpa: u64, len: usize) -> u64 {
         let mut bytes = [0; 8];
         let data = &mut bytes[..len.min(8)];
@@ -143,7 +146,7 @@ impl Bus {
         u64::from_le_bytes(bytes)
     }
 
-    /// Serves a store of the guest. It has no effect where there is no device.
+    /// Serves a guest's store. It has no effect if no device has all of these addresses.
     pub fn write(&self, gpa: u64, data: &[u8]) {
         match self.find(gpa, data.len()) {
             Some(region) => region.device.write(gpa - region.range.start, data),
@@ -186,7 +189,7 @@ mod tests {
     use crate::util::sync::lock;
     use std::sync::Mutex;
 
-    /// Answers a load with its offset, and records the stores.
+    /// Returns the offset of each load as its value, and records the stores.
     #[derive(Default)]
     struct Probe(Mutex<Vec<(u64, Vec<u8>)>>);
 

@@ -1,7 +1,7 @@
 //! The goldfish RTC: a clock that counts nanoseconds since 1970, with an alarm
 //! (`drivers/rtc/rtc-goldfish.c`; `hw/rtc/goldfish_rtc.c` of QEMU).
 //!
-//! `Clock` models the chip without any side effects: its callers pass the host's time.
+//! `Clock` models the chip, without side effects: it gets the host's time as an argument.
 //! [`GoldfishRtc`] connects it to the bus, to an interrupt line, and to a timer of the host that
 //! the machine's main loop waits for.
 
@@ -32,24 +32,26 @@ mod reg {
     pub(super) const CLEAR_INTERRUPT: u64 = 0x1c;
 }
 
-/// The longest time between two checks of a pending alarm, because the host's clock may be set
-/// meanwhile.
+/// The longest time between two checks of an alarm that has not fired. Somebody may set the host's
+/// clock meanwhile, and the timer does not notice that.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// The chip. `host` is the host's time, in nanoseconds since 1970.
+/// The chip. The argument `host` of its methods is the host's time, in nanoseconds since 1970.
 #[derive(Debug, Default)]
 struct Clock {
-    /// The guest's time minus the host's time.
+    /// The guest's time minus the host's time, modulo 2^64.
     offset: u64,
-    /// The upper half of the time when TIME_LOW was last read: the value of TIME_HIGH.
+    /// The value of TIME_HIGH: the upper half of the time at the last read of TIME_LOW.
     time_high: u32,
-    /// The values last written to ALARM_HIGH and TIME_HIGH. They take effect when the guest writes
-    /// the lower half.
+    /// The value last written to ALARM_HIGH. It takes effect when the guest writes ALARM_LOW.
     alarm_high: u32,
+    /// The value last written to TIME_HIGH. It takes effect when the guest writes TIME_LOW.
     set_high: u32,
-    /// When the alarm fires, in the guest's time.
+    /// When the alarm fires, in the guest's time. None if no alarm is set, or if it has fired.
     alarm: Option<u64>,
+    /// Whether the interrupt is enabled.
     enabled: bool,
+    /// Whether an alarm has fired, and the guest has not cleared its interrupt.
     pending: bool,
 }
 
@@ -133,14 +135,14 @@ struct State {
     clock: Clock,
     /// The current level of the interrupt line.
     level: bool,
-    /// Expires when the alarm is to fire.
+    /// Expires when the alarm fires, or before that to check the host's clock ([`LOOK_AGAIN`]).
     timer: TimerFd,
     is_paused: bool,
 }
 
 impl GoldfishRtc {
     /// Creates an RTC at guest-physical address `base` with interrupt line `line`. It shows the
-    /// host's time.
+    /// host's time until the guest sets it.
     ///
     /// # Errors
     /// Fails if the host cannot create a timer.
@@ -160,8 +162,8 @@ impl GoldfishRtc {
         })
     }
 
-    /// Must be called when the timer has expired. Fires the alarm if its time has come, and sets
-    /// the timer again.
+    /// Must be called when the timer has expired. Fires the alarm if its time has come, and then
+    /// sets the timer again if there is still an alarm.
     pub fn timer_is_over(&self) {
         let mut state = lock(&self.state);
         if !state.is_paused {
@@ -181,8 +183,8 @@ impl GoldfishRtc {
         result
     }
 
-    /// Sets the timer for the next alarm. This also clears an expired timer, so nobody has to read
-    /// it.
+    /// Sets the timer for the alarm, or turns it off if no alarm is set or the machine is paused.
+    /// Either also clears an expired timer, so nobody has to read from it.
     fn set_timer(&self, state: &mut State) {
         let wait = state.clock.wait(host_time()).filter(|_| !state.is_paused);
         let set = match wait {
@@ -206,7 +208,7 @@ impl AsRawFd for GoldfishRtc {
     }
 }
 
-/// Only accesses to whole registers have an effect. Drivers make no others.
+/// Only 4-byte accesses have an effect. Drivers make no others: all registers have 32 bits.
 impl MmioDevice for GoldfishRtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
@@ -253,7 +255,7 @@ impl Device for GoldfishRtc {
         fdt.end_node(node)
     }
 
-    /// An alarm whose time comes while the machine is paused fires when it is resumed.
+    /// An alarm whose time comes while the machine is paused fires when the machine is resumed.
     fn pause(&self) {
         let mut state = lock(&self.state);
         state.is_paused = true;

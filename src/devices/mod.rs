@@ -1,4 +1,5 @@
-//! Devices other than virtio devices.
+//! The UART, the real-time clock and the test finisher, and the console behind the UART. Virtio
+//! devices are in `virtio`, interrupt controllers in `irqchip`, and the PCI bridge is in `pci`.
 
 pub mod console;
 pub mod goldfish_rtc;

@@ -1,5 +1,6 @@
-//! The "test finisher" of SiFive's boards and of QEMU's virt machine. A guest powers off or resets
-//! the machine by a store (`hw/misc/sifive_test.c` of QEMU; the devicetree binding `sifive,test1`).
+//! The "test finisher" of SiFive's boards and of QEMU's virt machine. A guest stores one of these
+//! values to power off or reset the machine (`hw/misc/sifive_test.c` of QEMU; the devicetree
+//! binding `sifive,test1`).
 //!
 //! ```text
 //! 0x5555            power off
@@ -21,7 +22,7 @@ const PASS: u32 = 0x5555;
 const RESET: u32 = 0x7777;
 const FAIL: u32 = 0x3333;
 
-/// The node's phandle. No other node of the tree has this number.
+/// The phandle of the device's node. No other node of the device tree has this phandle.
 const PHANDLE: u32 = 0x1010;
 
 /// A request of the guest that concerns the whole machine.
@@ -35,7 +36,8 @@ pub enum Request {
     Exit(u16),
 }
 
-/// Passes a [`Request`] from a device to the vCPU threads. They check it after each store.
+/// Passes a [`Request`] from a device to the vCPU threads. They check for one after each MMIO
+/// store.
 #[derive(Debug, Default)]
 pub struct PowerSwitch(AtomicU64);
 
@@ -71,14 +73,15 @@ fn decode(word: u64) -> Request {
     }
 }
 
-/// The finisher device.
+/// The test finisher.
 pub struct SifiveTest {
     switch: Arc<PowerSwitch>,
     base: u64,
 }
 
 impl SifiveTest {
-    /// Creates a finisher at guest-physical address `base` that makes its requests with `switch`.
+    /// Creates a test finisher at guest-physical address `base`. It makes its requests with
+    /// `switch`.
     pub fn new(base: u64, switch: Arc<PowerSwitch>) -> Self {
         Self { switch, base }
     }
@@ -87,7 +90,7 @@ impl SifiveTest {
 impl MmioDevice for SifiveTest {
     fn read(&self, _: u64, _: &mut [u8]) {}
 
-    /// Accepts stores of 16 and 32 bits at offset 0, as QEMU does. Other stores have no effect.
+    /// Handles stores of 16 and 32 bits at offset 0, as QEMU does. Other stores have no effect.
     fn write(&self, offset: u64, data: &[u8]) {
         let value = match (offset, data) {
             (0, [a, b]) => u32::from(u16::from_le_bytes([*a, *b])),

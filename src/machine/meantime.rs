@@ -1,5 +1,5 @@
-//! The work of the machine's main thread while the guest runs: it waits for events, releases
-//! memory, and kicks vCPUs if the host requires it.
+//! The work of the machine's main thread while the guest runs: it waits for events, releases the
+//! memory of start-up code, and kicks vCPUs on hosts that reset harts (`vcpu::restart`).
 
 use std::time::{Duration, Instant};
 
@@ -16,12 +16,15 @@ use crate::vcpu::thread::VcpuHandle;
 /// will probably run much longer.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// Periodic work in one life of a machine, and when it is due.
+/// The timed work in one life of a machine, and when it is due. A life goes from the start or a
+/// reset to the next reset or the end.
 pub(super) struct Meantime {
-    /// When the start-up code is released. None once it is.
+    /// When to release the start-up code. None once it is released.
     settles: Option<Instant>,
-    /// When the next look at the vCPUs is due (`vcpu::restart`), and the number of looks so far.
+    /// When the next look at the vCPUs is due: a kick that makes each vCPU check whether its hart
+    /// was reset (`vcpu::restart`).
     looks: Option<Instant>,
+    /// The number of looks so far.
     looked: u32,
 }
 
@@ -42,8 +45,9 @@ impl Meantime {
     ///
     /// # Errors
     /// Fails if the main loop cannot wait for events.
-    // Not inlined: the caller's code is released while this function waits
-    // (resources/link/order.t).
+    // Not inlined: the linker puts this function next to other code that a running guest needs
+    // (resources/link/order.t). The caller's code is elsewhere, and is released while this function
+    // waits.
     #[inline(never)]
     pub(super) fn next_event(
         &mut self,
@@ -57,7 +61,7 @@ impl Meantime {
                 _ if deadline.left().is_zero() => return Ok(None),
                 None => self.act(vcpus),
                 Some(event) => {
-                    // Do the work here too: events may come without a pause.
+                    // Do the work here too: events may come so fast that no wait times out.
                     self.act(vcpus);
                     return Ok(Some(event));
                 }
@@ -99,8 +103,8 @@ impl Meantime {
     }
 }
 
-/// Whether harts of `vcpus` may stop and start again inside KVM_RUN. A single hart cannot: no other
-/// hart could start it.
+/// Whether the vCPUs need looks: this host resets harts, and one hart can start another. A single
+/// hart cannot be started again, because there is no other hart.
 fn must_look(vcpus: &[VcpuHandle]) -> bool {
     vcpus.len() > 1 && vcpus.iter().any(VcpuHandle::follows_restarts)
 }

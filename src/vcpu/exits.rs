@@ -1,5 +1,5 @@
-//! Handles each exit of a vCPU: MMIO by the bus, SBI calls, CSR accesses, or the end of the
-//! machine.
+//! Handles each exit of a vCPU: passes MMIO to the bus, answers SBI calls and CSR accesses, and
+//! decides when an exit ends the machine.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ const CSR_SEED: u64 = 0x015;
 /// `seed.OPST` ES16: the low 16 bits are fresh entropy (RISC-V Cryptography Extensions, volume I,
 /// "The seed CSR").
 const SEED_ES16: u64 = 0b10 << 30;
-/// `seed.OPST` WAIT: no entropy now, the guest polls again.
+/// `seed.OPST` WAIT: there is no entropy now, and the guest must poll again.
 const SEED_WAIT: u64 = 0b01 << 30;
 
 /// SRST's reset reason "no reason".
@@ -31,36 +31,37 @@ const NO_REASON: u64 = 0;
 pub enum Next {
     /// Enter the guest, with this result of its last exit.
     Enter(VmEntry),
-    /// Do something that is rare, and that needs the vCPU's registers or takes time.
+    /// Do rare work, which needs the vCPU's registers or takes time.
     Rare(Rare),
 }
 
-/// Rare work that the vCPU's thread does itself. Small, so that [`Next`] is passed in registers.
+/// Rare work that the vCPU's thread does itself. This type is small, so that [`Next`] is passed in
+/// CPU registers.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Rare {
     /// End the machine, unless the thread can inject the fault that the guest expects (`fetch`).
     Stop(Box<Stop>),
-    /// Check why KVM_RUN was interrupted.
+    /// KVM_RUN was interrupted: check whether the hart was stopped or reset (`restart`).
     Look,
-    /// Let the hart sleep: the guest suspended the system.
+    /// Let the hart sleep until an interrupt wakes it: the guest has suspended the system.
     Suspend,
 }
 
-/// Handles exits. All vCPUs of a machine share one.
+/// Handles exits. All vCPUs of a machine share one `Exits`.
 pub struct Exits {
     bus: Arc<Bus>,
     sbi: Sbi,
     power: Arc<PowerSwitch>,
     csrs: RateLimit,
-    /// Used by the vCPU's thread, not by [`Exits::handle`], because they access the vCPU's
-    /// registers.
+    /// This and `suspend` access the vCPU's registers. So the vCPU's thread uses them, and
+    /// [`Exits::handle`] does not.
     pub(super) fetch_faults: FetchFaults,
     pub(super) suspend: Suspend,
 }
 
 impl Exits {
-    /// Handles the exits of a machine. Devices request its end or reset with `power`. The external
-    /// interrupts of its harts come from `irqs`.
+    /// Creates the handler of a machine's exits. Devices request the machine's end or reset with
+    /// `power`. The external interrupts of the harts come from `irqs`.
     pub fn new(bus: Arc<Bus>, sbi: Sbi, power: Arc<PowerSwitch>, irqs: Arc<dyn HartSide>) -> Self {
         Self {
             bus,
@@ -72,7 +73,8 @@ impl Exits {
         }
     }
 
-    /// Handles `exit`. Never blocks, whatever the guest did.
+    /// Handles `exit`. Blocks only for a store that resets a virtio device or clears its bus master
+    /// enable, until the device has stopped.
     #[inline(always)]
     pub fn handle(&self, exit: VmExit) -> Next {
         match exit {
@@ -196,7 +198,7 @@ mod tests {
         assert_eq!(read(0x1000, 8), Next::Enter(VmEntry::MmioRead(0x4433_2211)));
         assert_eq!(read(0x1000, 1), Next::Enter(VmEntry::MmioRead(0x11)));
         assert_eq!(read(0x2000, 2), Next::Enter(VmEntry::MmioRead(0xffff)));
-        // A length that no hardware access has.
+        // No access of a real hart has this length.
         exits.handle(write(99));
         read(0x1000, 99);
     }

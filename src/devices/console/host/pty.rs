@@ -20,8 +20,8 @@ use crate::util::output::write_whole;
 use crate::util::poll::poll_now;
 use crate::util::stderr::print;
 
-/// How often to check whether somebody has opened the terminal: the kernel has no notification for
-/// it.
+/// Time between two checks whether somebody has opened the terminal. The kernel has no notification
+/// for that.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// rvmm's side of the pseudo-terminal. While nobody has the other side open, output is dropped.
@@ -46,14 +46,14 @@ impl Pty {
 
 pub(super) fn create() -> io::Result<(Pty, String)> {
     let main = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-    // It is rvmm's own, and the main loop reads it.
+    // The main loop reads it, so a read must not block. No other program shares this descriptor.
     ioctl_fionbio(&main, true)?;
     grantpt(&main)?;
     unlockpt(&main)?;
     let name = ptsname(&main, Vec::new())?;
     let name = name.to_string_lossy().into_owned();
-    // Open the other side to set its mode. Closing it leaves the pseudo-terminal in hang-up, the
-    // state for "nobody has it open".
+    // Open the other side to set its mode. When this function closes the other side, the
+    // pseudo-terminal reports a hang-up (POLLHUP) until somebody opens the other side again.
     let no_control = i32::try_from(OFlags::NOCTTY.bits()).unwrap_or(0);
     let other = OpenOptions::new()
         .read(true)
@@ -72,7 +72,7 @@ impl Sink for Pty {
             return Ok(());
         }
         match write_whole(&*self.0, bytes) {
-            // The reader has closed it meanwhile. Another one may open it.
+            // The reader has closed the other side meanwhile. Another reader may open it later.
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(()),
             result => result,
         }
@@ -81,8 +81,8 @@ impl Sink for Pty {
 
 impl Source for Pty {
     fn wait(&mut self) -> Wait<'_> {
-        // While nobody has the other side open it is in hang-up, which would end each wait at once.
-        // Input that came before the hang-up can still be read.
+        // While nobody has the other side open, poll reports a hang-up at once, so rvmm cannot wait
+        // for the descriptor. Input that came before the hang-up can still be read.
         let ready = poll_now(&self.0, PollFlags::IN);
         let may_wait = ready.contains(PollFlags::IN) || !ready.contains(PollFlags::HUP);
         Wait {

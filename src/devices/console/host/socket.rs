@@ -19,7 +19,7 @@ use super::{Ends, Sink};
 use crate::util::output::write_whole;
 use crate::util::sync::lock;
 
-/// A listening socket. Its path is removed at the end. While no client is connected, output is
+/// A listening socket. [`Sink::close`] removes its path. While no client is connected, output is
 /// dropped. A second client waits until the first has disconnected.
 struct Socket {
     listener: UnixListener,
@@ -34,7 +34,7 @@ pub(super) fn bind(path: &Path) -> Result<Ends> {
         let hint = hint(path, &error);
         anyhow!("Failed to listen on console socket {path:?}: {error}{hint}")
     })?;
-    // A client may disconnect before it is accepted; accept must not block then.
+    // A client may disconnect before rvmm accepts it. Then accept must not block.
     listener.set_nonblocking(true)?;
     let socket = Arc::new(Socket {
         listener,
@@ -64,14 +64,14 @@ impl Socket {
         Ok(client)
     }
 
-    /// Disconnects `client`. Does not affect another client that has connected meanwhile.
+    /// Disconnects `client`. If another client has connected meanwhile, that one stays connected.
     fn lose(&self, client: &Arc<UnixStream>) {
         let mut current = lock(&self.client);
         if current.as_ref().is_some_and(|now| Arc::ptr_eq(now, client)) {
             info!("the console's client has disconnected");
             *current = None;
         }
-        // This also ends a blocked write or read of the client's connection.
+        // This also ends a write to the client that blocks on another thread.
         let _ = client.shutdown(Shutdown::Both);
     }
 }
@@ -95,10 +95,11 @@ impl Sink for Socket {
     }
 }
 
-/// The input from a socket's clients.
+/// The input from a socket's clients, one after the other.
 struct Input {
     socket: Arc<Socket>,
-    /// The client whose input is read, up to its last byte, even if a write to it has failed.
+    /// The client whose input is read. Even if a write to it has failed, it stays here until all
+    /// its input is read.
     client: Option<Arc<UnixStream>>,
 }
 
@@ -133,9 +134,9 @@ impl Source for Input {
     }
 }
 
-/// A hint on how to fix an error of listening at `path`.
+/// Why rvmm cannot listen at `path`, and what to do. The text is added to the error's message.
 fn hint(path: &Path, error: &io::Error) -> String {
-    /// Size of a path in sockaddr_un, without the NUL (unix(7)).
+    /// The longest path in bytes that fits in sockaddr_un, without the NUL (unix(7)).
     const LONGEST: usize = 107;
     match error.kind() {
         io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
@@ -153,13 +154,13 @@ fn hint(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// Whether `path` is a socket whose owner has ended. `error` is the result of connecting to it.
+/// Whether `path` is a socket whose owner has ended. `error` is the error of connecting to it.
 fn is_stale(path: &Path, error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::ConnectionRefused
         && fs::metadata(path).is_ok_and(|there| there.file_type().is_socket())
 }
 
-/// Whether a write's error means that the reader has disconnected.
+/// Whether the error of a write means that the client has disconnected.
 fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
