@@ -25,6 +25,8 @@ pub mod boot;
 
 pub mod vcpu;
 
+pub mod report;
+
 pub mod control;
 
 pub mod machine;

@@ -42,24 +42,46 @@ pub enum Walk {
     Unmapped,
 }
 
+/// One table that a walk has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The level of the table: 0 is the last, and its entries map 4 KiB.
+    pub level: u32,
+    /// The guest-physical address of the entry.
+    pub at: u64,
+    /// The entry. None if it is outside RAM.
+    pub entry: Option<u64>,
+}
+
 /// Translates the virtual address `address` by the page tables of `satp`. Does not check
 /// permissions or the accessed and dirty bits.
 pub fn walk(ram: &GuestMemory, satp: u64, address: u64) -> Walk {
-    let levels = match satp >> 60 {
-        BARE => return Walk::At(address),
-        SV39 => 3,
-        SV48 => 4,
-        SV57 => 5,
-        _ => return Walk::Unmapped,
+    walk_with(ram, satp, address, |_| ())
+}
+
+/// As [`walk`]. Calls `on_step` for each entry that it reads, from the root down.
+pub fn walk_with(
+    ram: &GuestMemory,
+    satp: u64,
+    address: u64,
+    mut on_step: impl FnMut(Step),
+) -> Walk {
+    let Some(levels) = levels(satp) else {
+        return Walk::Unmapped;
     };
+    if levels == 0 {
+        return Walk::At(address);
+    }
     if !is_canonical(address, PAGE_BITS + INDEX_BITS * levels) {
         return Walk::Unmapped;
     }
     let mut table = (satp & PPN_MASK) << PAGE_BITS;
     for level in (0..levels).rev() {
         let index = (address >> (PAGE_BITS + INDEX_BITS * level)) & INDEX_MASK;
-        let at = GuestAddress(table + ENTRY_BYTES * index);
-        let Ok(entry) = ram.read_obj::<u64>(at).map(u64::from_le) else {
+        let at = table + ENTRY_BYTES * index;
+        let entry = ram.read_obj::<u64>(GuestAddress(at)).map(u64::from_le).ok();
+        on_step(Step { level, at, entry });
+        let Some(entry) = entry else {
             return Walk::NoEntry;
         };
         let kind = entry & (entry::READ | entry::WRITE | entry::EXECUTE);
@@ -73,6 +95,37 @@ pub fn walk(ram: &GuestMemory, satp: u64, address: u64) -> Walk {
         table = page(entry);
     }
     Walk::Unmapped
+}
+
+/// The levels of the page tables of `satp`: 0 if there are none. `None` if its mode is reserved.
+fn levels(satp: u64) -> Option<u32> {
+    match satp >> 60 {
+        BARE => Some(0),
+        SV39 => Some(3),
+        SV48 => Some(4),
+        SV57 => Some(5),
+        _ => None,
+    }
+}
+
+/// The name of the mode of `satp`, such as `Sv39`.
+pub fn mode_name(satp: u64) -> &'static str {
+    match satp >> 60 {
+        BARE => "Bare",
+        SV39 => "Sv39",
+        SV48 => "Sv48",
+        SV57 => "Sv57",
+        _ => "a reserved mode",
+    }
+}
+
+/// The bits of a page table entry as letters, in the order D A G U X W R V. A bit that is clear is
+/// a dash.
+pub fn entry_bits(entry: u64) -> String {
+    let letters = "DAGUXWRV".chars().zip((0..8).rev());
+    letters
+        .map(|(letter, bit)| if entry >> bit & 1 == 1 { letter } else { '-' })
+        .collect()
 }
 
 /// Translates `address` by a leaf entry of this level.

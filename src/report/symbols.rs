@@ -1,0 +1,181 @@
+//! Names for a guest's addresses: the symbols of its kernel.
+
+use std::fmt;
+
+use elf::ElfBytes;
+use elf::abi::{SHN_UNDEF, STT_FUNC, STT_NOTYPE, STT_OBJECT};
+use elf::endian::LittleEndian;
+use thiserror::Error;
+
+/// Why a file has no symbols that rvmm can use.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum SymbolsError {
+    /// It is an ELF without a symbol table.
+    #[error("it has no symbol table: it was stripped")]
+    Stripped,
+    /// It is a damaged ELF.
+    #[error("it is a damaged ELF file: {0}")]
+    Elf(String),
+    /// A line is not as in System.map.
+    #[error("line {0} is no symbol: write ADDRESS TYPE NAME, as in System.map and /proc/kallsyms")]
+    Line(usize),
+    /// All addresses are 0.
+    #[error("all its addresses are 0: copy /proc/kallsyms as root, with kptr_restrict at 0 or 1")]
+    Hidden,
+}
+
+/// Symbols, in the order of their addresses.
+#[derive(Debug, Default)]
+pub struct Symbols(Vec<Symbol>);
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Symbol {
+    address: u64,
+    name: Box<str>,
+}
+
+/// An address as a symbol and the distance from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Name<'a> {
+    /// The symbol.
+    pub symbol: &'a str,
+    /// Bytes from the symbol to the address.
+    pub offset: u64,
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.offset {
+            0 => f.write_str(self.symbol),
+            offset => write!(f, "{}+{offset:#x}", self.symbol),
+        }
+    }
+}
+
+impl Symbols {
+    /// An address further than this from the symbol before it has no name.
+    const REACH: u64 = 16 << 20;
+
+    /// Reads the symbols of an ELF file, of System.map, or of a copy of the guest's /proc/kallsyms.
+    ///
+    /// # Errors
+    /// Fails if `bytes` are none of these, or if they have no addresses.
+    pub fn parse(bytes: &[u8]) -> Result<Self, SymbolsError> {
+        let mut symbols = match bytes.starts_with(b"\x7fELF") {
+            true => of_elf(bytes)?,
+            false => of_map(bytes)?,
+        };
+        if symbols.iter().all(|symbol| symbol.address == 0) {
+            return Err(SymbolsError::Hidden);
+        }
+        symbols.sort();
+        Ok(Self(symbols))
+    }
+
+    /// The symbol at or before `address`. None if there is none near it.
+    pub fn name(&self, address: u64) -> Option<Name<'_>> {
+        let behind = self.0.partition_point(|symbol| symbol.address <= address);
+        let last = self.0.get(behind.checked_sub(1)?)?;
+        // Of several names for one address, the first.
+        let first = self
+            .0
+            .partition_point(|symbol| symbol.address < last.address);
+        let offset = address - last.address;
+        let symbol = &self.0.get(first)?.name;
+        (offset < Self::REACH).then_some(Name { symbol, offset })
+    }
+
+    /// The address of `name`.
+    pub fn address(&self, name: &str) -> Option<u64> {
+        let found = self.0.iter().find(|symbol| &*symbol.name == name);
+        found.map(|symbol| symbol.address)
+    }
+}
+
+fn of_elf(bytes: &[u8]) -> Result<Vec<Symbol>, SymbolsError> {
+    let damaged = |error: elf::ParseError| SymbolsError::Elf(error.to_string());
+    let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).map_err(damaged)?;
+    let (table, names) = file
+        .symbol_table()
+        .map_err(damaged)?
+        .ok_or(SymbolsError::Stripped)?;
+    let mut symbols = Vec::new();
+    for symbol in table.iter() {
+        let is_named = [STT_FUNC, STT_OBJECT, STT_NOTYPE].contains(&symbol.st_symtype());
+        let Ok(name) = names.get(usize::try_from(symbol.st_name).unwrap_or(0)) else {
+            continue;
+        };
+        // Names such as $x mark code and data for disassemblers.
+        if is_named && symbol.st_shndx != SHN_UNDEF && !name.is_empty() && !name.starts_with('$') {
+            let (address, name) = (symbol.st_value, name.into());
+            symbols.push(Symbol { address, name });
+        }
+    }
+    if symbols.is_empty() {
+        return Err(SymbolsError::Stripped);
+    }
+    Ok(symbols)
+}
+
+fn of_map(bytes: &[u8]) -> Result<Vec<Symbol>, SymbolsError> {
+    let text = String::from_utf8_lossy(bytes);
+    let mut symbols = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next())
+        else {
+            return Err(SymbolsError::Line(number));
+        };
+        let address = u64::from_str_radix(address, 16).map_err(|_| SymbolsError::Line(number))?;
+        if kind.len() != 1 {
+            return Err(SymbolsError::Line(number));
+        }
+        // Absolute symbols are numbers, such as sizes.
+        if !matches!(kind, "a" | "A" | "U") && !name.starts_with('$') {
+            let name = name.into();
+            symbols.push(Symbol { address, name });
+        }
+    }
+    if symbols.is_empty() {
+        return Err(SymbolsError::Line(1));
+    }
+    Ok(symbols)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAP: &str = "ffffffff80002000 T _start\n\
+                       ffffffff80002000 T _stext\n\
+                       ffffffff80002100 t panic\n\
+                       ffffffff80002100 t $xrv64i\n\
+                       0000000000001000 A SIZE\n\
+                       ffffffff01e80000 t probe\t[virtio_blk]\n";
+
+    #[test]
+    fn addresses_have_the_name_before_them() {
+        let symbols = Symbols::parse(MAP.as_bytes()).unwrap();
+        let name = |address| symbols.name(address).map(|name| name.to_string());
+        let base = 0xffff_ffff_8000_2000;
+        assert_eq!(name(base).as_deref(), Some("_start"));
+        assert_eq!(name(base + 0xfe).as_deref(), Some("_start+0xfe"));
+        assert_eq!(name(base + 0x102).as_deref(), Some("panic+0x2"));
+        assert_eq!(name(0xffff_ffff_01e8_0004).as_deref(), Some("probe+0x4"));
+        assert_eq!(name(0x8000_0000), None, "before the first");
+        assert_eq!(name(base + 0x100 + Symbols::REACH), None, "too far");
+        assert_eq!(symbols.address("panic"), Some(base + 0x100));
+        assert_eq!(symbols.address("SIZE"), None);
+    }
+
+    #[test]
+    fn what_has_no_symbols_is_refused() {
+        let refused = |bytes: &[u8]| Symbols::parse(bytes).unwrap_err();
+        assert_eq!(refused(b""), SymbolsError::Line(1));
+        assert_eq!(refused(b"\xff\xfe\0"), SymbolsError::Line(1));
+        assert_eq!(refused(b"80000000 T a\nhello\n"), SymbolsError::Line(2));
+        let hidden = "0000000000000000 T _start\n0000000000000000 t panic\n";
+        assert_eq!(refused(hidden.as_bytes()), SymbolsError::Hidden);
+        assert!(matches!(refused(b"\x7fELF"), SymbolsError::Elf(_)));
+    }
+}
