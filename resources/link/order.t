@@ -8,6 +8,8 @@
 .text : {
   *(.text._ZN4rvmm4vcpu* .text._ZN4rvmm3bus* .text._ZN4rvmm7irqchip* .text._ZN4rvmm7devices*)
   *(.text._ZN4rvmm6virtio* .text._ZN4rvmm10hypervisor* .text._ZN4rvmm3pci* .text._ZN4rvmm6memory* .text._ZN4rvmm4util*)
+  /* The bodies of threads, which the standard library calls. The vCPU's loop is one of them. */
+  *(.text._ZN3std3sys9backtrace*)
   /* Implementations of traits: their names begin with the type. */
   *(.text._ZN*_?LT?rvmm..vcpu* .text._ZN*_?LT?rvmm..bus* .text._ZN*_?LT?rvmm..irqchip* .text._ZN*_?LT?rvmm..devices*)
   *(.text._ZN*_?LT?rvmm..virtio* .text._ZN*_?LT?rvmm..hypervisor* .text._ZN*_?LT?rvmm..pci*)
