@@ -5,7 +5,7 @@
 //! [`Post`]. `Machine::run` handles the events. The queues of disks and networks have their own
 //! threads.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -205,7 +205,7 @@ impl MainLoop {
         let Ok((done, signal)) = pair() else {
             return Ok(work());
         };
-        let is_done = Rc::new(RefCell::new(false));
+        let is_done = Rc::new(Cell::new(false));
         let id = self.add(Box::new(Done(done, Rc::clone(&is_done))));
         // If the thread cannot be started, the work is still here.
         let seat = Mutex::new(Some(work));
@@ -218,7 +218,7 @@ impl MainLoop {
             let Ok(thread) = spawn_scoped(scope, Kind::Main, "work", body) else {
                 return Ok(take_and_do(&seat));
             };
-            while !*is_done.borrow() && !thread.is_finished() {
+            while !is_done.get() && !thread.is_finished() {
                 self.wait(None)?;
             }
             thread.join().map_err(|_| anyhow!("a thread panicked"))
@@ -267,7 +267,7 @@ impl MutEventSubscriber for Wake {
 }
 
 /// Readable when the work of [`MainLoop::while_serving`] is done.
-struct Done(EventFd, Rc<RefCell<bool>>);
+struct Done(EventFd, Rc<Cell<bool>>);
 
 impl MutEventSubscriber for Done {
     fn init(&mut self, ops: &mut EventOps) {
@@ -276,7 +276,7 @@ impl MutEventSubscriber for Done {
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
         let _ = self.0.read();
-        *self.1.borrow_mut() = true;
+        self.1.set(true);
     }
 }
 
