@@ -165,7 +165,8 @@ impl MainLoop {
         const FOR_EVER: i32 = -1;
         let milliseconds = time.map_or(FOR_EVER, |time| {
             // Round up: waking too early would cost one more turn of the loop.
-            i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+            let up = time.saturating_add(Duration::from_nanos(999_999));
+            i32::try_from(up.as_millis()).unwrap_or(i32::MAX)
         });
         match self.manager.run_with_timeout(milliseconds) {
             Ok(_) => Ok(()),
