@@ -301,7 +301,7 @@ mod tests {
             (r#"path="a,b"#, "not closed"),
             (r#"path="a"b"#, "closing quote"),
             (r#"path="a\b""#, "backslash"),
-            (r#"a,"b""#, "no value"),
+            (r#"a,"b""#, "unknown key `b`"),
         ] {
             let error = path(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

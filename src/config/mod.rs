@@ -37,15 +37,12 @@ pub struct VmConfig {
     pub kernel: Option<PathBuf>,
 
     /// Format: auto, image, elf or flat
-    ///
-    /// auto (the default): rvmm detects the format from the content. image: a RISC-V Linux Image.
-    /// elf: an ELF file, such as a vmlinux. flat: a program without a header, such as U-Boot, that
-    /// is loaded and entered 2 MiB above the start of RAM.
     #[arg(
         help_heading = "Boot",
         hide_default_value = true,
         hide_possible_values = true,
         long,
+        long_help = choices::<KernelFormat>("The format of the kernel file."),
         value_enum,
         value_name = "FORMAT",
         default_value_t
@@ -163,15 +160,12 @@ pub struct VmConfig {
     pub virtio_console: Option<ConsoleConfig>,
 
     /// Virtio over pci (default) or mmio
-    ///
-    /// How virtio devices are attached. pci: on a PCI bus, with MSI-X if the guest's interrupt
-    /// controller is an AIA. mmio: at fixed addresses, with an interrupt wire for each device; at
-    /// most eight devices.
     #[arg(
         help_heading = "Machine",
         hide_default_value = true,
         hide_possible_values = true,
         long,
+        long_help = choices::<Transport>("How virtio devices are attached."),
         value_enum,
         value_name = "KIND",
         default_value_t
@@ -179,15 +173,12 @@ pub struct VmConfig {
     pub transport: Transport,
 
     /// Interrupts: auto, aia, aia-emul, plic
-    ///
-    /// The guest's interrupt controller. auto (the default): aia if the host has an AIA, else plic.
-    /// aia: KVM's AIA, with guest interrupt files if the host has them. aia-emul: KVM's AIA,
-    /// without guest interrupt files. plic: a PLIC in userspace, which works on any host.
     #[arg(
         help_heading = "Machine",
         hide_default_value = true,
         hide_possible_values = true,
         long,
+        long_help = choices::<IrqchipKind>("The guest's interrupt controller."),
         value_enum,
         value_name = "KIND",
         default_value_t
@@ -224,6 +215,26 @@ pub struct VmConfig {
         skip_serializing_if = "SigtermConfig::is_default"
     )]
     pub on_sigterm: SigtermConfig,
+}
+
+/// The text of `--help` for a flag with fixed values: `about`, and a line for each value, from its
+/// docs.
+fn choices<T: ValueEnum + Default + PartialEq>(about: &str) -> String {
+    let line = |choice: &T| {
+        let value = choice.to_possible_value()?;
+        let default = if *choice == T::default() {
+            " (the default)"
+        } else {
+            ""
+        };
+        Some(format!(
+            "\n- {}{default}: {}",
+            value.get_name(),
+            value.get_help()?
+        ))
+    };
+    let lines = T::value_variants().iter().filter_map(line);
+    about.to_owned() + "\n" + &lines.collect::<String>()
 }
 
 fn parse_cpus(text: &str) -> Result<u32, String> {

@@ -29,7 +29,7 @@ pub enum VmExit {
     /// The guest asked for a shutdown or reset, by SRST or the legacy shutdown call.
     System(SystemEvent),
     /// The guest executed an `ebreak`. The program counter is its address. See
-    /// [`Vcpu::set_guest_debug`].
+    /// [`Vcpu::set_guest_debug`](super::Vcpu::set_guest_debug).
     Breakpoint,
     /// A signal or `immediate_exit` interrupted KVM_RUN.
     Interrupted,

@@ -59,7 +59,7 @@ impl Running<'_> {
     /// [`Vcpus::resume`].
     ///
     /// # Errors
-    /// There is no machine any more.
+    /// Fails if the machine is powered off.
     pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<hypervisor::Result<()>> {
         if vcpus.state() == State::Running {
             return Ok(Ok(()));
@@ -72,6 +72,7 @@ impl Running<'_> {
         Ok(resumed)
     }
 
+    /// Counts the time since the last call: in it the guest was in `state`.
     fn count_time(&mut self, state: State) {
         if let Some(stats) = &mut self.stats {
             stats.guest_was(state);
@@ -104,8 +105,9 @@ impl Running<'_> {
         stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
         if state == State::Running {
             if let Err(error) = vcpus.start(hardware, &self.post) {
-                self.main.while_serving(|| hardware.devices.pause())?;
                 self.count_time(State::Running);
+                let devices = &self.machine.hardware()?.devices;
+                self.main.while_serving(|| devices.pause())?;
                 return Ok(stays_paused(error));
             }
         }

@@ -5,7 +5,7 @@
 //! [`Post`]. `Machine::run` handles the events. The queues of disks and networks have their own
 //! threads.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -165,7 +165,8 @@ impl MainLoop {
         const FOR_EVER: i32 = -1;
         let milliseconds = time.map_or(FOR_EVER, |time| {
             // Round up: waking too early would cost one more turn of the loop.
-            i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+            let up = time.saturating_add(Duration::from_nanos(999_999));
+            i32::try_from(up.as_millis()).unwrap_or(i32::MAX)
         });
         match self.manager.run_with_timeout(milliseconds) {
             Ok(_) => Ok(()),
@@ -205,7 +206,7 @@ impl MainLoop {
         let Ok((done, signal)) = pair() else {
             return Ok(work());
         };
-        let is_done = Rc::new(RefCell::new(false));
+        let is_done = Rc::new(Cell::new(false));
         let id = self.add(Box::new(Done(done, Rc::clone(&is_done))));
         // If the thread cannot be started, the work is still here.
         let seat = Mutex::new(Some(work));
@@ -218,7 +219,7 @@ impl MainLoop {
             let Ok(thread) = spawn_scoped(scope, Kind::Main, "work", body) else {
                 return Ok(take_and_do(&seat));
             };
-            while !*is_done.borrow() && !thread.is_finished() {
+            while !is_done.get() && !thread.is_finished() {
                 self.wait(None)?;
             }
             thread.join().map_err(|_| anyhow!("a thread panicked"))
@@ -267,7 +268,7 @@ impl MutEventSubscriber for Wake {
 }
 
 /// Readable when the work of [`MainLoop::while_serving`] is done.
-struct Done(EventFd, Rc<RefCell<bool>>);
+struct Done(EventFd, Rc<Cell<bool>>);
 
 impl MutEventSubscriber for Done {
     fn init(&mut self, ops: &mut EventOps) {
@@ -276,7 +277,7 @@ impl MutEventSubscriber for Done {
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
         let _ = self.0.read();
-        *self.1.borrow_mut() = true;
+        self.1.set(true);
     }
 }
 

@@ -56,8 +56,9 @@ impl Parked {
 
 /// A vCPU with a thread that waits for it.
 pub struct Ready {
-    handle: VcpuHandle,
+    // Before the handle: dropping this ends the thread, which dropping the handle waits for.
     hand: SyncSender<Parked>,
+    handle: VcpuHandle,
     parked: Parked,
 }
 
@@ -71,8 +72,6 @@ impl Ready {
 
     /// Ends the thread. The vCPU has not run.
     pub fn cancel(self) -> Parked {
-        drop(self.hand);
-        drop(self.handle);
         self.parked
     }
 }
@@ -132,8 +131,8 @@ impl VcpuHandle {
         let (hand, take) = sync_channel(1);
         match Self::start_thread(&parked, take, exits, how) {
             Ok(handle) => Ok(Ready {
-                handle,
                 hand,
+                handle,
                 parked,
             }),
             Err(error) => Err(NotStarted::new(parked, error)),

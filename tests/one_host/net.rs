@@ -124,7 +124,7 @@ fn what_cannot_be_an_interface() {
         HOST_FAILED,
         &["nope", "ip tuntap add dev nope mode tap"],
     );
-    refused("tap=lo", HOST_FAILED, &["\"lo\"", "no tap"]);
+    refused("tap=lo", HOST_FAILED, &["\"lo\"", "not a tap"]);
     refused("tap=a,mac=1:2", USAGE, &["52:54:00:12:34:56"]);
     let tap = Tap::new(false);
     let net = format!("tap={}", tap.name);

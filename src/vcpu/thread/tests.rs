@@ -284,6 +284,12 @@ fn exits_are_counted_when_asked() {
 
 /// Starts the vCPU again, as [`start`] does.
 fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc::Receiver<()>) {
+    let (ready, calls) = prepare_again(parked, exits, id);
+    (ready.go(), calls)
+}
+
+/// Makes a thread for the vCPU again.
+fn prepare_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (Ready, mpsc::Receiver<()>) {
     let (called, calls) = mpsc::channel();
     let start = Start {
         id,
@@ -291,10 +297,24 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
         on_call: Box::new(move || called.send(()).unwrap()),
         follow_restarts: id > 0,
     };
-    let handle = VcpuHandle::prepare(parked, Arc::clone(exits), start)
-        .unwrap()
-        .go();
-    (handle, calls)
+    let ready = VcpuHandle::prepare(parked, Arc::clone(exits), start);
+    (ready.unwrap(), calls)
+}
+
+/// Its thread ends without the vCPU, also if nobody says what becomes of it.
+#[test]
+fn a_vcpu_that_is_ready_has_not_run() {
+    let vcpu = start(&[]);
+    let parked = vcpu.handle.stop().unwrap();
+    let entries = || lock(&vcpu.entries).len();
+    let before = entries();
+    let (ready, _) = prepare_again(parked, &vcpu.exits, 0);
+    let parked = ready.cancel();
+    assert_eq!(parked.first, First::Enter);
+    assert_eq!(entries(), before);
+    let (ready, _) = prepare_again(parked, &vcpu.exits, 0);
+    drop(ready);
+    assert_eq!(entries(), before);
 }
 
 /// Whatever the last exit was, its result is in the registers when the vCPU is returned.

@@ -295,7 +295,7 @@ impl Shared {
 }
 
 impl Pending {
-    fn end(self, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
+    fn end(&self, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
         let Outcome { status, data } = outcome;
         queue.push(self.head, self.request.finish(status, data))
     }

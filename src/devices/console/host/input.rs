@@ -60,7 +60,8 @@ pub struct Input {
     timer: TimerFd,
     /// The source's descriptor, while the loop waits for it.
     watched: Option<RawFd>,
-    failing: Option<Errno>,
+    /// The last warning, which is not repeated while the failure lasts.
+    failure: Option<String>,
     has_ended: bool,
 }
 
@@ -85,7 +86,7 @@ impl Input {
             turn,
             timer: TimerFd::new()?,
             watched: None,
-            failing: None,
+            failure: None,
             has_ended: false,
         })
     }
@@ -117,38 +118,30 @@ impl Input {
             return;
         }
         let mut buffer = [0; AT_ONCE];
-        let mut pause = None;
         match self.source.read(&mut buffer[..room]) {
             Ok(0) => {
                 debug!("the console's input has ended");
                 self.has_ended = true;
             }
             Ok(count) => {
-                self.failing = None;
+                self.failure = None;
                 self.has_ended = !self.take(&buffer[..count]);
             }
             Err(Errno::INTR | Errno::AGAIN) => {}
             Err(error) => {
-                if self.failing.replace(error) != Some(error) {
-                    warn!("Failed to read the console's input: {error}; rvmm will try again");
-                }
-                pause = Some(RETRY);
+                self.try_later(format!("Failed to read the console's input: {error}"));
+                return;
             }
         }
         if !self.has_ended {
-            self.watch(pause, ops);
+            self.watch(ops);
         }
     }
 
-    /// Waits for the source. With `pause`, waits only for that time.
-    fn watch(&mut self, pause: Option<Duration>, ops: &mut EventOps) {
-        let (fd, time) = match pause {
-            Some(_) => (None, pause),
-            None => {
-                let Wait { fd, time } = self.source.wait();
-                (fd.map(|fd| fd.as_raw_fd()), time)
-            }
-        };
+    /// Waits for what the source waits for.
+    fn watch(&mut self, ops: &mut EventOps) {
+        let Wait { fd, time } = self.source.wait();
+        let fd = fd.map(|fd| fd.as_raw_fd());
         self.wait_for(time);
         let Some(fd) = fd else {
             return;
@@ -160,13 +153,18 @@ impl Input {
                 let _ = self.turn.write(1);
             }
             Err(error) => {
-                let refused = Errno::NOMEM;
-                if self.failing.replace(refused) != Some(refused) {
-                    warn!("Failed to wait for the console's input: {error}; it is tried again");
-                }
-                self.wait_for(Some(RETRY));
+                self.try_later(format!("Failed to wait for the console's input: {error}"));
             }
         }
+    }
+
+    /// Warns of a failure, once, and reads again after [`RETRY`].
+    fn try_later(&mut self, failure: String) {
+        if self.failure.as_ref() != Some(&failure) {
+            warn!("{failure}; rvmm will try again");
+            self.failure = Some(failure);
+        }
+        self.wait_for(Some(RETRY));
     }
 
     fn wait_for(&mut self, time: Option<Duration>) {
@@ -214,7 +212,7 @@ impl MutEventSubscriber for Input {
             warn!("Failed to wait for the console's input: {error}");
             return;
         }
-        self.watch(None, ops);
+        self.watch(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {

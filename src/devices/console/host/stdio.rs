@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::fd::AsFd;
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, read};
 use rustix::net::{RecvFlags, recv};
 use rustix::stdio::{stdin, stdout};
@@ -45,10 +45,11 @@ enum Kind {
     Own(File),
     /// A socket: recv has a flag for reads that do not block.
     Socket,
-    /// A file, or something that cannot be opened again, such as another user's pipe after su(1).
-    /// A read can block only if others take bytes from the pipe, and the kernel has no RWF_NOWAIT
-    /// for pipes.
-    Shared,
+    /// A pipe that cannot be opened again, such as another user's after su(1). A read can block
+    /// only if others take bytes from it, and the kernel has no RWF_NOWAIT for pipes.
+    SharedPipe,
+    /// A file, a device, or a terminal that cannot be opened again.
+    Plain,
 }
 
 /// Standard output and input.
@@ -67,19 +68,25 @@ pub(super) fn open() -> Ends {
 fn kind(is_terminal: bool) -> Kind {
     const STDIN: &str = "/proc/self/fd/0";
     let what = fs::metadata(STDIN).map(|there| there.file_type());
+    let is_pipe = what.as_ref().is_ok_and(FileTypeExt::is_fifo);
     let can_read = fcntl_getfl(stdin()).is_ok_and(|flags| !flags.contains(OFlags::WRONLY));
-    match what {
-        Ok(what) if what.is_socket() => Kind::Socket,
-        Ok(what) if can_read && (what.is_fifo() || is_terminal) => {
-            let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
-            let flags = i32::try_from(flags).unwrap_or(0);
-            let mut options = OpenOptions::new();
-            let opened = options.read(true).custom_flags(flags).open(STDIN);
-            opened.map_or(Kind::Shared, Kind::Own)
+    if what.is_ok_and(|what| what.is_socket()) {
+        return Kind::Socket;
+    }
+    // A file that is opened again would be read from its first byte, and a device might be another
+    // device.
+    if can_read && (is_pipe || is_terminal) {
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
+        let flags = i32::try_from(flags).unwrap_or(0);
+        let mut options = OpenOptions::new();
+        if let Ok(file) = options.read(true).custom_flags(flags).open(STDIN) {
+            return Kind::Own(file);
         }
-        // A file that is opened again would be read from its first byte, and a device might be
-        // another device.
-        _ => Kind::Shared,
+    }
+    if is_pipe {
+        Kind::SharedPipe
+    } else {
+        Kind::Plain
     }
 }
 
@@ -88,25 +95,21 @@ impl Stdin {
         match &self.kind {
             Kind::Own(file) => read(file, buffer),
             Kind::Socket => Ok(recv(stdin(), buffer, RecvFlags::DONTWAIT)?.0),
-            Kind::Shared if !readable_now(stdin()) => Err(Errno::AGAIN),
-            Kind::Shared => match read_without_waiting(buffer) {
+            Kind::SharedPipe | Kind::Plain if !readable_now(stdin()) => Err(Errno::AGAIN),
+            Kind::SharedPipe => match read_without_waiting(buffer) {
                 Err(Errno::OPNOTSUPP) => read(stdin(), buffer),
                 result => result,
             },
+            // Without RWF_NOWAIT: a file that is not in the page cache might give EAGAIN for ever.
+            Kind::Plain => read(stdin(), buffer),
         }
     }
 }
 
-/// Reads from a pipe. Files have a plain read: with RWF_NOWAIT, a file that is not in the page
-/// cache might give EAGAIN for ever.
+/// Reads from the pipe that standard input is.
 fn read_without_waiting(buffer: &mut [u8]) -> Result<usize, Errno> {
     /// Where a pipe reads from.
     const HERE: u64 = u64::MAX;
-    let is_pipe =
-        fstat(stdin()).is_ok_and(|there| FileType::from_raw_mode(there.st_mode) == FileType::Fifo);
-    if !is_pipe {
-        return Err(Errno::OPNOTSUPP);
-    }
     preadv2(
         stdin(),
         &mut [IoSliceMut::new(buffer)],
@@ -119,7 +122,7 @@ impl Source for Stdin {
     fn wait(&mut self) -> Wait<'_> {
         let fd = match &self.kind {
             Kind::Own(file) => file.as_fd(),
-            Kind::Socket | Kind::Shared => stdin(),
+            Kind::Socket | Kind::SharedPipe | Kind::Plain => stdin(),
         };
         // In the background, do not wait for it: it may be readable all the time because of input
         // for another program.
