@@ -1,7 +1,7 @@
 /*
  * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that
  * a running guest needs comes first and together. The host maps code in units of 64 KiB around each
- * page that is used, so a running machine keeps a third less of it in memory. The other code
+ * page that is used, so a running machine keeps half as much of it in memory. The other code
  * follows in its usual order. The names use Rust's legacy mangling; a pattern that matches nothing
  * has no effect.
  */
