@@ -57,6 +57,7 @@ fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
             Vec::new()
         }
         (Reply::DeviceTree(Hex(tree)), _) => tree,
+        (Reply::Report(text), _) => text.into(),
         (Reply::Done | Reply::Refused(_), _) => Vec::new(),
     })
 }

@@ -21,7 +21,7 @@ pub enum FileError {
     Io {
         /// "open" or "read".
         act: &'static str,
-        /// "kernel" or "initrd".
+        /// "kernel", "initrd" or "symbols".
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -36,13 +36,18 @@ pub enum FileError {
         /// What the file is instead, or what is wrong with it.
         source: KernelError,
     },
-    /// The initrd is empty.
-    #[error("Failed to load initrd {0:?}: the file is empty")]
-    EmptyInitrd(PathBuf),
+    /// A file that is not the kernel is empty.
+    #[error("Failed to load {what} {path:?}: the file is empty")]
+    Empty {
+        /// "initrd" or "symbols".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
     /// The path is not a regular file.
     #[error("Failed to open {what} {path:?}: {kind}, not a file")]
     NotAFile {
-        /// "kernel" or "initrd".
+        /// "kernel", "initrd" or "symbols".
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -62,7 +67,7 @@ pub struct BootFile {
 }
 
 impl BootFile {
-    /// Opens `path`. `what` is "kernel" or "initrd"; errors name it.
+    /// Opens `path`. `what` is "kernel", "initrd" or "symbols"; errors name it.
     ///
     /// # Errors
     /// Fails if the file cannot be opened or is not a regular file.
@@ -158,7 +163,10 @@ impl BootFile {
     /// Fails if the file is empty.
     pub(crate) fn not_empty(self) -> Result<Self, FileError> {
         match self.size {
-            0 => Err(FileError::EmptyInitrd(self.path)),
+            0 => Err(FileError::Empty {
+                what: self.what,
+                path: self.path,
+            }),
             _ => Ok(self),
         }
     }
@@ -170,6 +178,29 @@ impl BootFile {
     pub(crate) fn load(&self, ram: &GuestMemory, range: &Range<u64>) -> Result<(), FileError> {
         self.read_to(ram, GuestAddress(range.start), &(0..self.size))
             .map_err(|source| self.failed_read(source))
+    }
+
+    /// Whether the file begins with `magic`.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read.
+    pub(crate) fn begins_with(&self, magic: &[u8]) -> Result<bool, FileError> {
+        let head = self.head().map_err(|source| self.failed_read(source))?;
+        Ok(head.starts_with(magic))
+    }
+
+    /// The content of the whole file.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read.
+    pub(crate) fn bytes(&self) -> Result<Vec<u8>, FileError> {
+        let mut bytes = Vec::new();
+        let read = self.reader().and_then(|reader| {
+            let mut whole = reader.take(self.size);
+            whole.read_to_end(&mut bytes)
+        });
+        read.map_err(|source| self.failed_read(source))?;
+        Ok(bytes)
     }
 
     fn read_to(&self, ram: &GuestMemory, gpa: GuestAddress, from: &Range<u64>) -> io::Result<()> {

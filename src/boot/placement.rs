@@ -61,6 +61,18 @@ pub struct TooSmall {
 }
 
 impl Placement {
+    /// The file that was loaded at the guest-physical address `gpa`: "kernel", "initrd" or "device
+    /// tree".
+    pub fn file_at(&self, gpa: u64) -> Option<&'static str> {
+        let is_in = |range: &Range<u64>| range.contains(&gpa);
+        match () {
+            () if is_in(&self.kernel) => Some("kernel"),
+            () if self.initrd.as_ref().is_some_and(is_in) => Some("initrd"),
+            () if is_in(&self.fdt) => Some("device tree"),
+            () => None,
+        }
+    }
+
     /// Places `kernel`, an initrd of `initrd` bytes and a device tree of `fdt` bytes in RAM of
     /// `ram` bytes at guest-physical address `base`.
     ///

@@ -1,6 +1,8 @@
 //! Opens a guest's boot files and plans where each goes in RAM. This makes no call to KVM, so rvmm
 //! reports a wrong file before it creates a VM.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use log::warn;
 
@@ -14,6 +16,8 @@ use crate::util::{RateLimit, guest_debug};
 pub(crate) struct BootFiles {
     pub(super) kernel: BootFile,
     pub(super) initrd: Option<BootFile>,
+    /// The file of `--symbols`.
+    symbols: Option<BootFile>,
 }
 
 /// The parsed kernel, and where kernel, initrd and device tree go in RAM.
@@ -36,7 +40,30 @@ impl BootFiles {
             Some(path) => Some(BootFile::open("initrd", path)?.not_empty()?),
             None => None,
         };
-        Ok(Self { kernel, initrd })
+        let symbols = match &config.symbols {
+            Some(path) => Some(BootFile::open("symbols", path)?.not_empty()?),
+            None => None,
+        };
+        Ok(Self {
+            kernel,
+            initrd,
+            symbols,
+        })
+    }
+
+    /// The file with the symbols of the kernel, and its content: the file of `--symbols`, or the
+    /// kernel's. None if there is no such flag and the kernel is not an ELF file.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read.
+    pub(crate) fn symbols(&self) -> Result<Option<(&Path, Vec<u8>)>> {
+        const ELF: &[u8] = b"\x7fELF";
+        let file = match &self.symbols {
+            Some(file) => file,
+            None if self.kernel.begins_with(ELF)? => &self.kernel,
+            None => return Ok(None),
+        };
+        Ok(Some((file.path(), file.bytes()?)))
     }
 
     /// Plans where kernel, initrd and device tree go in RAM that starts at `ram_base`.
@@ -61,6 +88,11 @@ impl BootFiles {
 }
 
 impl Plan {
+    /// Where the files go.
+    pub(crate) fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
     /// Warns if the guest probably has too little RAM, or if Linux will cut off the command line.
     /// rvmm runs the guest in both cases.
     pub(crate) fn warn_of_limits(&self, config: &VmConfig) {

@@ -116,7 +116,7 @@ pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
 mod tests {
     use super::*;
     use crate::config::{
-        ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig, Transport,
+        ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig, OnCrash, Transport,
     };
     use crate::util::ByteSize;
 
@@ -150,6 +150,8 @@ mod tests {
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
             on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
+            on_crash: OnCrash::Pause,
+            symbols: Some("System.map".into()),
         };
         assert_eq!(
             overlay(&print(&config).unwrap(), &flags(), |_| false).unwrap(),
@@ -181,6 +183,7 @@ mod tests {
             irqchip: IrqchipKind::Plic,
             console: ConsoleConfig::Pty,
             on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
+            on_crash: OnCrash::Reset,
             ..VmConfig::default()
         };
         let file = print(&file).unwrap();

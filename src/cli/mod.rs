@@ -159,6 +159,8 @@ pub enum Act {
     /// Show how many exits the guest has caused and the time they took, as JSON; the machine must
     /// have been started with --stats
     Stats,
+    /// Explain what the guest's harts are doing: registers, the last trap, page tables, callers
+    Report,
     /// Write the guest's device tree to FILE, or to standard output
     DumpDtb {
         /// The file must be new, empty or hold an earlier tree of rvmm
@@ -177,6 +179,7 @@ impl Act {
             Act::Reset => control::Command::Reset,
             Act::Stats => control::Command::Stats,
             Act::DumpDtb { .. } => control::Command::DumpDtb,
+            Act::Report => control::Command::Report,
         }
     }
 }
@@ -375,6 +378,7 @@ mod tests {
                 "kernel-format" => "auto",
                 "timeout" => "1s",
                 "on-sigterm" => "poweroff",
+                "on-crash" => "pause",
                 _ => "x",
             };
             let one = match arg.get_action() {

@@ -60,6 +60,7 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
         ("--config", cli.config.as_deref(), false),
         ("--kernel", vm.kernel.as_deref(), false),
         ("--initrd", vm.initrd.as_deref(), false),
+        ("--symbols", vm.symbols.as_deref(), false),
         ("--console", file(Some(&vm.console)), true),
         ("--virtio-console", file(vm.virtio_console.as_ref()), true),
         ("--log-file", cli.log_file.as_deref(), true),

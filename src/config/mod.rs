@@ -3,6 +3,7 @@
 pub(crate) mod cmdline;
 mod console;
 mod cpu;
+mod crash;
 mod disk;
 mod keyvalue;
 mod mem;
@@ -18,6 +19,7 @@ use thiserror::Error;
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
 pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
+pub use crash::OnCrash;
 pub use disk::{Cache, DiskConfig, DiskFormat};
 pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
@@ -215,6 +217,30 @@ pub struct VmConfig {
         skip_serializing_if = "SigtermConfig::is_default"
     )]
     pub on_sigterm: SigtermConfig,
+
+    /// report (default), pause or reset
+    #[arg(
+        help_heading = "Control",
+        hide_default_value = true,
+        hide_possible_values = true,
+        long,
+        long_help = choices::<OnCrash>(
+            "What rvmm does if the guest cannot go on, after it has printed a report."
+        ),
+        value_enum,
+        value_name = "ACT",
+        default_value_t
+    )]
+    #[serde(skip_serializing_if = "OnCrash::is_default")]
+    pub on_crash: OnCrash,
+
+    /// Symbols of the kernel, for reports
+    ///
+    /// FILE is an ELF file of the kernel, its System.map, or a copy of the guest's /proc/kallsyms.
+    /// Without this flag, the symbols are those of --kernel if that is an ELF file.
+    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symbols: Option<PathBuf>,
 }
 
 /// The text of `--help` for a flag with fixed values: `about`, and a line for each value, from its
@@ -264,6 +290,8 @@ impl Default for VmConfig {
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
             on_sigterm: SigtermConfig::default(),
+            on_crash: OnCrash::default(),
+            symbols: None,
         }
     }
 }

@@ -36,6 +36,8 @@ pub enum Command {
     Stats,
     /// Return the guest's device tree, with a [`Reply::DeviceTree`].
     DumpDtb,
+    /// Explain what the guest's harts are doing, with a [`Reply::Report`].
+    Report,
 }
 
 /// A line that a client sends.
@@ -59,6 +61,8 @@ pub enum Reply {
     Stats(Value),
     /// The flattened device tree, as hexadecimal digits.
     DeviceTree(Hex),
+    /// Text for people: lines, each with a newline.
+    Report(String),
 }
 
 /// The state of a machine.

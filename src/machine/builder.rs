@@ -1,5 +1,6 @@
 //! Builds a machine: what is created once, and what each reset creates again.
 
+use std::mem::take;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -11,8 +12,11 @@ use super::virtio::{Backends, MakeDevice};
 use crate::boot::plan::{BootFiles, Plan};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
-use crate::hypervisor::{Hypervisor, Vm};
+use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::{self, GuestMemory};
+use crate::report::symbols::Symbols;
+
+const NO_HARDWARE: &str = "the machine has no hardware";
 
 /// A machine that is ready to run its first instruction.
 pub struct Machine {
@@ -71,6 +75,11 @@ impl Machine {
             hardware: None,
         };
         machine.assemble(&vm, &plan)?;
+        if config.symbols.is_some() {
+            // Check the file now. It is read again for each report, because symbols take much
+            // memory.
+            machine.symbols()?;
+        }
         Ok(machine)
     }
 
@@ -102,10 +111,43 @@ impl Machine {
     }
 
     /// The current hardware.
-    pub(super) fn hardware(&mut self) -> Result<&mut Hardware> {
-        self.hardware
-            .as_mut()
-            .context("the machine has no hardware")
+    ///
+    /// # Errors
+    /// Fails if the machine is powered off.
+    pub(super) fn hardware(&self) -> Result<&Hardware> {
+        self.hardware.as_ref().context(NO_HARDWARE)
+    }
+
+    /// Takes the vCPUs out of the current hardware, which must be new.
+    ///
+    /// # Errors
+    /// Fails if the machine is powered off.
+    pub(super) fn take_vcpus(&mut self) -> Result<Vec<Box<dyn Vcpu>>> {
+        let hardware = self.hardware.as_mut().context(NO_HARDWARE)?;
+        Ok(take(&mut hardware.vcpus))
+    }
+
+    /// Guest RAM.
+    pub(super) fn ram(&self) -> &GuestMemory {
+        &self.ram
+    }
+
+    /// The symbols of the kernel: of `--symbols`, or of the kernel's own ELF file. None if there
+    /// are none.
+    ///
+    /// # Errors
+    /// Fails if the file of `--symbols` cannot be read or has no symbols.
+    pub(super) fn symbols(&self) -> Result<Option<Symbols>> {
+        let Some((path, bytes)) = self.files.symbols()? else {
+            return Ok(None);
+        };
+        match Symbols::parse(&bytes) {
+            // A kernel may be stripped. Only a file that the user has named must have symbols.
+            Err(_) if self.config.symbols.is_none() => Ok(None),
+            symbols => symbols
+                .map(Some)
+                .with_context(|| format!("Failed to load symbols {path:?}")),
+        }
     }
 
     fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<()> {

@@ -32,6 +32,7 @@ impl Running<'_> {
             // The reply follows after the reset.
             Command::Reset => return Ok(Some(End::Reset(Some(client)))),
             Command::Stats => self.stats(vcpus)?,
+            Command::Report => self.report_to_client(vcpus)?,
             Command::DumpDtb => Reply::DeviceTree(Hex(self.machine.device_tree().to_vec())),
         };
         self.main.answer(client, &reply);
@@ -43,11 +44,37 @@ impl Running<'_> {
         if vcpus.state() == State::Running {
             vcpus.park(&mut self.main)?;
             self.count_time(State::Running);
-            let devices = &self.machine.hardware()?.devices;
-            self.main.while_serving(|| devices.pause())?;
+            self.pause_devices()?;
             debug!("the guest is paused");
         }
         Ok(Reply::Done)
+    }
+
+    /// Pauses the devices. No vCPU may run.
+    pub(super) fn pause_devices(&mut self) -> Result<()> {
+        let devices = &self.machine.hardware()?.devices;
+        self.main.while_serving(|| devices.pause())
+    }
+
+    /// Calls `look` while the vCPUs are parked, and then lets them run again if they ran before.
+    /// The inner result is that of [`Vcpus::start`]: if they cannot be started, the machine is
+    /// paused.
+    pub(super) fn while_parked<T>(
+        &mut self,
+        vcpus: &mut Vcpus,
+        look: impl FnOnce(&mut Self, &Vcpus) -> Result<T>,
+    ) -> Result<hypervisor::Result<T>> {
+        let state = vcpus.state();
+        vcpus.park(&mut self.main)?;
+        let seen = look(self, vcpus)?;
+        if state == State::Running {
+            if let Err(error) = vcpus.start(self.machine.hardware()?, &self.post) {
+                self.count_time(State::Running);
+                self.pause_devices()?;
+                return Ok(Err(error));
+            }
+        }
+        Ok(Ok(seen))
     }
 
     fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
@@ -73,7 +100,7 @@ impl Running<'_> {
     }
 
     /// Counts the time since the last call: in it the guest was in `state`.
-    fn count_time(&mut self, state: State) {
+    pub(super) fn count_time(&mut self, state: State) {
         if let Some(stats) = &mut self.stats {
             stats.guest_was(state);
         }
@@ -99,24 +126,18 @@ impl Running<'_> {
         };
         // Each vCPU counts on its own thread, so park the vCPUs to read their statistics.
         let state = vcpus.state();
-        vcpus.park(&mut self.main)?;
-        let hardware = self.machine.hardware()?;
-        stats.guest_was(state);
-        stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
-        if state == State::Running {
-            if let Err(error) = vcpus.start(hardware, &self.post) {
-                self.count_time(State::Running);
-                let devices = &self.machine.hardware()?.devices;
-                self.main.while_serving(|| devices.pause())?;
-                return Ok(stays_paused(error));
-            }
-        }
-        Ok(Reply::Stats(stats.json()))
+        let added = self.while_parked(vcpus, |running, vcpus| {
+            let hardware = running.machine.hardware()?;
+            stats.guest_was(state);
+            stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
+            Ok(Reply::Stats(stats.json()))
+        })?;
+        Ok(added.unwrap_or_else(stays_paused))
     }
 }
 
 /// The reply if vCPUs cannot be started.
-fn stays_paused(error: hypervisor::Error) -> Reply {
+pub(super) fn stays_paused(error: hypervisor::Error) -> Reply {
     let error = anyhow::Error::from(error);
     let reason = format!("the guest stays paused, because it cannot be resumed now: {error:#}");
     warn!("{reason}");

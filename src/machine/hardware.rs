@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::devices::Devices;
 use super::harts;
@@ -11,6 +12,7 @@ use super::irqchip;
 use super::layout;
 use super::virtio::{self, Backends};
 use crate::boot::load::Board;
+use crate::boot::placement::Placement;
 use crate::boot::plan::{BootFiles, Plan};
 use crate::bus::{Bus, Device};
 use crate::config::VmConfig;
@@ -40,6 +42,8 @@ pub(super) struct Hardware {
     pub(super) resets_harts: bool,
     pub(super) device_tree: Vec<u8>,
     pub(super) devices: Devices,
+    /// Where the boot files were loaded.
+    placement: Placement,
     uart: Arc<Uart>,
     pub(super) rtc: Arc<GoldfishRtc>,
 }
@@ -103,6 +107,7 @@ impl Hardware {
             exits,
             device_tree,
             devices,
+            placement: plan.placement().clone(),
             uart,
             rtc,
         })
@@ -112,6 +117,18 @@ impl Hardware {
     /// read-only, power off.
     pub(super) fn sysrq_power_off(&self) {
         self.uart.sysrq(b"suo");
+    }
+
+    /// What is at the guest-physical address `gpa`, in words: RAM, registers, or nothing.
+    pub(super) fn place(&self, ram: &GuestMemory, gpa: u64) -> String {
+        if ram.address_in_range(GuestAddress(gpa)) {
+            return match self.placement.file_at(gpa) {
+                Some(file) => format!("RAM, where the {file} was loaded"),
+                None => "RAM".into(),
+            };
+        }
+        let registers = self.registers_at(gpa);
+        registers.map_or_else(|| "nothing".into(), |name| format!("registers of {name}"))
     }
 
     /// A readable name for the registers that are at `gpa` now.

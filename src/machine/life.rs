@@ -11,7 +11,7 @@ use super::hardware::Hardware;
 use super::layout;
 use super::mainloop::{Event, MainLoop, Post};
 use crate::control::State;
-use crate::hypervisor;
+use crate::hypervisor::{self, Vcpu};
 use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::{Parked, Ready, Start, VcpuHandle};
 
@@ -24,16 +24,15 @@ pub(super) enum Vcpus {
 }
 
 impl Vcpus {
-    /// Takes the vCPUs of `hardware`, which have not run yet. If `count`, their exits are counted.
-    pub(super) fn of_new(hardware: &mut Hardware, count: bool) -> Self {
+    /// Parks `vcpus`, which have not run yet. `resets_harts`: see `vcpu::restart`. If `count`, their
+    /// exits are counted.
+    pub(super) fn of_new(vcpus: Vec<Box<dyn Vcpu>>, resets_harts: bool, count: bool) -> Self {
         let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
-        let resets_harts = hardware.resets_harts;
         let park = |(hart, vcpu)| {
             let stats = count.then(|| ExitStats::by_page(registers.clone()));
             Parked::of_new(vcpu, hart, resets_harts, stats)
         };
-        let vcpus = (0u32..).zip(take(&mut hardware.vcpus));
-        Vcpus::Paused(vcpus.map(park).collect())
+        Vcpus::Paused((0u32..).zip(vcpus).map(park).collect())
     }
 
     /// Whether the vCPUs run.
@@ -85,7 +84,7 @@ impl Vcpus {
             let (stopped, called) = (post.clone(), post.clone());
             let start = Start {
                 id,
-                on_stop: Box::new(move |end| stopped.send(Event::Vcpu(end))),
+                on_stop: Box::new(move |end| stopped.send(Event::Vcpu(id, end))),
                 on_call: Box::new(move || called.send(Event::Called)),
                 follow_restarts: hardware.resets_harts,
             };
@@ -131,11 +130,19 @@ impl Vcpus {
         Ok(())
     }
 
+    /// The vCPUs if they are parked; empty if they run.
+    pub(super) fn parked(&self) -> &[Parked] {
+        match self {
+            Vcpus::Running(_) => &[],
+            Vcpus::Paused(vcpus) => vcpus,
+        }
+    }
+
     /// The statistics of the vCPUs, which must be parked. Otherwise the result is empty.
     pub(super) fn counted(&self) -> Vec<Option<ExitStats>> {
-        match self {
-            Vcpus::Running(_) => Vec::new(),
-            Vcpus::Paused(vcpus) => vcpus.iter().map(|vcpu| vcpu.stats.clone()).collect(),
-        }
+        self.parked()
+            .iter()
+            .map(|vcpu| vcpu.stats.clone())
+            .collect()
     }
 }

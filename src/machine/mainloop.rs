@@ -32,14 +32,16 @@ use crate::vcpu::Stop;
 /// An event that `Machine::run` handles.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A vCPU's thread ended.
-    Vcpu(hypervisor::Result<Stop>),
+    /// The thread of this hart's vCPU ended.
+    Vcpu(u32, hypervisor::Result<Stop>),
     /// Somebody requested the end of the machine.
     Asked(Outcome),
     /// Somebody requested that the guest powers off: its power key is to be pressed.
     Pressed,
     /// A vCPU wants to be kicked.
     Called,
+    /// The user typed Ctrl-A R: report what the harts are doing.
+    Report,
     /// A client of the control socket has sent a command.
     Command(Command, Client),
 }
@@ -183,7 +185,7 @@ impl MainLoop {
         let mut first = None;
         while let Ok(event) = self.arrived.try_recv() {
             match event {
-                Event::Vcpu(_) | Event::Called => {}
+                Event::Vcpu(..) | Event::Called | Event::Report => {}
                 Event::Command(..) if !is_over => self.deferred.push_back(event),
                 Event::Command(_, client) => {
                     self.answer(client, &Reply::Refused("the machine is ending".into()));

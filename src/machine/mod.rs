@@ -10,6 +10,7 @@
 
 mod builder;
 mod command;
+mod crash;
 mod devices;
 mod ending;
 mod hardware;
@@ -36,9 +37,8 @@ use signal_hook::consts::SIGTERM;
 use crate::config::ConsoleConfig;
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply, State};
-use crate::devices::console::host::Host;
+use crate::devices::console::host::{Host, Keys};
 use crate::util::{RateLimit, guest_info};
-use crate::vcpu::Stop;
 pub use builder::Machine;
 use ending::Ending;
 use life::Vcpus;
@@ -207,8 +207,12 @@ impl Running<'_> {
         let mut hosts = Vec::new();
         for (name, console, config) in [first].into_iter().chain(second) {
             let ending = self.ending.clone();
-            let on_leave = Box::new(move || ending.ask(Outcome::Left));
-            let (host, input) = Host::start(name, Arc::clone(console), config, on_leave)?;
+            let post = self.post.clone();
+            let keys = Keys {
+                on_leave: Some(Box::new(move || ending.ask(Outcome::Left))),
+                on_report: Box::new(move || post.send(Event::Report)),
+            };
+            let (host, input) = Host::start(name, Arc::clone(console), config, keys)?;
             hosts.push(host);
             if let Some(input) = input {
                 self.main.add(Box::new(input));
@@ -258,9 +262,10 @@ impl Running<'_> {
         if let Some(stats) = &mut self.stats {
             stats.guest_starts();
         }
+        let vcpus = self.machine.take_vcpus()?;
         let hardware = self.machine.hardware()?;
         self.main.set_clock(Some(Arc::clone(&hardware.rtc)));
-        let mut vcpus = Vcpus::of_new(hardware, self.stats.is_some());
+        let mut vcpus = Vcpus::of_new(vcpus, hardware.resets_harts, self.stats.is_some());
         match state {
             State::Running => {
                 vcpus.start(hardware, &self.post)?;
@@ -314,10 +319,12 @@ impl Running<'_> {
                     }
                     self.press()?;
                 }
-                Some(Event::Vcpu(Ok(Stop::Reset))) if self.how.reboot => {
-                    return Ok(End::Reset(None));
+                Some(Event::Report) => self.report_to_user(vcpus)?,
+                Some(Event::Vcpu(hart, end)) => {
+                    if let Some(end) = self.stopped(hart, end?, vcpus)? {
+                        return Ok(end);
+                    }
                 }
-                Some(Event::Vcpu(end)) => return Ok(End::Over(Outcome::Guest(end?))),
                 Some(Event::Asked(outcome)) => return Ok(End::Over(outcome)),
                 Some(Event::Command(command, client)) => {
                     if let Some(end) = self.obey(command, client, vcpus)? {

@@ -9,14 +9,20 @@ const INTERRUPT: u64 = 1 << 63;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cause(pub u64);
 
-/// Exceptions that more than a name depends on.
 impl Cause {
+    /// A fetch from a physical address that has no memory.
     pub const INSTRUCTION_ACCESS: Self = Cause(1);
+    /// An instruction that the hart does not have, or not in this mode.
     pub const ILLEGAL_INSTRUCTION: Self = Cause(2);
+    /// A load from a physical address that does not take it.
     pub const LOAD_ACCESS: Self = Cause(5);
+    /// A store or atomic access to a physical address that does not take it.
     pub const STORE_ACCESS: Self = Cause(7);
+    /// A fetch that the page tables do not allow.
     pub const INSTRUCTION_PAGE: Self = Cause(12);
+    /// A load that the page tables do not allow.
     pub const LOAD_PAGE: Self = Cause(13);
+    /// A store or atomic access that the page tables do not allow.
     pub const STORE_PAGE: Self = Cause(15);
 
     /// Whether `stval` is an address that the hart could not access.

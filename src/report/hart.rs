@@ -1,6 +1,6 @@
 //! One hart as it stands: the registers that a report shows.
 
-use crate::hypervisor::{RegId, Result, Vcpu, regs};
+use crate::hypervisor::{HartState, RegId, Result, Vcpu, regs};
 use crate::memory::GuestMemory;
 use crate::report::cause::Cause;
 use crate::vcpu::paging::{Walk, walk};
@@ -15,9 +15,11 @@ pub const NAMES: [&str; REGISTERS] = [
     "t5", "t6",
 ];
 
-/// Numbers of general registers.
+/// The number of `ra`, the return address.
 pub const RA: usize = 1;
+/// The number of `sp`, the stack pointer.
 pub const SP: usize = 2;
+/// The number of `s0`, the frame pointer.
 pub const FP: usize = 8;
 
 /// The registers of a hart that does not run.
@@ -25,6 +27,8 @@ pub const FP: usize = 8;
 pub struct Hart {
     /// Its number.
     pub number: u32,
+    /// Whether it is stopped: it runs nothing until another hart starts it.
+    pub is_stopped: bool,
     /// The program counter.
     pub pc: u64,
     /// x0 to x31.
@@ -55,13 +59,14 @@ impl Hart {
     /// # Errors
     /// Fails if KVM refuses to read a register.
     pub fn read(number: u32, vcpu: &dyn Vcpu) -> Result<Self> {
-        let read = |id: RegId| Ok::<u64, _>(vcpu.reg(id)?.unwrap_or_default());
+        let read = |id: RegId| -> Result<u64> { Ok(vcpu.reg(id)?.unwrap_or_default()) };
         let mut x = [0; REGISTERS];
         for (index, register) in (1..).zip(x.iter_mut().skip(1)) {
             *register = read(RegId::core(index))?;
         }
         Ok(Self {
             number,
+            is_stopped: vcpu.hart_state()? == HartState::Stopped,
             pc: read(regs::PC)?,
             x,
             is_supervisor: read(regs::MODE)? != 0,

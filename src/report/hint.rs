@@ -3,7 +3,7 @@
 use super::cause::Cause;
 use super::hart::{Hart, SP};
 use crate::memory::GuestMemory;
-use vm_memory::{Address, GuestAddress, GuestMemory as _};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
 /// A common mistake. Its `Display` form is one sentence that says what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

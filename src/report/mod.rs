@@ -52,14 +52,22 @@ impl Report<'_> {
         }
     }
 
-    fn position(&self, f: &mut fmt::Formatter) -> fmt::Result {
+    /// Where the hart is, as one line with a newline.
+    pub fn heading(&self) -> String {
         let hart = self.hart;
+        if hart.is_stopped {
+            return format!("hart {}: stopped\n", hart.number);
+        }
         let mode = match hart.is_supervisor {
             true => "supervisor",
             false => "user",
         };
         let pc = self.named(hart.pc);
-        writeln!(f, "hart {}: at {pc}, in {mode} mode", hart.number)?;
+        format!("hart {}: at {pc}, in {mode} mode\n", hart.number)
+    }
+
+    fn position(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let hart = self.hart;
         writeln!(f, "  pc leads to {}", self.leads_to(hart.pc))?;
         match hart.instruction(self.ram, hart.pc) {
             Some((bytes, length)) => {
@@ -149,6 +157,10 @@ impl Report<'_> {
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.heading())?;
+        if self.hart.is_stopped {
+            return Ok(());
+        }
         self.position(f)?;
         self.last_trap(f)?;
         self.registers(f)?;

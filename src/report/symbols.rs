@@ -26,7 +26,11 @@ pub enum SymbolsError {
 
 /// Symbols, in the order of their addresses.
 #[derive(Debug, Default)]
-pub struct Symbols(Vec<Symbol>);
+pub struct Symbols {
+    list: Vec<Symbol>,
+    /// The running kernel is this many bytes above the addresses of the list.
+    slide: u64,
+}
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Symbol {
@@ -56,6 +60,9 @@ impl Symbols {
     /// An address further than this from the symbol before it has no name.
     const REACH: u64 = 16 << 20;
 
+    /// Linux moves itself by less than this: it stays in the last 2 GiB of the address space.
+    const SLIDE_MAX: u64 = 2 << 30;
+
     /// Reads the symbols of an ELF file, of System.map, or of a copy of the guest's /proc/kallsyms.
     ///
     /// # Errors
@@ -69,25 +76,45 @@ impl Symbols {
             return Err(SymbolsError::Hidden);
         }
         symbols.sort();
-        Ok(Self(symbols))
+        let (list, slide) = (symbols, 0);
+        Ok(Self { list, slide })
+    }
+
+    /// Finds where a Linux runs that chose a random address for itself (KASLR), by its trap vector
+    /// `stvec`. Does nothing for another kernel.
+    pub fn follow(&mut self, stvec: u64) {
+        /// Linux moves itself by a multiple of this (kaslr_early in arch/riscv/mm/init.c).
+        const UNIT: u64 = 2 << 20;
+        let Some(vector) = self.linked("handle_exception") else {
+            return;
+        };
+        let slide = stvec.wrapping_sub(vector);
+        if slide % UNIT == 0 && slide <= Self::SLIDE_MAX {
+            self.slide = slide;
+        }
     }
 
     /// The symbol at or before `address`. None if there is none near it.
     pub fn name(&self, address: u64) -> Option<Name<'_>> {
-        let behind = self.0.partition_point(|symbol| symbol.address <= address);
-        let last = self.0.get(behind.checked_sub(1)?)?;
+        let address = address.wrapping_sub(self.slide);
+        let list = &self.list;
+        let behind = list.partition_point(|symbol| symbol.address <= address);
+        let last = list.get(behind.checked_sub(1)?)?;
         // Of several names for one address, the first.
-        let first = self
-            .0
-            .partition_point(|symbol| symbol.address < last.address);
+        let first = list.partition_point(|symbol| symbol.address < last.address);
         let offset = address - last.address;
-        let symbol = &self.0.get(first)?.name;
+        let symbol = &list.get(first)?.name;
         (offset < Self::REACH).then_some(Name { symbol, offset })
     }
 
-    /// The address of `name`.
+    /// The address of `name` in the running kernel.
     pub fn address(&self, name: &str) -> Option<u64> {
-        let found = self.0.iter().find(|symbol| &*symbol.name == name);
+        let linked = self.linked(name)?;
+        Some(linked.wrapping_add(self.slide))
+    }
+
+    fn linked(&self, name: &str) -> Option<u64> {
+        let found = self.list.iter().find(|symbol| &*symbol.name == name);
         found.map(|symbol| symbol.address)
     }
 }
@@ -166,6 +193,24 @@ mod tests {
         assert_eq!(name(base + 0x100 + Symbols::REACH), None, "too far");
         assert_eq!(symbols.address("panic"), Some(base + 0x100));
         assert_eq!(symbols.address("SIZE"), None);
+    }
+
+    #[test]
+    fn a_kernel_that_has_moved_has_names_too() {
+        let map = "ffffffff80002000 T _start\nffffffff80003000 T handle_exception\n";
+        let mut symbols = Symbols::parse(map.as_bytes()).unwrap();
+        let linked = 0xffff_ffff_8000_3000;
+        for (stvec, start) in [
+            (linked, 0xffff_ffff_8000_2000_u64),
+            (linked + (6 << 20), 0xffff_ffff_8060_2000),
+            // The vectors of another kernel: the last one stays.
+            (0x8000_0000, 0xffff_ffff_8060_2000),
+            (linked + 0x100, 0xffff_ffff_8060_2000),
+        ] {
+            symbols.follow(stvec);
+            assert_eq!(symbols.address("_start"), Some(start), "{stvec:#x}");
+            assert_eq!(symbols.name(start + 2).unwrap().to_string(), "_start+0x2");
+        }
     }
 
     #[test]

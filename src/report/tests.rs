@@ -16,7 +16,8 @@ const EBREAK: u16 = 0x9002;
 fn ram() -> Arc<GuestMemory> {
     let config = MemConfig::new(ByteSize::mib(1));
     let ram = memory::create(GuestAddress(RAM), config, Backing::Private).unwrap();
-    ram.write_obj(EBREAK.to_le(), GuestAddress(RAM + 0x200)).unwrap();
+    ram.write_obj(EBREAK.to_le(), GuestAddress(RAM + 0x200))
+        .unwrap();
     ram
 }
 
@@ -41,7 +42,10 @@ fn text(hart: &Hart, ram: &GuestMemory, symbols: Option<&Symbols>) -> String {
 
 fn has_lines(text: &str, lines: &[&str]) {
     for line in lines {
-        assert!(text.lines().any(|there| there == *line), "{line:?} in:\n{text}");
+        assert!(
+            text.lines().any(|there| there == *line),
+            "{line:?} in:\n{text}"
+        );
     }
 }
 

@@ -50,6 +50,15 @@ fn reopen() -> io::Result<Unwaiting> {
     Unwaiting::new(options.open("/proc/self/fd/2")?)
 }
 
+/// Prints the lines of `text` to standard error. A terminal may be in raw mode for the guest, where
+/// a newline alone does not return to the first column.
+pub fn print_lines(text: &str) {
+    let end = if io::stderr().is_terminal() { "\r" } else { "" };
+    // One by one, because standard error may not take all of the text at once.
+    text.lines()
+        .for_each(|line| print(format_args!("{line}{end}")));
+}
+
 /// Prints `message` and a newline to standard error.
 pub fn print(message: impl fmt::Display) {
     let _ = Stderr.write_all(format!("{message}\n").as_bytes());

@@ -9,6 +9,8 @@ pub enum Key {
     Held,
     /// Ctrl-A X: end the VM.
     Leave,
+    /// Ctrl-A R: report what the guest's harts are doing.
+    Report,
     /// Ctrl-A H or Ctrl-A ?: show the help.
     Help,
     /// Ctrl-A P, in debug builds: panic, to test what a panic leaves behind.
@@ -17,7 +19,8 @@ pub enum Key {
 }
 
 /// The help that Ctrl-A H shows.
-pub const HELP: &str = "Ctrl-A X ends rvmm, Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H shows this";
+pub const HELP: &str = "Ctrl-A X ends rvmm, Ctrl-A R reports what the guest's harts are doing, \
+                        Ctrl-A Ctrl-A sends one Ctrl-A, Ctrl-A H shows this";
 
 const CTRL_A: u8 = 1;
 
@@ -39,6 +42,7 @@ impl Escape {
             }
             (false, _) | (true, CTRL_A) => Key::Byte(byte),
             (true, b'x' | b'X') => Key::Leave,
+            (true, b'r' | b'R') => Key::Report,
             (true, b'h' | b'H' | b'?') => Key::Help,
             #[cfg(debug_assertions)]
             (true, b'p' | b'P') => Key::Panic,
@@ -61,6 +65,7 @@ mod tests {
             [Key::Held, Key::Byte(1), Key::Byte(b'a')]
         );
         assert_eq!(keys(b"\x01h"), [Key::Held, Key::Help]);
+        assert_eq!(keys(b"\x01r"), [Key::Held, Key::Report]);
         assert_eq!(keys(b"\x01qx"), [Key::Held, Key::Held, Key::Byte(b'x')]);
         assert_eq!(keys(b"\x01"), [Key::Held]);
         assert_eq!(keys(b"X"), [Key::Leave]);

@@ -9,6 +9,7 @@ use super::*;
 use crate::config::Transport;
 use crate::machine::signals::tests::ALONE;
 use crate::util::ratelimit::{BURST, PERIOD};
+use crate::vcpu::Stop;
 
 /// Counts log lines by their text, without digits.
 struct Counter(Mutex<BTreeMap<String, u32>>);

@@ -13,7 +13,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::OnLeave;
+use super::Keys;
 use crate::devices::console::Console;
 use crate::devices::console::escape::{Escape, HELP, Key};
 use crate::util::stderr::print;
@@ -52,8 +52,8 @@ pub(super) struct Wait<'a> {
 pub struct Input {
     console: Arc<Console>,
     source: Box<dyn Source>,
-    /// For a terminal: the parser of its Ctrl-A keys, and the function for Ctrl-A X.
-    escape: Option<(Escape, Option<OnLeave>)>,
+    /// For a terminal: the parser of its Ctrl-A keys, and their functions.
+    escape: Option<(Escape, Keys)>,
     /// Readable when there is room for input again, or when the source can be read without waiting.
     turn: Arc<EventFd>,
     /// Readable when the time of a [`Wait`] is over.
@@ -66,15 +66,15 @@ pub struct Input {
 }
 
 impl Input {
-    /// Creates the input of `console` from `source`. With `on_leave`, the source is a terminal
-    /// whose Ctrl-A keys are for rvmm.
+    /// Creates the input of `console` from `source`. With `keys`, the source is a terminal whose
+    /// Ctrl-A keys are for rvmm.
     ///
     /// # Errors
     /// Fails if the host cannot create an eventfd or a timer.
     pub(super) fn new(
         console: Arc<Console>,
         source: Box<dyn Source>,
-        on_leave: Option<OnLeave>,
+        keys: Option<Keys>,
     ) -> io::Result<Self> {
         let turn = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
         let wake = Arc::clone(&turn);
@@ -82,7 +82,7 @@ impl Input {
         Ok(Self {
             console,
             source,
-            escape: on_leave.map(|on_leave| (Escape::default(), Some(on_leave))),
+            escape: keys.map(|keys| (Escape::default(), keys)),
             turn,
             timer: TimerFd::new()?,
             watched: None,
@@ -178,7 +178,7 @@ impl Input {
 
     /// Passes typed bytes to the guest. Returns false if no more input is to be read.
     fn take(&mut self, typed: &[u8]) -> bool {
-        let Some((escape, on_leave)) = &mut self.escape else {
+        let Some((escape, keys)) = &mut self.escape else {
             return self.console.type_input(typed);
         };
         let mut bytes = Vec::with_capacity(typed.len());
@@ -189,13 +189,14 @@ impl Input {
                 Key::Held => {}
                 Key::Help => print(format_args!("\r\n{HELP}\r")),
                 Key::Leave => leave = true,
+                Key::Report => (keys.on_report)(),
                 #[cfg(debug_assertions)]
                 Key::Panic => panic!("Ctrl-A P was typed"),
             }
         }
         if leave {
             debug!("Ctrl-A X was typed");
-            if let Some(leave) = on_leave.take() {
+            if let Some(leave) = keys.on_leave.take() {
                 leave();
             }
             return false;

@@ -24,8 +24,13 @@ use crate::util::{RateLimit, guest_debug, guest_warn};
 pub use input::Input;
 use input::Source;
 
-/// Called once, on the main loop's thread, when the user types Ctrl-A X.
-pub type OnLeave = Box<dyn FnOnce()>;
+/// The functions of the Ctrl-A keys of a terminal. They are called on the main loop's thread.
+pub struct Keys {
+    /// For Ctrl-A X. Called at most once.
+    pub on_leave: Option<Box<dyn FnOnce()>>,
+    /// For Ctrl-A R.
+    pub on_report: Box<dyn Fn()>,
+}
 
 /// Takes a console's output.
 trait Sink: Send + Sync {
@@ -62,21 +67,21 @@ impl Host {
         name: &str,
         console: Arc<Console>,
         config: &ConsoleConfig,
-        on_leave: OnLeave,
+        keys: Keys,
     ) -> Result<(Self, Option<Input>)> {
         let ends = open(name, config)?;
         let terminal = match config {
             ConsoleConfig::Stdio => RawTerminal::take().context("Failed to set up the terminal")?,
             _ => None,
         };
-        Self::connect(console, ends, terminal, on_leave).context("Failed to start the console")
+        Self::connect(console, ends, terminal, keys).context("Failed to start the console")
     }
 
     fn connect(
         console: Arc<Console>,
         Ends { sink, source }: Ends,
         terminal: Option<RawTerminal>,
-        on_leave: OnLeave,
+        keys: Keys,
     ) -> io::Result<(Self, Option<Input>)> {
         // If something below fails, this is dropped and removes the socket's file.
         let host = Self {
@@ -85,8 +90,8 @@ impl Host {
             terminal,
         };
         // Only a terminal has keys that are for rvmm.
-        let on_leave = host.terminal.is_some().then_some(on_leave);
-        let input = |source| Input::new(Arc::clone(&console), source, on_leave);
+        let keys = host.terminal.is_some().then_some(keys);
+        let input = |source| Input::new(Arc::clone(&console), source, keys);
         let input = source.map(input).transpose()?;
         // The thread is never joined: it may wait for a reader that never reads again.
         spawn(Kind::Console, "out", move || write_output(&console, &*sink))?;

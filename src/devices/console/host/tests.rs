@@ -20,6 +20,14 @@ fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("rvmm-console-{}-{name}", std::process::id()))
 }
 
+/// The keys of a terminal that nobody types on.
+fn no_keys() -> Keys {
+    Keys {
+        on_leave: None,
+        on_report: Box::new(|| ()),
+    }
+}
+
 /// An output end that a test controls.
 #[derive(Default)]
 struct Scripted {
@@ -76,7 +84,7 @@ impl Connected {
 
     fn by(config: &ConsoleConfig) -> Self {
         let console = Arc::new(Console::default());
-        let host = Host::start("the console", Arc::clone(&console), config, Box::new(|| ()));
+        let host = Host::start("the console", Arc::clone(&console), config, no_keys());
         Self::new(console, host.unwrap())
     }
 
@@ -86,7 +94,7 @@ impl Connected {
             sink,
             source: Some(Box::new(Reads(reads.into()))),
         };
-        let host = Host::connect(Arc::clone(&console), ends, None, Box::new(|| ()));
+        let host = Host::connect(Arc::clone(&console), ends, None, no_keys());
         Self::new(console, host.unwrap())
     }
 
@@ -179,7 +187,7 @@ fn a_regular_file_is_read_to_its_end() {
         sink: Arc::new(Scripted::default()),
         source: Some(Box::new(OfFile(file))),
     };
-    let host = Host::connect(Arc::clone(&console), ends, None, Box::new(|| ()));
+    let host = Host::connect(Arc::clone(&console), ends, None, no_keys());
     let mut connected = Connected::new(console, host.unwrap());
     connected.guest_reads(2 * INPUT_CAPACITY);
 }
@@ -309,7 +317,7 @@ fn a_console_that_has_ended_reads_nothing() {
 fn where_no_socket_can_be_is_told() {
     let refused = |path: &Path| {
         let config = ConsoleConfig::Socket(path.to_owned());
-        let started = Host::start("the console", Arc::default(), &config, Box::new(|| ()));
+        let started = Host::start("the console", Arc::default(), &config, no_keys());
         started.err().unwrap().to_string()
     };
     let path = path("taken");

@@ -1,0 +1,117 @@
+//! What rvmm does when a guest cannot go on: it reports why, and acts by `--on-crash`.
+
+use anyhow::Result;
+use log::info;
+
+use super::life::Vcpus;
+use super::{End, Outcome, Running, status};
+use crate::config::OnCrash;
+use crate::control::{Reply, State};
+use crate::hypervisor;
+use crate::report::Report;
+use crate::report::hart::Hart;
+use crate::util::stderr::print_lines;
+use crate::util::{RateLimit, guest_warn};
+use crate::vcpu::Stop;
+
+/// Reports in five seconds. A guest that crashes after each reset causes many.
+const REPORTS: u32 = 3;
+
+/// Harts that a report explains. The others only have their position.
+const EXPLAINED: usize = 8;
+
+impl Running<'_> {
+    /// Handles the end of hart `hart`, because of `stop`. Returns how this life ends. None if the
+    /// machine is paused instead.
+    ///
+    /// # Errors
+    /// Fails if the host fails, so that the machine cannot go on.
+    pub(super) fn stopped(
+        &mut self,
+        hart: u32,
+        stop: Stop,
+        vcpus: &mut Vcpus,
+    ) -> Result<Option<End>> {
+        let outcome = Outcome::Guest(stop);
+        if stop == Stop::Reset && self.how.reboot {
+            return Ok(Some(End::Reset(None)));
+        }
+        if outcome.exit_status() != status::CANNOT_GO_ON {
+            return Ok(Some(End::Over(outcome)));
+        }
+        vcpus.park(&mut self.main)?;
+        let limit = RateLimit::with_burst("crash reports", REPORTS);
+        if limit.admit().is_some() {
+            print_lines(&self.report(vcpus, Some(hart))?);
+        }
+        let act = self.machine.config.on_crash;
+        if act != OnCrash::Report {
+            guest_warn!(RateLimit::named("crashes"), "{stop}");
+        }
+        match act {
+            // The caller prints the reason.
+            OnCrash::Report => Ok(Some(End::Over(outcome))),
+            OnCrash::Reset => Ok(Some(End::Reset(None))),
+            OnCrash::Pause => {
+                self.count_time(State::Running);
+                self.pause_devices()?;
+                info!(
+                    "the guest is paused, because it cannot go on: rvmm ctl PATH reset restarts it"
+                );
+                Ok(None)
+            }
+        }
+    }
+
+    /// The command `report`: what all harts are doing.
+    pub(super) fn report_to_client(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
+        let report = self.while_parked(vcpus, |running, vcpus| running.report(vcpus, None))?;
+        Ok(report.map_or_else(super::command::stays_paused, Reply::Report))
+    }
+
+    /// Ctrl-A R: prints what all harts are doing.
+    pub(super) fn report_to_user(&mut self, vcpus: &mut Vcpus) -> Result<()> {
+        let report = self.while_parked(vcpus, |running, vcpus| running.report(vcpus, None))?;
+        match report {
+            Ok(report) => print_lines(&format!("\n{report}")),
+            // This warns.
+            Err(error) => drop(super::command::stays_paused(error)),
+        }
+        Ok(())
+    }
+
+    /// The report on the harts of `vcpus`, which must be parked: on hart `only`, or on all of them.
+    fn report(&self, vcpus: &Vcpus, only: Option<u32>) -> Result<String> {
+        let harts: hypervisor::Result<Vec<Hart>> = (0..)
+            .zip(vcpus.parked())
+            .map(|(number, parked)| Hart::read(number, parked.vcpu.as_ref()))
+            .collect();
+        let harts = harts?;
+        let mut text = String::new();
+        let mut symbols = self.machine.symbols().unwrap_or_else(|error| {
+            text += &format!("no symbols: {error:#}\n");
+            None
+        });
+        if let Some(symbols) = &mut symbols {
+            harts.iter().for_each(|hart| symbols.follow(hart.stvec));
+        }
+        let (ram, hardware) = (self.machine.ram(), self.machine.hardware()?);
+        let place = |physical| hardware.place(ram, physical);
+        let shown = harts
+            .iter()
+            .filter(|hart| only.is_none_or(|only| hart.number == only));
+        for (index, hart) in shown.enumerate() {
+            let report = Report {
+                hart,
+                ram,
+                symbols: symbols.as_ref(),
+                place: &place,
+            };
+            text += &match index < EXPLAINED {
+                true => report.to_string(),
+                false => report.heading(),
+            };
+        }
+        Ok(text)
+    }
+}
