@@ -180,27 +180,14 @@ impl BootFile {
             .map_err(|source| self.failed_read(source))
     }
 
-    /// Whether the file begins with `magic`.
+    /// The file, at its start.
     ///
     /// # Errors
     /// Fails if the file cannot be read.
-    pub(crate) fn begins_with(&self, magic: &[u8]) -> Result<bool, FileError> {
-        let head = self.head().map_err(|source| self.failed_read(source))?;
-        Ok(head.starts_with(magic))
-    }
-
-    /// The content of the whole file.
-    ///
-    /// # Errors
-    /// Fails if the file cannot be read.
-    pub(crate) fn bytes(&self) -> Result<Vec<u8>, FileError> {
-        let mut bytes = Vec::new();
-        let read = self.reader().and_then(|reader| {
-            let mut whole = reader.take(self.size);
-            whole.read_to_end(&mut bytes)
-        });
-        read.map_err(|source| self.failed_read(source))?;
-        Ok(bytes)
+    pub(crate) fn rewound(&self) -> Result<&File, FileError> {
+        let mut file = &self.file;
+        file.rewind().map_err(|source| self.failed_read(source))?;
+        Ok(file)
     }
 
     fn read_to(&self, ram: &GuestMemory, gpa: GuestAddress, from: &Range<u64>) -> io::Result<()> {

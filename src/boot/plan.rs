@@ -1,6 +1,7 @@
 //! Opens a guest's boot files and plans where each goes in RAM. This makes no call to KVM, so rvmm
 //! reports a wrong file before it creates a VM.
 
+use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -51,19 +52,14 @@ impl BootFiles {
         })
     }
 
-    /// The file with the symbols of the kernel, and its content: the file of `--symbols`, or the
-    /// kernel's. None if there is no such flag and the kernel is not an ELF file.
+    /// The file with the symbols of the kernel, from its start: the file of `--symbols`, or else
+    /// the kernel's.
     ///
     /// # Errors
     /// Fails if the file cannot be read.
-    pub(crate) fn symbols(&self) -> Result<Option<(&Path, Vec<u8>)>> {
-        const ELF: &[u8] = b"\x7fELF";
-        let file = match &self.symbols {
-            Some(file) => file,
-            None if self.kernel.begins_with(ELF)? => &self.kernel,
-            None => return Ok(None),
-        };
-        Ok(Some((file.path(), file.bytes()?)))
+    pub(crate) fn symbols(&self) -> Result<(&Path, &File)> {
+        let file = self.symbols.as_ref().unwrap_or(&self.kernel);
+        Ok((file.path(), file.rewound()?))
     }
 
     /// Plans where kernel, initrd and device tree go in RAM that starts at `ram_base`.

@@ -116,7 +116,7 @@ pub(super) fn print(config: &VmConfig) -> serde_json::Result<String> {
 mod tests {
     use super::*;
     use crate::config::{
-        ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig, OnCrash, Transport,
+        ConsoleConfig, HugePages, IrqchipKind, KernelFormat, MemConfig, Transport,
     };
     use crate::util::ByteSize;
 
@@ -150,7 +150,7 @@ mod tests {
             irqchip: IrqchipKind::AiaEmul,
             console: ConsoleConfig::File("log".into()),
             on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
-            on_crash: OnCrash::Pause,
+            on_crash: "pause,watch=off".parse().unwrap(),
             symbols: Some("System.map".into()),
         };
         assert_eq!(
@@ -183,7 +183,7 @@ mod tests {
             irqchip: IrqchipKind::Plic,
             console: ConsoleConfig::Pty,
             on_sigterm: "poweroff,timeout=5m".parse().unwrap(),
-            on_crash: OnCrash::Reset,
+            on_crash: "reset".parse().unwrap(),
             ..VmConfig::default()
         };
         let file = print(&file).unwrap();

@@ -19,7 +19,7 @@ use thiserror::Error;
 use crate::util::ByteSize;
 pub use console::ConsoleConfig;
 pub use cpu::{CpuConfig, Hex, IsaSwitch, SbiConfig, SbiSwitch};
-pub use crash::OnCrash;
+pub use crash::{CrashAct, CrashConfig};
 pub use disk::{Cache, DiskConfig, DiskFormat};
 pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
@@ -219,20 +219,23 @@ pub struct VmConfig {
     pub on_sigterm: SigtermConfig,
 
     /// report (default), pause or reset
+    ///
+    /// What rvmm does if the guest cannot go on, after it has printed a report: report ends with
+    /// status 122, pause pauses the machine, and reset restarts the guest. rvmm also looks for
+    /// harts that use CPU time and get nowhere: in a loop on one trap, or in their kernel's panic.
+    /// With report, such a guest runs on. ACT,watch=off does not look.
     #[arg(
         help_heading = "Control",
         hide_default_value = true,
-        hide_possible_values = true,
         long,
-        long_help = choices::<OnCrash>(
-            "What rvmm does if the guest cannot go on, after it has printed a report."
-        ),
-        value_enum,
         value_name = "ACT",
         default_value_t
     )]
-    #[serde(skip_serializing_if = "OnCrash::is_default")]
-    pub on_crash: OnCrash,
+    #[serde(
+        deserialize_with = "keyvalue::deserialize",
+        skip_serializing_if = "CrashConfig::is_default"
+    )]
+    pub on_crash: CrashConfig,
 
     /// Symbols of the kernel, for reports
     ///
@@ -290,7 +293,7 @@ impl Default for VmConfig {
             irqchip: IrqchipKind::default(),
             console: ConsoleConfig::default(),
             on_sigterm: SigtermConfig::default(),
-            on_crash: OnCrash::default(),
+            on_crash: CrashConfig::default(),
             symbols: None,
         }
     }

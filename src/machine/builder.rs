@@ -9,12 +9,13 @@ use vm_memory::GuestAddress;
 use super::hardware::{Hardware, Kept};
 use super::layout::RAM_BASE;
 use super::virtio::{Backends, MakeDevice};
+use super::watcher::Watcher;
 use crate::boot::plan::{BootFiles, Plan};
 use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::{self, GuestMemory};
-use crate::report::symbols::Symbols;
+use crate::report::symbols::{Function, Symbols};
 
 const NO_HARDWARE: &str = "the machine has no hardware";
 
@@ -26,6 +27,8 @@ pub struct Machine {
     pub(super) backends: Backends,
     ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
+    /// The kernel's panic(), with `--symbols`.
+    panic: Option<Function>,
     /// None only while a reset creates it again, and after power-off.
     hardware: Option<Hardware>,
 }
@@ -72,13 +75,14 @@ impl Machine {
             backends,
             ram,
             console: Arc::new(Console::default()),
+            panic: None,
             hardware: None,
         };
         machine.assemble(&vm, &plan)?;
         if config.symbols.is_some() {
-            // Check the file now. It is read again for each report, because symbols take much
-            // memory.
-            machine.symbols()?;
+            // They take much memory, so they are read again for each report.
+            let symbols = machine.symbols()?;
+            machine.panic = symbols.and_then(|symbols| symbols.function("panic"));
         }
         Ok(machine)
     }
@@ -132,17 +136,21 @@ impl Machine {
         &self.ram
     }
 
+    /// The watcher of a life that begins now. None if rvmm is not to look for harts that hang.
+    pub(super) fn watcher(&self) -> Option<Watcher> {
+        let is_on = self.config.on_crash.watch;
+        is_on.then(|| Watcher::new(&self.ram, self.panic.clone()))
+    }
+
     /// The symbols of the kernel: of `--symbols`, or of the kernel's own ELF file. None if there
     /// are none.
     ///
     /// # Errors
     /// Fails if the file of `--symbols` cannot be read or has no symbols.
     pub(super) fn symbols(&self) -> Result<Option<Symbols>> {
-        let Some((path, bytes)) = self.files.symbols()? else {
-            return Ok(None);
-        };
-        match Symbols::parse(&bytes) {
-            // A kernel may be stripped. Only a file that the user has named must have symbols.
+        let (path, file) = self.files.symbols()?;
+        match Symbols::read(file) {
+            // Only a file that the user has named must have symbols.
             Err(_) if self.config.symbols.is_none() => Ok(None),
             symbols => symbols
                 .map(Some)

@@ -40,7 +40,7 @@ impl Running<'_> {
     }
 
     /// Stops vCPUs, then devices. Signals act meanwhile: a device may wait for the host's disk.
-    fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
+    pub(super) fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
             vcpus.park(&mut self.main)?;
             self.count_time(State::Running);

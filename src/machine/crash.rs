@@ -1,21 +1,25 @@
 //! What rvmm does when a guest cannot go on: it reports why, and acts by `--on-crash`.
 
 use anyhow::Result;
-use log::info;
+use log::warn;
 
+use super::command::stays_paused;
 use super::life::Vcpus;
+use super::watcher::Hang;
 use super::{End, Outcome, Running, status};
-use crate::config::OnCrash;
+use crate::config::CrashAct;
 use crate::control::{Reply, State};
 use crate::hypervisor;
 use crate::report::Report;
-use crate::report::hart::Hart;
 use crate::util::stderr::print_lines;
 use crate::util::{RateLimit, guest_warn};
 use crate::vcpu::Stop;
+use crate::vcpu::hart::Hart;
 
 /// Reports in five seconds. A guest that crashes after each reset causes many.
 const REPORTS: u32 = 3;
+
+const PAUSED: &str = "the guest is paused: rvmm ctl PATH reset restarts it";
 
 /// Harts that a report explains. The others only have their position.
 const EXPLAINED: usize = 8;
@@ -44,29 +48,57 @@ impl Running<'_> {
         if limit.admit().is_some() {
             print_lines(&self.report(vcpus, Some(hart))?);
         }
-        let act = self.machine.config.on_crash;
-        if act != OnCrash::Report {
+        let act = self.machine.config.on_crash.act;
+        if act != CrashAct::Report {
             guest_warn!(RateLimit::named("crashes"), "{stop}");
         }
         match act {
             // The caller prints the reason.
-            OnCrash::Report => Ok(Some(End::Over(outcome))),
-            OnCrash::Reset => Ok(Some(End::Reset(None))),
-            OnCrash::Pause => {
+            CrashAct::Report => Ok(Some(End::Over(outcome))),
+            CrashAct::Reset => Ok(Some(End::Reset(None))),
+            CrashAct::Pause => {
                 self.count_time(State::Running);
                 self.pause_devices()?;
-                info!(
-                    "the guest is paused, because it cannot go on: rvmm ctl PATH reset restarts it"
-                );
+                warn!("{PAUSED}");
                 Ok(None)
             }
         }
     }
 
+    /// Reports that hart `hart` gets nowhere. Returns how this life ends; None if the guest runs on
+    /// or is paused.
+    ///
+    /// # Errors
+    /// As [`Running::stopped`].
+    pub(super) fn hangs(
+        &mut self,
+        hart: u32,
+        hang: Hang,
+        vcpus: &mut Vcpus,
+    ) -> Result<Option<End>> {
+        let act = self.machine.config.on_crash.act;
+        let report =
+            self.while_parked(vcpus, |running, vcpus| running.report(vcpus, Some(hart)))?;
+        warn!("hart {hart} gets nowhere: {hang}");
+        match report {
+            Ok(report) => print_lines(&report),
+            Err(error) => drop(stays_paused(error)),
+        }
+        match act {
+            CrashAct::Report => {}
+            CrashAct::Reset => return Ok(Some(End::Reset(None))),
+            CrashAct::Pause => {
+                self.pause(vcpus)?;
+                warn!("{PAUSED}");
+            }
+        }
+        Ok(None)
+    }
+
     /// The command `report`: what all harts are doing.
     pub(super) fn report_to_client(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         let report = self.while_parked(vcpus, |running, vcpus| running.report(vcpus, None))?;
-        Ok(report.map_or_else(super::command::stays_paused, Reply::Report))
+        Ok(report.map_or_else(stays_paused, Reply::Report))
     }
 
     /// Ctrl-A R: prints what all harts are doing.
@@ -75,7 +107,7 @@ impl Running<'_> {
         match report {
             Ok(report) => print_lines(&format!("\n{report}")),
             // This warns.
-            Err(error) => drop(super::command::stays_paused(error)),
+            Err(error) => drop(stays_paused(error)),
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Outcome;
+use super::watcher::Hang;
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply};
 use crate::devices::goldfish_rtc::GoldfishRtc;
@@ -42,6 +43,8 @@ pub(super) enum Event {
     Called,
     /// The user typed Ctrl-A R: report what the harts are doing.
     Report,
+    /// This hart gets nowhere.
+    Hangs(u32, Hang),
     /// A client of the control socket has sent a command.
     Command(Command, Client),
 }
@@ -185,7 +188,7 @@ impl MainLoop {
         let mut first = None;
         while let Ok(event) = self.arrived.try_recv() {
             match event {
-                Event::Vcpu(..) | Event::Called | Event::Report => {}
+                Event::Vcpu(..) | Event::Called | Event::Report | Event::Hangs(..) => {}
                 Event::Command(..) if !is_over => self.deferred.push_back(event),
                 Event::Command(_, client) => {
                     self.answer(client, &Reply::Refused("the machine is ending".into()));

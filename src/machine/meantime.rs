@@ -1,5 +1,6 @@
 //! The work of the machine's main thread while the guest runs: it waits for events, releases the
-//! memory of start-up code, and kicks vCPUs on hosts that reset harts (`vcpu::restart`).
+//! memory of start-up code, kicks vCPUs on hosts that reset harts (`vcpu::restart`), and lets the
+//! watcher look for harts that hang.
 
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use log::debug;
 
 use super::Deadline;
 use super::mainloop::{Event, MainLoop};
+use super::watcher::Watcher;
 use crate::util::text;
 use crate::vcpu::restart::{ALL_OF_LOOKS, KICK_EVERY, LOOK_EVERY};
 use crate::vcpu::thread::VcpuHandle;
@@ -26,21 +28,25 @@ pub(super) struct Meantime {
     looks: Option<Instant>,
     /// The number of looks so far.
     looked: u32,
+    /// Finds harts that hang, if rvmm is to look for them.
+    watcher: Option<Watcher>,
+    /// What the watcher has found last, until [`Meantime::next_event`] returns it.
+    found: Option<Event>,
 }
 
-/// The state for a life that begins now.
-impl Default for Meantime {
-    fn default() -> Self {
+impl Meantime {
+    /// The state for a life that begins now.
+    pub(super) fn new(watcher: Option<Watcher>) -> Self {
         let now = Instant::now();
         Self {
             settles: now.checked_add(SETTLED),
             looks: now.checked_add(LOOK_EVERY),
             looked: 0,
+            watcher,
+            found: None,
         }
     }
-}
 
-impl Meantime {
     /// Waits for an event while `vcpus` run. Returns none if `deadline` has passed.
     ///
     /// # Errors
@@ -56,6 +62,9 @@ impl Meantime {
         deadline: &Deadline,
     ) -> Result<Option<Event>> {
         loop {
+            if let Some(found) = self.found.take() {
+                return Ok(Some(found));
+            }
             let time = deadline.left().min(self.next_act(vcpus));
             match main.next(time)? {
                 _ if deadline.left().is_zero() => return Ok(None),
@@ -75,8 +84,10 @@ impl Meantime {
             return KICK_EVERY;
         }
         let looks = self.looks.filter(|_| must_look(vcpus));
+        let watches = self.watcher.as_ref().filter(|_| !vcpus.is_empty());
+        let watches = watches.map(Watcher::due);
         let now = Instant::now();
-        let times = self.settles.into_iter().chain(looks);
+        let times = self.settles.into_iter().chain(looks).chain(watches);
         let next = times.map(|time| time.saturating_duration_since(now)).min();
         next.unwrap_or(Duration::MAX)
     }
@@ -93,6 +104,10 @@ impl Meantime {
         if looks {
             self.looks = now.checked_add(LOOK_EVERY);
             self.looked = self.looked.wrapping_add(1);
+        }
+        let found = self.watcher.as_mut().and_then(|watcher| watcher.act(vcpus));
+        if let Some((hart, hang)) = found {
+            self.found = Some(Event::Hangs(hart, hang));
         }
         let all = self.looked % ALL_OF_LOOKS == 0;
         for vcpu in vcpus {

@@ -25,6 +25,7 @@ pub mod signals;
 mod stats;
 pub mod status;
 mod virtio;
+mod watcher;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -306,7 +307,7 @@ impl Running<'_> {
 
     /// Handles events until one of them ends this life.
     fn watch(&mut self, vcpus: &mut Vcpus) -> Result<End> {
-        let mut meantime = Meantime::default();
+        let mut meantime = Meantime::new(self.machine.watcher());
         loop {
             match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
                 Some(Event::Called) => {}
@@ -318,6 +319,11 @@ impl Running<'_> {
                         return Ok(End::Over(Outcome::Signal(SIGTERM)));
                     }
                     self.press()?;
+                }
+                Some(Event::Hangs(hart, hang)) => {
+                    if let Some(end) = self.hangs(hart, hang, vcpus)? {
+                        return Ok(end);
+                    }
                 }
                 Some(Event::Report) => self.report_to_user(vcpus)?,
                 Some(Event::Vcpu(hart, end)) => {

@@ -4,8 +4,8 @@
 //! in `s0`, and its caller's `s0` 16 bytes below (RISC-V ELF psABI, section "Frame Pointer
 //! Convention"). Linux keeps frame pointers. A kernel without them gets a short or wrong trace.
 
-use super::hart::{FP, Hart, RA, SP};
 use crate::memory::GuestMemory;
+use crate::vcpu::hart::{FP, Hart, RA, SP};
 
 /// The most frames of a trace.
 const FRAMES: usize = 32;

@@ -1,8 +1,8 @@
 //! The likely mistake behind a crash: the ones that people who write kernels make.
 
-use super::cause::Cause;
-use super::hart::{Hart, SP};
 use crate::memory::GuestMemory;
+use crate::vcpu::cause::Cause;
+use crate::vcpu::hart::{Hart, SP};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
 /// A common mistake. Its `Display` form is one sentence that says what to do.
@@ -67,7 +67,8 @@ pub fn hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
             return Some(Hint::NoPageTables);
         }
     }
-    if !vector_is_code && (has_trapped || hart.pc == vector) {
+    let is_in_code = hart.instruction(ram, hart.pc).is_some();
+    if !vector_is_code && (has_trapped || !is_in_code) {
         return Some(Hint::NoTrapVector);
     }
     if stack_is_outside(hart, ram) && has_trapped {
@@ -169,11 +170,11 @@ mod tests {
 
     #[test]
     fn a_trap_without_a_mistake_has_no_hint() {
-        assert_eq!(
-            hint(&Hart::default(), &ram(NOP)),
-            None,
-            "before the first trap"
-        );
+        let new = Hart {
+            pc: HERE,
+            ..Hart::default()
+        };
+        assert_eq!(hint(&new, &ram(NOP)), None, "before the first trap");
         assert_eq!(hint(&hart(Cause(8), 0), &ram(NOP)), None);
         assert_eq!(hint(&hart(Cause::LOAD_PAGE, 0x1234), &ram(NOP)), None);
     }

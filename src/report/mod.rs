@@ -1,12 +1,10 @@
 //! The report on a guest that went wrong: what its harts are doing, in words.
 //!
-//! [`hart::Hart`] has the registers of a hart that does not run. [`Report`] explains them: the place
+//! [`Hart`] has the registers of a hart that does not run. [`Report`] explains them: the place
 //! that each address leads to, the instruction at `pc`, the last trap, the page tables, the callers,
 //! and the likely mistake. It reads guest RAM and changes nothing.
 
 pub mod backtrace;
-pub mod cause;
-pub mod hart;
 pub mod hint;
 pub mod symbols;
 
@@ -15,9 +13,9 @@ use std::fmt;
 use disc_v::{Isa, decode};
 
 use crate::memory::GuestMemory;
+use crate::vcpu::hart::{Hart, NAMES};
 use crate::vcpu::paging::{Step, Walk, entry_bits, mode_name, walk_with};
 use backtrace::backtrace;
-use hart::{Hart, NAMES};
 use hint::hint;
 use symbols::Symbols;
 
@@ -92,7 +90,11 @@ impl Report<'_> {
         } else if hart.stval != 0 {
             writeln!(f, "    stval is {:#x}", hart.stval)?;
         }
-        match hint(hart, self.ram) {
+        Ok(())
+    }
+
+    fn likely_mistake(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match hint(self.hart, self.ram) {
             Some(hint) => writeln!(f, "  hint: {hint}"),
             None => Ok(()),
         }
@@ -163,6 +165,7 @@ impl fmt::Display for Report<'_> {
         }
         self.position(f)?;
         self.last_trap(f)?;
+        self.likely_mistake(f)?;
         self.registers(f)?;
         if self.hart.satp >> 60 != 0 {
             self.page_tables(f, "pc", self.hart.pc)?;

@@ -1,15 +1,20 @@
 //! Names for a guest's addresses: the symbols of its kernel.
 
 use std::fmt;
+use std::io::{self, Read, Seek};
+use std::ops::Range;
 
-use elf::ElfBytes;
+use elf::ElfStream;
 use elf::abi::{SHN_UNDEF, STT_FUNC, STT_NOTYPE, STT_OBJECT};
 use elf::endian::LittleEndian;
 use thiserror::Error;
 
 /// Why a file has no symbols that rvmm can use.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Error)]
 pub enum SymbolsError {
+    /// The host could not read it.
+    #[error(transparent)]
+    Read(#[from] io::Error),
     /// It is an ELF without a symbol table.
     #[error("it has no symbol table: it was stripped")]
     Stripped,
@@ -60,17 +65,19 @@ impl Symbols {
     /// An address further than this from the symbol before it has no name.
     const REACH: u64 = 16 << 20;
 
-    /// Linux moves itself by less than this: it stays in the last 2 GiB of the address space.
-    const SLIDE_MAX: u64 = 2 << 30;
-
     /// Reads the symbols of an ELF file, of System.map, or of a copy of the guest's /proc/kallsyms.
     ///
     /// # Errors
-    /// Fails if `bytes` are none of these, or if they have no addresses.
-    pub fn parse(bytes: &[u8]) -> Result<Self, SymbolsError> {
-        let mut symbols = match bytes.starts_with(b"\x7fELF") {
-            true => of_elf(bytes)?,
-            false => of_map(bytes)?,
+    /// Fails if `file` cannot be read, is none of these, or has no addresses.
+    pub fn read(mut file: impl Read + Seek) -> Result<Self, SymbolsError> {
+        let mut magic = Vec::new();
+        file.by_ref()
+            .take(ELF.len() as u64)
+            .read_to_end(&mut magic)?;
+        file.rewind()?;
+        let mut symbols = match magic == ELF {
+            true => of_elf(file)?,
+            false => of_map(file)?,
         };
         if symbols.iter().all(|symbol| symbol.address == 0) {
             return Err(SymbolsError::Hidden);
@@ -83,15 +90,21 @@ impl Symbols {
     /// Finds where a Linux runs that chose a random address for itself (KASLR), by its trap vector
     /// `stvec`. Does nothing for another kernel.
     pub fn follow(&mut self, stvec: u64) {
-        /// Linux moves itself by a multiple of this (kaslr_early in arch/riscv/mm/init.c).
-        const UNIT: u64 = 2 << 20;
-        let Some(vector) = self.linked("handle_exception") else {
-            return;
-        };
-        let slide = stvec.wrapping_sub(vector);
-        if slide % UNIT == 0 && slide <= Self::SLIDE_MAX {
+        let vector = self.linked(VECTOR);
+        if let Some(slide) = vector.and_then(|vector| slide(stvec, vector)) {
             self.slide = slide;
         }
+    }
+
+    /// The code of the function `name`.
+    pub fn function(&self, name: &str) -> Option<Function> {
+        let start = self.linked(name)?;
+        let next = self.list.partition_point(|symbol| symbol.address <= start);
+        let end = self.list.get(next)?.address;
+        Some(Function {
+            linked: start..end,
+            vector: self.linked(VECTOR),
+        })
     }
 
     /// The symbol at or before `address`. None if there is none near it.
@@ -119,9 +132,49 @@ impl Symbols {
     }
 }
 
-fn of_elf(bytes: &[u8]) -> Result<Vec<Symbol>, SymbolsError> {
+/// The code of one function, in a kernel that may have moved.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// Its addresses as linked.
+    linked: Range<u64>,
+    /// The trap vector as linked, if the kernel is a Linux.
+    vector: Option<u64>,
+}
+
+impl Function {
+    /// Whether `address` is in the function. `stvec` is the hart's, which shows where the kernel
+    /// is.
+    pub fn contains(&self, stvec: u64, address: u64) -> bool {
+        let slide = self.vector.and_then(|vector| slide(stvec, vector));
+        let linked = address.wrapping_sub(slide.unwrap_or_default());
+        self.linked.contains(&linked)
+    }
+}
+
+/// The symbol of Linux' trap vector (arch/riscv/kernel/entry.S).
+const VECTOR: &str = "handle_exception";
+
+/// How far a Linux has moved, whose trap vector is linked at `vector`. None if `stvec` is not the
+/// vector of that kernel.
+fn slide(stvec: u64, vector: u64) -> Option<u64> {
+    /// Linux moves itself by a multiple of this (setup_vm in arch/riscv/mm/init.c).
+    const UNIT: u64 = 2 << 20;
+    /// It stays in the last 2 GiB of the address space.
+    const MOST: u64 = 2 << 30;
+    let slide = stvec.wrapping_sub(vector);
+    (slide % UNIT == 0 && slide < MOST).then_some(slide)
+}
+
+/// The first bytes of an ELF file.
+pub const ELF: &[u8] = b"\x7fELF";
+
+/// The longest map that is read. That of a large Linux has 10 MiB.
+const MAP_MAX: u64 = 256 << 20;
+
+/// Reads only the file's tables: a kernel with debug information may have hundreds of MiB.
+fn of_elf(file: impl Read + Seek) -> Result<Vec<Symbol>, SymbolsError> {
     let damaged = |error: elf::ParseError| SymbolsError::Elf(error.to_string());
-    let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).map_err(damaged)?;
+    let mut file = ElfStream::<LittleEndian, _>::open_stream(file).map_err(damaged)?;
     let (table, names) = file
         .symbol_table()
         .map_err(damaged)?
@@ -144,8 +197,10 @@ fn of_elf(bytes: &[u8]) -> Result<Vec<Symbol>, SymbolsError> {
     Ok(symbols)
 }
 
-fn of_map(bytes: &[u8]) -> Result<Vec<Symbol>, SymbolsError> {
-    let text = String::from_utf8_lossy(bytes);
+fn of_map(file: impl Read) -> Result<Vec<Symbol>, SymbolsError> {
+    let mut bytes = Vec::new();
+    file.take(MAP_MAX).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
     let mut symbols = Vec::new();
     for (number, line) in (1..).zip(text.lines()) {
         let mut words = line.split_ascii_whitespace();
@@ -180,9 +235,13 @@ mod tests {
                        0000000000001000 A SIZE\n\
                        ffffffff01e80000 t probe\t[virtio_blk]\n";
 
+    fn parse(bytes: &[u8]) -> Result<Symbols, SymbolsError> {
+        Symbols::read(io::Cursor::new(bytes))
+    }
+
     #[test]
     fn addresses_have_the_name_before_them() {
-        let symbols = Symbols::parse(MAP.as_bytes()).unwrap();
+        let symbols = parse(MAP.as_bytes()).unwrap();
         let name = |address| symbols.name(address).map(|name| name.to_string());
         let base = 0xffff_ffff_8000_2000;
         assert_eq!(name(base).as_deref(), Some("_start"));
@@ -198,7 +257,7 @@ mod tests {
     #[test]
     fn a_kernel_that_has_moved_has_names_too() {
         let map = "ffffffff80002000 T _start\nffffffff80003000 T handle_exception\n";
-        let mut symbols = Symbols::parse(map.as_bytes()).unwrap();
+        let mut symbols = parse(map.as_bytes()).unwrap();
         let linked = 0xffff_ffff_8000_3000;
         for (stvec, start) in [
             (linked, 0xffff_ffff_8000_2000_u64),
@@ -214,13 +273,38 @@ mod tests {
     }
 
     #[test]
+    fn a_function_ends_where_the_next_symbol_begins() {
+        let symbols = parse(MAP.as_bytes()).unwrap();
+        let start = symbols.function("_start").unwrap();
+        let base = 0xffff_ffff_8000_2000;
+        assert!(start.contains(0, base) && start.contains(0, base + 0xff));
+        assert!(!start.contains(0, base - 1) && !start.contains(0, base + 0x100));
+        assert!(
+            symbols.function("panic").is_none(),
+            "the last one has no end"
+        );
+
+        let map = "ffffffff80002000 T panic\nffffffff80003000 T handle_exception\n";
+        let symbols = parse(map.as_bytes()).unwrap();
+        let panic = symbols.function("panic").unwrap();
+        let moved = 6 << 20;
+        assert!(panic.contains(base + 0x1000, base));
+        assert!(panic.contains(base + 0x1000 + moved, base + moved));
+        assert!(!panic.contains(base + 0x1000 + moved, base));
+    }
+
+    #[test]
     fn what_has_no_symbols_is_refused() {
-        let refused = |bytes: &[u8]| Symbols::parse(bytes).unwrap_err();
-        assert_eq!(refused(b""), SymbolsError::Line(1));
-        assert_eq!(refused(b"\xff\xfe\0"), SymbolsError::Line(1));
-        assert_eq!(refused(b"80000000 T a\nhello\n"), SymbolsError::Line(2));
         let hidden = "0000000000000000 T _start\n0000000000000000 t panic\n";
-        assert_eq!(refused(hidden.as_bytes()), SymbolsError::Hidden);
-        assert!(matches!(refused(b"\x7fELF"), SymbolsError::Elf(_)));
+        for (bytes, reason) in [
+            (&b""[..], "line 1 is no symbol"),
+            (b"\xff\xfe\0", "line 1 is no symbol"),
+            (b"80000000 T a\nhello\n", "line 2 is no symbol"),
+            (hidden.as_bytes(), "kptr_restrict"),
+            (b"\x7fELF", "a damaged ELF file"),
+        ] {
+            let error = parse(bytes).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
     }
 }

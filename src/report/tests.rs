@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::hart::{FP, RA, SP};
 use super::*;
 use crate::config::MemConfig;
 use crate::memory::{self, Backing};
 use crate::util::ByteSize;
+use crate::vcpu::hart::{FP, RA, SP};
 
 const RAM: u64 = 0x8000_0000;
 const EBREAK: u16 = 0x9002;
@@ -52,7 +52,7 @@ fn has_lines(text: &str, lines: &[&str]) {
 #[test]
 fn a_fault_is_explained_with_names() {
     let map = "80000200 T main\n80000300 T start\n";
-    let symbols = Symbols::parse(map.as_bytes()).unwrap();
+    let symbols = Symbols::read(std::io::Cursor::new(map)).unwrap();
     let mut hart = Hart {
         number: 2,
         pc: RAM + 0x200,

@@ -1,6 +1,7 @@
 //! Small helpers that every other module may use.
 
 pub mod bytesize;
+pub mod cputime;
 pub mod filelock;
 pub mod half;
 pub mod line;

@@ -1,8 +1,10 @@
 //! vCPUs: the thread that runs each of them, and the handling of its exits.
 
+pub mod cause;
 pub mod exits;
 pub mod fetch;
 pub mod first;
+pub mod hart;
 pub mod paging;
 pub mod restart;
 pub mod sbi;

@@ -28,12 +28,13 @@
 //! two milliseconds, HART_GET_STATUS reports the started hart as stopped, and a second HART_START
 //! succeeds.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
 use super::first::{First, Waited};
+use super::hart::Hart;
 use crate::hypervisor::regs::{self, CYCLE_TIME_INSTRET};
 use crate::hypervisor::{HartState, Result, Vcpu, VmEntry, VmExit};
 use crate::util::{RateLimit, guest_warn};
@@ -70,6 +71,10 @@ pub(super) struct Shared {
     pub(super) wants_kick: AtomicBool,
     /// The thread sleeps outside KVM_RUN. It checks the state of its hart itself.
     pub(super) sleeps: AtomicBool,
+    /// The machine wants a sample of the hart. Whoever sets this also sends a signal.
+    pub(super) wants_sample: AtomicBool,
+    /// The last sample, until the machine takes it.
+    pub(super) sample: Mutex<Option<Hart>>,
 }
 
 impl Shared {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
@@ -12,9 +12,12 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 use super::Stop;
 use super::exits::{Exits, Next, Rare};
 use super::first::{First, Sleeper, Waited};
+use super::hart;
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
+use crate::util::cputime::cpu_time;
+use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
 
 /// Called when a vCPU's thread ends by itself. Not called when the handle stops it.
@@ -210,6 +213,24 @@ impl VcpuHandle {
         !sleeps && self.waiting.as_ref().is_some_and(|wait| !wait.waits())
     }
 
+    /// Asks for a sample of the hart's registers. The vCPU takes it soon if it runs in the guest,
+    /// and does not if its hart waits or is stopped.
+    pub fn ask_for_sample(&self) {
+        self.shared.wants_sample.store(true, Ordering::Release);
+        self.kick();
+    }
+
+    /// The sample that was asked for, if the vCPU has taken it.
+    pub fn take_sample(&self) -> Option<hart::Hart> {
+        lock(&self.shared.sample).take()
+    }
+
+    /// The CPU time that the vCPU's thread has used, in the guest and outside. None if the thread
+    /// has ended.
+    pub fn cpu_time(&self) -> Option<Duration> {
+        cpu_time(self.thread.as_ref()?)
+    }
+
     /// Interrupts the KVM_RUN of the vCPU's thread, or its sleep.
     pub fn kick(&self) {
         if let Some(thread) = &self.thread {
@@ -350,8 +371,13 @@ impl Hart {
     #[inline(never)]
     fn settle(&mut self, vcpu: &mut dyn Vcpu, rare: Rare) -> Result<Settled> {
         let waited = match rare {
-            Rare::Look if self.follow_restarts => self.restarts.look(vcpu)?,
-            Rare::Look => Waited::DONE,
+            Rare::Look => {
+                self.sample(vcpu)?;
+                match self.follow_restarts {
+                    true => self.restarts.look(vcpu)?,
+                    false => Waited::DONE,
+                }
+            }
             Rare::Suspend => {
                 let sleeper = self.exits.suspend.begin(self.id, vcpu)?;
                 self.sleep(vcpu, sleeper)?
@@ -367,6 +393,15 @@ impl Hart {
             }
         };
         self.after(vcpu, waited)
+    }
+
+    /// Takes a sample of the hart if the machine wants one.
+    fn sample(&self, vcpu: &dyn Vcpu) -> Result<()> {
+        let shared = &self.restarts.shared;
+        if shared.wants_sample.swap(false, Ordering::Acquire) {
+            *lock(&shared.sample) = Some(hart::Hart::read(self.id, vcpu)?);
+        }
+        Ok(())
     }
 
     fn sleep(&mut self, vcpu: &mut dyn Vcpu, sleeper: Sleeper) -> Result<Waited> {

@@ -1,9 +1,9 @@
 //! One hart as it stands: the registers that a report shows.
 
+use super::cause::Cause;
+use super::paging::{Walk, walk};
 use crate::hypervisor::{HartState, RegId, Result, Vcpu, regs};
 use crate::memory::GuestMemory;
-use crate::report::cause::Cause;
-use crate::vcpu::paging::{Walk, walk};
 
 /// The number of general registers, x0 included.
 pub const REGISTERS: usize = 32;

@@ -25,6 +25,11 @@ impl Cause {
     /// A store or atomic access that the page tables do not allow.
     pub const STORE_PAGE: Self = Cause(15);
 
+    /// Whether it is an exception, and not an interrupt.
+    pub fn is_exception(self) -> bool {
+        self.0 & INTERRUPT == 0
+    }
+
     /// Whether `stval` is an address that the hart could not access.
     pub fn has_address(self) -> bool {
         matches!(self.0, 0 | 1 | 3..=7 | 12 | 13 | 15)
