@@ -2,25 +2,68 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::keyvalue::{self, KeyValue};
+use super::sigterm::Time;
 
 /// What rvmm does when a guest cannot go on, and whether it looks for guests that hang.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CrashConfig {
     /// What rvmm does after it has printed a report.
     pub act: CrashAct,
-    /// Whether rvmm looks for harts that use CPU time and get nowhere: in a loop on one trap, or in
-    /// their kernel's panic. The default is true.
-    #[serde(
-        default = "on",
-        deserialize_with = "keyvalue::switch",
-        skip_serializing_if = "is_on"
-    )]
-    pub watch: bool,
+    /// Whether and how often rvmm looks for harts that use CPU time and get nowhere: in a loop on
+    /// one trap, or in their kernel's panic.
+    #[serde(default, skip_serializing_if = "Watch::is_default")]
+    pub watch: Watch,
+}
+
+/// The longest time between two looks for harts that get nowhere. None if rvmm does not look. It is
+/// written as a time or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Watch(pub Option<Duration>);
+
+impl Watch {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The default is 8 seconds.
+impl Default for Watch {
+    fn default() -> Self {
+        Self(Some(Duration::from_secs(8)))
+    }
+}
+
+impl fmt::Display for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(time) => Time(time).fmt(f),
+            None => f.write_str("off"),
+        }
+    }
+}
+
+impl TryFrom<String> for Watch {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "off" => Ok(Self(None)),
+            time => Ok(Self(Some(time.parse::<Time>()?.0))),
+        }
+    }
+}
+
+impl From<Watch> for String {
+    fn from(watch: Watch) -> Self {
+        watch.to_string()
+    }
 }
 
 /// What rvmm does after it has printed a report.
@@ -36,29 +79,10 @@ pub enum CrashAct {
     Reset,
 }
 
-fn on() -> bool {
-    true
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature.
-fn is_on(switch: &bool) -> bool {
-    *switch
-}
-
 impl CrashConfig {
     /// Whether this is the default.
     pub(super) fn is_default(&self) -> bool {
         *self == Self::default()
-    }
-}
-
-/// The default is [`CrashAct::Report`].
-impl Default for CrashConfig {
-    fn default() -> Self {
-        Self {
-            act: CrashAct::default(),
-            watch: true,
-        }
     }
 }
 
@@ -83,9 +107,9 @@ impl fmt::Display for CrashConfig {
             CrashAct::Pause => "pause",
             CrashAct::Reset => "reset",
         })?;
-        match self.watch {
+        match self.watch.is_default() {
             true => Ok(()),
-            false => f.write_str(",watch=off"),
+            false => write!(f, ",watch={}", self.watch),
         }
     }
 }
@@ -97,12 +121,13 @@ mod tests {
     #[test]
     fn flag_and_json_say_the_same() {
         for (text, act, watch) in [
-            ("report", CrashAct::Report, true),
-            ("pause,watch=on", CrashAct::Pause, true),
-            ("reset,watch=off", CrashAct::Reset, false),
+            ("report", CrashAct::Report, Some(8000)),
+            ("pause,watch=50ms", CrashAct::Pause, Some(50)),
+            ("reset,watch=off", CrashAct::Reset, None),
         ] {
             let config: CrashConfig = text.parse().unwrap();
-            assert_eq!((config.act, config.watch), (act, watch), "{text}");
+            let time = watch.map(Duration::from_millis);
+            assert_eq!((config.act, config.watch), (act, Watch(time)), "{text}");
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<CrashConfig>(&json).unwrap(), config);
             assert_eq!(config.to_string().parse(), Ok(config));
@@ -114,7 +139,7 @@ mod tests {
     fn errors_name_the_value() {
         for (text, part) in [
             ("stop", "`report`"),
-            ("report,watch=maybe", "maybe"),
+            ("report,watch=maybe", "30s"),
             ("report,look=on", "`watch`"),
         ] {
             let error = text.parse::<CrashConfig>().unwrap_err();

@@ -223,7 +223,8 @@ pub struct VmConfig {
     /// What rvmm does if the guest cannot go on, after it has printed a report: report ends with
     /// status 122, pause pauses the machine, and reset restarts the guest. rvmm also looks for
     /// harts that use CPU time and get nowhere: in a loop on one trap, or in their kernel's panic.
-    /// With report, such a guest runs on. ACT,watch=off does not look.
+    /// With report, such a guest runs on. ACT,watch=off does not look; watch=TIME sets the longest
+    /// time between two looks, which is 8s.
     #[arg(
         help_heading = "Control",
         hide_default_value = true,

@@ -138,8 +138,8 @@ impl Machine {
 
     /// The watcher of a life that begins now. None if rvmm is not to look for harts that hang.
     pub(super) fn watcher(&self) -> Option<Watcher> {
-        let is_on = self.config.on_crash.watch;
-        is_on.then(|| Watcher::new(&self.ram, self.panic.clone()))
+        let pause = self.config.on_crash.watch.0?;
+        Some(Watcher::new(&self.ram, self.panic.clone(), pause))
     }
 
     /// The symbols of the kernel: of `--symbols`, or of the kernel's own ELF file. None if there

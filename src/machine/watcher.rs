@@ -13,12 +13,15 @@
 //! each sample is in panic(), or called from it                       a panic
 //! ```
 //!
-//! A hart that waits uses no CPU time, and is never sampled. So an idle machine wakes up every
-//! [`IDLE`] for this, and a busy one that is well has a few samples in that time.
+//! A hart that waits uses no CPU time, and is never sampled. So an idle machine wakes up every eight
+//! seconds for this (`--on-crash ACT,watch=TIME`), and one that is busy and well has a few samples
+//! in that time.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use log::debug;
 
 use crate::memory::GuestMemory;
 use crate::report::backtrace::backtrace;
@@ -26,11 +29,9 @@ use crate::report::symbols::Function;
 use crate::vcpu::hart::{Hart, REGISTERS};
 use crate::vcpu::thread::VcpuHandle;
 
-/// Time from the start of a life to the first look, and between looks after it: each is twice as
-/// long as the one before, up to [`IDLE`].
+/// Time from the start of a life to the first look. The time between two looks is twice as long as
+/// the one before, up to that of `watch=TIME`.
 const FIRST: Duration = Duration::from_secs(1);
-/// The longest time between two looks.
-const IDLE: Duration = Duration::from_secs(8);
 /// A vCPU is busy if it has used this part of the time since the last look.
 const BUSY: u32 = 8;
 /// Time between two samples. It varies, so that samples do not follow a beat of the guest.
@@ -77,6 +78,7 @@ pub(super) struct Watcher {
     looked: Instant,
     /// The time from that look to the next.
     pause: Duration,
+    longest: Duration,
     /// When the next sample is due, while a vCPU is sampled.
     sample: Option<Instant>,
 }
@@ -90,17 +92,36 @@ struct Watch {
     samples: Option<Samples>,
     /// It hangs, and was reported.
     found: bool,
+    /// Samples of finished series.
+    total: usize,
+}
+
+impl Watch {
+    /// Ends a series of `count` samples, which show that hart `number` gets on.
+    fn gets_on(&mut self, number: u32, count: usize) {
+        const LOGGED: usize = 100;
+        let before = self.total / LOGGED;
+        self.samples = None;
+        self.total += count;
+        if self.total / LOGGED > before {
+            debug!(
+                "hart {number} gets on: {} samples show it",
+                self.total / LOGGED * LOGGED
+            );
+        }
+    }
 }
 
 impl Watcher {
-    /// A watcher for a life that begins now.
-    pub(super) fn new(ram: &Arc<GuestMemory>, panic: Option<Function>) -> Self {
+    /// A watcher for a life that begins now. `longest` is the longest time between two looks.
+    pub(super) fn new(ram: &Arc<GuestMemory>, panic: Option<Function>, longest: Duration) -> Self {
         Self {
             ram: Arc::clone(ram),
             panic,
             vcpus: Vec::new(),
             looked: Instant::now(),
-            pause: FIRST,
+            pause: FIRST.min(longest),
+            longest,
             sample: None,
         }
     }
@@ -144,7 +165,7 @@ impl Watcher {
             }
         }
         self.looked = now;
-        self.pause = (self.pause * 2).min(IDLE);
+        self.pause = (self.pause * 2).min(self.longest);
     }
 
     fn take_samples(&mut self, vcpus: &[VcpuHandle]) -> Option<(u32, Hang)> {
@@ -167,7 +188,10 @@ impl Watcher {
             };
             match verdict {
                 Verdict::Unknown => vcpu.ask_for_sample(),
-                Verdict::GetsOn => watch.samples = None,
+                Verdict::GetsOn => {
+                    let count = samples.count;
+                    watch.gets_on(number, count);
+                }
                 Verdict::Hangs(hang) => {
                     (watch.samples, watch.found) = (None, true);
                     found = found.or(Some((number, hang)));

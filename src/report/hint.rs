@@ -68,11 +68,11 @@ pub fn hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
         }
     }
     let is_in_code = hart.instruction(ram, hart.pc).is_some();
+    if stack_is_outside(hart, ram) && (has_trapped || !is_in_code) {
+        return Some(Hint::StackOutsideRam);
+    }
     if !vector_is_code && (has_trapped || !is_in_code) {
         return Some(Hint::NoTrapVector);
-    }
-    if stack_is_outside(hart, ram) && has_trapped {
-        return Some(Hint::StackOutsideRam);
     }
     (has_trapped && in_handler && hart.sepc.wrapping_sub(vector) < HANDLER)
         .then_some(Hint::HandlerTraps)
@@ -81,8 +81,18 @@ pub fn hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
 /// Bytes of a trap handler's entry code: a trap there is one in the handler.
 const HANDLER: u64 = 256;
 
-/// What the instruction that trapped is.
+/// A mistake that the instruction at `pc` shows, or the one that trapped last.
 fn instruction_hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
+    // Where KVM gives up, there is no trap: the instruction is at `pc`.
+    let here = hart.instruction(ram, hart.pc);
+    if here.is_some_and(|(instruction, _)| is_for_ram_only(instruction)) {
+        let (instruction, _) = here?;
+        let base = usize::try_from(instruction >> 15 & 0x1f).ok()?;
+        let to = hart.physical(ram, *hart.x.get(base)?);
+        if to.is_some_and(|to| !is_ram(ram, to)) {
+            return Some(Hint::AtomicOnDevice);
+        }
+    }
     let cause = hart.cause();
     let (instruction, _) = hart.instruction(ram, hart.sepc)?;
     match cause {
@@ -186,6 +196,12 @@ mod tests {
             pc: 0,
             ..hart(Cause::INSTRUCTION_ACCESS, 0x1234)
         };
+        let never_trapped = Hart {
+            pc: 0x1234,
+            x: no_vector.x,
+            ..Hart::default()
+        };
+        assert_eq!(hint(&never_trapped, &ram(NOP)), Some(Hint::NoTrapVector));
         assert_eq!(hint(&no_vector, &ram(NOP)), Some(Hint::NoTrapVector));
         let high = hart(Cause::INSTRUCTION_ACCESS, 0xffff_ffff_8000_0000);
         assert_eq!(hint(&high, &ram(NOP)), Some(Hint::NoPageTables));
@@ -230,6 +246,13 @@ mod tests {
             );
             let trapped = hart(Cause::LOAD_ACCESS, RAM);
             assert_eq!(hint(&trapped, &ram(instruction)), None, "in RAM");
+            // Not trapped: KVM gave up.
+            let mut here = Hart {
+                pc: HERE,
+                ..Hart::default()
+            };
+            here.x[10] = UART;
+            assert_eq!(hint(&here, &ram(instruction)), expected, "{instruction:#x}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Names for a guest's addresses: the symbols of its kernel.
 
 use std::fmt;
-use std::io::{self, Read, Seek};
+use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::ops::Range;
 
 use elf::ElfStream;
@@ -161,8 +161,10 @@ fn slide(stvec: u64, vector: u64) -> Option<u64> {
     const UNIT: u64 = 2 << 20;
     /// It stays in the last 2 GiB of the address space.
     const MOST: u64 = 2 << 30;
+    // It may be below 0 if the addresses are those of another boot.
     let slide = stvec.wrapping_sub(vector);
-    (slide % UNIT == 0 && slide < MOST).then_some(slide)
+    let is_near = stvec.abs_diff(vector) < MOST;
+    (slide % UNIT == 0 && is_near).then_some(slide)
 }
 
 /// The first bytes of an ELF file.
@@ -198,11 +200,11 @@ fn of_elf(file: impl Read + Seek) -> Result<Vec<Symbol>, SymbolsError> {
 }
 
 fn of_map(file: impl Read) -> Result<Vec<Symbol>, SymbolsError> {
-    let mut bytes = Vec::new();
-    file.take(MAP_MAX).read_to_end(&mut bytes)?;
-    let text = String::from_utf8_lossy(&bytes);
+    let lines = BufReader::new(file.take(MAP_MAX)).split(b'\n');
     let mut symbols = Vec::new();
-    for (number, line) in (1..).zip(text.lines()) {
+    for (number, line) in (1..).zip(lines) {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
         let mut words = line.split_ascii_whitespace();
         let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next())
         else {
@@ -261,6 +263,7 @@ mod tests {
         let linked = 0xffff_ffff_8000_3000;
         for (stvec, start) in [
             (linked, 0xffff_ffff_8000_2000_u64),
+            (linked - (4 << 20), 0xffff_ffff_7fc0_2000),
             (linked + (6 << 20), 0xffff_ffff_8060_2000),
             // The vectors of another kernel: the last one stays.
             (0x8000_0000, 0xffff_ffff_8060_2000),

@@ -17,6 +17,11 @@ pub(crate) fn guest(name: &str) -> PathBuf {
     built(&format!("{name}.img"))
 }
 
+/// The same guest as an ELF file, with its symbols.
+pub(crate) fn guest_elf(name: &str) -> PathBuf {
+    built(&format!("{name}.elf"))
+}
+
 /// The initramfs whose init does what the `rvmm.` words on the kernel's command line say.
 pub(crate) fn initramfs() -> PathBuf {
     built("initramfs.cpio.gz")

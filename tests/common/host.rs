@@ -134,3 +134,11 @@ pub(crate) fn imsic_enables_kept(enables: u64) -> u64 {
     unsafe { aia.get_device_attr(&mut request) }.expect("read eie0");
     kept
 }
+
+/// Whether KVM gives a fetch from outside RAM to the guest as a fault. Linux 7.2 does so, and 6.12
+/// leaves it to rvmm (`vcpu_exit.c`).
+pub(crate) fn kvm_gives_fetch_faults() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the release");
+    let major = release.split('.').next().expect("a number");
+    major.parse::<u32>().expect("a number") >= 7
+}

@@ -291,6 +291,11 @@ impl Vm {
         self.console.text()
     }
 
+    /// rvmm's messages so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.text()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

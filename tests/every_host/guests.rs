@@ -210,13 +210,6 @@ fn no_trap_handler() {
     assert!(end.log.contains(why), "{}", end.log);
 }
 
-/// Linux 7.2 does so, and 6.12 does not (`vcpu_exit.c`).
-fn kvm_gives_fetch_faults() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the release");
-    let major = release.split('.').next().expect("a number");
-    major.parse::<u32>().expect("a number") >= 7
-}
-
 /// A driver that accepts only the low 32 features works. The address map and the vendor are QEMU's.
 #[test]
 fn a_small_virtio_driver() {

@@ -19,6 +19,7 @@ mod memory;
 mod net;
 mod output;
 mod pause;
+mod report;
 mod reset;
 mod seam;
 mod stats;
