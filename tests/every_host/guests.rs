@@ -3,6 +3,7 @@
 #![cfg(target_arch = "riscv64")]
 
 use crate::common::files::TempDir;
+use crate::common::host::kvm_gives_fetch_faults;
 use crate::common::{CANNOT_GO_ON, GUEST_FAILED, POWERED_OFF, RESET, Rvmm, TIMED_OUT};
 
 /// Runs guest `name` to its end, and compares all its output.

@@ -4,7 +4,7 @@
 use crate::common::ctl::Ctl;
 use crate::common::files::{TempDir, guest_elf};
 use crate::common::host::kvm_gives_fetch_faults;
-use crate::common::{CANNOT_GO_ON, KILLED, Rvmm, Shell, USAGE, Vm};
+use crate::common::{CANNOT_GO_ON, Rvmm, Shell, TERMINATED, USAGE, Vm};
 
 const TRAP_LOOP: &str = "hart 0 gets nowhere: it takes the same trap again and again";
 const PANIC: &str = "its kernel has panicked";
@@ -33,7 +33,7 @@ fn has_lines(log: &str, lines: &[&str]) {
 /// Ends a guest that would run on.
 fn kill(vm: Vm) {
     vm.terminate();
-    vm.finish().assert_status(KILLED);
+    vm.finish().assert_status(TERMINATED);
 }
 
 #[test]
@@ -155,8 +155,8 @@ fn a_panic_of_linux() {
     let disk = scratch.file("symbols", vec![0; 32 << 20]);
     let image = disk.display().to_string();
     let mut shell = Shell::start(["--disk", &image]);
-    let size =
-        shell.ok("dd if=/proc/kallsyms of=/dev/vda 2>/dev/null; sync; wc -c </proc/kallsyms");
+    let size = shell
+        .ok("dd bs=64k if=/proc/kallsyms of=/dev/vda 2>/dev/null; sync; wc -c </proc/kallsyms");
     shell.power_off();
     let map = std::fs::File::options()
         .write(true)
@@ -211,7 +211,7 @@ fn a_guest_that_cannot_go_on_is_restarted() {
     vm.wait_for_times("amo\n", 20);
     vm.terminate();
     let end = vm.finish();
-    end.assert_status(KILLED);
+    end.assert_status(TERMINATED);
     // A guest that crashes after each reset does not flood the log.
     let reports = end.log.matches("  called from:").count();
     assert!((1..20).contains(&reports), "{reports} reports");

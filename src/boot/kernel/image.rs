@@ -32,6 +32,15 @@ impl Image {
         head.get(56..60) == Some(MAGIC2)
     }
 
+    /// How many bytes too early the header is. None if there is none. The assembler compresses the
+    /// jump before the header to two bytes unless it is told otherwise.
+    pub(super) fn shifted(head: &[u8]) -> Option<usize> {
+        let early = [2, 4, 6];
+        early
+            .into_iter()
+            .find(|early| head.get(56 - early..60 - early) == Some(MAGIC2))
+    }
+
     /// Checks the header of a file of `file_size` bytes. `head` is its first [`HEAD_SIZE`] bytes,
     /// or the whole file if it is shorter.
     ///

@@ -63,6 +63,12 @@ pub enum KernelError {
          --kernel-format flat loads any bytes"
     )]
     Unknown,
+    /// An Image whose header is not at its place.
+    #[error(
+        "its Image header is {0} bytes too early: the assembler has compressed an instruction before \
+         it; write `.option norvc` there"
+    )]
+    Shifted(usize),
     /// The file does not have the format that `--kernel-format` requires.
     #[error("not {0}, although --kernel-format requires it")]
     NotThat(&'static str),
@@ -241,6 +247,9 @@ fn plain(head: &[u8], size: u64, format: KernelFormat, base: u64) -> Result<Kern
         let image = Image::parse(head, size)?;
         let (at, memory) = (image.text_offset, image.image_size);
         return Ok(Kernel::one_piece(size, at, memory, true));
+    }
+    if let Some(early) = Image::shifted(head) {
+        return Err(KernelError::Shifted(early));
     }
     // `Documentation/driver-api/early-userspace/buffer-format.rst`.
     if head.starts_with(b"070701") || head.starts_with(b"070702") {

@@ -89,6 +89,18 @@ fn elf(machine: u16, entry: u64, loads: &[Load]) -> Vec<u8> {
 
 const RISCV: u16 = 243;
 
+/// What an assembler makes of a header behind a jump that it compresses.
+#[test]
+fn a_header_that_has_moved_is_explained() {
+    let whole = image();
+    assert!(load(&whole).is_ok());
+    let reason = load(&whole[2..]).unwrap_err();
+    assert!(reason.contains("2 bytes too early"), "{reason}");
+    assert!(reason.contains("`.option norvc`"), "{reason}");
+    let reason = load(&whole[8..]).unwrap_err();
+    assert!(reason.starts_with("not a RISC-V kernel"), "{reason}");
+}
+
 #[test]
 fn an_image_is_the_same_however_it_is_wrapped() {
     let plain = load(&image()).unwrap();
