@@ -1,7 +1,8 @@
 //! The `rvmm` command: parses the command line, sets up logging, runs the machine, and turns its
 //! outcome into an exit status.
 
-use std::io::{self, IsTerminal, Write};
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -12,13 +13,16 @@ use log::LevelFilter;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::boot::fdt;
 use rvmm::cli::{self, Act, Cli, Command, Request};
+use rvmm::config::TraceConfig;
 use rvmm::control::{Hex, Reply, client};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats, signals, status};
+use rvmm::machine::{Machine, Outcome, Run, Stats, layout, signals, status};
+use rvmm::trace::read::{Filter, ReadError};
+use rvmm::trace::{self, Recorder};
 use rvmm::util::on_one_line;
-use rvmm::util::outfile::{Whole, append};
+use rvmm::util::outfile::{Whole, append, stream_to};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, print};
 use serde_json::Value;
@@ -32,6 +36,24 @@ fn main() -> ExitCode {
             Ok(text) => print_stdout(text),
             Err(error) => failed(&error),
         },
+        Request::Do(Command::Trace {
+            file,
+            slowest,
+            kind,
+            vcpu,
+            summary,
+        }) => {
+            let filter = Filter {
+                kind,
+                vcpu,
+                slowest,
+                summary,
+            };
+            match print_trace(&file, &filter) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(&error),
+            }
+        }
         Request::Do(Command::Ctl { path, act }) => match ctl(&path, &act) {
             Ok(text) => print_stdout(text),
             Err(error) => failed(&error),
@@ -80,6 +102,22 @@ fn info(json: bool) -> Result<String> {
         return Ok(serde_json::to_string_pretty(&info)? + "\n");
     }
     Ok(info.to_string())
+}
+
+/// `rvmm trace`. It is no error if the reader closes the pipe early.
+fn print_trace(path: &Path, filter: &Filter) -> Result<()> {
+    let failed = || format!("Failed to print trace {path:?}");
+    let file = BufReader::new(File::open(path).with_context(failed)?);
+    let mut out = BufWriter::new(io::stdout());
+    let printed = trace::read::print(file, filter, &mut out);
+    match printed.and_then(|()| Ok(out.flush()?)) {
+        Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            // Do not write the rest.
+            drop(out.into_parts());
+            Ok(())
+        }
+        printed => printed.with_context(failed),
+    }
 }
 
 /// Raises the limit of open files to its maximum: each device needs a dozen descriptors or more,
@@ -168,7 +206,12 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
             .with_context(|| format!("Failed to write device tree {path:?}"))?;
         return Ok(None);
     }
+    let recorder = match &cli.trace {
+        Some(trace) => Some(record(trace)?),
+        None => None,
+    };
     let (outcome, stats) = machine.run(&Run {
+        tracer: recorder.as_ref().map(Recorder::tracer),
         console: &cli.vm.console,
         timeout: cli.timeout.map(|time| time.0),
         reboot: !cli.no_reboot,
@@ -179,7 +222,26 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
     if let Some(stats) = stats {
         report_stats(&stats, statistics)?;
     }
+    if let (Some(recorder), Some(trace)) = (recorder, &cli.trace) {
+        let path = &trace.path;
+        let dropped = recorder
+            .finish()
+            .with_context(|| format!("Failed to write trace {path:?}"))?;
+        if dropped > 0 {
+            log::warn!(
+                "trace {path:?} lacks {dropped} events: they came too fast, or the file is full"
+            );
+        }
+    }
     Ok(Some(outcome))
+}
+
+/// Opens the file of `--trace`, and starts to write it.
+fn record(config: &TraceConfig) -> Result<Recorder> {
+    let TraceConfig { path, limit } = config;
+    let file = stream_to(path, trace::is_trace);
+    let recorder = file.and_then(|file| Recorder::start(file, *limit, layout::owner));
+    recorder.with_context(|| format!("Failed to write trace {path:?}"))
 }
 
 /// Writes the statistics of `--stats`: as JSON to `file`, or as text to standard error if there is

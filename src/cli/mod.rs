@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{ConfigError, Time, VmConfig};
+use crate::config::{ConfigError, Time, TraceConfig, VmConfig};
 use crate::control;
 use crate::machine::{harts, status};
 
@@ -88,6 +88,14 @@ pub struct Cli {
     )]
     pub stats: Option<Option<PathBuf>>,
 
+    /// Record exits and disk requests in a file
+    ///
+    /// FILE gets each exit to rvmm and each request of a disk, with the time it took, in the format
+    /// of Perfetto and Chrome (JSON). rvmm trace FILE prints it as text. FILE must be new, empty or
+    /// hold an earlier trace. FILE,limit=SIZE sets its largest size, which is 256M.
+    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
+    pub trace: Option<TraceConfig>,
+
     /// Socket for commands of rvmm ctl
     ///
     /// rvmm creates a Unix socket at PATH. The commands pause, resume, reset and end the machine,
@@ -128,6 +136,23 @@ pub enum Command {
         /// Print JSON, for scripts
         #[arg(long)]
         json: bool,
+    },
+    /// Print a trace, the FILE of --trace, as text, and a summary of it
+    Trace {
+        /// The file
+        file: PathBuf,
+        /// Print only the N events that took longest
+        #[arg(long, value_name = "N")]
+        slowest: Option<usize>,
+        /// Print only events whose name has this text, such as MMIO, SBI or request
+        #[arg(long, value_name = "TEXT")]
+        kind: Option<String>,
+        /// Print only the exits of this hart's vCPU
+        #[arg(long, value_name = "HART")]
+        vcpu: Option<u32>,
+        /// Print only the summary
+        #[arg(long)]
+        summary: bool,
     },
     /// Control a machine that was started with --ctl PATH
     Ctl {

@@ -70,6 +70,11 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
             cli.stats.as_ref().and_then(|path| path.as_deref()),
             true,
         ),
+        (
+            "--trace",
+            cli.trace.as_ref().map(|trace| trace.path.as_path()),
+            true,
+        ),
         ("--dump-dtb", cli.dump_dtb.as_deref(), true),
     ] {
         named.extend(path.map(|path| Named {

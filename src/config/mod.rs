@@ -9,6 +9,7 @@ mod keyvalue;
 mod mem;
 mod net;
 mod sigterm;
+mod trace;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ pub use disk::{Cache, DiskConfig, DiskFormat};
 pub use mem::{HugePages, MemConfig};
 pub use net::{Mac, NetConfig};
 pub use sigterm::{SigtermAct, SigtermConfig, Time};
+pub use trace::TraceConfig;
 
 /// The configuration of a virtual machine. The fields are the flags and the keys of the JSON. Their
 /// doc comments are the text of `--help`.

@@ -1,5 +1,7 @@
 //! Exits and entries of a vCPU, as plain values.
 
+use std::fmt;
+
 /// Why the guest stopped running. These are plain values, which borrow nothing from the vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmExit {
@@ -76,6 +78,23 @@ pub struct SbiCall {
     pub function: u64,
     /// The arguments (a0 to a5).
     pub args: [u64; 6],
+}
+
+/// An SBI extension id. Except for the oldest extensions, it is the extension's name in ASCII.
+#[derive(Clone, Copy, Debug)]
+pub struct SbiName(pub u64);
+
+impl fmt::Display for SbiName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0.to_be_bytes();
+        let name: Vec<u8> = bytes.into_iter().skip_while(|byte| *byte == 0).collect();
+        match std::str::from_utf8(&name) {
+            Ok(name) if name.len() > 1 && name.bytes().all(|b| b.is_ascii_graphic()) => {
+                f.write_str(name)
+            }
+            _ => write!(f, "{:#x}", self.0),
+        }
+    }
 }
 
 /// The result of an SBI call.

@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::memory::GuestMemory;
 use crate::util::ByteSize;
 pub use counters::Counter;
-pub use exit::{SbiCall, SbiRet, SystemEvent, VmEntry, VmExit};
+pub use exit::{SbiCall, SbiName, SbiRet, SystemEvent, VmEntry, VmExit};
 pub use memslot::Memslot;
 pub use regs::RegId;
 

@@ -22,6 +22,7 @@ use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
 use crate::hypervisor::{Vcpu, Vm, regs};
 use crate::memory::GuestMemory;
+use crate::trace::Slot;
 use crate::vcpu::exits::Exits;
 use crate::vcpu::sbi::Sbi;
 
@@ -44,6 +45,8 @@ pub(super) struct Hardware {
     pub(super) devices: Devices,
     /// Where the boot files were loaded.
     placement: Placement,
+    /// Exits are recorded once this has a tracer.
+    pub(super) tracer: Slot,
     uart: Arc<Uart>,
     pub(super) rtc: Arc<GoldfishRtc>,
 }
@@ -108,6 +111,7 @@ impl Hardware {
             device_tree,
             devices,
             placement: plan.placement().clone(),
+            tracer: Arc::clone(&backends.tracer),
             uart,
             rtc,
         })

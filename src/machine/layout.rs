@@ -67,7 +67,7 @@ pub(crate) const fn pci_irq(sources: u32) -> u32 {
 pub(crate) const UART_PATH: &str = "/soc/serial@10000000";
 
 /// The name of the device whose registers are at the guest-physical address `gpa`.
-pub(crate) fn owner(gpa: u64) -> Option<&'static str> {
+pub fn owner(gpa: u64) -> Option<&'static str> {
     let owners = [
         (APLIC, "APLIC"),
         (PLIC, "PLIC"),

@@ -87,6 +87,7 @@ impl Vcpus {
                 on_stop: Box::new(move |end| stopped.send(Event::Vcpu(id, end))),
                 on_call: Box::new(move || called.send(Event::Called)),
                 follow_restarts: hardware.resets_harts,
+                tracer: hardware.tracer.get().cloned(),
             };
             let vcpu = VcpuHandle::prepare(vcpu, Arc::clone(&hardware.exits), start);
             vcpu.map(|vcpu| ready.push(vcpu))

@@ -39,6 +39,7 @@ use crate::config::ConsoleConfig;
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply, State};
 use crate::devices::console::host::{Host, Keys};
+use crate::trace::Tracer;
 use crate::util::{RateLimit, guest_info};
 pub use builder::Machine;
 use ending::Ending;
@@ -87,7 +88,7 @@ impl Deadline {
 }
 
 /// How to run a machine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Run<'a> {
     /// The host's end of the console.
     pub console: &'a ConsoleConfig,
@@ -99,6 +100,8 @@ pub struct Run<'a> {
     pub stats_from: Option<Instant>,
     /// The path of the control socket, if any.
     pub control: Option<&'a Path>,
+    /// If set, record exits and the requests of disks.
+    pub tracer: Option<&'a Tracer>,
     /// Start paused: the guest does not run before a command resumes it.
     pub paused: bool,
 }
@@ -134,6 +137,10 @@ impl Machine {
     /// Fails if the host or one of its files fails. A failure of the guest is an [`Outcome`], not
     /// an error.
     pub fn run(self, how: &Run) -> Result<(Outcome, Option<Stats>)> {
+        if let Some(tracer) = how.tracer {
+            // A machine runs once, so there is no tracer yet.
+            let _ = self.backends.tracer.set(tracer.clone());
+        }
         let (post, arrived) = Post::new().context("Failed to create an eventfd")?;
         let ending = Ending::new(post.clone());
         let running = Running {

@@ -13,6 +13,7 @@ use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
 use crate::pci::HostBridge;
+use crate::trace::Slot;
 use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
 use crate::virtio::console::ConsolePort;
@@ -43,6 +44,8 @@ pub(super) struct Backends {
     pub(super) console: Option<Arc<Console>>,
     /// The power key, if SIGTERM is to press it.
     pub(super) button: Option<Arc<Button>>,
+    /// Devices record their work once this has a tracer.
+    pub(super) tracer: Slot,
 }
 
 impl Backends {
@@ -54,7 +57,8 @@ impl Backends {
     pub(super) fn open(config: &VmConfig, other: Option<MakeDevice>) -> Result<Self> {
         let console: Option<Arc<Console>> = config.virtio_console.is_some().then(Arc::default);
         let button: Option<Arc<Button>> = config.on_sigterm.patience().map(|_| Arc::default());
-        let mut make = disks(config)?;
+        let tracer = Slot::default();
+        let mut make = disks(config, &tracer)?;
         make.extend(interfaces(config)?);
         make.extend(console.clone().map(|console| port(config, console)));
         make.extend(config.rng.then(rng));
@@ -64,6 +68,7 @@ impl Backends {
             make,
             console,
             button,
+            tracer,
         })
     }
 
@@ -74,14 +79,16 @@ impl Backends {
     }
 }
 
-fn disks(config: &VmConfig) -> Result<Vec<MakeDevice>> {
+fn disks(config: &VmConfig, tracer: &Slot) -> Result<Vec<MakeDevice>> {
     let queues = config.cpus.min(DISK_QUEUES_MAX);
     let queues = u16::try_from(queues).unwrap_or(u16::MAX);
     let open = |(index, disk): (usize, &DiskConfig)| -> Result<MakeDevice> {
         let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
         let image = Arc::new(Image::open(disk)?);
+        let tracer = Arc::clone(tracer);
         Ok(Box::new(move || {
-            Ok(Box::new(Disk::new(&name, Arc::clone(&image), queues)))
+            let (image, tracer) = (Arc::clone(&image), Arc::clone(&tracer));
+            Ok(Box::new(Disk::traced(&name, image, queues, tracer)))
         }))
     };
     config.disk.iter().enumerate().map(open).collect()

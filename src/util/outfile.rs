@@ -4,7 +4,7 @@
 //! as a whole ([`Whole`]) replaces only an empty file, or an earlier file of the same kind.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -30,6 +30,37 @@ pub fn append(path: &Path) -> io::Result<File> {
     let file = open(path, options.append(true).create(true))?;
     check_unused(&file)?;
     Ok(file)
+}
+
+/// Opens the file at `path` for a long content that is written piece by piece, and creates it if it
+/// is missing. Empties it, if `is_replaceable` is true for its first bytes; a file that is empty
+/// already is always taken. Also opens pipes and terminals.
+///
+/// # Errors
+/// As [`append`]. Also fails if the file has other content.
+pub fn stream_to(path: &Path, is_replaceable: fn(&[u8]) -> bool) -> io::Result<File> {
+    const HEAD: u64 = 4096;
+    if let Ok(there) = fs::metadata(path) {
+        check_kind(&there)?;
+        if !there.is_file() {
+            return open(path, OpenOptions::new().write(true));
+        }
+    }
+    let mut options = OpenOptions::new();
+    let file = open(path, options.read(true).write(true).create(true))?;
+    let mut head = Vec::new();
+    (&file).take(HEAD).read_to_end(&mut head)?;
+    if !head.is_empty() && !is_replaceable(&head) {
+        return Err(other_content());
+    }
+    check_unused(&file)?;
+    file.set_len(0)?;
+    (&file).rewind()?;
+    Ok(file)
+}
+
+fn other_content() -> io::Error {
+    io::Error::other("the file has other content: remove it, or choose another name")
 }
 
 /// An output file that gets its content in one piece. A regular file is replaced as a whole, or not
@@ -84,9 +115,7 @@ impl Whole {
         let is_whole = content.len() as u64 == there.len();
         let is_ours = content.is_empty() || (is_whole && is_replaceable(&content));
         if !is_ours {
-            return Err(io::Error::other(
-                "the file has other content: remove it, or choose another name",
-            ));
+            return Err(other_content());
         }
         check_unused(&file)?;
         // Replace the target of a symbolic link, not the link.

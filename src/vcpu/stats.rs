@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::hypervisor::{Counter, Vcpu, VmExit};
+use crate::hypervisor::{Counter, SbiName, Vcpu, VmExit};
 use crate::memory::PAGE_SIZE;
 use crate::util::{RateLimit, guest_warn};
 
@@ -69,27 +69,11 @@ impl fmt::Display for ExitKind {
         match self {
             Self::MmioRead(gpa) => write!(f, "MMIO read {gpa:#x}"),
             Self::MmioWrite(gpa) => write!(f, "MMIO write {gpa:#x}"),
-            Self::Sbi(extension, function) => write!(f, "SBI {} {function}", Name(*extension)),
+            Self::Sbi(extension, function) => write!(f, "SBI {} {function}", SbiName(*extension)),
             Self::Csr(number) => write!(f, "CSR {number:#x}"),
             Self::Interrupted => write!(f, "interrupted"),
             Self::End => write!(f, "the end"),
             Self::Others => write!(f, "others"),
-        }
-    }
-}
-
-/// An SBI extension id. Except for the oldest extensions, it is the extension's name in ASCII.
-struct Name(u64);
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bytes = self.0.to_be_bytes();
-        let name: Vec<u8> = bytes.into_iter().skip_while(|byte| *byte == 0).collect();
-        match std::str::from_utf8(&name) {
-            Ok(name) if name.len() > 1 && name.bytes().all(|b| b.is_ascii_graphic()) => {
-                f.write_str(name)
-            }
-            _ => write!(f, "{:#x}", self.0),
         }
     }
 }

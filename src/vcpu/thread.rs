@@ -16,6 +16,7 @@ use super::hart;
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
+use crate::trace::{Event, Tracer, Track, What};
 use crate::util::cputime::cpu_time;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn};
@@ -109,6 +110,8 @@ pub struct Start {
     pub on_call: Call,
     /// Whether the host resets harts (see [`restart`](super::restart)).
     pub follow_restarts: bool,
+    /// If set, exits are recorded.
+    pub tracer: Option<Tracer>,
 }
 
 /// The signal that interrupts KVM_RUN. Its handler does nothing: the effect is that KVM_RUN returns
@@ -166,6 +169,7 @@ impl VcpuHandle {
             exits,
             restarts: Restarts::new(Arc::clone(&shared), how.on_call),
             follow_restarts: how.follow_restarts,
+            tracer: how.tracer,
         };
         let thread = spawn(Kind::Vcpu, &id.to_string(), move || {
             let parked = take.recv().ok()?;
@@ -258,6 +262,7 @@ struct Hart {
     exits: Arc<Exits>,
     restarts: Restarts,
     follow_restarts: bool,
+    tracer: Option<Tracer>,
 }
 
 /// Handles exits without counting them.
@@ -272,16 +277,36 @@ impl Serve for Plain {
     }
 }
 
-/// Handles exits and counts them.
-struct Counting<'a>(Arc<Exits>, &'a mut ExitStats);
+/// Handles exits, and counts or records them.
+struct Watched<'a> {
+    hart: u32,
+    exits: Arc<Exits>,
+    stats: Option<&'a mut ExitStats>,
+    tracer: Option<Tracer>,
+}
 
-impl Serve for Counting<'_> {
+impl Serve for Watched<'_> {
     type Next = Next;
 
     fn serve(&mut self, exit: VmExit) -> Next {
-        let began = Instant::now();
-        let next = self.0.handle(exit);
-        self.1.add(&exit, began.elapsed());
+        let at = Instant::now();
+        let next = self.exits.handle(exit);
+        let time = at.elapsed();
+        if let Some(stats) = &mut self.stats {
+            stats.add(&exit, time);
+        }
+        if let Some(tracer) = &self.tracer {
+            let entry = match &next {
+                Next::Enter(entry) => Some(*entry),
+                Next::Rare(_) => None,
+            };
+            tracer.record(Event {
+                track: Track::Vcpu(self.hart),
+                at,
+                time,
+                what: What::Exit(exit, entry),
+            });
+        }
         next
     }
 }
@@ -326,8 +351,14 @@ impl Hart {
             Err(leave) => return Ok(leave),
         };
         let exits = Arc::clone(&self.exits);
-        if let Some(stats) = stats {
-            return self.run_loop(&mut { vcpu }, &mut Counting(exits, stats), entry);
+        if stats.is_some() || self.tracer.is_some() {
+            let mut watched = Watched {
+                hart: self.id,
+                exits,
+                stats,
+                tracer: self.tracer.clone(),
+            };
+            return self.run_loop(&mut { vcpu }, &mut watched, entry);
         }
         #[cfg(target_arch = "riscv64")]
         if let Some(vcpu) = vcpu.as_kvm() {

@@ -23,4 +23,5 @@ mod report;
 mod reset;
 mod seam;
 mod stats;
+mod trace;
 mod usage;

@@ -136,10 +136,12 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, state: HartState) -> Sta
     let exits = Arc::new(exits);
     let id = u32::from(follow_restarts);
     let start = Start {
+        tracer: None,
         id,
         on_stop,
         on_call: Box::new(move || called.send(()).unwrap()),
         follow_restarts,
+        tracer: None,
     };
     let parked = Parked::of_new(Box::new(vcpu), id, follow_restarts, stats);
     let handle = VcpuHandle::prepare(parked, Arc::clone(&exits), start)
@@ -292,10 +294,12 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
 fn prepare_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (Ready, mpsc::Receiver<()>) {
     let (called, calls) = mpsc::channel();
     let start = Start {
+        tracer: None,
         id,
         on_stop: Box::new(|_| {}),
         on_call: Box::new(move || called.send(()).unwrap()),
         follow_restarts: id > 0,
+        tracer: None,
     };
     let ready = VcpuHandle::prepare(parked, Arc::clone(exits), start);
     (ready.unwrap(), calls)

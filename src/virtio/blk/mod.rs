@@ -32,6 +32,7 @@ use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::Virtq;
 use super::stop::{Stop, StopFor};
 use super::worker::{Worker, Workers};
+use crate::trace::Slot;
 use crate::util::RateLimit;
 use crate::util::thread::Kind;
 
@@ -53,6 +54,10 @@ struct Shared {
     name: String,
     image: Arc<Image>,
     queues: u16,
+    /// Requests are recorded once this has a tracer.
+    tracer: Slot,
+    /// The name for traces.
+    track: Arc<str>,
     /// Whether each write must be durable before its request ends.
     through: AtomicBool,
     failures: RateLimit,
@@ -61,11 +66,18 @@ struct Shared {
 impl Disk {
     /// Returns a disk with this `image`, and at least one queue.
     pub fn new(name: &str, image: Arc<Image>, queues: u16) -> Self {
+        Self::traced(name, image, queues, Slot::default())
+    }
+
+    /// As [`Disk::new`]. Requests are recorded once `tracer` has a tracer.
+    pub fn traced(name: &str, image: Arc<Image>, queues: u16, tracer: Slot) -> Self {
         Self {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
                 image,
                 queues: queues.max(1),
+                tracer,
+                track: name.into(),
                 through: AtomicBool::new(false),
                 failures: RateLimit::named(name),
             }),

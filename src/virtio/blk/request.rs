@@ -35,6 +35,8 @@ pub(super) struct Request {
     status: Byte,
     /// Bytes that the device may write before the status byte.
     pub room: usize,
+    /// Bytes of data, whatever becomes of `data`.
+    pub length: usize,
 }
 
 /// The operation that a request asks for. Offsets and lengths are in bytes.
@@ -54,6 +56,22 @@ pub(super) enum Operation {
     WriteZeroes(Vec<Range>),
     /// An unknown type, or an invalid list of ranges.
     Unsupported,
+}
+
+impl Operation {
+    /// Its name, and the offset of its first byte.
+    pub(super) fn describe(&self) -> (&'static str, u64) {
+        let start = |ranges: &[Range]| ranges.first().map_or(0, |range| range.offset);
+        match self {
+            Operation::Read(at) => ("read", *at),
+            Operation::Write(at) => ("write", *at),
+            Operation::Flush => ("flush", 0),
+            Operation::Id => ("id", 0),
+            Operation::Discard(ranges) => ("discard", start(ranges)),
+            Operation::WriteZeroes(ranges) => ("write zeroes", start(ranges)),
+            Operation::Unsupported => ("unsupported", 0),
+        }
+    }
 }
 
 /// A part of the disk.
@@ -76,6 +94,17 @@ pub(super) enum Status {
     IoError = VIRTIO_BLK_S_IOERR as isize,
     /// The disk does not support the operation.
     Unsupported = VIRTIO_BLK_S_UNSUPP as isize,
+}
+
+impl Status {
+    /// Its name in a trace.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::IoError => "error",
+            Status::Unsupported => "unsupported",
+        }
+    }
 }
 
 impl Request {
@@ -109,6 +138,7 @@ impl Request {
         };
         Some(Self {
             operation,
+            length: data.len(),
             data,
             status,
             room,

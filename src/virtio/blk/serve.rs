@@ -5,14 +5,16 @@
 //! image.
 
 use std::io;
+use std::sync::Arc;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Shared;
 use super::durable::Mark;
 use super::execute::{Outcome, STEP};
 use super::request::{Operation, Request};
 use crate::memory::{Op, Pieces, Ring};
+use crate::trace::{Event, Track, What};
 use crate::util::poll::{borrow, wait_readable_for};
 use crate::util::{RateLimit, guest_debug, guest_warn};
 use crate::virtio::queue::{Broken, Chain, Virtq};
@@ -29,8 +31,10 @@ const IN_FLIGHT: usize = 4 * STEP;
 struct Pending {
     head: u16,
     request: Request,
-    /// When the request began.
+    /// What had been written when the request began.
     mark: Mark,
+    /// When the request began, if requests are recorded.
+    began: Option<Instant>,
 }
 
 impl Shared {
@@ -129,6 +133,7 @@ impl Shared {
             head,
             request,
             mark,
+            began: self.tracer.get().map(|_| Instant::now()),
         })
     }
 
@@ -139,7 +144,7 @@ impl Shared {
         stop: &Stop,
     ) -> Result<(), Broken> {
         match self.execute(&mut pending.request, stop) {
-            Some(outcome) => pending.end(queue, outcome),
+            Some(outcome) => self.end(&pending, queue, outcome),
             None => Ok(()),
         }
     }
@@ -213,7 +218,7 @@ impl Shared {
         let mut unsynced = Vec::new();
         while let Some((data, mut pending, result)) = ring.reap() {
             match self.ended(&mut pending, data, result, stop) {
-                End::As(outcome) => pending.end(queue, outcome)?,
+                End::As(outcome) => self.end(&pending, queue, outcome)?,
                 End::Unsynced => unsynced.push(pending),
                 End::Stopped => {}
             }
@@ -232,7 +237,7 @@ impl Shared {
                 None => Outcome::ok(0),
                 Some(error) => self.failed(&request.operation, request.data.len(), error),
             };
-            pending.end(queue, outcome)?;
+            self.end(&pending, queue, outcome)?;
         }
         Ok(())
     }
@@ -279,6 +284,28 @@ impl Shared {
         Ok(())
     }
 
+    /// Returns `pending` to the driver.
+    fn end(&self, pending: &Pending, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
+        let Outcome { status, data } = outcome;
+        let request = &pending.request;
+        queue.push(pending.head, request.finish(status, data))?;
+        if let (Some(tracer), Some(at)) = (self.tracer.get(), pending.began) {
+            let (act, offset) = request.operation.describe();
+            tracer.record(Event {
+                track: Track::Queue(Arc::clone(&self.track), queue.index()),
+                at,
+                time: at.elapsed(),
+                what: What::Request {
+                    act,
+                    offset,
+                    bytes: request.length as u64,
+                    status: status.name(),
+                },
+            });
+        }
+        Ok(())
+    }
+
     /// Cancels the requests in flight. Returns those that were completed to the driver; not those
     /// that were cancelled or are incomplete.
     fn stop(&self, queue: &mut Virtq, ring: Ring<Pending>) -> Result<(), Broken> {
@@ -287,17 +314,10 @@ impl Shared {
             let is_whole = result.is_ok_and(|count| count == data.len());
             if is_whole && !(is_write && self.is_through()) {
                 let outcome = done(&pending.request);
-                pending.end(queue, outcome)?;
+                self.end(&pending, queue, outcome)?;
             }
         }
         Ok(())
-    }
-}
-
-impl Pending {
-    fn end(&self, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
-        let Outcome { status, data } = outcome;
-        queue.push(self.head, self.request.finish(status, data))
     }
 }
 
