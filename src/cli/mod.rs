@@ -1,5 +1,6 @@
 //! The command line.
 
+mod command;
 mod file;
 mod names;
 
@@ -7,11 +8,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser};
 
 use crate::config::{ConfigError, Time, TraceConfig, VmConfig};
-use crate::control;
 use crate::machine::{harts, status};
+pub use command::{Act, Command};
 
 const NOTES: &str = "\
 Example:
@@ -126,87 +127,6 @@ pub struct Cli {
     /// The log goes to FILE instead of standard error. The reason for a failure goes to both.
     #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
-}
-
-/// What rvmm does instead of running a machine.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Show what this host's KVM offers guests, and which known bugs it has
-    Info {
-        /// Print JSON, for scripts
-        #[arg(long)]
-        json: bool,
-    },
-    /// Print a trace, the FILE of --trace, as text, and a summary of it
-    Trace {
-        /// The file
-        file: PathBuf,
-        /// Print only the N events that took longest
-        #[arg(long, value_name = "N")]
-        slowest: Option<usize>,
-        /// Print only events whose name has this text, such as MMIO, SBI or request
-        #[arg(long, value_name = "TEXT")]
-        kind: Option<String>,
-        /// Print only the exits of this hart's vCPU
-        #[arg(long, value_name = "HART")]
-        vcpu: Option<u32>,
-        /// Print only the summary
-        #[arg(long)]
-        summary: bool,
-    },
-    /// Control a machine that was started with --ctl PATH
-    Ctl {
-        /// The socket that was given to --ctl
-        path: PathBuf,
-        /// The command for the machine
-        #[command(subcommand)]
-        act: Act,
-    },
-}
-
-/// The commands of `rvmm ctl`.
-#[derive(Debug, Subcommand)]
-pub enum Act {
-    /// Show whether the guest runs, and the state of its devices
-    Status {
-        /// Print JSON, for scripts
-        #[arg(long)]
-        json: bool,
-    },
-    /// Pause the guest's vCPUs and devices; nothing is lost
-    Pause,
-    /// Resume a paused guest
-    Resume,
-    /// End the machine, as Ctrl-A X does
-    Stop,
-    /// Restart the guest, as if power was off for a moment
-    Reset,
-    /// Show how many exits the guest has caused and the time they took, as JSON; the machine must
-    /// have been started with --stats
-    Stats,
-    /// Explain what the guest's harts are doing: registers, the last trap, page tables, callers
-    Report,
-    /// Write the guest's device tree to FILE, or to standard output
-    DumpDtb {
-        /// The file must be new, empty or hold an earlier tree of rvmm
-        file: Option<PathBuf>,
-    },
-}
-
-impl Act {
-    /// The command that is sent to the machine.
-    pub fn command(&self) -> control::Command {
-        match self {
-            Act::Status { .. } => control::Command::Status,
-            Act::Pause => control::Command::Pause,
-            Act::Resume => control::Command::Resume,
-            Act::Stop => control::Command::Stop,
-            Act::Reset => control::Command::Reset,
-            Act::Stats => control::Command::Stats,
-            Act::DumpDtb { .. } => control::Command::DumpDtb,
-            Act::Report => control::Command::Report,
-        }
-    }
 }
 
 /// The request that a command line makes.

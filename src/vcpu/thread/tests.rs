@@ -136,7 +136,6 @@ fn start_as(exits: &[VmExit], stats: Option<ExitStats>, state: HartState) -> Sta
     let exits = Arc::new(exits);
     let id = u32::from(follow_restarts);
     let start = Start {
-        tracer: None,
         id,
         on_stop,
         on_call: Box::new(move || called.send(()).unwrap()),
@@ -294,7 +293,6 @@ fn start_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (VcpuHandle, mpsc
 fn prepare_again(parked: Parked, exits: &Arc<Exits>, id: u32) -> (Ready, mpsc::Receiver<()>) {
     let (called, calls) = mpsc::channel();
     let start = Start {
-        tracer: None,
         id,
         on_stop: Box::new(|_| {}),
         on_call: Box::new(move || called.send(()).unwrap()),
