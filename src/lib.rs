@@ -29,6 +29,8 @@ pub mod vcpu;
 
 pub mod report;
 
+pub mod gdb;
+
 pub mod control;
 
 pub mod machine;

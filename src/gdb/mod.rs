@@ -1,0 +1,3 @@
+//! The debugger's view of a guest.
+
+pub mod step;
