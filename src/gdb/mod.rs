@@ -1,3 +1,4 @@
 //! The debugger's view of a guest.
 
+pub mod arch;
 pub mod step;

@@ -70,6 +70,11 @@ impl RegId {
         Self::u64(0x03, index)
     }
 
+    /// f0 to f31, of the D extension (KVM_REG_RISCV_FP_D).
+    pub const fn float(index: u64) -> Self {
+        Self::u64(0x06, index)
+    }
+
     /// A register of group TIMER.
     pub const fn timer(index: u64) -> Self {
         Self::u64(0x04, index)
