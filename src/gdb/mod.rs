@@ -1,4 +1,5 @@
 //! The debugger's view of a guest.
 
 pub mod arch;
+pub mod plants;
 pub mod step;
