@@ -113,7 +113,12 @@ pub struct Cli {
     /// Write the device tree, and end
     ///
     /// The guest does not run. FILE must be new, empty or hold an earlier tree of rvmm.
-    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
+    #[arg(
+        help_heading = "Messages and reports",
+        hide_short_help = true,
+        long,
+        value_name = "FILE"
+    )]
     pub dump_dtb: Option<PathBuf>,
 
     /// Print more messages; -vv for details

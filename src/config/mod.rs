@@ -43,6 +43,7 @@ pub struct VmConfig {
     /// Format: auto, image, elf or flat
     #[arg(
         help_heading = "Boot",
+        hide_short_help = true,
         hide_default_value = true,
         hide_possible_values = true,
         long,
@@ -244,7 +245,12 @@ pub struct VmConfig {
     ///
     /// FILE is an ELF file of the kernel, its System.map, or a copy of the guest's /proc/kallsyms.
     /// Without this flag, the symbols are those of --kernel if that is an ELF file.
-    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
+    #[arg(
+        help_heading = "Messages and reports",
+        hide_short_help = true,
+        long,
+        value_name = "FILE"
+    )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub symbols: Option<PathBuf>,
 }

@@ -65,8 +65,8 @@ pub enum KernelError {
     Unknown,
     /// An Image whose header is not at its place.
     #[error(
-        "its Image header is {0} bytes too early: the assembler has compressed an instruction before \
-         it; write `.option norvc` there"
+        "its Image header is {0} bytes too early: the assembler has compressed an instruction \
+         before it; write `.option norvc` there"
     )]
     Shifted(usize),
     /// The file does not have the format that `--kernel-format` requires.
