@@ -44,8 +44,7 @@ impl Running<'_> {
             return Ok(Some(End::Over(outcome)));
         }
         vcpus.park(&mut self.main)?;
-        let limit = RateLimit::with_burst("crash reports", REPORTS);
-        if limit.admit().is_some() {
+        if may_report() {
             print_lines(&self.report(vcpus, Some(hart))?);
         }
         let act = self.machine.config.on_crash.act;
@@ -76,15 +75,19 @@ impl Running<'_> {
         hang: Hang,
         vcpus: &mut Vcpus,
     ) -> Result<Option<End>> {
-        let act = self.machine.config.on_crash.act;
-        let report =
-            self.while_parked(vcpus, |running, vcpus| running.report(vcpus, Some(hart)))?;
-        warn!("hart {hart} gets nowhere: {hang}");
-        match report {
-            Ok(report) => print_lines(&report),
-            Err(error) => drop(stays_paused(error)),
+        guest_warn!(
+            RateLimit::named("hangs"),
+            "hart {hart} gets nowhere: {hang}"
+        );
+        if may_report() {
+            let report =
+                self.while_parked(vcpus, |running, vcpus| running.report(vcpus, Some(hart)))?;
+            match report {
+                Ok(report) => print_lines(&report),
+                Err(error) => drop(stays_paused(error)),
+            }
         }
-        match act {
+        match self.machine.config.on_crash.act {
             CrashAct::Report => {}
             CrashAct::Reset => return Ok(Some(End::Reset(None))),
             CrashAct::Pause => {
@@ -146,4 +149,10 @@ impl Running<'_> {
         }
         Ok(text)
     }
+}
+
+/// Whether there were not too many reports lately.
+fn may_report() -> bool {
+    let limit = RateLimit::with_burst("crash reports", REPORTS);
+    limit.admit().is_some()
 }
