@@ -3,3 +3,4 @@
 pub mod arch;
 pub mod plants;
 pub mod step;
+pub mod target;
