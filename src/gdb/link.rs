@@ -293,7 +293,7 @@ mod tests {
         let (port, mut wire, heard, mut main) = server();
         let mut gdb = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
         assert_eq!(next(&mut main, &heard), Said::Hello);
-        gdb.write_all(b"$g#67").unwrap();
+        Write::write_all(&mut gdb, b"$g#67").unwrap();
         assert_eq!(next(&mut main, &heard), Said::Bytes(b"$g#67".to_vec()));
         wire.write_all(b"+").unwrap();
         wire.flush().unwrap();

@@ -61,15 +61,15 @@ pub fn hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
     if let Some(hint) = instruction_hint(hart, ram) {
         return Some(hint);
     }
+    let is_in_code = hart.instruction(ram, hart.pc).is_some();
+    if stack_is_outside(hart, ram) && (has_trapped || !is_in_code) {
+        return Some(Hint::StackOutsideRam);
+    }
     if hart.satp >> 60 == 0 && hart.cause().is_fetch() && has_trapped {
         let is_virtual = hart.stval > ram.last_addr().raw_value();
         if is_virtual {
             return Some(Hint::NoPageTables);
         }
-    }
-    let is_in_code = hart.instruction(ram, hart.pc).is_some();
-    if stack_is_outside(hart, ram) && (has_trapped || !is_in_code) {
-        return Some(Hint::StackOutsideRam);
     }
     if !vector_is_code && (has_trapped || !is_in_code) {
         return Some(Hint::NoTrapVector);
