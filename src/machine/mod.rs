@@ -285,7 +285,11 @@ impl Running<'_> {
             }
         }
         let end = self.watch(&mut vcpus);
-        *state = vcpus.state();
+        // The vCPUs of a guest that cannot go on are parked already, and it was not paused.
+        *state = match &end {
+            Ok(End::Reset(None)) => State::Running,
+            _ => vcpus.state(),
+        };
         if let Some(stats) = &mut self.stats {
             stats.guest_was(*state);
         }

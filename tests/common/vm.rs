@@ -279,8 +279,13 @@ impl Vm {
 
     /// Waits until rvmm's messages contain `text`.
     pub(crate) fn wait_for_log(&self, text: &str) {
+        self.wait_for_log_times(text, 1);
+    }
+
+    /// Waits until rvmm's messages contain `text` so many times.
+    pub(crate) fn wait_for_log_times(&self, text: &str, times: usize) {
         let mut state = self.log.lock();
-        while count(&state.bytes, text) == 0 {
+        while count(&state.bytes, text) < times {
             assert!(!state.ended, "rvmm ended without the message {text:?}");
             state = self.log.wait(state, self.deadline, text);
         }

@@ -196,7 +196,7 @@ fn a_guest_that_cannot_go_on_is_paused() {
     has_lines(text.as_str().expect("text"), &["amoswap.w"]);
     // It cannot go on where it is, but it can start again.
     ctl.done("resume");
-    while ctl.status()["state"] != "paused" {}
+    vm.wait_for_log_times("the guest is paused", 2);
     vm.wait_for_times("amo\n", 1);
     ctl.done("reset");
     ctl.done("resume");
