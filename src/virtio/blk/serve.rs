@@ -295,6 +295,7 @@ impl Shared {
 }
 
 impl Pending {
+    /// Returns the request to the driver. By reference, because a move would copy the request.
     fn end(&self, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
         let Outcome { status, data } = outcome;
         queue.push(self.head, self.request.finish(status, data))
