@@ -1,8 +1,8 @@
 /*
  * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that
  * a running guest needs comes first and together. The host maps code in units of 64 KiB around each
- * page that is used, so a running machine keeps half as much of it in memory. The other code
- * follows in its usual order. The names use Rust's legacy mangling; a pattern that matches nothing
+ * page that is used, so a running machine keeps less of it in memory (docs/performance.md, "Code in
+ * order"). The other code follows in its usual order. The names use Rust's legacy mangling; a pattern that matches nothing
  * has no effect.
  */
 .text : {
@@ -13,10 +13,10 @@
   /* Implementations of traits: their names begin with the type. */
   *(.text._ZN*_?LT?rvmm..vcpu* .text._ZN*_?LT?rvmm..bus* .text._ZN*_?LT?rvmm..irqchip* .text._ZN*_?LT?rvmm..devices*)
   *(.text._ZN4rvmm10hypervisor* .text._ZN*_?LT?rvmm..hypervisor*)
-  /* The main loop, and the function that releases code and then returns to it. */
+  /* The main loop, and util::text, which it calls to release the code of the start. */
   *(.text._ZN4rvmm7machine8mainloop* .text._ZN4rvmm7machine8meantime* .text._ZN*_?LT?rvmm..machine..mainloop*)
   *(.text._ZN4rvmm4util4text* .text._ZN13event_manager* .text._ZN*_?LT?event_manager* .text._ZN12vmm_sys_util*)
-  /* What these call: locks, channels, time and buffers of the standard library, and the C library. */
+  /* What the groups above call: locks, channels, time and buffers of the standard library, and the C library. */
   *(.text._ZN3std4sync* .text._ZN3std3sys4sync* .text.unlikely._ZN3std3sys4sync* .text._ZN3std4time*)
   *(.text._ZN3std3sys3pal4unix4time* .text._ZN*_?LT?alloc..collections..vec_deque* .text._ZN5alloc11collections9vec_deque*)
   *(.text.unlikely._ZN5alloc7raw_vec* .text._ZN5alloc4sync* .text._ZN3std6thread* .text.unlikely._ZN3std6thread*)

@@ -169,7 +169,8 @@ impl MainLoop {
     fn wait(&mut self, time: Option<Duration>) -> Result<()> {
         const FOR_EVER: i32 = -1;
         let milliseconds = time.map_or(FOR_EVER, |time| {
-            // Round up: waking too early would cost one more turn of the loop.
+            // Round up: waking too early would cost one more turn of the loop. div_ceil would do it
+            // too, but its division of 128 bits is a function with a table that stays in memory.
             let up = time.saturating_add(Duration::from_nanos(999_999));
             i32::try_from(up.as_millis()).unwrap_or(i32::MAX)
         });

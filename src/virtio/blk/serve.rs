@@ -284,7 +284,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Returns `pending` to the driver.
+    /// Returns `pending` to the driver. By reference, because a move would copy the request.
     fn end(&self, pending: &Pending, queue: &mut Virtq, outcome: Outcome) -> Result<(), Broken> {
         let Outcome { status, data } = outcome;
         let request = &pending.request;
