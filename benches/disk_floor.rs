@@ -58,6 +58,7 @@ mod floor {
         let (outcome, _) = machine.run(&Run {
             console: &cli.vm.console,
             timeout: None,
+            tracer: None,
             reboot: false,
             stats_from: None,
             control: None,

@@ -126,7 +126,7 @@ mod tests {
         assert!(!plants.plant(&ram, at(RAM + (1 << 20) - 1)));
         let unmapped = Place {
             address: 0x1000,
-            satp: 8 << 60 | RAM >> 12,
+            satp: (8 << 60) | (RAM >> 12),
         };
         assert!(!plants.plant(&ram, unmapped));
         plants.remove_all(&ram);

@@ -183,7 +183,7 @@ fn new_satp(hart: &Hart, instruction: u32) -> Option<u64> {
     }
     let field = register(instruction, 15);
     let immediate = field as u64;
-    match instruction >> 12 & 0b111 {
+    match (instruction >> 12) & 0b111 {
         0b001 => Some(hart.x[field]),
         0b010 => Some(hart.satp | hart.x[field]),
         0b011 => Some(hart.satp & !hart.x[field]),
@@ -229,7 +229,7 @@ fn decode_long(instruction: u32) -> Flow {
                 instruction,
                 &[(31, 12, 1), (7, 11, 1), (25, 5, 6), (8, 1, 4)],
             );
-            let condition = match instruction >> 12 & 0b111 {
+            let condition = match (instruction >> 12) & 0b111 {
                 0b000 => Condition::Equal,
                 0b001 => Condition::NotEqual,
                 0b100 => Condition::Less,
@@ -251,7 +251,7 @@ fn decode_short(instruction: u32) -> Flow {
     const QUADRANT_2: u32 = 0b10;
     /// Registers in three bits are x8 to x15.
     fn short_register(instruction: u32) -> usize {
-        8 + (instruction as usize >> 7 & 0b111)
+        8 + ((instruction as usize >> 7) & 0b111)
     }
     let branch = |condition| {
         let offset = scattered(
@@ -260,7 +260,7 @@ fn decode_short(instruction: u32) -> Flow {
         );
         Flow::Branch(condition, short_register(instruction), 0, offset)
     };
-    match (instruction & 0b11, instruction >> 13 & 0b111) {
+    match (instruction & 0b11, (instruction >> 13) & 0b111) {
         (QUADRANT_1, 0b101) => Flow::Jump(scattered(
             instruction,
             &[
@@ -277,7 +277,7 @@ fn decode_short(instruction: u32) -> Flow {
         (QUADRANT_1, 0b110) => branch(Condition::Equal),
         (QUADRANT_1, 0b111) => branch(Condition::NotEqual),
         // c.jr and c.jalr have no second register. c.ebreak is c.jalr of x0.
-        (QUADRANT_2, 0b100) if instruction >> 2 & 0x1f == 0 && register(instruction, 7) != 0 => {
+        (QUADRANT_2, 0b100) if (instruction >> 2) & 0x1f == 0 && register(instruction, 7) != 0 => {
             Flow::Register(register(instruction, 7), 0)
         }
         _ => Flow::Next,
@@ -285,7 +285,7 @@ fn decode_short(instruction: u32) -> Flow {
 }
 
 fn register(instruction: u32, at: u32) -> usize {
-    (instruction >> at & 0x1f) as usize
+    ((instruction >> at) & 0x1f) as usize
 }
 
 /// Puts a signed number together from its parts: (lowest bit in the instruction, lowest bit in the
@@ -293,7 +293,7 @@ fn register(instruction: u32, at: u32) -> usize {
 fn scattered(instruction: u32, parts: &[(u32, u32, u32)]) -> i64 {
     let mut value = 0i64;
     for (from, to, bits) in parts {
-        let part = instruction >> from & ((1 << bits) - 1);
+        let part = (instruction >> from) & ((1 << bits) - 1);
         value |= i64::from(part) << to;
     }
     let sign = parts.first().map_or(63, |(_, to, bits)| to + bits - 1);

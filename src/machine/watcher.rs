@@ -344,8 +344,8 @@ mod tests {
             assert_eq!(verdict(&[hart(pc, 8, HERE)]), rest, "{pc:#x}");
         }
         // Timer interrupts.
-        let timer = hart(HERE, 1 << 63 | 5, HERE);
-        assert_eq!(verdict(&[hart(VECTOR, 1 << 63 | 5, HERE), timer]), rest);
+        let timer = hart(HERE, (1 << 63) | 5, HERE);
+        assert_eq!(verdict(&[hart(VECTOR, (1 << 63) | 5, HERE), timer]), rest);
         // Page faults, at one instruction and at several addresses.
         let faults = [1, 2].map(|page| Hart {
             stval: page << 12,
@@ -366,7 +366,7 @@ mod tests {
     fn a_panic_is_found_whatever_interrupts_it() {
         let mut samples = Samples::default();
         for index in 0..PANICS {
-            let scause = 1 << 63 | index as u64;
+            let scause = (1 << 63) | index as u64;
             let verdict = samples.add(hart(HERE, scause, HERE), true);
             let expected = match index + 1 {
                 PANICS => Verdict::Hangs(Hang::Panic),

@@ -53,7 +53,7 @@ fn is_leaf(hart: &Hart, ram: &GuestMemory) -> bool {
     let Some((call, 4)) = hart.instruction(ram, hart.x[RA].wrapping_sub(4)) else {
         return false;
     };
-    let (opcode, to) = (call & 0x7f, call >> 7 & 0x1f);
+    let (opcode, to) = (call & 0x7f, (call >> 7) & 0x1f);
     [JAL, JALR].contains(&opcode) && to == 1
 }
 

@@ -87,7 +87,7 @@ fn instruction_hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
     let here = hart.instruction(ram, hart.pc);
     if here.is_some_and(|(instruction, _)| is_for_ram_only(instruction)) {
         let (instruction, _) = here?;
-        let base = usize::try_from(instruction >> 15 & 0x1f).ok()?;
+        let base = usize::try_from((instruction >> 15) & 0x1f).ok()?;
         let to = hart.physical(ram, *hart.x.get(base)?);
         if to.is_some_and(|to| !is_ram(ram, to)) {
             return Some(Hint::AtomicOnDevice);
@@ -108,13 +108,13 @@ fn instruction_hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
 /// The CSR that `instruction` accesses, if it is one of a mode above supervisor mode.
 fn higher_csr(instruction: u32) -> Option<u16> {
     const SYSTEM: u32 = 0x73;
-    let function = instruction >> 12 & 0b111;
+    let function = (instruction >> 12) & 0b111;
     if instruction & 0x7f != SYSTEM || function & 0b11 == 0 {
         return None;
     }
     let number = u16::try_from(instruction >> 20).ok()?;
     // Bits 9 and 8 are the lowest mode that may access it: 2 is the hypervisor, 3 is machine mode.
-    (number >> 8 & 0b11 >= 2).then_some(number)
+    ((number >> 8) & 0b11 >= 2).then_some(number)
 }
 
 /// Whether `instruction` is an atomic one, or a vector load or store.
@@ -122,7 +122,7 @@ fn is_for_ram_only(instruction: u32) -> bool {
     const AMO: u32 = 0x2f;
     const LOAD_FP: u32 = 0x07;
     const STORE_FP: u32 = 0x27;
-    let is_vector = matches!(instruction >> 12 & 0b111, 0 | 5 | 6 | 7);
+    let is_vector = matches!((instruction >> 12) & 0b111, 0 | 5 | 6 | 7);
     match instruction & 0x7f {
         AMO => true,
         LOAD_FP | STORE_FP => is_vector,

@@ -90,7 +90,7 @@ fn page_tables_are_shown_level_by_level() {
     ram.write_obj(1u64.to_le(), GuestAddress(root + 8)).unwrap();
     let hart = Hart {
         pc: 0x200,
-        satp: 8 << 60 | root >> 12,
+        satp: (8 << 60) | (root >> 12),
         stvec: 0x1000,
         scause: 13,
         sepc: 0x200,

@@ -11,7 +11,7 @@ use super::is_trace;
 use super::line::Line;
 
 /// The longest line that is read, in bytes. rvmm writes none that is longer.
-const LINE_MAX: u64 = 4096;
+const LINE_MAX: usize = 4096;
 
 /// Why a file cannot be printed.
 #[derive(Debug, Error)]
@@ -76,7 +76,7 @@ pub fn print(
     let mut bytes = Vec::new();
     for number in 1.. {
         bytes.clear();
-        let length = io::Read::take(&mut file, LINE_MAX).read_until(b'\n', &mut bytes)?;
+        let length = io::Read::take(&mut file, LINE_MAX as u64).read_until(b'\n', &mut bytes)?;
         if length == 0 {
             break;
         }
@@ -89,7 +89,7 @@ pub fn print(
         match serde_json::from_slice(text) {
             Ok(line) => printer.line(line)?,
             // rvmm was killed while it wrote this line.
-            Err(_) if !is_whole && length < LINE_MAX as usize => break,
+            Err(_) if !is_whole && length < LINE_MAX => break,
             Err(_) => return Err(ReadError::Line(number)),
         }
     }

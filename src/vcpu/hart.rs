@@ -112,7 +112,7 @@ impl Hart {
         }
         // The second half may be in another page.
         let high = u16::from_le_bytes(self.bytes::<2>(ram, address.wrapping_add(2))?);
-        Some((u32::from(high) << 16 | u32::from(low), 4))
+        Some(((u32::from(high) << 16) | u32::from(low), 4))
     }
 
     /// Bytes that do not cross a page.

@@ -124,7 +124,7 @@ pub fn mode_name(satp: u64) -> &'static str {
 pub fn entry_bits(entry: u64) -> String {
     let letters = "DAGUXWRV".chars().zip((0..8).rev());
     letters
-        .map(|(letter, bit)| if entry >> bit & 1 == 1 { letter } else { '-' })
+        .map(|(letter, bit)| if (entry >> bit) & 1 == 1 { letter } else { '-' })
         .collect()
 }
 
