@@ -114,9 +114,9 @@ impl Debugger {
         self.harts.get(tid.get() - 1).ok_or(TargetError::NonFatal)
     }
 
-    /// Calls `access` for each part of `length` bytes at `start` that is in one page, with its place
-    /// in the bytes and its guest-physical address. Stops at the first part that is not mapped, and
-    /// where `access` fails. Returns the number of bytes before it.
+    /// Calls `access` for each part of `length` bytes at `start` that is in one page, with its
+    /// place in the bytes and its guest-physical address. Stops at the first part that is not
+    /// mapped, and where `access` fails. Returns the number of bytes before it.
     fn by_page(
         &self,
         tid: Tid,

@@ -24,8 +24,8 @@ pub(super) enum Vcpus {
 }
 
 impl Vcpus {
-    /// Parks `vcpus`, which have not run yet. `resets_harts`: see `vcpu::restart`. If `count`, their
-    /// exits are counted.
+    /// Parks `vcpus`, which have not run yet. `resets_harts`: see `vcpu::restart`. If `count`,
+    /// their exits are counted.
     pub(super) fn of_new(vcpus: Vec<Box<dyn Vcpu>>, resets_harts: bool, count: bool) -> Self {
         let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
         let park = |(hart, vcpu)| {

@@ -13,9 +13,9 @@
 //! each sample is in panic(), or called from it                       a panic
 //! ```
 //!
-//! A hart that waits uses no CPU time, and is never sampled. So an idle machine wakes up every eight
-//! seconds for this (`--on-crash ACT,watch=TIME`), and one that is busy and well has a few samples
-//! in that time.
+//! A hart that waits uses no CPU time, and is never sampled. So an idle machine wakes up every
+//! eight seconds for this (`--on-crash ACT,watch=TIME`), and one that is busy and well has a few
+//! samples in that time.
 
 use std::fmt;
 use std::sync::Arc;

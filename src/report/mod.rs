@@ -1,8 +1,8 @@
 //! The report on a guest that went wrong: what its harts are doing, in words.
 //!
 //! [`Hart`] has the registers of a hart that does not run. [`Report`] explains them: the place
-//! that each address leads to, the instruction at `pc`, the last trap, the page tables, the callers,
-//! and the likely mistake. It reads guest RAM and changes nothing.
+//! that each address leads to, the instruction at `pc`, the last trap, the page tables, the
+//! callers, and the likely mistake. It reads guest RAM and changes nothing.
 
 pub mod backtrace;
 pub mod hint;

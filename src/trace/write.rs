@@ -85,8 +85,8 @@ impl Writer {
         }
     }
 
-    /// Writes the last lines. `missed` events did not reach the writer. Returns the number of events
-    /// that are not in the file.
+    /// Writes the last lines. `missed` events did not reach the writer. Returns the number of
+    /// events that are not in the file.
     ///
     /// # Errors
     /// Fails if the file cannot be written.
