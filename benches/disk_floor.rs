@@ -59,6 +59,7 @@ mod floor {
             console: &cli.vm.console,
             timeout: None,
             tracer: None,
+            gdb: None,
             reboot: false,
             stats_from: None,
             control: None,

@@ -217,6 +217,7 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         reboot: !cli.no_reboot,
         stats_from: cli.stats.is_some().then_some(began),
         control: cli.ctl.as_deref(),
+        gdb: cli.gdb.as_ref(),
         paused: cli.pause,
     })?;
     if let Some(stats) = stats {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use crate::config::{ConfigError, Time, TraceConfig, VmConfig};
+use crate::config::{ConfigError, GdbConfig, Time, TraceConfig, VmConfig};
 use crate::machine::{harts, status};
 pub use command::{Act, Command};
 
@@ -103,6 +103,14 @@ pub struct Cli {
     /// and report its state.
     #[arg(help_heading = "Control", long, value_name = "PATH")]
     pub ctl: Option<PathBuf>,
+
+    /// Debug the guest with GDB
+    ///
+    /// GDB connects with "target remote". The harts are its threads. WHERE is a TCP port of this
+    /// host, which all its users can reach, or unix:PATH, which only you can reach. With WHERE,wait
+    /// the guest does not run before GDB lets it go on.
+    #[arg(help_heading = "Control", long, value_name = "WHERE[,wait]")]
+    pub gdb: Option<GdbConfig>,
 
     /// Start paused; needs --ctl
     ///

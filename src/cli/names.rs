@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::Cli;
-use crate::config::ConsoleConfig;
+use crate::config::{ConsoleConfig, GdbAddress};
 
 /// A path, and the flag that names it.
 struct Named<'a> {
@@ -73,6 +73,14 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
         (
             "--trace",
             cli.trace.as_ref().map(|trace| trace.path.as_path()),
+            true,
+        ),
+        (
+            "--gdb",
+            cli.gdb.as_ref().and_then(|gdb| match &gdb.at {
+                GdbAddress::Unix(path) => Some(path.as_path()),
+                GdbAddress::Port(_) => None,
+            }),
             true,
         ),
         ("--dump-dtb", cli.dump_dtb.as_deref(), true),

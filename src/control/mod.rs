@@ -8,7 +8,6 @@
 pub mod client;
 mod connection;
 pub mod server;
-mod socket;
 
 use std::fmt;
 

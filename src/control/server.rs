@@ -16,8 +16,8 @@ use log::{debug, warn};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, Next};
-use super::socket::Listening;
 use super::{Command, Reply, parse};
+use crate::util::socket::Listening;
 
 /// The time that a client has to send a line, and to take a reply.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -69,7 +69,7 @@ impl Server {
         on_command: OnCommand,
     ) -> Result<Rc<RefCell<Self>>> {
         Ok(Rc::new(RefCell::new(Self {
-            listening: Listening::at(path)?,
+            listening: Listening::at(path, "control socket")?,
             clients: BTreeMap::new(),
             next: Client(FIRST_CLIENT),
             is_full: false,

@@ -5,14 +5,18 @@
 
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
+use anyhow::{Context, Result};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use gdbstub::conn::Connection;
 use log::{debug, info, warn};
+
+use crate::config::GdbAddress;
+use crate::util::socket::Listening;
 
 /// The most bytes that wait to be sent. A reply has at most some KiB; a client that lets more wait
 /// is disconnected.
@@ -42,19 +46,38 @@ pub type OnSaid = Box<dyn Fn(Said)>;
 pub enum Listener {
     /// A port of 127.0.0.1.
     Tcp(TcpListener),
-    /// A path. It is removed by its owner.
-    Unix(UnixListener),
+    /// A path.
+    Unix(Listening),
 }
 
 impl Listener {
-    /// Listens at `port` of this machine, for its own users only.
+    /// Listens at `address`: a port is for the users of this host only, a path for this user only.
     ///
     /// # Errors
-    /// Fails if the port is in use.
-    pub fn on_port(port: u16) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-        listener.set_nonblocking(true)?;
-        Ok(Self::Tcp(listener))
+    /// Fails if the port or the path is in use. The message names it.
+    pub fn at(address: &GdbAddress) -> Result<Self> {
+        Ok(match address {
+            GdbAddress::Port(port) => {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *port));
+                let listener = listener.with_context(|| {
+                    format!("Failed to listen for GDB on port {port}: choose another one")
+                })?;
+                listener.set_nonblocking(true)?;
+                Self::Tcp(listener)
+            }
+            GdbAddress::Unix(path) => Self::Unix(Listening::at(path, "GDB's socket")?),
+        })
+    }
+
+    /// The address, with the port that the host has chosen.
+    pub fn address(&self, asked: &GdbAddress) -> GdbAddress {
+        match self {
+            Self::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => GdbAddress::Port(address.port()),
+                Err(_) => asked.clone(),
+            },
+            Self::Unix(_) => asked.clone(),
+        }
     }
 
     fn accept(&self) -> io::Result<Stream> {
@@ -66,8 +89,8 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok(Stream::Tcp(stream))
             }
-            Listener::Unix(listener) => {
-                let (stream, _) = listener.accept()?;
+            Listener::Unix(listening) => {
+                let (stream, _) = listening.listener.accept()?;
                 stream.set_nonblocking(true)?;
                 Ok(Stream::Unix(stream))
             }
@@ -79,7 +102,7 @@ impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
         match self {
             Listener::Tcp(listener) => listener.as_raw_fd(),
-            Listener::Unix(listener) => listener.as_raw_fd(),
+            Listener::Unix(listening) => listening.listener.as_raw_fd(),
         }
     }
 }
@@ -102,6 +125,16 @@ impl Stream {
             Stream::Tcp(stream) => Write::write(stream, bytes),
             Stream::Unix(stream) => Write::write(stream, bytes),
         }
+    }
+}
+
+impl Stream {
+    fn shut_down(&self) {
+        // Fails if the client has gone.
+        let _ = match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Both),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Both),
+        };
     }
 }
 
@@ -147,6 +180,17 @@ impl Client {
 /// The end of the connection that gdbstub writes to.
 #[derive(Clone)]
 pub struct Wire(Rc<RefCell<Client>>);
+
+impl Wire {
+    /// Ends the connection, after what the client takes now. [`Said::Bye`] follows.
+    pub fn close(&self) {
+        let mut client = self.0.borrow_mut();
+        let _ = client.flush();
+        if let Some(stream) = &client.stream {
+            stream.shut_down();
+        }
+    }
+}
 
 impl Connection for Wire {
     type Error = io::Error;
@@ -266,11 +310,10 @@ mod tests {
 
     /// A server on a free port, its wire, what is said, and its loop.
     fn server() -> (u16, Wire, Receiver<Said>, EventManager<Link>) {
-        let listener = Listener::on_port(0).unwrap();
-        let Listener::Tcp(tcp) = &listener else {
+        let listener = Listener::at(&GdbAddress::Port(0)).unwrap();
+        let GdbAddress::Port(port) = listener.address(&GdbAddress::Port(0)) else {
             unreachable!()
         };
-        let port = tcp.local_addr().unwrap().port();
         let (said, heard) = channel();
         let (link, wire) = Link::new(listener, Box::new(move |what| said.send(what).unwrap()));
         let mut main = EventManager::new().unwrap();

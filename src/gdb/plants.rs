@@ -3,20 +3,40 @@
 //! They are in RAM only while the guest runs. While it is stopped, RAM has the guest's own code, so
 //! a debugger that reads memory sees that.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::step::Place;
+use crate::hypervisor::{Result, regs};
 use crate::memory::GuestMemory;
+use crate::util::icache;
 use crate::vcpu::paging::{Walk, walk};
+use crate::vcpu::thread::Parked;
 
 /// `c.ebreak`. Its two bytes replace the start of any instruction.
 const EBREAK: u16 = 0x9002;
 
-/// The breakpoints that are in RAM now.
-#[derive(Debug, Default)]
-pub struct Plants(Vec<Plant>);
+/// The breakpoints of a guest.
+pub struct Plants {
+    ram: Arc<GuestMemory>,
+    wanted: Wanted,
+    /// Some of the wanted ones are not in RAM.
+    are_missing: bool,
+    /// Those that are in RAM now.
+    planted: Vec<Plant>,
+}
 
-/// One of them.
+/// The breakpoints that are wanted.
+enum Wanted {
+    /// At these virtual addresses, as each hart's page tables translate them.
+    Everywhere(Vec<u64>),
+    /// At these places.
+    At(Vec<Place>),
+}
+
+/// A breakpoint in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plant {
     /// Its guest-physical address.
@@ -26,44 +46,102 @@ struct Plant {
 }
 
 impl Plants {
+    /// No breakpoints in this RAM.
+    pub fn new(ram: &Arc<GuestMemory>) -> Self {
+        Self {
+            ram: Arc::clone(ram),
+            wanted: Wanted::At(Vec::new()),
+            are_missing: false,
+            planted: Vec::new(),
+        }
+    }
+
+    /// From the next [`Plants::plant`] on: breakpoints at these virtual addresses, as each hart's
+    /// page tables translate them.
+    pub fn want_everywhere(&mut self, addresses: &BTreeSet<u64>) {
+        self.wanted = Wanted::Everywhere(addresses.iter().copied().collect());
+    }
+
+    /// From the next [`Plants::plant`] on: breakpoints at these places.
+    pub fn want(&mut self, places: Vec<Place>) {
+        self.wanted = Wanted::At(places);
+    }
+
+    /// Whether addresses are wanted for which no hart had RAM at the last [`Plants::plant`].
+    pub fn are_missing(&self) -> bool {
+        self.are_missing
+    }
+
+    /// Puts the wanted breakpoints into RAM, before `harts` run. A place without RAM is left out: a
+    /// hart that gets there faults.
+    ///
+    /// # Errors
+    /// Fails if KVM cannot read a register.
+    pub fn plant(&mut self, harts: &[Parked]) -> Result<()> {
+        self.are_missing = false;
+        match &self.wanted {
+            Wanted::Everywhere(addresses) if addresses.is_empty() => return Ok(()),
+            Wanted::At(places) if places.is_empty() => return Ok(()),
+            Wanted::Everywhere(addresses) => {
+                let satps = harts.iter().map(|hart| hart.vcpu.reg(regs::SATP));
+                let satps: Vec<u64> = satps
+                    .map(|satp| Ok(satp?.unwrap_or_default()))
+                    .collect::<Result<_>>()?;
+                for address in addresses.clone() {
+                    let is_planted = satps.iter().fold(false, |is_planted, satp| {
+                        self.plant_at(Place {
+                            address,
+                            satp: *satp,
+                        }) || is_planted
+                    });
+                    self.are_missing |= !is_planted;
+                }
+            }
+            Wanted::At(places) => {
+                for place in places.clone() {
+                    self.plant_at(place);
+                }
+            }
+        }
+        icache::flush();
+        Ok(())
+    }
+
     /// Plants a breakpoint at `place`. Does nothing if there is one. Returns false if no RAM is
-    /// mapped there: a hart that gets there faults.
-    pub fn plant(&mut self, ram: &GuestMemory, place: Place) -> bool {
-        let Walk::At(gpa) = walk(ram, place.satp, place.address) else {
+    /// mapped there.
+    fn plant_at(&mut self, place: Place) -> bool {
+        let Walk::At(gpa) = walk(&self.ram, place.satp, place.address) else {
             return false;
         };
-        if self.has(gpa) {
+        if self.planted.iter().any(|plant| plant.gpa == gpa) {
             return true;
         }
         let at = GuestAddress(gpa);
-        let Ok(code) = ram.read_obj::<u16>(at) else {
+        let Ok(code) = self.ram.read_obj::<u16>(at) else {
             return false;
         };
-        let is_planted = ram.write_obj(EBREAK.to_le(), at).is_ok();
+        let is_planted = self.ram.write_obj(EBREAK.to_le(), at).is_ok();
         if is_planted {
-            self.0.push(Plant { gpa, code });
+            self.planted.push(Plant { gpa, code });
         }
         is_planted
     }
 
-    /// Whether there is a breakpoint at the guest-physical address `gpa`.
-    pub fn has(&self, gpa: u64) -> bool {
-        self.0.iter().any(|plant| plant.gpa == gpa)
-    }
-
     /// Puts the guest's own code back. If the guest has written there meanwhile, its bytes stay.
-    pub fn remove_all(&mut self, ram: &GuestMemory) {
+    pub fn remove(&mut self) {
+        if self.planted.is_empty() {
+            return;
+        }
         // The last first: two of them may overlap.
-        for Plant { gpa, code } in self.0.drain(..).rev() {
+        for Plant { gpa, code } in self.planted.drain(..).rev() {
             let at = GuestAddress(gpa);
-            let is_ours = ram
-                .read_obj::<u16>(at)
-                .is_ok_and(|now| u16::from_le(now) == EBREAK);
-            if is_ours {
+            let now = self.ram.read_obj::<u16>(at);
+            if now.is_ok_and(|now| u16::from_le(now) == EBREAK) {
                 // Cannot fail: it was read from there.
-                let _ = ram.write_obj(code, at);
+                let _ = self.ram.write_obj(code, at);
             }
         }
+        icache::flush();
     }
 }
 
@@ -71,22 +149,22 @@ impl Plants {
 mod tests {
     use super::*;
     use crate::config::MemConfig;
+    use crate::hypervisor::fake::FakeVcpu;
     use crate::memory::{self, Backing};
     use crate::util::ByteSize;
-    use std::sync::Arc;
 
     const RAM: u64 = 0x8000_0000;
 
-    fn ram() -> Arc<GuestMemory> {
+    fn plants() -> Plants {
         let config = MemConfig::new(ByteSize::mib(1));
         let ram = memory::create(GuestAddress(RAM), config, Backing::Private).unwrap();
         ram.write_obj(0x1122_3344_5566_7788u64.to_le(), GuestAddress(RAM))
             .unwrap();
-        ram
+        Plants::new(&ram)
     }
 
-    fn word(ram: &GuestMemory) -> u64 {
-        u64::from_le(ram.read_obj(GuestAddress(RAM)).unwrap())
+    fn word(plants: &Plants) -> u64 {
+        u64::from_le(plants.ram.read_obj(GuestAddress(RAM)).unwrap())
     }
 
     fn at(address: u64) -> Place {
@@ -95,40 +173,48 @@ mod tests {
 
     #[test]
     fn code_comes_back() {
-        let (ram, mut plants) = (ram(), Plants::default());
-        assert!(plants.plant(&ram, at(RAM)));
-        assert!(plants.plant(&ram, at(RAM + 4)));
-        assert!(plants.plant(&ram, at(RAM)), "twice");
-        assert_eq!(word(&ram), 0x1122_9002_5566_9002);
-        assert!(plants.has(RAM + 4) && !plants.has(RAM + 2));
-        plants.remove_all(&ram);
-        assert_eq!(word(&ram), 0x1122_3344_5566_7788);
-        assert!(!plants.has(RAM));
+        let mut plants = plants();
+        plants.want(vec![at(RAM), at(RAM + 4), at(RAM)]);
+        plants.plant(&[]).unwrap();
+        assert_eq!(word(&plants), 0x1122_9002_5566_9002);
+        plants.remove();
+        assert_eq!(word(&plants), 0x1122_3344_5566_7788);
         // Two that overlap, one of them inside an instruction.
-        assert!(plants.plant(&ram, at(RAM)) && plants.plant(&ram, at(RAM + 1)));
-        plants.remove_all(&ram);
-        assert_eq!(word(&ram), 0x1122_3344_5566_7788);
+        plants.want(vec![at(RAM), at(RAM + 1)]);
+        plants.plant(&[]).unwrap();
+        plants.remove();
+        assert_eq!(word(&plants), 0x1122_3344_5566_7788);
     }
 
     #[test]
     fn what_the_guest_has_written_stays() {
-        let (ram, mut plants) = (ram(), Plants::default());
-        assert!(plants.plant(&ram, at(RAM)));
-        ram.write_obj(0u64, GuestAddress(RAM)).unwrap();
-        plants.remove_all(&ram);
-        assert_eq!(word(&ram), 0);
+        let mut plants = plants();
+        plants.want(vec![at(RAM)]);
+        plants.plant(&[]).unwrap();
+        plants.ram.write_obj(0u64, GuestAddress(RAM)).unwrap();
+        plants.remove();
+        assert_eq!(word(&plants), 0);
     }
 
+    /// Of two harts, one has page tables that are outside RAM.
     #[test]
-    fn there_is_no_breakpoint_outside_ram() {
-        let (ram, mut plants) = (ram(), Plants::default());
-        assert!(!plants.plant(&ram, at(0x1000_0000)));
-        assert!(!plants.plant(&ram, at(RAM + (1 << 20) - 1)));
-        let unmapped = Place {
-            address: 0x1000,
-            satp: (8 << 60) | (RAM >> 12),
+    fn one_hart_that_has_the_address_is_enough() {
+        let hart = |satp| {
+            let vcpu = FakeVcpu::with(&[(regs::SATP, satp)]);
+            Parked::of_new(Box::new(vcpu), 0, false, None)
         };
-        assert!(!plants.plant(&ram, unmapped));
-        plants.remove_all(&ram);
+        let harts = [hart(8 << 60), hart(0)];
+        let mut plants = plants();
+        plants.want_everywhere(&[RAM].into());
+        plants.plant(&harts[..1]).unwrap();
+        assert!(plants.are_missing());
+        assert_eq!(word(&plants), 0x1122_3344_5566_7788);
+        plants.plant(&harts).unwrap();
+        assert!(!plants.are_missing());
+        assert_eq!(word(&plants), 0x1122_3344_5566_9002);
+        // No RAM.
+        plants.want_everywhere(&[0x1000_0000, RAM + (1 << 20) - 1].into());
+        plants.plant(&harts).unwrap();
+        assert!(plants.are_missing());
     }
 }

@@ -26,9 +26,67 @@ pub struct Place {
     pub satp: u64,
 }
 
+/// How to make a hart execute the instruction at its `pc`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// It need not run: the hart is at this address afterwards. For `wfi`, which would wait for an
+    /// interrupt, and for a jump to itself.
+    At(u64),
+    /// It is an `ebreak` of the guest's own: the hart takes a breakpoint exception.
+    Trap,
+    /// Run it, with breakpoints at all `places`. If `masks`, it does not access `sie`, so all
+    /// interrupts may be off in `sie` while it runs.
+    Run {
+        /// Where the hart can be afterwards.
+        places: Vec<Place>,
+        /// Whether interrupts may be off.
+        masks: bool,
+    },
+}
+
+/// Plans a step of `hart`.
+pub fn plan(hart: &Hart, ram: &GuestMemory) -> Plan {
+    const WFI: u32 = 0x1050_0073;
+    const SIE: u32 = 0x104;
+    let instruction = hart.instruction(ram, hart.pc);
+    if let Some((instruction, length)) = instruction {
+        match decode(instruction, length) {
+            flow @ (Flow::Jump(_) | Flow::Branch(..)) => {
+                if follow(flow, hart, hart.pc, length) == hart.pc {
+                    return Plan::At(hart.pc);
+                }
+            }
+            _ if instruction == WFI => return Plan::At(hart.pc.wrapping_add(4)),
+            _ if is_ebreak(instruction) => return Plan::Trap,
+            _ => {}
+        }
+    }
+    let mut places = places(hart, ram);
+    // A breakpoint at pc would replace the instruction itself. This can be the first instruction of
+    // the trap handler.
+    places.retain(|place| place.address != hart.pc);
+    let csr = instruction.and_then(|(instruction, _)| csr(instruction));
+    let masks = csr != Some(SIE);
+    Plan::Run { places, masks }
+}
+
+/// Whether `instruction` is `ebreak` or `c.ebreak`.
+pub fn is_ebreak(instruction: u32) -> bool {
+    matches!(instruction, 0x0010_0073 | 0x9002)
+}
+
+/// The number of the CSR that `instruction` accesses.
+fn csr(instruction: u32) -> Option<u32> {
+    const SYSTEM: u32 = 0x73;
+    /// `ecall`, `sret` and others are not about CSRs.
+    const PRIVILEGED: u32 = 0b000;
+    let is_csr = instruction & 0x7f == SYSTEM && (instruction >> 12) & 0b111 != PRIVILEGED;
+    is_csr.then_some(instruction >> 20)
+}
+
 /// Returns the places where `hart` can be after the instruction at its `pc`. Each is there once.
-/// Empty if there is no instruction that can be read: the hart will be in its trap handler.
-pub fn places(hart: &Hart, ram: &GuestMemory) -> Vec<Place> {
+/// If there is no instruction that can be read, the hart will be in its trap handler.
+fn places(hart: &Hart, ram: &GuestMemory) -> Vec<Place> {
     let mut places = Places::new(hart);
     for vector in vectors(hart.stvec) {
         places.add(vector);
@@ -41,6 +99,10 @@ pub fn places(hart: &Hart, ram: &GuestMemory) -> Vec<Place> {
         flow => {
             if let Some(satp) = new_satp(hart, instruction) {
                 places.satp = satp;
+                // The fetch of the next instruction may fault.
+                vectors(hart.stvec)
+                    .into_iter()
+                    .for_each(|vector| places.add(vector));
             }
             let target = follow(flow, hart, hart.pc, length);
             places.add(target);
@@ -176,11 +238,8 @@ fn sequence(places: &mut Places, hart: &Hart, ram: &GuestMemory) {
 
 /// The value that `instruction` writes to `satp`, if it does.
 fn new_satp(hart: &Hart, instruction: u32) -> Option<u64> {
-    const SYSTEM: u32 = 0x73;
     const SATP: u32 = 0x180;
-    if instruction & 0x7f != SYSTEM || instruction >> 20 != SATP {
-        return None;
-    }
+    csr(instruction).filter(|csr| *csr == SATP)?;
     let field = register(instruction, 15);
     let immediate = field as u64;
     match (instruction >> 12) & 0b111 {
@@ -302,134 +361,4 @@ fn scattered(instruction: u32, parts: &[(u32, u32, u32)]) -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::MemConfig;
-    use crate::memory::{self, Backing};
-    use crate::util::ByteSize;
-    use std::sync::Arc;
-    use vm_memory::{Bytes, GuestAddress};
-
-    const RAM: u64 = 0x8000_0000;
-    const HERE: u64 = RAM + 0x1000;
-    const VECTOR: u64 = RAM + 0x8000;
-
-    fn ram(code: &[u32]) -> Arc<GuestMemory> {
-        let config = MemConfig::new(ByteSize::mib(1));
-        let ram = memory::create(GuestAddress(RAM), config, Backing::Private).unwrap();
-        let bytes: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
-        ram.write_slice(&bytes, GuestAddress(HERE)).unwrap();
-        ram
-    }
-
-    fn hart() -> Hart {
-        let mut hart = Hart {
-            pc: HERE,
-            stvec: VECTOR,
-            sepc: RAM + 0x40,
-            ..Hart::default()
-        };
-        for (number, register) in hart.x.iter_mut().enumerate() {
-            *register = 0x100 * number as u64;
-        }
-        hart
-    }
-
-    /// The one place besides the trap handler, relative to `pc`.
-    fn next(hart: &Hart, code: &[u32]) -> i64 {
-        let places = places(hart, &ram(code));
-        assert_eq!(places[0].address, VECTOR);
-        assert_eq!(places.len(), 2, "{places:x?}");
-        signed(places[1].address.wrapping_sub(hart.pc))
-    }
-
-    #[test]
-    fn jumps_and_branches_of_four_bytes() {
-        for (instruction, offset) in [
-            (0x0000_0013, 4),          // nop
-            (0x0100_006f, 16),         // j .+16
-            (0xff1f_f0ef, -16),        // jal ra, .-16
-            (0x8000_006f, -0x10_0000), // j .-1M
-            (0x7fff_f06f, 0xf_fffe),   // j .+1M-2
-            (0x00a5_0463, 8),          // beq a0, a0, .+8
-            (0x00b5_0463, 4),          // beq a0, a1, .+8
-            (0xfeb5_1ee3, -4),         // bne a0, a1, .-4
-            (0x00b5_4463, 8),          // blt a0, a1, .+8
-            (0x00b5_5463, 4),          // bge a0, a1, .+8
-            (0x00b5_6463, 8),          // bltu a0, a1, .+8
-            (0x00b5_7463, 4),          // bgeu a0, a1, .+8
-            (0x8000_0063, -4096),      // beq x0, x0, .-4096
-        ] {
-            assert_eq!(next(&hart(), &[instruction]), offset, "{instruction:#x}");
-        }
-        // jalr ra, 5(a0); the lowest bit is dropped.
-        let to = 0x0055_00e7;
-        assert_eq!(next(&hart(), &[to]), 0xa04 - signed(HERE));
-        // A signed and an unsigned comparison of -1 and 1.
-        let mut hart = hart();
-        (hart.x[10], hart.x[11]) = (u64::MAX, 1);
-        assert_eq!(next(&hart, &[0x00b5_4463]), 8);
-        assert_eq!(next(&hart, &[0x00b5_6463]), 4);
-    }
-
-    #[test]
-    fn jumps_and_branches_of_two_bytes() {
-        let mut hart = hart();
-        hart.x[8] = 0;
-        for (instruction, offset) in [
-            (0x0001, 2),     // c.nop
-            (0xa001, 0),     // c.j .
-            (0xa809, 18),    // c.j .+18
-            (0xbffd, -2),    // c.j .-2
-            (0xb001, -2048), // c.j .-2048
-            (0xc011, 4),     // c.beqz s0, .+4
-            (0xe011, 2),     // c.bnez s0, .+4
-        ] {
-            assert_eq!(next(&hart, &[instruction]), offset, "{instruction:#x}");
-        }
-        // c.jr a0, c.jalr a0, c.mv a0, a1, c.ebreak.
-        let to_a0 = 0xa00 - signed(HERE);
-        assert_eq!(next(&hart, &[0x8502]), to_a0);
-        assert_eq!(next(&hart, &[0x9502]), to_a0);
-        assert_eq!(next(&hart, &[0x852e]), 2);
-        assert_eq!(next(&hart, &[0x9002]), 2);
-    }
-
-    #[test]
-    fn a_trap_and_the_way_back() {
-        // sret
-        assert_eq!(next(&hart(), &[0x1020_0073]), 0x40 - 0x1000);
-        // Handlers by cause.
-        let vectored = Hart {
-            stvec: VECTOR | 1,
-            ..hart()
-        };
-        let found = places(&vectored, &ram(&[0x13]));
-        let addresses: Vec<u64> = found.iter().map(|place| place.address).collect();
-        let interrupts = [4, 20, 36, 52].map(|offset| VECTOR + offset);
-        assert_eq!(addresses[..5], [&[VECTOR][..], &interrupts].concat());
-        // Nothing can be read at pc.
-        let nowhere = Hart { pc: 0, ..hart() };
-        assert_eq!(places(&nowhere, &ram(&[])).len(), 1);
-    }
-
-    #[test]
-    fn a_sequence_of_lr_and_sc_is_one_step() {
-        let code = [
-            0x1005_27af, // lr.w a5, (a0)
-            0x00b7_9863, // bne a5, a1, .+16: out
-            0x18c5_272f, // sc.w a4, a2, (a0)
-            0xfe07_1ae3, // bnez a4, .-12: not reached by a step
-        ];
-        let found = places(&hart(), &ram(&code));
-        let offsets: Vec<u64> = found.iter().map(|place| place.address - HERE).collect();
-        assert_eq!(offsets, [VECTOR - HERE, 12, 20]);
-    }
-
-    #[test]
-    fn the_page_tables_of_the_next_instruction_count() {
-        let found = places(&hart(), &ram(&[0x1805_1073])); // csrw satp, a0
-        assert_eq!((found[0].satp, found[1].satp), (0, 0xa00));
-        assert_eq!(found[1].address, HERE + 4);
-    }
-}
+mod tests;

@@ -1,11 +1,11 @@
 //! The stopped guest, for gdbstub: reads and writes registers and memory, keeps breakpoints, and
 //! notes how the guest is to go on.
 //!
-//! It owns the vCPUs while the guest is stopped. The machine gives them with [`Debugger::stop`],
-//! and takes them back with [`Debugger::go`] when GDB has asked for it.
+//! The machine lends it the vCPUs of a stopped guest for each packet of GDB, and takes them back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::mem::take;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,16 +31,24 @@ use vm_memory::{Bytes, GuestAddress};
 use super::arch::{General, Register, Riscv};
 use crate::hypervisor::{self, HartState, RegId, regs};
 use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::trace::Tracer;
+use crate::util::icache;
 use crate::vcpu::hart::Hart;
 use crate::vcpu::paging::{Walk, walk};
 use crate::vcpu::thread::Parked;
 
-/// How a hart goes on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What `monitor` can do.
+const COMMANDS: &str = "\
+monitor info machine     where each hart is
+monitor report           what each hart is doing, on rvmm's standard error
+monitor reset            restart the guest, stopped
+monitor trace on|off     record exits in the file of --trace, or do not
+monitor physical on|off  addresses are guest-physical, or virtual
+";
+
+/// How a hart goes on that does not run.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// It runs.
-    #[default]
-    Continue,
     /// It executes one instruction.
     Step,
     /// It executes instructions as long as its pc is in this range.
@@ -52,52 +60,69 @@ pub enum Action {
 pub enum Monitor {
     /// Restart the guest.
     Reset,
+    /// Report what the harts are doing.
+    Report,
 }
 
 /// The stopped guest.
 pub struct Debugger {
     ram: Arc<GuestMemory>,
+    /// The number of harts.
+    count: usize,
     /// The vCPUs, in the order of their harts. Empty while the guest runs.
     harts: Vec<Parked>,
     /// Virtual addresses with a breakpoint.
     breakpoints: BTreeSet<u64>,
-    /// How each hart goes on.
-    actions: Vec<Action>,
+    /// How each hart is to go on, if it is not to run.
+    actions: BTreeMap<usize, Action>,
     /// GDB wants the guest to go on.
     goes_on: bool,
     /// Addresses are guest-physical ones (`monitor physical on`).
     is_physical: bool,
     /// What the user has asked for with `monitor`, until the machine does it.
     asked: Option<Monitor>,
+    /// The trace that `monitor trace` switches.
+    tracer: Option<Tracer>,
 }
 
 impl Debugger {
-    /// The debugger of a guest with this RAM.
-    pub fn new(ram: &Arc<GuestMemory>) -> Self {
+    /// The debugger of a guest with this RAM and `count` harts. `tracer` is that of its trace.
+    pub fn new(ram: &Arc<GuestMemory>, count: usize, tracer: Option<Tracer>) -> Self {
         Self {
             ram: Arc::clone(ram),
+            count,
             harts: Vec::new(),
             breakpoints: BTreeSet::new(),
-            actions: Vec::new(),
+            actions: BTreeMap::new(),
             goes_on: false,
             is_physical: false,
             asked: None,
+            tracer,
         }
     }
 
-    /// Takes the vCPUs of a guest that has stopped.
-    pub fn stop(&mut self, harts: Vec<Parked>) {
-        self.actions = vec![Action::Continue; harts.len()];
+    /// Lends the vCPUs of a stopped guest: none if it runs.
+    pub fn lend(&mut self, harts: Vec<Parked>) {
         self.harts = harts;
     }
 
-    /// If GDB wants the guest to go on: returns the vCPUs, and how each goes on.
-    pub fn go(&mut self) -> Option<(Vec<Parked>, Vec<Action>)> {
-        if !std::mem::take(&mut self.goes_on) {
-            return None;
-        }
-        let harts = std::mem::take(&mut self.harts);
-        Some((harts, std::mem::take(&mut self.actions)))
+    /// Returns the vCPUs.
+    pub fn give_back(&mut self) -> Vec<Parked> {
+        take(&mut self.harts)
+    }
+
+    /// Forgets what the last GDB has set.
+    pub fn forget(&mut self) {
+        self.breakpoints.clear();
+        self.actions.clear();
+        self.goes_on = false;
+        self.is_physical = false;
+    }
+
+    /// If GDB wants the guest to go on: returns the hart that is to step and how, or none if all
+    /// harts are to run. If several are to step, the first does.
+    pub fn take_resume(&mut self) -> Option<Option<(usize, Action)>> {
+        take(&mut self.goes_on).then(|| self.actions.pop_first())
     }
 
     /// What the user has asked the machine to do.
@@ -106,8 +131,8 @@ impl Debugger {
     }
 
     /// The virtual addresses with a breakpoint.
-    pub fn breakpoints(&self) -> impl Iterator<Item = u64> + '_ {
-        self.breakpoints.iter().copied()
+    pub fn breakpoints(&self) -> &BTreeSet<u64> {
+        &self.breakpoints
     }
 
     fn hart(&self, tid: Tid) -> TargetResult<&Parked, Self> {
@@ -211,6 +236,8 @@ impl MultiThreadBase for Debugger {
         let done = self.by_page(tid, start, data.len(), |ram, gpa, part| {
             ram.write_slice(&data[part], gpa).is_ok()
         })?;
+        // It may be code.
+        icache::flush();
         match done == data.len() {
             true => Ok(()),
             false => Err(TargetError::NonFatal),
@@ -218,9 +245,9 @@ impl MultiThreadBase for Debugger {
     }
 
     fn list_active_threads(&mut self, found: &mut dyn FnMut(Tid)) -> hypervisor::Result<()> {
-        // While the guest runs, GDB knows the harts of the last stop.
-        let count = self.harts.len().max(1);
-        (1..=count).filter_map(NonZeroUsize::new).for_each(found);
+        (1..=self.count)
+            .filter_map(NonZeroUsize::new)
+            .for_each(found);
         Ok(())
     }
 
@@ -287,7 +314,7 @@ impl MultiThreadResume for Debugger {
     }
 
     fn clear_resume_actions(&mut self) -> hypervisor::Result<()> {
-        self.actions = vec![Action::Continue; self.harts.len()];
+        self.actions.clear();
         Ok(())
     }
 
@@ -296,7 +323,7 @@ impl MultiThreadResume for Debugger {
         tid: Tid,
         _: Option<Signal>,
     ) -> hypervisor::Result<()> {
-        self.set_action(tid, Action::Continue);
+        self.actions.remove(&(tid.get() - 1));
         Ok(())
     }
 
@@ -309,17 +336,9 @@ impl MultiThreadResume for Debugger {
     }
 }
 
-impl Debugger {
-    fn set_action(&mut self, tid: Tid, action: Action) {
-        if let Some(place) = self.actions.get_mut(tid.get() - 1) {
-            *place = action;
-        }
-    }
-}
-
 impl MultiThreadSingleStep for Debugger {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> hypervisor::Result<()> {
-        self.set_action(tid, Action::Step);
+        self.actions.insert(tid.get() - 1, Action::Step);
         Ok(())
     }
 }
@@ -331,7 +350,8 @@ impl MultiThreadRangeStepping for Debugger {
         start: u64,
         end: u64,
     ) -> hypervisor::Result<()> {
-        self.set_action(tid, Action::StepInside(start..end));
+        self.actions
+            .insert(tid.get() - 1, Action::StepInside(start..end));
         Ok(())
     }
 }
@@ -378,20 +398,23 @@ impl MonitorCmd for Debugger {
         let command = String::from_utf8_lossy(command);
         let words: Vec<&str> = command.split_whitespace().collect();
         let answer = match words[..] {
+            ["info", "machine"] => self.machine(),
+            ["report"] => {
+                self.asked = Some(Monitor::Report);
+                "rvmm prints the report on its standard error\n".into()
+            }
             ["reset"] => {
                 self.asked = Some(Monitor::Reset);
-                "the guest is reset when it goes on\n".into()
+                "the guest is reset, and stopped at its first instruction: use \"flushregs\"\n"
+                    .into()
             }
-            ["physical", "on"] => {
-                self.is_physical = true;
-                "addresses are guest-physical now\n".into()
+            ["physical", switch @ ("on" | "off")] => {
+                self.is_physical = switch == "on";
+                let kind = ["virtual", "guest-physical"][usize::from(self.is_physical)];
+                format!("addresses are {kind} now\n")
             }
-            ["physical", "off"] => {
-                self.is_physical = false;
-                "addresses are virtual now\n".into()
-            }
-            ["info", "machine"] => self.machine(),
-            _ => "commands: info machine, reset, physical on, physical off\n".to_owned(),
+            ["trace", switch @ ("on" | "off")] => self.switch_trace(switch == "on"),
+            _ => COMMANDS.into(),
         };
         // Cannot fail: the output is kept in memory.
         let _ = out.write_str(&answer);
@@ -400,6 +423,17 @@ impl MonitorCmd for Debugger {
 }
 
 impl Debugger {
+    fn switch_trace(&self, on: bool) -> String {
+        match &self.tracer {
+            Some(tracer) => {
+                tracer.switch(on);
+                let state = ["paused", "recorded"][usize::from(on)];
+                format!("the trace is {state} now\n")
+            }
+            None => "there is no trace: start rvmm with --trace FILE\n".into(),
+        }
+    }
+
     /// What `monitor info machine` prints: where each hart is.
     fn machine(&self) -> String {
         let mut text = String::new();

@@ -136,6 +136,11 @@ impl Machine {
         &self.ram
     }
 
+    /// Guest RAM, for those who keep it.
+    pub(super) fn shared_ram(&self) -> &Arc<GuestMemory> {
+        &self.ram
+    }
+
     /// The watcher of a life that begins now. None if rvmm is not to look for harts that hang.
     pub(super) fn watcher(&self) -> Option<Watcher> {
         let pause = self.config.on_crash.watch.0?;

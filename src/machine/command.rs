@@ -23,6 +23,9 @@ impl Running<'_> {
     ) -> Result<Option<End>> {
         let reply = match command {
             Command::Status => Reply::Status(self.status(vcpus)?),
+            Command::Pause | Command::Resume if self.is_held() => {
+                Reply::Refused("GDB has stopped the guest: let it go on in GDB, or detach".into())
+            }
             Command::Pause => self.pause(vcpus)?,
             Command::Resume => self.resume(vcpus)?,
             Command::Stop => {

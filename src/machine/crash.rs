@@ -36,6 +36,10 @@ impl Running<'_> {
         stop: Stop,
         vcpus: &mut Vcpus,
     ) -> Result<Option<End>> {
+        if stop == Stop::Breakpoint && self.debug.is_some() {
+            self.at_breakpoint(hart, vcpus)?;
+            return Ok(None);
+        }
         let outcome = Outcome::Guest(stop);
         if stop == Stop::Reset && self.how.reboot {
             return Ok(Some(End::Reset(None)));
@@ -46,6 +50,10 @@ impl Running<'_> {
         vcpus.park(&mut self.main)?;
         if may_report() {
             print_lines(&self.report(vcpus, Some(hart))?);
+        }
+        if self.crash_to_gdb(hart, vcpus)? {
+            guest_warn!(RateLimit::named("crashes"), "{stop}");
+            return Ok(None);
         }
         let act = self.machine.config.on_crash.act;
         if act != CrashAct::Report {

@@ -1,8 +1,10 @@
 //! The vCPUs of one life of a machine, running or paused. A life goes from the first instruction to
 //! a reset or the end.
 
+use std::collections::BTreeSet;
 use std::iter::once;
 use std::mem::take;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -11,44 +13,74 @@ use super::hardware::Hardware;
 use super::layout;
 use super::mainloop::{Event, MainLoop, Post};
 use crate::control::State;
+use crate::gdb::plants::Plants;
+use crate::gdb::step::Place;
 use crate::hypervisor::{self, Vcpu};
+use crate::memory::GuestMemory;
 use crate::vcpu::stats::ExitStats;
 use crate::vcpu::thread::{Parked, Ready, Start, VcpuHandle};
 
 /// The vCPUs of a life, in the order of their harts.
-pub(super) enum Vcpus {
-    /// Each vCPU has a thread.
-    Running(Vec<VcpuHandle>),
-    /// No vCPU has a thread.
-    Paused(Vec<Parked>),
+pub(super) struct Vcpus {
+    state: State,
+    /// Those that have a thread: none if the vCPUs are paused.
+    running: Vec<VcpuHandle>,
+    /// Those that have no thread.
+    parked: Vec<Parked>,
+    /// Only this hart runs, and the others wait: a debugger steps it.
+    alone: Option<usize>,
+    /// Breakpoints, in RAM while vCPUs run.
+    plants: Plants,
 }
 
 impl Vcpus {
     /// Parks `vcpus`, which have not run yet. `resets_harts`: see `vcpu::restart`. If `count`,
     /// their exits are counted.
-    pub(super) fn of_new(vcpus: Vec<Box<dyn Vcpu>>, resets_harts: bool, count: bool) -> Self {
+    pub(super) fn of_new(
+        vcpus: Vec<Box<dyn Vcpu>>,
+        ram: &Arc<GuestMemory>,
+        resets_harts: bool,
+        count: bool,
+    ) -> Self {
         let registers = layout::PCI_ECAM.start..layout::PCI_WINDOW.end;
         let park = |(hart, vcpu)| {
             let stats = count.then(|| ExitStats::by_page(registers.clone()));
             Parked::of_new(vcpu, hart, resets_harts, stats)
         };
-        Vcpus::Paused((0u32..).zip(vcpus).map(park).collect())
+        Self {
+            state: State::Paused,
+            running: Vec::new(),
+            parked: (0u32..).zip(vcpus).map(park).collect(),
+            alone: None,
+            plants: Plants::new(ram),
+        }
     }
 
     /// Whether the vCPUs run.
     pub(super) fn state(&self) -> State {
-        match self {
-            Vcpus::Running(_) => State::Running,
-            Vcpus::Paused(_) => State::Paused,
-        }
+        self.state
     }
 
     /// The handles of running vCPUs; empty if they are paused.
     pub(super) fn running(&self) -> &[VcpuHandle] {
-        match self {
-            Vcpus::Running(vcpus) => vcpus,
-            Vcpus::Paused(_) => &[],
-        }
+        &self.running
+    }
+
+    /// Lets all vCPUs run at the next start, with these breakpoints. The vCPUs must be parked.
+    pub(super) fn run_to(&mut self, breakpoints: &BTreeSet<u64>) {
+        self.alone = None;
+        self.plants.want_everywhere(breakpoints);
+    }
+
+    /// Lets only hart `hart` run at the next start, to one of `places`. The vCPUs must be parked.
+    pub(super) fn run_alone(&mut self, hart: usize, places: Vec<Place>) {
+        self.alone = Some(hart);
+        self.plants.want(places);
+    }
+
+    /// Whether breakpoints wait for their address to be mapped.
+    pub(super) fn wants_plants(&self) -> bool {
+        self.state == State::Running && self.plants.are_missing()
     }
 
     /// Starts a thread for each vCPU of `hardware`. Its devices must be running.
@@ -75,32 +107,60 @@ impl Vcpus {
         post: &Post,
         first: impl FnOnce(),
     ) -> hypervisor::Result<()> {
-        let Vcpus::Paused(parked) = self else {
+        if self.state == State::Running {
             return Ok(());
-        };
-        let mut parked = take(parked).into_iter();
+        }
+        let harts = self.harts_to_run();
+        self.plants.plant(&self.parked)?;
+        let mut parked = self
+            .parked
+            .drain(harts.clone())
+            .collect::<Vec<_>>()
+            .into_iter();
         let mut ready = Vec::new();
-        let prepared = (0u32..).zip(parked.by_ref()).try_for_each(|(id, vcpu)| {
-            let (stopped, called) = (post.clone(), post.clone());
-            let start = Start {
-                id,
-                on_stop: Box::new(move |end| stopped.send(Event::Vcpu(id, end))),
-                on_call: Box::new(move || called.send(Event::Called)),
-                follow_restarts: hardware.resets_harts,
-                tracer: hardware.tracer.get().cloned(),
-            };
-            let vcpu = VcpuHandle::prepare(vcpu, Arc::clone(&hardware.exits), start);
-            vcpu.map(|vcpu| ready.push(vcpu))
-        });
+        let prepared = harts
+            .clone()
+            .zip(parked.by_ref())
+            .try_for_each(|(hart, vcpu)| {
+                // The number of harts is limited to 512.
+                let id = u32::try_from(hart).unwrap_or(u32::MAX);
+                let (stopped, called) = (post.clone(), post.clone());
+                let start = Start {
+                    id,
+                    on_stop: Box::new(move |end| stopped.send(Event::Vcpu(id, end))),
+                    on_call: Box::new(move || called.send(Event::Called)),
+                    follow_restarts: hardware.resets_harts,
+                    tracer: hardware.tracer.get().cloned(),
+                };
+                let vcpu = VcpuHandle::prepare(vcpu, Arc::clone(&hardware.exits), start);
+                vcpu.map(|vcpu| ready.push(vcpu))
+            });
         let Err(failed) = prepared else {
             first();
-            *self = Vcpus::Running(ready.into_iter().map(Ready::go).collect());
+            self.running = ready.into_iter().map(Ready::go).collect();
+            self.state = State::Running;
             return Ok(());
         };
         let (vcpu, error) = failed.into_parts();
         let before = ready.into_iter().map(Ready::cancel);
-        *self = Vcpus::Paused(before.chain(once(vcpu)).chain(parked).collect());
+        let all = before.chain(once(vcpu)).chain(parked);
+        self.put_back(all);
         Err(error)
+    }
+
+    /// The harts that run at the next start, or run now.
+    fn harts_to_run(&self) -> Range<usize> {
+        match self.alone {
+            Some(hart) => hart..hart + 1,
+            None => 0..self.parked.len() + self.running.len(),
+        }
+    }
+
+    /// Puts vCPUs that have no thread any more in their places.
+    fn put_back(&mut self, vcpus: impl Iterator<Item = Parked>) {
+        let place = self.alone.unwrap_or(0);
+        self.parked.splice(place..place, vcpus);
+        self.plants.remove();
     }
 
     /// Stops all vCPUs. They run no instruction any more, and the results of their last exits are
@@ -119,23 +179,45 @@ impl Vcpus {
     }
 
     fn park_now(&mut self) -> Result<()> {
-        let Vcpus::Running(running) = self else {
-            return Ok(());
-        };
-        let running = take(running);
+        let running = take(&mut self.running);
         // Ask all of them first: none should run on while another one's thread ends.
         running.iter().for_each(VcpuHandle::ask_to_stop);
         let parked = running.into_iter().map(VcpuHandle::stop);
-        let parked = parked.collect::<Option<_>>();
-        *self = Vcpus::Paused(parked.context("a vCPU's thread panicked")?);
+        let parked: Option<Vec<_>> = parked.collect();
+        self.put_back(parked.context("a vCPU's thread panicked")?.into_iter());
+        self.state = State::Paused;
         Ok(())
+    }
+
+    /// Lets each `ebreak` of the guest end KVM_RUN, or not. The vCPUs must be parked.
+    ///
+    /// # Errors
+    /// Fails if this host's KVM cannot debug guests.
+    pub(super) fn debug(&self, on: bool) -> hypervisor::Result<()> {
+        let mut vcpus = self.parked.iter();
+        vcpus.try_for_each(|parked| parked.vcpu.set_guest_debug(on))
     }
 
     /// The vCPUs if they are parked; empty if they run.
     pub(super) fn parked(&self) -> &[Parked] {
-        match self {
-            Vcpus::Running(_) => &[],
-            Vcpus::Paused(vcpus) => vcpus,
+        match self.state {
+            State::Running => &[],
+            State::Paused => &self.parked,
+        }
+    }
+
+    /// Takes the vCPUs out, for a moment, if they are parked. None if they run.
+    pub(super) fn lend(&mut self) -> Vec<Parked> {
+        match self.state {
+            State::Running => Vec::new(),
+            State::Paused => take(&mut self.parked),
+        }
+    }
+
+    /// Takes back what [`Vcpus::lend`] has returned.
+    pub(super) fn take_back(&mut self, lent: Vec<Parked>) {
+        if self.state == State::Paused {
+            self.parked = lent;
         }
     }
 

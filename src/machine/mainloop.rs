@@ -25,6 +25,7 @@ use super::watcher::Hang;
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply};
 use crate::devices::goldfish_rtc::GoldfishRtc;
+use crate::gdb::link::Said;
 use crate::hypervisor;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn_scoped};
@@ -43,8 +44,12 @@ pub(super) enum Event {
     Called,
     /// The user typed Ctrl-A R: report what the harts are doing.
     Report,
+    /// Breakpoints wait for their address to be mapped: look again.
+    Replant,
     /// This hart gets nowhere.
     Hangs(u32, Hang),
+    /// What GDB does.
+    Gdb(Said),
     /// A client of the control socket has sent a command.
     Command(Command, Client),
 }
@@ -82,7 +87,8 @@ pub(super) type Source = Box<dyn MutEventSubscriber>;
 pub(super) struct MainLoop {
     manager: EventManager<Source>,
     arrived: Receiver<Event>,
-    /// Commands that arrived while the machine ended a life. The next life handles them.
+    /// Events that arrived earlier and were put aside, such as commands while the machine ended a
+    /// life.
     deferred: VecDeque<Event>,
     server: Option<(SubscriberId, Rc<RefCell<Server>>)>,
     alarm: Option<SubscriberId>,
@@ -189,8 +195,13 @@ impl MainLoop {
         let mut first = None;
         while let Ok(event) = self.arrived.try_recv() {
             match event {
-                Event::Vcpu(..) | Event::Called | Event::Report | Event::Hangs(..) => {}
-                Event::Command(..) if !is_over => self.deferred.push_back(event),
+                Event::Vcpu(..)
+                | Event::Called
+                | Event::Report
+                | Event::Replant
+                | Event::Hangs(..) => {}
+                Event::Command(..) | Event::Gdb(_) if !is_over => self.deferred.push_back(event),
+                Event::Gdb(_) => {}
                 Event::Command(_, client) => {
                     self.answer(client, &Reply::Refused("the machine is ending".into()));
                 }
@@ -200,6 +211,15 @@ impl MainLoop {
             }
         }
         first
+    }
+
+    /// Drops the events of vCPUs that have reached a breakpoint. Other events stay, in their order.
+    pub(super) fn drop_breakpoints(&mut self) {
+        while let Ok(event) = self.arrived.try_recv() {
+            if !matches!(event, Event::Vcpu(_, Ok(Stop::Breakpoint))) {
+                self.deferred.push_back(event);
+            }
+        }
     }
 
     /// Runs `work`, which may take long, on a separate thread. The loop handles signals meanwhile;

@@ -18,6 +18,9 @@ use crate::vcpu::thread::VcpuHandle;
 /// will probably run much longer.
 const SETTLED: Duration = Duration::from_millis(500);
 
+/// Time between two tries to plant a debugger's breakpoints at addresses that no hart has mapped.
+const REPLANT_EVERY: Duration = Duration::from_millis(20);
+
 /// The timed work in one life of a machine, and when it is due. A life goes from the start or a
 /// reset to the next reset or the end.
 pub(super) struct Meantime {
@@ -30,7 +33,9 @@ pub(super) struct Meantime {
     looked: u32,
     /// Finds harts that hang, if rvmm is to look for them.
     watcher: Option<Watcher>,
-    /// What the watcher has found last, until [`Meantime::next_event`] returns it.
+    /// When breakpoints are to be planted again, if they are.
+    replants: Option<Instant>,
+    /// What the watcher or another part has found last, until [`Meantime::next_event`] returns it.
     found: Option<Event>,
 }
 
@@ -43,8 +48,18 @@ impl Meantime {
             looks: now.checked_add(LOOK_EVERY),
             looked: 0,
             watcher,
+            replants: None,
             found: None,
         }
+    }
+
+    /// Whether to look for breakpoints that are to be planted.
+    pub(super) fn replants(&mut self, replants: bool) {
+        self.replants = match self.replants {
+            Some(time) if replants => Some(time),
+            _ if replants => Instant::now().checked_add(REPLANT_EVERY),
+            _ => None,
+        };
     }
 
     /// Waits for an event while `vcpus` run. Returns none if `deadline` has passed.
@@ -88,6 +103,7 @@ impl Meantime {
         let watches = watches.map(Watcher::due);
         let now = Instant::now();
         let times = self.settles.into_iter().chain(looks).chain(watches);
+        let times = times.chain(self.replants);
         let next = times.map(|time| time.saturating_duration_since(now)).min();
         next.unwrap_or(Duration::MAX)
     }
@@ -108,6 +124,10 @@ impl Meantime {
         let found = self.watcher.as_mut().and_then(|watcher| watcher.act(vcpus));
         if let Some((hart, hang)) = found {
             self.found = Some(Event::Hangs(hart, hang));
+        }
+        if self.replants.is_some_and(|time| time <= now) {
+            self.replants = None;
+            self.found = Some(Event::Replant);
         }
         let all = self.looked % ALL_OF_LOOKS == 0;
         for vcpu in vcpus {

@@ -11,6 +11,7 @@
 mod builder;
 mod command;
 mod crash;
+mod debug;
 mod devices;
 mod ending;
 mod hardware;
@@ -32,16 +33,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use log::{info, warn};
+use log::{debug, info, warn};
 use signal_hook::consts::SIGTERM;
 
-use crate::config::ConsoleConfig;
+use crate::config::{ConsoleConfig, GdbConfig};
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply, State};
 use crate::devices::console::host::{Host, Keys};
 use crate::trace::Tracer;
 use crate::util::{RateLimit, guest_info};
 pub use builder::Machine;
+use debug::Debug;
 use ending::Ending;
 use life::Vcpus;
 use mainloop::{Event, MainLoop, Post};
@@ -102,6 +104,8 @@ pub struct Run<'a> {
     pub control: Option<&'a Path>,
     /// If set, record exits and the requests of disks.
     pub tracer: Option<&'a Tracer>,
+    /// Where to wait for GDB, if at all.
+    pub gdb: Option<&'a GdbConfig>,
     /// Start paused: the guest does not run before a command resumes it.
     pub paused: bool,
 }
@@ -115,6 +119,8 @@ struct Running<'a> {
     ending: Ending,
     deadline: Deadline,
     stats: Option<Stats>,
+    /// With `--gdb`.
+    debug: Option<Debug>,
     /// Number of resets so far.
     resets: u64,
 }
@@ -151,6 +157,7 @@ impl Machine {
             ending: ending.clone(),
             deadline: Deadline::after(how.timeout),
             stats: how.stats_from.map(Stats::since),
+            debug: None,
             resets: 0,
         };
         let result = running.run();
@@ -177,6 +184,9 @@ impl Running<'_> {
             };
             self.main
                 .add_server(Server::listen(path, Box::new(on_command))?);
+        }
+        if let Some(config) = self.how.gdb {
+            self.listen_for_gdb(config)?;
         }
         let resized = self.machine.backends.console.clone();
         let on_resize = move || resized.iter().for_each(|console| console.resized());
@@ -273,8 +283,12 @@ impl Running<'_> {
         let vcpus = self.machine.take_vcpus()?;
         let hardware = self.machine.hardware()?;
         self.main.set_clock(Some(Arc::clone(&hardware.rtc)));
-        let mut vcpus = Vcpus::of_new(vcpus, hardware.resets_harts, self.stats.is_some());
+        let ram = self.machine.shared_ram();
+        let mut vcpus = Vcpus::of_new(vcpus, ram, hardware.resets_harts, self.stats.is_some());
+        self.debug_life(&mut vcpus)?;
+        let hardware = self.machine.hardware()?;
         match state {
+            _ if self.is_held() => debug!("the guest waits for GDB"),
             State::Running => {
                 vcpus.start(hardware, &self.post)?;
                 guest_info!(RateLimit::named("lives"), "the guest runs");
@@ -294,6 +308,9 @@ impl Running<'_> {
             stats.guest_was(*state);
         }
         vcpus.park(&mut self.main)?;
+        if let Ok(End::Over(outcome)) = &end {
+            self.end_gdb(*outcome, &mut vcpus)?;
+        }
         if let Some(stats) = &mut self.stats {
             let hardware = self.machine.hardware()?;
             stats.add(vcpus.counted(), |gpa| hardware.registers_at(gpa));
@@ -320,10 +337,19 @@ impl Running<'_> {
     fn watch(&mut self, vcpus: &mut Vcpus) -> Result<End> {
         let mut meantime = Meantime::new(self.machine.watcher());
         loop {
+            meantime.replants(vcpus.wants_plants());
             match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
+                Some(Event::Gdb(said)) => {
+                    if let Some(end) = self.said(said, vcpus)? {
+                        return Ok(end);
+                    }
+                }
                 Some(Event::Called) => {}
                 Some(Event::Pressed) => {
-                    // A paused guest could not power off.
+                    // A paused guest could not power off, nor one that GDB has stopped.
+                    if self.is_held() {
+                        self.detach(vcpus)?;
+                    }
                     if let Err(error) = self.go_on(vcpus)? {
                         let error = anyhow::Error::from(error);
                         warn!("{error:#}: the guest cannot be asked to power off");
@@ -337,6 +363,7 @@ impl Running<'_> {
                     }
                 }
                 Some(Event::Report) => self.report_to_user(vcpus)?,
+                Some(Event::Replant) => self.replant(vcpus)?,
                 Some(Event::Vcpu(hart, end)) => {
                     if let Some(end) = self.stopped(hart, end?, vcpus)? {
                         return Ok(end);

@@ -17,7 +17,7 @@ use crate::vcpu::hart::{Hart, NAMES};
 use crate::vcpu::paging::{Step, Walk, entry_bits, mode_name, walk_with};
 use backtrace::backtrace;
 use hint::hint;
-use symbols::Symbols;
+use symbols::{Name, Symbols};
 
 /// The report on one hart. Its `Display` form is lines for people.
 pub struct Report<'a> {
@@ -35,10 +35,13 @@ impl Report<'_> {
     /// An address, and its symbol if it has one.
     fn named(&self, address: u64) -> String {
         let name = self.symbols.and_then(|symbols| symbols.name(address));
-        match name {
-            Some(name) => format!("{address:#x} ({name})"),
-            None => format!("{address:#x}"),
-        }
+        with_name(address, name)
+    }
+
+    /// The same for a return address.
+    fn named_return(&self, address: u64) -> String {
+        let name = self.symbols.and_then(|symbols| symbols.caller(address));
+        with_name(address, name)
     }
 
     /// What a virtual address leads to.
@@ -150,10 +153,21 @@ impl Report<'_> {
 
     fn callers(&self, f: &mut fmt::Formatter) -> fmt::Result {
         writeln!(f, "  called from:")?;
-        for address in backtrace(self.hart, self.ram) {
-            writeln!(f, "    {}", self.named(address))?;
+        for (index, address) in backtrace(self.hart, self.ram).into_iter().enumerate() {
+            let text = match index {
+                0 => self.named(address),
+                _ => self.named_return(address),
+            };
+            writeln!(f, "    {text}")?;
         }
         Ok(())
+    }
+}
+
+fn with_name(address: u64, name: Option<Name<'_>>) -> String {
+    match name {
+        Some(name) => format!("{address:#x} ({name})"),
+        None => format!("{address:#x}"),
     }
 }
 

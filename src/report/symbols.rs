@@ -120,6 +120,15 @@ impl Symbols {
         (offset < Self::REACH).then_some(Name { symbol, offset })
     }
 
+    /// The name of the function that contains the call before the return address `address`. The
+    /// call may be the function's last instruction, if what it calls does not return. Then `address`
+    /// belongs to the next function.
+    pub fn caller(&self, address: u64) -> Option<Name<'_>> {
+        let Name { symbol, offset } = self.name(address.wrapping_sub(1))?;
+        let offset = offset + 1;
+        Some(Name { symbol, offset })
+    }
+
     /// The address of `name` in the running kernel.
     pub fn address(&self, name: &str) -> Option<u64> {
         let linked = self.linked(name)?;
@@ -251,6 +260,11 @@ mod tests {
         assert_eq!(name(base + 0x102).as_deref(), Some("panic+0x2"));
         assert_eq!(name(0xffff_ffff_01e8_0004).as_deref(), Some("probe+0x4"));
         assert_eq!(name(0x8000_0000), None, "before the first");
+        // A call at the end of _start.
+        let caller = |address| symbols.caller(address).map(|name| name.to_string());
+        assert_eq!(caller(base + 0x100).as_deref(), Some("_start+0x100"));
+        assert_eq!(caller(base + 0x104).as_deref(), Some("panic+0x4"));
+        assert_eq!(caller(base), None);
         assert_eq!(name(base + 0x100 + Symbols::REACH), None, "too far");
         assert_eq!(symbols.address("panic"), Some(base + 0x100));
         assert_eq!(symbols.address("SIZE"), None);

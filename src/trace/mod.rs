@@ -12,7 +12,7 @@ mod write;
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -81,6 +81,8 @@ struct Shared {
     events: SyncSender<Message>,
     /// Events that found no room.
     dropped: AtomicU64,
+    /// Events are not recorded for now.
+    is_off: AtomicBool,
 }
 
 /// What the writer's thread gets.
@@ -93,9 +95,17 @@ enum Message {
 impl Tracer {
     /// Records `event`, or drops it if the writer is behind. Does not wait.
     pub fn record(&self, event: Event) {
+        if self.0.is_off.load(Ordering::Relaxed) {
+            return;
+        }
         if self.0.events.try_send(Message::Event(event)).is_err() {
             self.0.dropped.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Records events from now on, or does not.
+    pub fn switch(&self, on: bool) {
+        self.0.is_off.store(!on, Ordering::Relaxed);
     }
 
     fn dropped(&self) -> u64 {
@@ -122,7 +132,13 @@ impl Recorder {
     ) -> io::Result<Self> {
         let (events, arrived) = sync_channel(WAITING);
         let dropped = AtomicU64::new(0);
-        let tracer = Tracer(Arc::new(Shared { events, dropped }));
+        let is_off = AtomicBool::new(false);
+        let shared = Shared {
+            events,
+            dropped,
+            is_off,
+        };
+        let tracer = Tracer(Arc::new(shared));
         let writer = Writer::new(file, limit, place)?;
         let counter = tracer.clone();
         let thread = spawn(Kind::Main, "trace", move || run(writer, &arrived, &counter))?;

@@ -14,6 +14,8 @@ impl Cause {
     pub const INSTRUCTION_ACCESS: Self = Cause(1);
     /// An instruction that the hart does not have, or not in this mode.
     pub const ILLEGAL_INSTRUCTION: Self = Cause(2);
+    /// An `ebreak`.
+    pub const BREAKPOINT: Self = Cause(3);
     /// A load from a physical address that does not take it.
     pub const LOAD_ACCESS: Self = Cause(5);
     /// A store or atomic access to a physical address that does not take it.

@@ -12,23 +12,12 @@ use std::sync::{Arc, OnceLock};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Stop;
+use super::cause::Cause;
 use super::paging::{Walk, walk};
-use crate::hypervisor::{RegId, Result, Vcpu, host, regs};
+use super::trap::{self, BASE, read};
+use crate::hypervisor::{Result, Vcpu, host, regs};
 use crate::memory::GuestMemory;
 use crate::util::{RateLimit, guest_debug};
-
-/// `scause` of an instruction access fault.
-const INSTRUCTION_ACCESS_FAULT: u64 = 1;
-
-/// Bits of `sstatus`, and the value of KVM's `mode` register for supervisor mode.
-const SIE: u64 = 1 << 1;
-const SPIE: u64 = 1 << 5;
-const SPP: u64 = 1 << 8;
-const MODE_SUPERVISOR: u64 = 1;
-
-/// Mask for the base address in `stvec`. In both modes of `stvec`, exceptions go to the base
-/// address.
-const BASE: u64 = !0b11;
 
 /// Faults that a guest may take in five seconds. The host's kernel logs each of them (`kvm_err` in
 /// `vcpu_exit.c`) without a rate limit.
@@ -86,7 +75,7 @@ impl FetchFaults {
             self.lines,
             "the guest fetched from {pc:#x}, outside RAM: injected an instruction access fault"
         );
-        enter_handler(vcpu, pc, address, handler)?;
+        trap::enter(vcpu, Cause::INSTRUCTION_ACCESS, address)?;
         Ok(None)
     }
 
@@ -112,36 +101,6 @@ impl FetchFaults {
         let is_long = u16::from_le(first) & 0b11 == 0b11;
         (is_long && second % PAGE == 0 && is_nowhere(second)).then_some(second)
     }
-}
-
-/// Sets the registers as a hart does when the fetch at `pc` faults for `address` (RISC-V Privileged
-/// Architecture, "Supervisor Cause Register" and "Supervisor Status Register").
-fn enter_handler(vcpu: &dyn Vcpu, pc: u64, address: u64, handler: u64) -> Result<()> {
-    let status = read(vcpu, regs::SSTATUS)?;
-    let mode = read(vcpu, regs::MODE)?;
-    let mut new = status & !(SPP | SPIE | SIE);
-    if status & SIE != 0 {
-        new |= SPIE;
-    }
-    if mode == MODE_SUPERVISOR {
-        new |= SPP;
-    }
-    for (register, value) in [
-        (regs::SSTATUS, new),
-        (regs::SEPC, pc),
-        (regs::SCAUSE, INSTRUCTION_ACCESS_FAULT),
-        (regs::STVAL, address),
-        (regs::PC, handler),
-        (regs::MODE, MODE_SUPERVISOR),
-    ] {
-        vcpu.set_reg(register, value)?;
-    }
-    Ok(())
-}
-
-/// Reads a register that every KVM has.
-fn read(vcpu: &dyn Vcpu, register: RegId) -> Result<u64> {
-    Ok(vcpu.reg(register)?.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod sbi;
 pub mod stats;
 pub mod suspend;
 pub mod thread;
+pub mod trap;
 
 use std::fmt;
 

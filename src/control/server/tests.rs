@@ -8,8 +8,8 @@ use std::thread;
 use event_manager::{EventManager, SubscriberOps};
 
 use super::super::client::ask;
-use super::super::socket::tests::path;
 use super::*;
+use crate::util::socket::tests::path;
 
 /// The time that a client has in these tests.
 const SHORT: Duration = Duration::from_millis(500);

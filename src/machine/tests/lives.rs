@@ -93,6 +93,7 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
         control: None,
         paused: false,
         tracer: None,
+        gdb: None,
     };
     std::fs::remove_file(image).unwrap();
     let _alone = lock(&ALONE);

@@ -5,6 +5,7 @@ use crate::config::MemConfig;
 use crate::hypervisor::fake::FakeVcpu;
 use crate::memory;
 use crate::util::ByteSize;
+use crate::vcpu::trap::{MODE_SUPERVISOR, SIE, SPIE, SPP};
 
 const RAM: u64 = 0x8000_0000;
 const RAM_END: u64 = RAM + (1 << 20);
@@ -38,6 +39,7 @@ fn hart(status: u64, mode: u64, satp: u64) -> FakeVcpu {
 }
 
 fn answer(faults: &FetchFaults, hart: &FakeVcpu, pc: u64) -> Option<Stop> {
+    hart.set_reg(regs::PC, pc).unwrap();
     faults.answer(hart, libc::EOPNOTSUPP, pc).unwrap()
 }
 

@@ -1,4 +1,4 @@
-//! The control socket's path in the file system: its permissions, and taking over a stale socket.
+//! Unix sockets that rvmm listens on: the path's permissions, and taking over a stale socket.
 
 use std::fs;
 use std::io;
@@ -11,8 +11,9 @@ use rustix::fs::Mode;
 use rustix::process::umask;
 
 /// A socket that listens at a path. Dropping it removes the path.
-pub(super) struct Listening {
-    pub(super) listener: UnixListener,
+pub struct Listening {
+    /// The socket. It is non-blocking.
+    pub listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the path when the socket was created: another process may have taken
     /// over the path since.
@@ -26,15 +27,14 @@ impl Listening {
     ///
     /// # Errors
     /// Fails if the path is in use or the socket cannot be created. The message has one line, with
-    /// the path, the reason and a way out.
-    pub(super) fn at(path: &Path) -> Result<Self> {
-        make_room(path)?;
+    /// the path, the reason and a way out. It calls the socket `what`, such as `control socket`.
+    pub fn at(path: &Path, what: &str) -> Result<Self> {
+        make_room(path, what)?;
         let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
         let bound = UnixListener::bind(path);
         umask(before);
-        let listener = bound.with_context(|| {
-            format!("Failed to listen on control socket {path:?}{}", hint(path))
-        })?;
+        let listener =
+            bound.with_context(|| format!("Failed to listen on {what} {path:?}{}", hint(path)))?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
@@ -60,20 +60,19 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 /// Removes a socket at `path` that nobody listens on.
-fn make_room(path: &Path) -> Result<()> {
+fn make_room(path: &Path, what: &str) -> Result<()> {
     let Ok(there) = fs::symlink_metadata(path) else {
         return Ok(());
     };
     if !there.file_type().is_socket() {
-        bail!("Failed to listen on control socket {path:?}: a file is there: choose another name");
+        bail!("Failed to listen on {what} {path:?}: a file is there: choose another name");
     }
     match UnixStream::connect(path) {
         Ok(_) => bail!(
-            "Failed to listen on control socket {path:?}: another process listens on it: choose \
-             another name"
+            "Failed to listen on {what} {path:?}: another process listens on it: choose another name"
         ),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
-            .with_context(|| format!("Failed to remove the stale control socket {path:?}")),
+            .with_context(|| format!("Failed to remove the stale {what} {path:?}")),
         // Such as no permission: binding fails too, with the reason.
         Err(_) => Ok(()),
     }
@@ -91,7 +90,7 @@ fn hint(path: &Path) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
@@ -101,14 +100,16 @@ pub(super) mod tests {
     }
 
     fn refused(path: &Path) -> String {
-        let error = Listening::at(path).err().expect("is refused");
+        let error = Listening::at(path, "control socket")
+            .err()
+            .expect("is refused");
         format!("{error:#}")
     }
 
     #[test]
     fn a_live_socket_is_refused_and_a_stale_one_taken_over() {
         let path = path("owner");
-        let first = Listening::at(&path).unwrap();
+        let first = Listening::at(&path, "control socket").unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(refused(&path).contains("another process listens"));
@@ -119,7 +120,7 @@ pub(super) mod tests {
         drop(copy);
         let stale = self::path("stale");
         drop(UnixListener::bind(&stale).unwrap());
-        let second = Listening::at(&stale).unwrap();
+        let second = Listening::at(&stale, "control socket").unwrap();
         assert!(UnixStream::connect(&stale).is_ok());
         drop(second);
         assert!(!stale.exists());
@@ -142,7 +143,7 @@ pub(super) mod tests {
     #[test]
     fn anothers_socket_stays() {
         let path = path("taken");
-        let first = Listening::at(&path).unwrap();
+        let first = Listening::at(&path, "control socket").unwrap();
         fs::remove_file(&path).unwrap();
         let second = UnixListener::bind(&path).unwrap();
         drop(first);
