@@ -56,7 +56,12 @@ pub struct Cli {
     /// Print the machine as JSON, and end
     ///
     /// The JSON goes to standard output. The guest does not run.
-    #[arg(help_heading = "Control", long, conflicts_with = "dump_dtb")]
+    #[arg(
+        help_heading = "Control",
+        hide_short_help = true,
+        long,
+        conflicts_with = "dump_dtb"
+    )]
     pub print_config: bool,
 
     /// End after this time, such as 30s
@@ -337,6 +342,7 @@ mod tests {
                 "timeout" => "1s",
                 "on-sigterm" => "poweroff",
                 "on-crash" => "pause",
+                "gdb" => "1234",
                 _ => "x",
             };
             let one = match arg.get_action() {

@@ -68,6 +68,7 @@ impl From<GdbAddress> for String {
 impl KeyValue for GdbConfig {
     const EXAMPLE: &'static str = "1234,wait";
     const MAIN_KEY: Option<&'static str> = Some("at");
+    const SWITCHES: &'static [&'static str] = &["wait"];
 }
 
 impl FromStr for GdbConfig {

@@ -121,8 +121,8 @@ impl Symbols {
     }
 
     /// The name of the function that contains the call before the return address `address`. The
-    /// call may be the function's last instruction, if what it calls does not return. Then `address`
-    /// belongs to the next function.
+    /// call may be the function's last instruction, if what it calls does not return. Then
+    /// `address` belongs to the next function.
     pub fn caller(&self, address: u64) -> Option<Name<'_>> {
         let Name { symbol, offset } = self.name(address.wrapping_sub(1))?;
         let offset = offset + 1;

@@ -69,7 +69,8 @@ fn make_room(path: &Path, what: &str) -> Result<()> {
     }
     match UnixStream::connect(path) {
         Ok(_) => bail!(
-            "Failed to listen on {what} {path:?}: another process listens on it: choose another name"
+            "Failed to listen on {what} {path:?}: another process listens on it: choose another \
+             name"
         ),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
             .with_context(|| format!("Failed to remove the stale {what} {path:?}")),

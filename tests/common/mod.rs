@@ -24,6 +24,8 @@ pub(crate) mod ctl;
 pub(crate) mod disk;
 pub(crate) mod files;
 #[cfg(target_arch = "riscv64")]
+pub(crate) mod gdb;
+#[cfg(target_arch = "riscv64")]
 pub(crate) mod host;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod net;

@@ -8,6 +8,7 @@ mod console;
 mod disk;
 mod errors;
 mod fdt;
+mod gdb;
 mod guests;
 mod harts;
 mod info;
