@@ -314,7 +314,7 @@ fn a_breakpoint_in_linux() {
 /// GDB may go without a word; SIGTERM ends a guest that GDB has stopped.
 #[test]
 fn the_guest_does_not_depend_on_gdb() {
-    let session = Session::of("echo", &[]);
+    let mut session = Session::of("echo", &[]);
     drop(session.gdb);
     session.vm.send("hello\n");
     session.vm.wait_for("hello");
