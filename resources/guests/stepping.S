@@ -40,10 +40,12 @@ begin:
     /* the trap: a CSR of the hypervisor, which a guest cannot access */
     csrr    t0, 0x680               /* hgatp */
     add     s2, s2, s5              /* scause, from the handler */
-1:  lr.w    t1, (s4)
+sequence:
+    lr.w    t1, (s4)
     addi    t1, t1, 1
     sc.w    t2, t1, (s4)
-    bnez    t2, 1b
+sequence_end:
+    bnez    t2, sequence
     andi    t1, s3, 1
     beqz    t1, 2f
     addi    s2, s2, 100

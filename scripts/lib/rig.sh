@@ -75,7 +75,7 @@ rig_next() {
 
 rig_next_key() {
     {
-        printf '%s\n' "$ENV_NAME" "${RVMM_NEXT_KERNEL-}" && cat scripts/lib/next-kernel
+        printf '%s\n' "$ENV_NAME" "${RVMM_NEXT_KERNEL-}" && cat scripts/lib/next-kernel scripts/lib/apt.sh
         [[ -z ${RVMM_NEXT_KERNEL-} ]] || sha256sum "$RVMM_NEXT_KERNEL"/*.deb
     } | sha256sum | cut -c1-12
 }

@@ -34,7 +34,7 @@ pub(crate) mod pausing;
 mod shell;
 mod vm;
 
-pub(crate) use shell::Shell;
+pub(crate) use shell::{Shell, kallsyms};
 pub(crate) use vm::{Outcome, Rvmm, Vm};
 
 /// Exit status: the guest powered off.

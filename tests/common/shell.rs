@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 
+use super::files::TempDir;
 use super::{Outcome, POWERED_OFF, Rvmm, Vm};
 
 /// A guest that runs commands one after the other.
@@ -69,4 +70,16 @@ impl Shell {
         end.assert_status(POWERED_OFF);
         end
     }
+}
+
+/// The /proc/kallsyms of the Linux under test. The guest writes it to a disk in `scratch`.
+pub(crate) fn kallsyms(scratch: &TempDir) -> Vec<u8> {
+    let disk = scratch.file("kallsyms", vec![0; 32 << 20]);
+    let mut shell = Shell::start([OsStr::new("--disk"), disk.as_os_str()]);
+    let length = shell
+        .ok("dd bs=64k if=/proc/kallsyms of=/dev/vda 2>/dev/null; sync; wc -c </proc/kallsyms");
+    shell.power_off();
+    let mut symbols = std::fs::read(&disk).expect("the disk");
+    symbols.truncate(length.parse().expect("a number"));
+    symbols
 }

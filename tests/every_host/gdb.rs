@@ -140,7 +140,7 @@ fn a_range_is_stepped_through() {
 fn a_breakpoint_is_at_a_virtual_address() {
     let mut session = Session::of("aliases", &[]);
     let worker = session.address("worker");
-    let alias = worker - 0x40_0000_0000;
+    let alias = worker.wrapping_sub(0x40_0000_0000);
     assert_eq!(session.gdb.register(SATP), 0);
     assert_eq!(session.gdb.memory(alias, 2), None, "it is not mapped yet");
     session.gdb.breakpoint(alias, true);
@@ -187,7 +187,7 @@ fn the_guests_own_breakpoints_are_its_own() {
 #[test]
 fn all_harts_are_threads() {
     let mut session = Session::of("team", &["--cpus", "4"]);
-    assert_eq!(session.gdb.ask("qfThreadInfo"), "m1,2,3,4");
+    assert_eq!(session.gdb.ask("qfThreadInfo"), "m01,02,03,04");
     assert_eq!(session.gdb.ask("qsThreadInfo"), "l");
     let (main, count) = (session.address("main"), session.address("count"));
     assert_eq!(session.run_to(main), 0);
@@ -307,6 +307,7 @@ fn a_breakpoint_in_linux() {
     }
     gdb.ok("D");
     gdb.wait_for_end();
+    shell.answered(1);
     shell.ok("true");
     shell.power_off();
 }

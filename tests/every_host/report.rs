@@ -4,7 +4,7 @@
 use crate::common::ctl::Ctl;
 use crate::common::files::{TempDir, guest_elf};
 use crate::common::host::kvm_gives_fetch_faults;
-use crate::common::{CANNOT_GO_ON, Rvmm, Shell, TERMINATED, USAGE, Vm};
+use crate::common::{CANNOT_GO_ON, Rvmm, Shell, TERMINATED, USAGE, Vm, kallsyms};
 
 const TRAP_LOOP: &str = "hart 0 gets nowhere: it takes the same trap again and again";
 const PANIC: &str = "its kernel has panicked";
@@ -149,24 +149,11 @@ fn a_stack_that_grew_out_of_ram() {
 #[test]
 fn a_panic_of_linux() {
     let scratch = TempDir::new();
-    let disk = scratch.file("symbols", vec![0; 32 << 20]);
-    let image = disk.display().to_string();
-    let mut shell = Shell::start(["--disk", &image]);
-    let size = shell
-        .ok("dd bs=64k if=/proc/kallsyms of=/dev/vda 2>/dev/null; sync; wc -c </proc/kallsyms");
-    shell.power_off();
-    let map = std::fs::File::options()
-        .write(true)
-        .open(&disk)
-        .expect("the disk");
-    map.set_len(size.parse().expect("a number"))
-        .expect("a shorter file");
-    let vm = Rvmm::virtio("console=ttyS0 quiet panic=0 rvmm.action=sh").args([
-        "--symbols",
-        &image,
-        "--on-crash",
-        "report,watch=200ms",
-    ]);
+    let image = scratch.file("symbols", kallsyms(&scratch));
+    let vm = Rvmm::virtio("console=ttyS0 quiet panic=0 rvmm.action=sh")
+        .arg("--symbols")
+        .arg(&image)
+        .args(["--on-crash", "report,watch=200ms"]);
     let mut shell = Shell::of(vm);
     shell.vm.send("echo c >/proc/sysrq-trigger\n");
     shell.vm.wait_for_log(PANIC);

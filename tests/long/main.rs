@@ -4,6 +4,8 @@
 mod common;
 
 mod disk;
+mod gdb;
 mod kexec;
 mod net;
 mod pause;
+mod report;
