@@ -23,5 +23,6 @@ mod report;
 mod reset;
 mod seam;
 mod stats;
+mod teaching;
 mod trace;
 mod usage;
