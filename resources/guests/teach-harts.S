@@ -48,9 +48,13 @@ other:
     sbi     SBI_HSM, HSM_HART_STOP
     j       fail
 
-/* take_turns(s0 = number of the hart) returns when all harts have had TURNS turns. */
+/* take_turns(s0 = number of the hart): returns when all harts have had TURNS turns. */
 take_turns:
     mv      s9, ra
+    say     "hart "
+    say_digit s0
+    say     ": up"
+    end_line
     lla     s6, harts
     lla     s7, up
     lla     s8, done

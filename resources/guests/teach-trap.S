@@ -40,11 +40,11 @@ main:
     sfence.vma
     on_trap step
 
-    csrr    t0, 0x680               /* hgatp, which belongs to the hypervisor */
+    csrr    t0, 0x680               /* 4 bytes. hgatp belongs to the hypervisor */
     tell    "illegal instruction"
 
-    li      t0, UNMAPPED
-    ld      t0, 0(t0)
+    li      s0, UNMAPPED
+    ld      s1, 0(s0)               /* 2 bytes: a compressed instruction */
     tell    "load from nowhere"
 
     li      s9, NO_TRAP

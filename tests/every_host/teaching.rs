@@ -48,6 +48,21 @@ fn shown(arguments: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Checks that `show` has printed a block.
+#[track_caller]
+fn assert_shown(arguments: &str, shown: &str, block: &[&str]) {
+    let lines: Vec<&str> = shown.lines().collect();
+    if lines != block {
+        let same = lines.iter().zip(block).take_while(|(a, b)| a == b).count();
+        let (printed, expected) = (lines.get(same), block.get(same));
+        panic!(
+            "`show {arguments}` prints\n{shown}\nThe page differs in line {}: {printed:?} and \
+             {expected:?}. scripts/guest-pages makes it again",
+            same + 1
+        );
+    }
+}
+
 /// The event in a line of a trace, without its times. None if it is another line, or a moment at
 /// which rvmm itself interrupted a vCPU.
 fn event(line: &str) -> Option<String> {
@@ -88,12 +103,7 @@ fn check(page: &str) {
     assert!(blocks.iter().any(|(arguments, _)| is_checked(arguments)));
     for (arguments, block) in &blocks {
         if is_checked(arguments) {
-            let shown = shown(arguments);
-            let shown: Vec<&str> = shown.lines().collect();
-            assert_eq!(
-                shown, *block,
-                "`show {arguments}` and the page (scripts/guest-pages makes it again)"
-            );
+            assert_shown(arguments, &shown(arguments), block);
         } else {
             let name = arguments.split(' ').next().expect("a name");
             let checked = format!("{CHECKED}{name}");
