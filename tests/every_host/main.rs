@@ -24,5 +24,6 @@ mod report;
 mod reset;
 mod seam;
 mod stats;
+mod teaching;
 mod trace;
 mod usage;

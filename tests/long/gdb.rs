@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use rvmm::report::symbols::Symbols;
 
@@ -66,66 +67,60 @@ fn steps_are_what_an_emulator_logs() {
         .assert_console(POWERED_OFF, &["stepping", "sum 12100"]);
 }
 
-/// GDB, from a disk with its packages.
-struct Program {
-    root: TempDir,
-}
-
-impl Program {
-    fn mount() -> Self {
+/// The directory of a disk with GDB and its packages, which stays mounted.
+fn packages() -> &'static Path {
+    static ROOT: OnceLock<TempDir> = OnceLock::new();
+    let root = ROOT.get_or_init(|| {
         let root = TempDir::new();
-        let disk = given("RVMM_TEST_GDB");
-        let mounted = Command::new("mount")
-            .args(["-o", "ro"])
-            .arg(disk)
-            .arg(root.path())
-            .status();
-        assert!(mounted.expect("run mount").success());
-        Program { root }
-    }
-
-    /// Runs GDB with these commands on `elf`. Calls `ready` when GDB has printed `READY`. Returns
-    /// its output.
-    fn run(&self, elf: &Path, commands: &str, ready: impl FnOnce()) -> String {
-        let usr = self.root.path().join("usr");
-        let script = TempDir::new();
-        let script = script.file("commands", commands);
-        let mut child = Command::new(usr.join("lib/ld-linux-riscv64-lp64d.so.1"))
-            .arg("--library-path")
-            .arg(usr.join("lib/riscv64-linux-gnu"))
-            .arg(usr.join("bin/gdb-multiarch"))
-            .arg("--data-directory")
-            .arg(usr.join("share/gdb"))
-            .args(["-nx", "-batch", "-x"])
-            .arg(&script)
-            .arg(elf)
-            .env("PYTHONHOME", &usr)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("run GDB");
-        let mut ready = Some(ready);
-        let mut output = String::new();
-        for line in BufReader::new(child.stdout.take().expect("its output")).lines() {
-            let line = line.expect("a line");
-            if line.contains("READY") {
-                if let Some(ready) = ready.take() {
-                    ready();
-                }
-            }
-            output += &line;
-            output.push('\n');
-        }
-        let status = child.wait().expect("wait for GDB");
-        assert!(status.success(), "{status}: {output}");
-        output
-    }
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "ext4", "-o", "ro"])
+            .arg(given("RVMM_TEST_GDB"));
+        let status = mount.arg(root.path()).status().expect("run mount");
+        assert!(status.success(), "{status}");
+        root
+    });
+    root.path()
 }
 
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.root.path()).status();
+/// Runs GDB with these commands on `elf`. Calls `ready` when GDB has printed `READY`. Returns its
+/// output.
+fn gdb(elf: &Path, commands: &str, ready: impl FnOnce()) -> String {
+    let usr = packages().join("usr");
+    let script = TempDir::new();
+    let script = script.file("commands", commands);
+    // Warnings are a part of the output.
+    let mut child = Command::new("sh")
+        .args(["-c", "exec \"$@\" 2>&1", "gdb"])
+        .arg(usr.join("lib/ld-linux-riscv64-lp64d.so.1"))
+        .arg("--library-path")
+        .arg(usr.join("lib/riscv64-linux-gnu"))
+        .arg(usr.join("bin/gdb-multiarch"))
+        .arg("--data-directory")
+        .arg(usr.join("share/gdb"))
+        .args(["-nx", "-batch", "-x"])
+        .arg(&script)
+        .arg(elf)
+        .env("PYTHONHOME", &usr)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("run GDB");
+    let mut ready = Some(ready);
+    let mut output = String::new();
+    for line in BufReader::new(child.stdout.take().expect("its output")).lines() {
+        let line = line.expect("a line");
+        if line.contains("READY") {
+            if let Some(ready) = ready.take() {
+                ready();
+            }
+        }
+        output += &line;
+        output.push('\n');
     }
+    let status = child.wait().expect("wait for GDB");
+    assert!(status.success(), "{status}: {output}");
+    output
 }
 
 #[track_caller]
@@ -142,7 +137,6 @@ fn has(output: &str, parts: &[&str]) {
 /// A guest in C: frames, finish, locals, steps by lines, and a watchpoint, which cannot be.
 #[test]
 fn gdb_follows_a_guest_in_c() {
-    let gdb = Program::mount();
     for cpus in ["1", "4"] {
         let scratch = TempDir::new();
         let socket = scratch.path().join("gdb");
@@ -171,7 +165,7 @@ fn gdb_follows_a_guest_in_c() {
              detach\n",
             socket.display()
         );
-        let output = gdb.run(&guest_elf("calls"), &commands, || ());
+        let output = gdb(&guest_elf("calls"), &commands, || ());
         has(
             &output,
             &[
@@ -205,7 +199,6 @@ fn gdb_follows_a_guest_in_c() {
 
 #[test]
 fn gdb_says_that_there_are_no_watchpoints() {
-    let gdb = Program::mount();
     let scratch = TempDir::new();
     let socket = scratch.path().join("gdb");
     let vm = Rvmm::guest("calls").args(flags(&socket)).spawn();
@@ -221,7 +214,7 @@ fn gdb_says_that_there_are_no_watchpoints() {
          detach\n",
         socket.display()
     );
-    let output = gdb.run(&guest_elf("calls"), &commands, || ());
+    let output = gdb(&guest_elf("calls"), &commands, || ());
     has(
         &output,
         &["refused: ", "Could not insert hardware watchpoint 1."],
@@ -232,7 +225,6 @@ fn gdb_says_that_there_are_no_watchpoints() {
 /// Debian's kernel, with the symbols of its own /proc/kallsyms.
 #[test]
 fn gdb_breaks_in_linux() {
-    let gdb = Program::mount();
     let scratch = TempDir::new();
     let symbols = scratch.file("linux.elf", elf_of(&crate::common::kallsyms(&scratch)));
     for cpus in ["1", "4"] {
@@ -241,7 +233,7 @@ fn gdb_breaks_in_linux() {
         let vm = Rvmm::virtio("console=ttyS0 quiet rvmm.action=sh");
         let mut shell = Shell::of(vm.args(["--cpus", cpus, "--gdb", &at]));
         let commands = format!(
-            "target remote {}\n\
+            "set debug remote 1\nset debug infrun 1\ntarget remote {}\n\
              break __riscv_sys_newuname\n\
              echo READY\\n\n\
              continue\n\
@@ -258,7 +250,7 @@ fn gdb_breaks_in_linux() {
             socket.display()
         );
         let vm = &mut shell.vm;
-        let output = gdb.run(&symbols, &commands, || vm.send("uname -r\n"));
+        let output = gdb(&symbols, &commands, || vm.send("uname -r\n"));
         has(
             &output,
             &[
