@@ -26,6 +26,7 @@ use gdbstub::target::ext::breakpoints::{
 use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps};
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target, TargetError, TargetResult};
+use log::warn;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::arch::{General, Register, Riscv};
@@ -46,13 +47,24 @@ monitor trace on|off     record exits in the file of --trace, or do not
 monitor physical on|off  addresses are guest-physical, or virtual
 ";
 
-/// How a hart goes on that does not run.
+/// How a hart goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// It runs.
+    Run,
     /// It executes one instruction.
     Step,
     /// It executes instructions as long as its pc is in this range.
     StepInside(Range<u64>),
+}
+
+/// How the guest goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// All harts run.
+    All,
+    /// Only this hart goes on, and the others stay where they are.
+    Alone(usize, Action),
 }
 
 /// A command of GDB's `monitor` that the machine carries out.
@@ -73,7 +85,7 @@ pub struct Debugger {
     harts: Vec<Parked>,
     /// Virtual addresses with a breakpoint.
     breakpoints: BTreeSet<u64>,
-    /// How each hart is to go on, if it is not to run.
+    /// How harts are to go on that GDB has named.
     actions: BTreeMap<usize, Action>,
     /// GDB wants the guest to go on.
     goes_on: bool,
@@ -119,10 +131,17 @@ impl Debugger {
         self.is_physical = false;
     }
 
-    /// If GDB wants the guest to go on: returns the hart that is to step and how, or none if all
-    /// harts are to run. If several are to step, the first does.
-    pub fn take_resume(&mut self) -> Option<Option<(usize, Action)>> {
-        take(&mut self.goes_on).then(|| self.actions.pop_first())
+    /// If GDB wants the guest to go on: returns how. A hart that steps does so alone; if several
+    /// are to step, the first does.
+    pub fn take_resume(&mut self) -> Option<Resume> {
+        if !take(&mut self.goes_on) {
+            return None;
+        }
+        let mut actions = take(&mut self.actions).into_iter();
+        // GDB names one hart if the others are to stay, as for a step over a breakpoint.
+        let is_one = actions.len() == 1;
+        let chosen = actions.find(|(_, action)| is_one || *action != Action::Run);
+        Some(chosen.map_or(Resume::All, |(hart, action)| Resume::Alone(hart, action)))
     }
 
     /// What the user has asked the machine to do.
@@ -323,7 +342,7 @@ impl MultiThreadResume for Debugger {
         tid: Tid,
         _: Option<Signal>,
     ) -> hypervisor::Result<()> {
-        self.actions.remove(&(tid.get() - 1));
+        self.actions.insert(tid.get() - 1, Action::Run);
         Ok(())
     }
 
@@ -381,6 +400,10 @@ impl SwBreakpoint for Debugger {
 /// KVM on riscv64 has no watchpoints, so each is refused.
 impl HwWatchpoint for Debugger {
     fn add_hw_watchpoint(&mut self, _: u64, _: u64, _: WatchKind) -> TargetResult<bool, Self> {
+        warn!(
+            "KVM on RISC-V has no watchpoints: with \"set can-use-hw-watchpoints 0\" GDB steps and \
+             compares instead"
+        );
         Ok(false)
     }
 

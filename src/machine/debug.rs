@@ -21,7 +21,7 @@ use crate::config::GdbConfig;
 use crate::control::State;
 use crate::gdb::link::{Link, Listener, Said, Wire};
 use crate::gdb::step::{Plan, is_ebreak, plan};
-use crate::gdb::target::{Action, Debugger, Monitor};
+use crate::gdb::target::{Action, Debugger, Monitor, Resume};
 use crate::hypervisor::regs;
 use crate::vcpu::cause::Cause;
 use crate::vcpu::hart::Hart;
@@ -40,32 +40,38 @@ pub(super) struct Debug {
     is_attached: bool,
     /// The guest is stopped: by GDB, or because it waits for the first GDB.
     is_stopped: bool,
+    /// Only this hart runs, and the others stay where they are.
+    alone: Option<usize>,
     /// The step of a hart, while it runs.
     step: Option<Step>,
 }
 
 /// A step of one hart.
+#[derive(Clone)]
 struct Step {
     hart: usize,
     /// It goes on as long as `pc` is in this range.
     inside: Range<u64>,
-    /// All harts run afterwards, and GDB is not told: the hart is at a breakpoint of another
-    /// address space.
-    then_runs: bool,
+    then: Then,
     /// `sie` before, if all interrupts are off.
     sie: Option<u64>,
 }
 
+/// What follows a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// GDB is told.
+    Report,
+    /// The guest goes on as it did before. GDB is told only if the hart is at a breakpoint.
+    GoOn,
+}
+
 impl Step {
-    fn of(hart: usize, action: Action) -> Self {
-        let inside = match action {
-            Action::Step => 0..0,
-            Action::StepInside(range) => range,
-        };
+    fn of(hart: usize, inside: Range<u64>, then: Then) -> Self {
         Self {
             hart,
             inside,
-            then_runs: false,
+            then,
             sie: None,
         }
     }
@@ -102,6 +108,7 @@ impl Running<'_> {
             gdb: None,
             is_attached: false,
             is_stopped: config.wait,
+            alone: None,
             step: None,
         });
         Ok(())
@@ -116,7 +123,8 @@ impl Running<'_> {
     pub(super) fn debug_life(&mut self, vcpus: &mut Vcpus) -> Result<()> {
         if let Some(debug) = self.debug.as_mut().filter(|debug| debug.is_attached) {
             debug.step = None;
-            vcpus.run_to(debug.target.breakpoints());
+            debug.alone = None;
+            vcpus.run_to(debug.target.breakpoints(), None);
             vcpus.debug(true)?;
         }
         Ok(())
@@ -180,6 +188,7 @@ impl Running<'_> {
         debug.gdb = None;
         debug.wire.close();
         debug.target.forget();
+        debug.alone = None;
         self.halt(vcpus)?;
         vcpus.debug(false)?;
         self.let_go(vcpus)
@@ -199,12 +208,12 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Lets all harts run, to GDB's breakpoints.
+    /// Lets all harts run, or the one that GDB wants, to GDB's breakpoints.
     fn let_go(&mut self, vcpus: &mut Vcpus) -> Result<()> {
         let Some(debug) = &mut self.debug else {
             return Ok(());
         };
-        vcpus.run_to(debug.target.breakpoints());
+        vcpus.run_to(debug.target.breakpoints(), debug.alone);
         debug.is_stopped = false;
         self.start(vcpus)
     }
@@ -282,14 +291,33 @@ impl Running<'_> {
             }
             gdb => {
                 debug.gdb = Some(gdb);
-                match debug.target.take_resume() {
-                    None => {}
-                    Some(None) => self.let_go(vcpus)?,
-                    Some(Some((hart, action))) => self.step(Step::of(hart, action), vcpus)?,
+                if let Some(resume) = debug.target.take_resume() {
+                    self.resume_for_gdb(resume, vcpus)?;
                 }
             }
         }
         Ok(None)
+    }
+
+    /// Lets the guest go on as GDB wants.
+    fn resume_for_gdb(&mut self, resume: Resume, vcpus: &mut Vcpus) -> Result<()> {
+        let Some(debug) = &mut self.debug else {
+            return Ok(());
+        };
+        debug.alone = match resume {
+            Resume::All => None,
+            Resume::Alone(hart, _) => Some(hart),
+        };
+        let step = match resume {
+            Resume::All => return self.let_go(vcpus),
+            Resume::Alone(hart, Action::Step) => Step::of(hart, 0..0, Then::Report),
+            Resume::Alone(hart, Action::StepInside(range)) => Step::of(hart, range, Then::Report),
+            // GDB makes most steps itself: it sets breakpoints behind the instruction, and lets the
+            // hart run. The first instruction is a step of ours then, so that the hart takes no
+            // interrupt whose handler may wait for the other harts.
+            Resume::Alone(hart, Action::Run) => Step::of(hart, 0..0, Then::GoOn),
+        };
+        self.step(step, vcpus)
     }
 
     /// Tells GDB that the guest has stopped, which runs for GDB.
@@ -356,7 +384,7 @@ impl Running<'_> {
                     step.sie = Some(hart.sie);
                     vcpu.set_reg(regs::SIE, 0)?;
                 }
-                vcpus.run_alone(step.hart, places);
+                vcpus.step_to(step.hart, places);
                 if let Some(debug) = &mut self.debug {
                     debug.step = Some(step);
                     debug.is_stopped = false;
@@ -367,13 +395,20 @@ impl Running<'_> {
         self.stepped(&step, vcpus)
     }
 
-    /// A step has ended, and more than one instruction may not be needed.
+    /// A step has ended.
     fn stepped(&mut self, step: &Step, vcpus: &mut Vcpus) -> Result<()> {
-        if step.then_runs {
+        let pc = read(step.hart, vcpus)?.pc;
+        let debug = self.debug.as_ref();
+        let is_break = debug.is_some_and(|debug| debug.target.breakpoints().contains(&pc));
+        if step.then == Then::GoOn && !is_break {
             return self.let_go(vcpus);
         }
         self.halt(vcpus)?;
-        self.report_stop(signal(step.hart, Signal::SIGTRAP), vcpus)
+        let reason = match step.then {
+            Then::Report => signal(step.hart, Signal::SIGTRAP),
+            Then::GoOn => Reason::SwBreak(tid(step.hart)),
+        };
+        self.report_stop(reason, vcpus)
     }
 
     /// Plants breakpoints again whose address no hart had mapped. Starting the vCPUs does that.
@@ -423,9 +458,7 @@ impl Running<'_> {
             return self.start(vcpus);
         }
         // A breakpoint at another virtual address of the same code.
-        let mut step = Step::of(number, Action::Step);
-        step.then_runs = true;
-        self.step(step, vcpus)
+        self.step(Step::of(number, 0..0, Then::GoOn), vcpus)
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) struct Vcpus {
     running: Vec<VcpuHandle>,
     /// Those that have no thread.
     parked: Vec<Parked>,
-    /// Only this hart runs, and the others wait: a debugger steps it.
+    /// Only this hart runs, and the others wait: a debugger wants it.
     alone: Option<usize>,
     /// Breakpoints, in RAM while vCPUs run.
     plants: Plants,
@@ -66,14 +66,15 @@ impl Vcpus {
         &self.running
     }
 
-    /// Lets all vCPUs run at the next start, with these breakpoints. The vCPUs must be parked.
-    pub(super) fn run_to(&mut self, breakpoints: &BTreeSet<u64>) {
-        self.alone = None;
+    /// Lets all vCPUs run at the next start, or only that of hart `alone`, with these breakpoints.
+    /// The vCPUs must be parked.
+    pub(super) fn run_to(&mut self, breakpoints: &BTreeSet<u64>, alone: Option<usize>) {
+        self.alone = alone;
         self.plants.want_everywhere(breakpoints);
     }
 
     /// Lets only hart `hart` run at the next start, to one of `places`. The vCPUs must be parked.
-    pub(super) fn run_alone(&mut self, hart: usize, places: Vec<Place>) {
+    pub(super) fn step_to(&mut self, hart: usize, places: Vec<Place>) {
         self.alone = Some(hart);
         self.plants.want(places);
     }

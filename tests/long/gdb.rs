@@ -102,6 +102,7 @@ fn gdb(elf: &Path, commands: &str, ready: impl FnOnce()) -> String {
         .arg(&script)
         .arg(elf)
         .env("PYTHONHOME", &usr)
+        .env("LC_ALL", "C.UTF-8")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -169,19 +170,19 @@ fn gdb_follows_a_guest_in_c() {
         has(
             &output,
             &[
-                "Breakpoint 1, square (number=1)",
-                "#0  square (number=1)",
+                "Breakpoint 1, square (number=",
+                "#0  square (number=",
                 "#1 ",
-                "in add (sum=0, number=1)",
+                "in add (sum=0, number=",
                 "#2 ",
                 "in sum_of_squares (count=10)",
                 "#3 ",
                 "in main ()",
                 "$1 = 1",
                 "Run till exit",
-                "in add (sum=0, number=1)",
+                "add (sum=0, number=",
                 "Value returned is $2 = 1",
-                "more = 1",
+                "sum = 1",
                 "satp           0x0",
                 "hart 0: at 0x802",
                 "hart 0, started",
@@ -217,8 +218,9 @@ fn gdb_says_that_there_are_no_watchpoints() {
     let output = gdb(&guest_elf("calls"), &commands, || ());
     has(
         &output,
-        &["refused: ", "Could not insert hardware watchpoint 1."],
+        &["Could not insert hardware watchpoint 1.", "refused: "],
     );
+    vm.wait_for_log("KVM on RISC-V has no watchpoints");
     vm.finish().assert_console(POWERED_OFF, &["total 385"]);
 }
 
@@ -233,7 +235,7 @@ fn gdb_breaks_in_linux() {
         let vm = Rvmm::virtio("console=ttyS0 quiet rvmm.action=sh");
         let mut shell = Shell::of(vm.args(["--cpus", cpus, "--gdb", &at]));
         let commands = format!(
-            "set debug remote 1\nset debug infrun 1\ntarget remote {}\n\
+            "target remote {}\n\
              break __riscv_sys_newuname\n\
              echo READY\\n\n\
              continue\n\
