@@ -41,6 +41,8 @@ pub(crate) struct Contestant {
 enum Kind {
     /// This build or another one, with its default transport or with MMIO.
     Rvmm { program: String, mmio: bool },
+    /// This build, with a trace in this file.
+    Traced(String),
     /// With this machine type.
     Qemu(&'static str),
     /// With the in-kernel AIA, and with a device tree for that.
@@ -97,6 +99,10 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
     let mut all = vec![
         build("rvmm", "rvmm", false),
         build("rvmm/mmio", "rvmm", true),
+        contestant(
+            "rvmm/trace",
+            Kind::Traced(dir.join("trace").display().to_string()),
+        ),
         contestant("qemu", Kind::Qemu(machine)),
         floor("floor", false, "plic"),
     ];
@@ -115,13 +121,17 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
 impl Contestant {
     /// Whether a group of figures applies to it.
     pub(crate) fn takes_part(&self, group: &str) -> bool {
-        !matches!(self.kind, Kind::Rvmm { mmio: true, .. }) || ["blk", "net"].contains(&group)
+        match self.kind {
+            Kind::Rvmm { mmio: true, .. } => ["blk", "net"].contains(&group),
+            Kind::Traced(_) => group == "exits",
+            _ => true,
+        }
     }
 
     /// Whether it can run this guest at all.
     pub(crate) fn can(&self, job: &Job) -> bool {
         match self.kind {
-            Kind::Rvmm { .. } | Kind::Qemu(_) => true,
+            Kind::Rvmm { .. } | Kind::Traced(_) | Kind::Qemu(_) => true,
             Kind::Floor { .. } => job.link.is_none() && job.cpus == 1,
             Kind::Peer(ref words) => {
                 let cpus = job.cpus == 1 || words.iter().any(|word| word.contains("{cpus}"));
@@ -145,6 +155,11 @@ impl Contestant {
                         .into_iter()
                         .flatten(),
                 );
+                command
+            }
+            Kind::Traced(file) => {
+                let mut command = rvmm("rvmm", job);
+                command.arg(format!("--trace={file}"));
                 command
             }
             Kind::Qemu(machine) => qemu(machine, job),

@@ -240,7 +240,7 @@ impl Samples {
         }
         let trap = |hart: &Hart| (hart.stvec, hart.sepc, hart.scause, hart.stval);
         let first = self.first.get_or_insert_with(|| hart.clone());
-        let has_trapped = (hart.scause, hart.sepc, hart.stval) != (0, 0, 0);
+        let has_trapped = hart.has_trapped();
         let is_same = trap(&hart) == trap(first) && hart.cause().is_exception();
         if !is_same || !has_trapped || self.panics > 0 {
             return Verdict::GetsOn;

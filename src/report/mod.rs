@@ -82,7 +82,7 @@ impl Report<'_> {
 
     fn last_trap(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let hart = self.hart;
-        if (hart.scause, hart.sepc, hart.stval) == (0, 0, 0) {
+        if !hart.has_trapped() {
             return writeln!(f, "  no trap so far");
         }
         let (cause, at) = (hart.cause(), self.named(hart.sepc));
@@ -183,7 +183,7 @@ impl fmt::Display for Report<'_> {
         self.registers(f)?;
         if self.hart.satp >> 60 != 0 {
             self.page_tables(f, "pc", self.hart.pc)?;
-            if self.hart.cause().has_address() {
+            if self.hart.has_trapped() && self.hart.cause().has_address() {
                 self.page_tables(f, "stval", self.hart.stval)?;
             }
         }

@@ -130,4 +130,5 @@ fn a_hart_that_is_nowhere_has_a_report_too() {
             "  no trap so far",
         ],
     );
+    assert!(!text.contains("of stval"), "{text}");
 }

@@ -81,6 +81,11 @@ impl Hart {
         })
     }
 
+    /// Whether there was a trap: a fault at address 0 for address 0 looks like none.
+    pub fn has_trapped(&self) -> bool {
+        (self.scause, self.sepc, self.stval) != (0, 0, 0)
+    }
+
     /// The cause of the last trap.
     pub fn cause(&self) -> Cause {
         Cause(self.scause)

@@ -179,7 +179,6 @@ fn gdb_follows_a_guest_in_c() {
                 "#3 ",
                 "in main ()",
                 "$1 = 1",
-                "Run till exit",
                 "add (sum=0, number=",
                 "Value returned is $2 = 1",
                 "sum = 1",

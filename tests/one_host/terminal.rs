@@ -147,3 +147,20 @@ fn an_end_in_the_background_stops_nothing_and_leaves_the_terminal_alone() {
     session.wait_for("status 143");
     assert!(!session.is_raw());
 }
+
+/// Ctrl-A R reports what the harts do, and the guest runs on.
+#[test]
+fn a_key_reports_what_the_guest_does() {
+    let script = r#""$rvmm" --kernel "$guest"; echo "status $?""#;
+    let mut session = Session::start("echo", script);
+    session.wait_for("ready");
+    session.wait_until_raw();
+    session.send("\x01r");
+    session.wait_for("hart 0: at 0x");
+    session.wait_for("called from:");
+    session.send("first\n");
+    session.wait_for("got first");
+    session.wait_for("uart ready");
+    session.send("second\n");
+    session.wait_for("status 0");
+}
