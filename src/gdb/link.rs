@@ -1,7 +1,7 @@
 //! The connection to GDB: a socket on the main loop that one client may use at a time.
 //!
 //! No client can block the loop: the descriptors are non-blocking, and what a client does not take
-//! is kept, up to [`UNSENT_MAX`] bytes.
+//! is kept, up to `UNSENT_MAX` bytes.
 
 use std::cell::RefCell;
 use std::io::{self, Read, Write};

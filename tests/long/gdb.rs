@@ -4,6 +4,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -273,12 +274,18 @@ fn gdb_breaks_in_linux() {
     }
 }
 
-/// An ELF file with the functions of a copy of /proc/kallsyms, and without their code ("ELF-64
-/// Object File Format").
-fn elf_of(kallsyms: &[u8]) -> Vec<u8> {
-    const HEADER: u64 = 64;
-    const SYMBOL: u64 = 24;
-    const NOBITS: u32 = 8;
+/// Functions as an ELF file has them.
+struct Functions {
+    names: Vec<u8>,
+    symbols: Vec<u8>,
+    addresses: Range<u64>,
+}
+
+/// Bytes of an entry in a symbol table.
+const SYMBOL: u64 = 24;
+
+/// The functions of a copy of /proc/kallsyms, without those of modules.
+fn functions(kallsyms: &[u8]) -> Functions {
     let text = String::from_utf8_lossy(kallsyms);
     let functions = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -287,10 +294,11 @@ fn elf_of(kallsyms: &[u8]) -> Vec<u8> {
         let name = words.next().filter(|_| words.next().is_none())?;
         matches!(kind, "T" | "t" | "W" | "w").then_some((address, name))
     });
+    // The first name and the first symbol are empty.
     let (mut names, mut symbols) = (vec![0], vec![0; 24]);
-    let (mut low, mut high) = (u64::MAX, 0);
+    let mut addresses = u64::MAX..0;
     for (address, name) in functions {
-        (low, high) = (low.min(address), high.max(address));
+        addresses = addresses.start.min(address)..addresses.end.max(address + 4);
         let offset = u32::try_from(names.len()).expect("names of less than 4 GiB");
         symbols.extend(offset.to_le_bytes());
         // A global function of section 1.
@@ -299,56 +307,50 @@ fn elf_of(kallsyms: &[u8]) -> Vec<u8> {
         symbols.extend(0u64.to_le_bytes());
         names.extend(name.bytes().chain([0]));
     }
-    let sections = b"\0.text\0.symtab\0.strtab\0.shstrtab\0";
-    let symbols_at = HEADER;
-    let names_at = symbols_at + symbols.len() as u64;
-    let sections_at = names_at + names.len() as u64;
-    let table_at = sections_at + sections.len() as u64;
+    Functions {
+        names,
+        symbols,
+        addresses,
+    }
+}
+
+/// An ELF file with the functions of a copy of /proc/kallsyms, and without their code ("ELF-64
+/// Object File Format").
+fn elf_of(kallsyms: &[u8]) -> Vec<u8> {
+    const HEADER: u64 = 64;
+    const NOBITS: u32 = 8;
+    const SECTIONS: &[u8] = b"\0.text\0.symtab\0.strtab\0.shstrtab\0";
+    let Functions {
+        names,
+        symbols,
+        addresses,
+    } = functions(kallsyms);
+    let (symbols_length, names_length) = (symbols.len() as u64, names.len() as u64);
+    let names_at = HEADER + symbols_length;
+    let sections_at = names_at + names_length;
+    let table_at = sections_at + SECTIONS.len() as u64;
     let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
     elf.resize(16, 0);
     // An executable for RISC-V.
     elf.extend([2, 0, 243, 0, 1, 0, 0, 0]);
-    elf.extend(
-        [0u64, 0, table_at]
-            .iter()
-            .flat_map(|word| word.to_le_bytes()),
-    );
+    elf.extend([0, 0, table_at].map(u64::to_le_bytes).concat());
     // The flags: the C extension, and doubles in registers.
     elf.extend(5u32.to_le_bytes());
-    elf.extend(
-        [64u16, 56, 0, 64, 5, 4]
-            .iter()
-            .flat_map(|half| half.to_le_bytes()),
-    );
-    elf.extend(symbols);
-    elf.extend(&names);
-    elf.extend(sections);
-    let size = |from: u64, to: u64| to - from;
-    for (name, kind, flags, address, offset, length, link, info, entry) in [
-        (0u32, 0u32, 0u64, 0u64, 0u64, 0u64, 0u32, 0u32, 0u64),
-        (1, NOBITS, 6, low, HEADER, high - low + 4, 0, 0, 0),
-        (
-            7,
-            2,
-            0,
-            0,
-            symbols_at,
-            size(symbols_at, names_at),
-            3,
-            1,
-            SYMBOL,
-        ),
-        (15, 3, 0, 0, names_at, names.len() as u64, 0, 0, 0),
-        (23, 3, 0, 0, sections_at, sections.len() as u64, 0, 0, 0),
+    elf.extend([64, 56, 0, 64, 5, 4].map(u16::to_le_bytes).concat());
+    elf.extend([&symbols, &names, SECTIONS].concat());
+    let length = addresses.end - addresses.start;
+    // Name, type, flags, address, offset, size, link, info, and the size of an entry.
+    for (name, kind, words, link, info, entry) in [
+        (0, 0, [0; 4], 0, 0, 0),
+        (1, NOBITS, [6, addresses.start, HEADER, length], 0, 0, 0),
+        (7, 2, [0, 0, HEADER, symbols_length], 3, 1, SYMBOL),
+        (15, 3, [0, 0, names_at, names_length], 0, 0, 0),
+        (23, 3, [0, 0, sections_at, SECTIONS.len() as u64], 0, 0, 0),
     ] {
-        elf.extend(name.to_le_bytes());
-        elf.extend(kind.to_le_bytes());
-        for word in [flags, address, offset, length] {
-            elf.extend(word.to_le_bytes());
-        }
-        elf.extend(link.to_le_bytes());
-        elf.extend(info.to_le_bytes());
-        elf.extend([1u64.to_le_bytes(), entry.to_le_bytes()].concat());
+        elf.extend([name, kind].map(u32::to_le_bytes).concat());
+        elf.extend(words.map(u64::to_le_bytes).concat());
+        elf.extend([link, info].map(u32::to_le_bytes).concat());
+        elf.extend([1, entry].map(u64::to_le_bytes).concat());
     }
     elf
 }
