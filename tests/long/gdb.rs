@@ -296,9 +296,9 @@ fn functions(kallsyms: &[u8]) -> Functions {
     });
     // The first name and the first symbol are empty.
     let (mut names, mut symbols) = (vec![0], vec![0; 24]);
-    let mut addresses = u64::MAX..0;
+    let (mut low, mut high) = (u64::MAX, 0);
     for (address, name) in functions {
-        addresses = addresses.start.min(address)..addresses.end.max(address + 4);
+        (low, high) = (low.min(address), high.max(address + 4));
         let offset = u32::try_from(names.len()).expect("names of less than 4 GiB");
         symbols.extend(offset.to_le_bytes());
         // A global function of section 1.
@@ -310,7 +310,7 @@ fn functions(kallsyms: &[u8]) -> Functions {
     Functions {
         names,
         symbols,
-        addresses,
+        addresses: low..high,
     }
 }
 
