@@ -210,7 +210,7 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         Some(trace) => Some(record(trace)?),
         None => None,
     };
-    let (outcome, stats) = machine.run(&Run {
+    let ended = machine.run(&Run {
         tracer: recorder.as_ref().map(Recorder::tracer),
         console: &cli.vm.console,
         timeout: cli.timeout.map(|time| time.0),
@@ -219,22 +219,31 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         control: cli.ctl.as_deref(),
         gdb: cli.gdb.as_ref(),
         paused: cli.pause,
-    })?;
+    });
+    // Also if the machine has failed.
+    let is_recorded = match (recorder, &cli.trace) {
+        (Some(recorder), Some(trace)) => end_record(recorder, &trace.path),
+        _ => Ok(()),
+    };
+    let (outcome, stats) = ended?;
     if let Some(stats) = stats {
         report_stats(&stats, statistics)?;
     }
-    if let (Some(recorder), Some(trace)) = (recorder, &cli.trace) {
-        let path = &trace.path;
-        let dropped = recorder
-            .finish()
-            .with_context(|| format!("Failed to write trace {path:?}"))?;
-        if dropped > 0 {
-            log::warn!(
-                "trace {path:?} lacks {dropped} events: they came too fast, or the file is full"
-            );
-        }
-    }
+    is_recorded?;
     Ok(Some(outcome))
+}
+
+/// Ends the trace in the file at `path`.
+fn end_record(recorder: Recorder, path: &Path) -> Result<()> {
+    let dropped = recorder
+        .finish()
+        .with_context(|| format!("Failed to write trace {path:?}"))?;
+    if dropped > 0 {
+        log::warn!(
+            "trace {path:?} lacks {dropped} events: they came too fast, or the file is full"
+        );
+    }
+    Ok(())
 }
 
 /// Opens the file of `--trace`, and starts to write it.

@@ -7,7 +7,8 @@
  */
 .text : {
   /* Exits, and the devices that every guest uses. */
-  *(.text._ZN4rvmm4vcpu* .text._ZN4rvmm3bus* .text._ZN4rvmm7irqchip* .text._ZN4rvmm7devices*)
+  *(.text._ZN4rvmm4vcpu6thread* .text._ZN4rvmm4vcpu5exits* .text._ZN4rvmm4vcpu3sbi* .text._ZN4rvmm4vcpu5first* .text._ZN4rvmm4vcpu7restart*)
+  *(.text._ZN4rvmm3bus* .text._ZN4rvmm7irqchip* .text._ZN4rvmm7devices*)
   /* The bodies of threads, which the standard library calls. The vCPU's loop is one of them. */
   *(.text._ZN3std3sys9backtrace*)
   /* Implementations of traits: their names begin with the type. */
@@ -15,6 +16,8 @@
   *(.text._ZN4rvmm10hypervisor* .text._ZN*_?LT?rvmm..hypervisor*)
   /* The main loop, and util::text, which it calls to release the code of the start. */
   *(.text._ZN4rvmm7machine8mainloop* .text._ZN4rvmm7machine8meantime* .text._ZN*_?LT?rvmm..machine..mainloop*)
+  /* The watcher, which looks now and then. */
+  *(.text._ZN4rvmm7machine7watcher* .text._ZN4rvmm4util7cputime*) *libc.a:pthread_getcpuclockid.o(.text)
   *(.text._ZN4rvmm4util4text* .text._ZN13event_manager* .text._ZN*_?LT?event_manager* .text._ZN12vmm_sys_util*)
   /* What the groups above call: locks, channels, time and buffers of the standard library, and the C library. */
   *(.text._ZN3std4sync* .text._ZN3std3sys4sync* .text.unlikely._ZN3std3sys4sync* .text._ZN3std4time*)

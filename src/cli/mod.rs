@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use crate::config::{ConfigError, GdbConfig, Time, TraceConfig, VmConfig};
+use crate::config::{ConfigError, CrashAct, GdbConfig, Time, TraceConfig, VmConfig};
 use crate::machine::{harts, status};
 pub use command::{Act, Command};
 
@@ -160,6 +160,19 @@ pub enum Request {
     Refuse(String, u8),
 }
 
+/// A machine that pauses after a crash needs somebody who can go on with it.
+fn check_crash(cli: &Cli) -> Result<(), String> {
+    let pauses = cli.vm.on_crash.act == CrashAct::Pause && !cli.print_config;
+    match pauses && cli.ctl.is_none() && cli.gdb.is_none() {
+        true => Err(
+            "--on-crash pause needs --ctl or --gdb, to look at the machine and to end \
+                     its pause"
+                .into(),
+        ),
+        false => Ok(()),
+    }
+}
+
 /// Parses and validates a command line, program name first.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -193,6 +206,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
         valid => valid.map_err(|error| error.to_string()),
     };
     let valid = valid.and_then(|()| harts::check(&cli.vm));
+    let valid = valid.and_then(|()| check_crash(&cli));
     if let Err(message) = valid.and_then(|()| names::check(&cli)) {
         return Request::Refuse(message, status::USAGE);
     }

@@ -20,6 +20,9 @@ pub struct TraceConfig {
     pub limit: ByteSize,
 }
 
+/// The file has a head and an end, of some hundred bytes.
+const LIMIT_MIN: ByteSize = ByteSize::kib(4);
+
 /// A Linux boot to its login makes less than this.
 fn default_limit() -> ByteSize {
     ByteSize::mib(256)
@@ -34,7 +37,14 @@ impl FromStr for TraceConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        keyvalue::parse(text)
+        let trace: Self = keyvalue::parse(text)?;
+        match trace.limit < LIMIT_MIN {
+            true => Err(format!(
+                "limit={} is too small for a trace: give {LIMIT_MIN} or more",
+                trace.limit
+            )),
+            false => Ok(trace),
+        }
     }
 }
 
@@ -63,5 +73,7 @@ mod tests {
         );
         let error = "a.json,size=1M".parse::<TraceConfig>().unwrap_err();
         assert!(error.contains("`limit`"), "{error}");
+        let error = "a.json,limit=4095".parse::<TraceConfig>().unwrap_err();
+        assert!(error.contains("too small"), "{error}");
     }
 }

@@ -18,7 +18,7 @@ const PC: usize = 32;
 const FLOATS: usize = 33;
 /// The number of CSR 0.
 const CSRS: usize = 65;
-/// Registers of 8 bytes, except for the floating-point CSRs.
+/// Bytes of each register.
 const WIDTH: usize = 8;
 
 /// The CSRs that KVM has: the name, the number, and KVM's register.

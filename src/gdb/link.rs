@@ -1,7 +1,8 @@
 //! The connection to GDB: a socket on the main loop that one client may use at a time.
 //!
-//! No client can block the loop: the descriptors are non-blocking, and what a client does not take
-//! is kept, up to `UNSENT_MAX` bytes.
+//! No client can block the loop: the descriptors are non-blocking. What a client does not take is
+//! kept, up to `UNSENT_MAX` bytes. What it sends is read as far as it is handled, up to
+//! `UNHEARD_MAX` bytes ahead.
 
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
@@ -14,6 +15,7 @@ use anyhow::{Context, Result};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use gdbstub::conn::Connection;
 use log::{debug, info, warn};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::GdbAddress;
 use crate::util::socket::Listening;
@@ -22,11 +24,15 @@ use crate::util::socket::Listening;
 /// is disconnected.
 const UNSENT_MAX: usize = 1 << 20;
 
+/// The most bytes that are read and not handled yet.
+const UNHEARD_MAX: usize = 64 << 10;
+
 /// Bytes that are read at once.
 const AT_ONCE: usize = 4096;
 
 const LISTENER: u32 = 0;
 const CLIENT: u32 = 1;
+const HEARD: u32 = 2;
 
 /// What a client does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,8 +45,11 @@ pub enum Said {
     Bye,
 }
 
-/// Called with what the client does, on the main loop's thread.
-pub type OnSaid = Box<dyn Fn(Said)>;
+/// The number of a client. Each has another one.
+pub type Number = u64;
+
+/// Called with what the client of this number does, on the main loop's thread.
+pub type OnSaid = Box<dyn Fn(Number, Said)>;
 
 /// A socket that listens for GDB.
 pub enum Listener {
@@ -151,7 +160,10 @@ impl AsRawFd for Stream {
 #[derive(Default)]
 struct Client {
     stream: Option<Stream>,
+    number: Number,
     unsent: Vec<u8>,
+    /// Bytes that were read and are not handled yet.
+    unheard: usize,
 }
 
 impl Client {
@@ -177,17 +189,49 @@ impl Client {
     }
 }
 
-/// The end of the connection that gdbstub writes to.
+/// The end of one client's connection, to which gdbstub writes.
 #[derive(Clone)]
-pub struct Wire(Rc<RefCell<Client>>);
+pub struct Wire {
+    client: Rc<RefCell<Client>>,
+    number: Number,
+    /// Wakes the main loop when all bytes are handled.
+    heard: Rc<EventFd>,
+}
 
 impl Wire {
-    /// Ends the connection, after what the client takes now. [`Said::Bye`] follows.
+    /// The connection of another client.
+    pub fn of(&self, number: Number) -> Self {
+        Self {
+            number,
+            ..self.clone()
+        }
+    }
+
+    /// Whether this is the connection of client `number`.
+    pub fn is_of(&self, number: Number) -> bool {
+        self.number == number
+    }
+
+    /// Ends the connection, after what the client takes now. [`Said::Bye`] follows. Does nothing
+    /// if the client has gone.
     pub fn close(&self) {
-        let mut client = self.0.borrow_mut();
+        let mut client = self.client.borrow_mut();
+        if client.number != self.number {
+            return;
+        }
         let _ = client.flush();
         if let Some(stream) = &client.stream {
             stream.shut_down();
+        }
+    }
+
+    /// `count` bytes of a client have been handled: more may be read.
+    pub fn heard(&self, count: usize) {
+        let mut client = self.client.borrow_mut();
+        client.unheard = client.unheard.saturating_sub(count);
+        if client.unheard == 0 {
+            // This fails only if 2^64 wake-ups wait.
+            let _ = self.heard.write(1);
         }
     }
 }
@@ -196,12 +240,23 @@ impl Connection for Wire {
     type Error = io::Error;
 
     fn write(&mut self, byte: u8) -> io::Result<()> {
-        self.0.borrow_mut().unsent.push(byte);
+        let mut client = self.client.borrow_mut();
+        if client.number != self.number {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        if client.unsent.len() >= UNSENT_MAX {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        client.unsent.push(byte);
         Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.borrow_mut().flush()
+        let mut client = self.client.borrow_mut();
+        match client.number == self.number {
+            true => client.flush(),
+            false => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 
@@ -209,30 +264,48 @@ impl Connection for Wire {
 pub struct Link {
     listener: Listener,
     client: Rc<RefCell<Client>>,
+    heard: Rc<EventFd>,
     on_said: OnSaid,
 }
 
 impl Link {
     /// A server on `listener`, and the end that gdbstub writes to.
-    pub fn new(listener: Listener, on_said: OnSaid) -> (Self, Wire) {
+    ///
+    /// # Errors
+    /// Fails if the host has no descriptors left.
+    pub fn new(listener: Listener, on_said: OnSaid) -> io::Result<(Self, Wire)> {
         let client = Rc::<RefCell<Client>>::default();
-        let wire = Wire(Rc::clone(&client));
+        let heard = Rc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
+        let wire = Wire {
+            client: Rc::clone(&client),
+            number: 0,
+            heard: Rc::clone(&heard),
+        };
         let link = Self {
             listener,
             client,
+            heard,
             on_said,
         };
-        (link, wire)
+        Ok((link, wire))
     }
 
+    /// Accepts all that wait, because the events are edge-triggered. If the host has no descriptors
+    /// left, the next connection tries again.
     fn accept(&mut self, ops: &mut EventOps) {
-        let stream = match self.listener.accept() {
-            Ok(stream) => stream,
-            Err(error) => {
-                debug!("Failed to accept GDB's connection: {error}");
-                return;
+        loop {
+            match self.listener.accept() {
+                Ok(stream) => self.welcome(stream, ops),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    debug!("Failed to accept GDB's connection: {error}");
+                    return;
+                }
             }
-        };
+        }
+    }
+
+    fn welcome(&mut self, stream: Stream, ops: &mut EventOps) {
         let mut client = self.client.borrow_mut();
         if client.stream.is_some() {
             info!("GDB is connected already: a second connection is refused");
@@ -243,26 +316,35 @@ impl Link {
             warn!("Failed to listen to GDB: {error}");
             return;
         }
-        client.unsent.clear();
-        client.stream = Some(stream);
+        *client = Client {
+            stream: Some(stream),
+            number: client.number + 1,
+            ..Client::default()
+        };
+        let number = client.number;
         drop(client);
-        (self.on_said)(Said::Hello);
+        (self.on_said)(number, Said::Hello);
     }
 
-    /// Reads all that there is, because the events are edge-triggered.
+    /// Reads all that there is and that may be read, because the events are edge-triggered.
     fn serve(&mut self, ops: &mut EventOps) {
         loop {
             let mut bytes = [0; AT_ONCE];
             let mut client = self.client.borrow_mut();
             let sent = client.flush();
+            if client.unheard >= UNHEARD_MAX && sent.is_ok() {
+                return;
+            }
             let Some(stream) = client.stream.as_mut().filter(|_| sent.is_ok()) else {
                 drop(client);
                 return self.lose(ops);
             };
             match stream.read(&mut bytes) {
                 Ok(count) if count > 0 => {
+                    client.unheard += count;
+                    let number = client.number;
                     drop(client);
-                    (self.on_said)(Said::Bytes(bytes[..count].to_vec()));
+                    (self.on_said)(number, Said::Bytes(bytes[..count].to_vec()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -275,28 +357,39 @@ impl Link {
     }
 
     fn lose(&mut self, ops: &mut EventOps) {
-        let stream = self.client.borrow_mut().stream.take();
-        let Some(stream) = stream else {
+        let mut client = self.client.borrow_mut();
+        let Some(stream) = client.stream.take() else {
             return;
         };
+        let number = client.number;
+        drop(client);
         if let Err(error) = ops.remove(Events::empty(&stream)) {
             debug!("Failed to stop listening to GDB: {error}");
         }
-        (self.on_said)(Said::Bye);
+        (self.on_said)(number, Said::Bye);
     }
 }
 
 impl MutEventSubscriber for Link {
     fn init(&mut self, ops: &mut EventOps) {
-        let listener = Events::with_data(&self.listener, LISTENER, EventSet::IN);
-        if let Err(error) = ops.add(listener) {
-            warn!("Failed to listen for GDB: {error}");
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for events in [
+            Events::with_data(&self.listener, LISTENER, edges),
+            Events::with_data(self.heard.as_ref(), HEARD, EventSet::IN),
+        ] {
+            if let Err(error) = ops.add(events) {
+                warn!("Failed to listen for GDB: {error}");
+            }
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             LISTENER => self.accept(ops),
+            HEARD => {
+                let _ = self.heard.read();
+                self.serve(ops);
+            }
             _ => self.serve(ops),
         }
     }
@@ -309,20 +402,21 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
     /// A server on a free port, its wire, what is said, and its loop.
-    fn server() -> (u16, Wire, Receiver<Said>, EventManager<Link>) {
+    fn server() -> (u16, Wire, Receiver<(Number, Said)>, EventManager<Link>) {
         let listener = Listener::at(&GdbAddress::Port(0)).unwrap();
         let GdbAddress::Port(port) = listener.address(&GdbAddress::Port(0)) else {
             unreachable!()
         };
         let (said, heard) = channel();
-        let (link, wire) = Link::new(listener, Box::new(move |what| said.send(what).unwrap()));
+        let on_said = move |number, what| said.send((number, what)).unwrap();
+        let (link, wire) = Link::new(listener, Box::new(on_said)).unwrap();
         let mut main = EventManager::new().unwrap();
         main.add_subscriber(link);
         (port, wire, heard, main)
     }
 
     /// Runs the loop until something is said.
-    fn next(main: &mut EventManager<Link>, heard: &Receiver<Said>) -> Said {
+    fn next(main: &mut EventManager<Link>, heard: &Receiver<(Number, Said)>) -> (Number, Said) {
         loop {
             if let Ok(said) = heard.try_recv() {
                 return said;
@@ -333,11 +427,12 @@ mod tests {
 
     #[test]
     fn bytes_go_both_ways() {
-        let (port, mut wire, heard, mut main) = server();
+        let (port, wire, heard, mut main) = server();
+        let mut wire = wire.of(1);
         let mut gdb = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        assert_eq!(next(&mut main, &heard), Said::Hello);
+        assert_eq!(next(&mut main, &heard), (1, Said::Hello));
         Write::write_all(&mut gdb, b"$g#67").unwrap();
-        assert_eq!(next(&mut main, &heard), Said::Bytes(b"$g#67".to_vec()));
+        assert_eq!(next(&mut main, &heard), (1, Said::Bytes(b"$g#67".to_vec())));
         wire.write_all(b"+").unwrap();
         wire.flush().unwrap();
         let mut reply = [0; 1];
@@ -348,17 +443,52 @@ mod tests {
         main.run_with_timeout(100).unwrap();
         assert_eq!(other.read(&mut reply).unwrap(), 0);
         drop(gdb);
-        assert_eq!(next(&mut main, &heard), Said::Bye);
+        assert_eq!(next(&mut main, &heard), (1, Said::Bye));
         let _again = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        assert_eq!(next(&mut main, &heard), Said::Hello);
+        assert_eq!(next(&mut main, &heard), (2, Said::Hello));
+        // What was for the first client is not for the second.
+        assert!(wire.write_all(b"+").is_err());
     }
 
     #[test]
     fn a_client_that_does_not_read_is_lost() {
-        let (port, mut wire, heard, mut main) = server();
+        let (port, wire, heard, mut main) = server();
+        let mut wire = wire.of(1);
         let _gdb = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        assert_eq!(next(&mut main, &heard), Said::Hello);
+        assert_eq!(next(&mut main, &heard), (1, Said::Hello));
         let piece = [b'x'; 64 << 10];
-        while wire.write_all(&piece).and_then(|()| wire.flush()).is_ok() {}
+        let tries = (0..1000).map(|_| wire.write_all(&piece).and_then(|()| wire.flush()));
+        assert!(tries.filter(Result::is_err).count() > 0);
+        assert!(wire.client.borrow().unsent.len() <= UNSENT_MAX);
+        wire.close();
+        assert_eq!(next(&mut main, &heard), (1, Said::Bye));
+    }
+
+    /// It is read only as far as what it has sent is handled.
+    #[test]
+    fn a_client_that_floods_waits() {
+        let (port, wire, heard, mut main) = server();
+        let mut gdb = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        gdb.set_nonblocking(true).unwrap();
+        assert_eq!(next(&mut main, &heard), (1, Said::Hello));
+        let piece = [b'x'; 64 << 10];
+        let mut count = 0;
+        for _ in 0..100 {
+            while Write::write(&mut gdb, &piece).is_ok() {}
+            main.run_with_timeout(0).unwrap();
+            let pieces = heard.try_iter();
+            count += pieces
+                .map(|(_, said)| match said {
+                    Said::Bytes(bytes) => bytes.len(),
+                    other => panic!("{other:?}"),
+                })
+                .sum::<usize>();
+        }
+        assert!(
+            (UNHEARD_MAX..UNHEARD_MAX + AT_ONCE).contains(&count),
+            "{count}"
+        );
+        wire.heard(count);
+        assert!(matches!(next(&mut main, &heard), (1, Said::Bytes(_))));
     }
 }

@@ -10,7 +10,7 @@
 //!   make each SC fail, and the hart would never leave it.
 
 use crate::memory::GuestMemory;
-use crate::vcpu::hart::Hart;
+use crate::vcpu::hart::{A7, Hart};
 
 /// The longest sequence of LR and SC, in instructions (RISC-V A extension, "Eventual Success of
 /// Store-Conditional Instructions").
@@ -34,8 +34,8 @@ pub enum Plan {
     At(u64),
     /// It is an `ebreak` of the guest's own: the hart takes a breakpoint exception.
     Trap,
-    /// Run it, with breakpoints at all `places`. If `masks`, it does not access `sie`, so all
-    /// interrupts may be off in `sie` while it runs.
+    /// Run it, with breakpoints at all `places`. If `masks`, it does not depend on `sie`, so all
+    /// interrupts may be off there while it runs.
     Run {
         /// Where the hart can be afterwards.
         places: Vec<Place>,
@@ -47,16 +47,27 @@ pub enum Plan {
 /// Plans a step of `hart`.
 pub fn plan(hart: &Hart, ram: &GuestMemory) -> Plan {
     const WFI: u32 = 0x1050_0073;
-    const SIE: u32 = 0x104;
+    const ECALL: u32 = 0x73;
+    /// CSRs whose effect depends on the enabled interrupts: `sie` and `stopi`.
+    const INTERRUPTS: [u32; 2] = [0x104, 0xdb0];
+    /// SBI extensions with calls that wait for an interrupt: HSM and SUSP.
+    const WAITING: [u64; 2] = [0x48534d, 0x5355_5350];
     let instruction = hart.instruction(ram, hart.pc);
+    if instruction.is_none() && vectors(hart.stvec)[0] == hart.pc {
+        // The handler itself cannot be fetched, so the hart traps where it is.
+        return Plan::At(hart.pc);
+    }
     if let Some((instruction, length)) = instruction {
         match decode(instruction, length) {
-            flow @ (Flow::Jump(_) | Flow::Branch(..)) => {
+            flow @ (Flow::Jump(_) | Flow::Branch(..) | Flow::Register(..)) => {
                 if follow(flow, hart, hart.pc, length) == hart.pc {
                     return Plan::At(hart.pc);
                 }
             }
-            _ if instruction == WFI => return Plan::At(hart.pc.wrapping_add(4)),
+            // In user mode it may be illegal.
+            _ if instruction == WFI && hart.is_supervisor => {
+                return Plan::At(hart.pc.wrapping_add(4));
+            }
             _ if is_ebreak(instruction) => return Plan::Trap,
             _ => {}
         }
@@ -65,8 +76,11 @@ pub fn plan(hart: &Hart, ram: &GuestMemory) -> Plan {
     // A breakpoint at pc would replace the instruction itself. This can be the first instruction of
     // the trap handler.
     places.retain(|place| place.address != hart.pc);
-    let csr = instruction.and_then(|(instruction, _)| csr(instruction));
-    let masks = csr != Some(SIE);
+    let needs_interrupts = instruction.is_some_and(|(instruction, _)| {
+        let waits = instruction == ECALL && hart.is_supervisor && WAITING.contains(&hart.x[A7]);
+        waits || csr(instruction).is_some_and(|csr| INTERRUPTS.contains(&csr))
+    });
+    let masks = !needs_interrupts;
     Plan::Run { places, masks }
 }
 
@@ -97,14 +111,16 @@ fn places(hart: &Hart, ram: &GuestMemory) -> Vec<Place> {
     match decode(instruction, length) {
         Flow::Next if is_lr(instruction) => sequence(&mut places, hart, ram),
         flow => {
+            let target = follow(flow, hart, hart.pc, length);
             if let Some(satp) = new_satp(hart, instruction) {
+                // The old page tables stay if the hart does not have the mode.
+                places.add(target);
                 places.satp = satp;
                 // The fetch of the next instruction may fault.
                 vectors(hart.stvec)
                     .into_iter()
                     .for_each(|vector| places.add(vector));
             }
-            let target = follow(flow, hart, hart.pc, length);
             places.add(target);
         }
     }

@@ -38,6 +38,9 @@ use crate::vcpu::hart::Hart;
 use crate::vcpu::paging::{Walk, walk};
 use crate::vcpu::thread::Parked;
 
+/// The most breakpoints.
+const BREAKPOINTS_MAX: usize = 1024;
+
 /// What `monitor` can do.
 const COMMANDS: &str = "\
 monitor info machine     where each hart is
@@ -328,7 +331,8 @@ impl ThreadExtraInfo for Debugger {
 
 impl MultiThreadResume for Debugger {
     fn resume(&mut self) -> hypervisor::Result<()> {
-        self.goes_on = true;
+        // A client may send this while the guest runs. Then it has no effect.
+        self.goes_on = !self.harts.is_empty();
         Ok(())
     }
 
@@ -340,9 +344,12 @@ impl MultiThreadResume for Debugger {
     fn set_resume_action_continue(
         &mut self,
         tid: Tid,
-        _: Option<Signal>,
+        signal: Option<Signal>,
     ) -> hypervisor::Result<()> {
-        self.actions.insert(tid.get() - 1, Action::Run);
+        // With a signal, GDB names the hart of the last stop, and means all harts.
+        if signal.is_none() {
+            self.set_action(tid, Action::Run);
+        }
         Ok(())
     }
 
@@ -355,9 +362,19 @@ impl MultiThreadResume for Debugger {
     }
 }
 
+impl Debugger {
+    /// Notes how a hart is to go on. A thread that is no hart is left out.
+    fn set_action(&mut self, tid: Tid, action: Action) {
+        let hart = tid.get() - 1;
+        if hart < self.count {
+            self.actions.insert(hart, action);
+        }
+    }
+}
+
 impl MultiThreadSingleStep for Debugger {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> hypervisor::Result<()> {
-        self.actions.insert(tid.get() - 1, Action::Step);
+        self.set_action(tid, Action::Step);
         Ok(())
     }
 }
@@ -388,6 +405,9 @@ impl Breakpoints for Debugger {
 impl SwBreakpoint for Debugger {
     /// A breakpoint may be at an address that is not mapped yet.
     fn add_sw_breakpoint(&mut self, address: u64, _: usize) -> TargetResult<bool, Self> {
+        if self.breakpoints.len() >= BREAKPOINTS_MAX {
+            return Ok(false);
+        }
         self.breakpoints.insert(address);
         Ok(true)
     }

@@ -154,13 +154,12 @@ impl Machine {
     /// Fails if the file of `--symbols` cannot be read or has no symbols.
     pub(super) fn symbols(&self) -> Result<Option<Symbols>> {
         let (path, file) = self.files.symbols()?;
-        match Symbols::read(file) {
+        if self.config.symbols.is_none() {
             // Only a file that the user has named must have symbols.
-            Err(_) if self.config.symbols.is_none() => Ok(None),
-            symbols => symbols
-                .map(Some)
-                .with_context(|| format!("Failed to load symbols {path:?}")),
+            return Ok(Symbols::read_elf(file).ok());
         }
+        let symbols = Symbols::read(file).map(Some);
+        symbols.with_context(|| format!("Failed to load symbols {path:?}"))
     }
 
     fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<()> {

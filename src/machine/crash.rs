@@ -19,7 +19,7 @@ use crate::vcpu::hart::Hart;
 /// Reports in five seconds. A guest that crashes after each reset causes many.
 const REPORTS: u32 = 3;
 
-const PAUSED: &str = "the guest is paused: rvmm ctl PATH reset restarts it";
+const PAUSED: &str = "the guest is paused: rvmm ctl PATH reset, and then resume, starts it again";
 
 /// Harts that a report explains. The others only have their position.
 const EXPLAINED: usize = 8;
@@ -95,7 +95,12 @@ impl Running<'_> {
                 Err(error) => drop(stays_paused(error)),
             }
         }
-        match self.machine.config.on_crash.act {
+        let act = self.machine.config.on_crash.act;
+        if act != CrashAct::Report && self.crash_to_gdb(hart, vcpus)? {
+            // GDB's user looks at it.
+            return Ok(None);
+        }
+        match act {
             CrashAct::Report => {}
             CrashAct::Reset => return Ok(Some(End::Reset(None))),
             CrashAct::Pause => {

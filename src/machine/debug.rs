@@ -4,8 +4,10 @@
 //! runs to one of the places where its instruction can lead to, while the others stay parked. What
 //! GDB says is parsed by gdbstub, and acts on [`Debugger`].
 
+mod steps;
+
+use std::collections::BTreeSet;
 use std::mem::take;
-use std::ops::Range;
 
 use anyhow::{Context, Result};
 use gdbstub::common::{Signal, Tid};
@@ -19,13 +21,10 @@ use super::mainloop::Event;
 use super::{End, Outcome, Running};
 use crate::config::GdbConfig;
 use crate::control::State;
-use crate::gdb::link::{Link, Listener, Said, Wire};
-use crate::gdb::step::{Plan, is_ebreak, plan};
+use crate::gdb::link::{Link, Listener, Number, Said, Wire};
 use crate::gdb::target::{Action, Debugger, Monitor, Resume};
-use crate::hypervisor::regs;
-use crate::vcpu::cause::Cause;
-use crate::vcpu::hart::Hart;
-use crate::vcpu::trap;
+
+use steps::{Step, Then, unmask};
 
 type Gdb = GdbStubStateMachine<'static, Debugger, Wire>;
 type Reason = MultiThreadStopReason<u64>;
@@ -46,37 +45,6 @@ pub(super) struct Debug {
     step: Option<Step>,
 }
 
-/// A step of one hart.
-#[derive(Clone)]
-struct Step {
-    hart: usize,
-    /// It goes on as long as `pc` is in this range.
-    inside: Range<u64>,
-    then: Then,
-    /// `sie` before, if all interrupts are off.
-    sie: Option<u64>,
-}
-
-/// What follows a step.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Then {
-    /// GDB is told.
-    Report,
-    /// The guest goes on as it did before. GDB is told only if the hart is at a breakpoint.
-    GoOn,
-}
-
-impl Step {
-    fn of(hart: usize, inside: Range<u64>, then: Then) -> Self {
-        Self {
-            hart,
-            inside,
-            then,
-            sie: None,
-        }
-    }
-}
-
 fn tid(hart: usize) -> Tid {
     Tid::MIN.saturating_add(hart)
 }
@@ -95,11 +63,19 @@ impl Running<'_> {
         let listener = Listener::at(&config.at)?;
         let address = listener.address(&config.at);
         let post = self.post.clone();
-        let (link, wire) = Link::new(listener, Box::new(move |said| post.send(Event::Gdb(said))));
+        let on_said = move |number, said| post.send(Event::Gdb(number, said));
+        let link = Link::new(listener, Box::new(on_said));
+        let (link, wire) = link.context("Failed to listen for GDB")?;
         self.main.add(Box::new(link));
-        match config.wait {
-            true => warn!("the guest waits for GDB: target remote {address}"),
-            false => info!("GDB can connect: target remote {address}"),
+        match config {
+            GdbConfig { wait: true, .. } => {
+                warn!("the guest waits for GDB: target remote {address}");
+            }
+            // The user does not know it yet.
+            GdbConfig { at, .. } if *at != address => {
+                warn!("GDB can connect: target remote {address}");
+            }
+            _ => info!("GDB can connect: target remote {address}"),
         }
         let harts = usize::try_from(self.machine.config.cpus)?;
         self.debug = Some(Debug {
@@ -114,32 +90,53 @@ impl Running<'_> {
         Ok(())
     }
 
+    /// Whether GDB keeps some harts stopped.
+    pub(super) fn is_partly_held(&self) -> bool {
+        let is_alone = |debug: &Debug| debug.alone.is_some() || debug.step.is_some();
+        self.is_held() || self.debug.as_ref().is_some_and(is_alone)
+    }
+
     /// Whether GDB keeps the guest stopped.
     pub(super) fn is_held(&self) -> bool {
         self.debug.as_ref().is_some_and(|debug| debug.is_stopped)
     }
 
-    /// Prepares the new vCPUs of a life that begins, if a GDB is connected.
+    /// Prepares the new vCPUs of a life that begins, with `--gdb`.
+    ///
+    /// # Errors
+    /// Fails if this host's KVM cannot debug guests.
     pub(super) fn debug_life(&mut self, vcpus: &mut Vcpus) -> Result<()> {
-        if let Some(debug) = self.debug.as_mut().filter(|debug| debug.is_attached) {
-            debug.step = None;
-            debug.alone = None;
-            vcpus.run_to(debug.target.breakpoints(), None);
-            vcpus.debug(true)?;
-        }
-        Ok(())
+        let Some(debug) = &mut self.debug else {
+            return Ok(());
+        };
+        debug.step = None;
+        debug.alone = None;
+        vcpus.run_to(debug.target.breakpoints(), None);
+        let debugs = vcpus.debug(debug.is_attached);
+        debugs.context("--gdb needs a host whose KVM can debug guests, such as Linux 6.12")
     }
 
-    /// Handles what GDB does. Returns how this life ends, if it does.
+    /// Handles what the GDB of this number does. Returns how this life ends, if it does.
     ///
     /// # Errors
     /// Fails if the host fails, so that the machine cannot go on.
-    pub(super) fn said(&mut self, said: Said, vcpus: &mut Vcpus) -> Result<Option<End>> {
+    pub(super) fn said(
+        &mut self,
+        number: Number,
+        said: Said,
+        vcpus: &mut Vcpus,
+    ) -> Result<Option<End>> {
+        let Some(debug) = &self.debug else {
+            return Ok(None);
+        };
+        let is_current = debug.wire.is_of(number);
         match said {
-            Said::Hello => self.attach(vcpus)?,
-            Said::Bye => self.detach(vcpus)?,
+            Said::Hello => self.attach(number, vcpus)?,
+            Said::Bye if is_current => self.detach(vcpus)?,
+            Said::Bye => {}
             Said::Bytes(bytes) => {
-                for byte in bytes {
+                debug.wire.heard(bytes.len());
+                for byte in bytes.into_iter().filter(|_| is_current) {
                     if let Some(end) = self.hear(byte, vcpus)? {
                         return Ok(Some(end));
                     }
@@ -151,17 +148,17 @@ impl Running<'_> {
     }
 
     /// A GDB has connected: it expects a guest that is stopped.
-    fn attach(&mut self, vcpus: &mut Vcpus) -> Result<()> {
-        if vcpus.state() == State::Paused && !self.is_held() {
-            // From now on GDB decides what runs.
-            self.machine.hardware()?.devices.resume();
-            self.count_time(State::Paused);
+    fn attach(&mut self, number: Number, vcpus: &mut Vcpus) -> Result<()> {
+        if self.debug.as_ref().is_some_and(|debug| debug.is_attached) {
+            // The one before has gone.
+            self.detach(vcpus)?;
         }
         self.halt(vcpus)?;
         vcpus.debug(true)?;
         let Some(debug) = &mut self.debug else {
             return Ok(());
         };
+        debug.wire = debug.wire.of(number);
         let gdb = GdbStub::new(debug.wire.clone()).run_state_machine(&mut debug.target);
         match gdb {
             Ok(gdb) => {
@@ -176,33 +173,49 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// GDB has gone, or is sent away: the guest runs without it.
+    /// GDB has gone, or is sent away: the guest runs without it, or stays paused.
     pub(super) fn detach(&mut self, vcpus: &mut Vcpus) -> Result<()> {
+        let is_held = self.is_held();
         let Some(debug) = &mut self.debug else {
             return Ok(());
         };
-        let was_attached = take(&mut debug.is_attached);
-        if !was_attached && !debug.is_stopped {
+        if !take(&mut debug.is_attached) && !is_held {
             return Ok(());
         }
         debug.gdb = None;
         debug.wire.close();
         debug.target.forget();
         debug.alone = None;
-        self.halt(vcpus)?;
+        // Somebody else has paused the machine.
+        let stays = vcpus.state() == State::Paused && !is_held;
+        self.stop_vcpus(vcpus)?;
         vcpus.debug(false)?;
-        self.let_go(vcpus)
+        match stays {
+            true => vcpus.run_to(&BTreeSet::new(), None),
+            false => self.let_go(vcpus)?,
+        }
+        Ok(())
     }
 
-    /// Parks the vCPUs for GDB.
+    /// Stops the guest for GDB. If it is paused, only GDB keeps it stopped from now on.
     fn halt(&mut self, vcpus: &mut Vcpus) -> Result<()> {
+        if vcpus.state() == State::Paused && !self.is_held() {
+            self.machine.hardware()?.devices.resume();
+            self.count_time(State::Paused);
+        }
+        self.stop_vcpus(vcpus)?;
+        if let Some(debug) = &mut self.debug {
+            debug.is_stopped = true;
+        }
+        Ok(())
+    }
+
+    /// Parks the vCPUs, and ends a step.
+    fn stop_vcpus(&mut self, vcpus: &mut Vcpus) -> Result<()> {
         vcpus.park(&mut self.main)?;
         self.main.drop_breakpoints();
-        let Some(debug) = &mut self.debug else {
-            return Ok(());
-        };
-        debug.is_stopped = true;
-        if let Some(step) = debug.step.take() {
+        let debug = self.debug.as_mut();
+        if let Some(step) = debug.and_then(|debug| debug.step.take()) {
             unmask(&step, vcpus)?;
         }
         Ok(())
@@ -278,11 +291,12 @@ impl Running<'_> {
             }
             Gdb::CtrlCInterrupt(interrupted) => {
                 debug.gdb = Some(Gdb::CtrlCInterrupt(interrupted));
+                let hart = debug.alone.unwrap_or(0);
+                // The guest may have stopped at a breakpoint a moment ago, which GDB is told.
+                let reason = (!debug.is_stopped).then(|| signal(hart, Signal::SIGINT));
                 self.halt(vcpus)?;
                 let next = self.with_gdb(vcpus, |gdb, target| match gdb {
-                    Gdb::CtrlCInterrupt(gdb) => {
-                        gdb.interrupt_handled(target, Some(signal(0, Signal::SIGINT)))
-                    }
+                    Gdb::CtrlCInterrupt(gdb) => gdb.interrupt_handled(target, reason),
                     other => Ok(other),
                 });
                 if let Some(debug) = &mut self.debug {
@@ -290,8 +304,9 @@ impl Running<'_> {
                 }
             }
             gdb => {
+                let runs = matches!(gdb, Gdb::Running(_));
                 debug.gdb = Some(gdb);
-                if let Some(resume) = debug.target.take_resume() {
+                if let Some(resume) = debug.target.take_resume().filter(|_| runs) {
                     self.resume_for_gdb(resume, vcpus)?;
                 }
             }
@@ -364,114 +379,4 @@ impl Running<'_> {
         self.report_stop(signal(usize::try_from(hart)?, Signal::SIGSEGV), vcpus)?;
         Ok(true)
     }
-}
-
-/// Steps and breakpoints.
-impl Running<'_> {
-    /// Begins a step of one hart. If the hart need not run for it, ends it too.
-    fn step(&mut self, mut step: Step, vcpus: &mut Vcpus) -> Result<()> {
-        let ram = self.machine.ram();
-        let hart = read(step.hart, vcpus)?;
-        let parked = vcpus.parked().get(step.hart);
-        let vcpu = parked.context("there is no such hart")?.vcpu.as_ref();
-        match plan(&hart, ram) {
-            // A hart that is stopped executes nothing.
-            _ if hart.is_stopped => {}
-            Plan::At(pc) => vcpu.set_reg(regs::PC, pc)?,
-            Plan::Trap => trap::enter(vcpu, Cause::BREAKPOINT, hart.pc)?,
-            Plan::Run { places, masks } => {
-                if masks {
-                    step.sie = Some(hart.sie);
-                    vcpu.set_reg(regs::SIE, 0)?;
-                }
-                vcpus.step_to(step.hart, places);
-                if let Some(debug) = &mut self.debug {
-                    debug.step = Some(step);
-                    debug.is_stopped = false;
-                }
-                return self.start(vcpus);
-            }
-        }
-        self.stepped(&step, vcpus)
-    }
-
-    /// A step has ended.
-    fn stepped(&mut self, step: &Step, vcpus: &mut Vcpus) -> Result<()> {
-        let pc = read(step.hart, vcpus)?.pc;
-        let debug = self.debug.as_ref();
-        let is_break = debug.is_some_and(|debug| debug.target.breakpoints().contains(&pc));
-        if step.then == Then::GoOn && !is_break {
-            return self.let_go(vcpus);
-        }
-        self.halt(vcpus)?;
-        let reason = match step.then {
-            Then::Report => signal(step.hart, Signal::SIGTRAP),
-            Then::GoOn => Reason::SwBreak(tid(step.hart)),
-        };
-        self.report_stop(reason, vcpus)
-    }
-
-    /// Plants breakpoints again whose address no hart had mapped. Starting the vCPUs does that.
-    pub(super) fn replant(&mut self, vcpus: &mut Vcpus) -> Result<()> {
-        if vcpus.state() == State::Paused {
-            return Ok(());
-        }
-        vcpus.park(&mut self.main)?;
-        self.start(vcpus)
-    }
-
-    /// Hart `number` has reached a breakpoint.
-    ///
-    /// # Errors
-    /// Fails if the host fails, so that the machine cannot go on.
-    pub(super) fn at_breakpoint(&mut self, number: u32, vcpus: &mut Vcpus) -> Result<()> {
-        if vcpus.state() == State::Paused {
-            // The machine was paused meanwhile. The hart reaches the breakpoint again.
-            return Ok(());
-        }
-        vcpus.park(&mut self.main)?;
-        self.main.drop_breakpoints();
-        let number = usize::try_from(number)?;
-        let hart = read(number, vcpus)?;
-        let Some(debug) = &mut self.debug else {
-            return Ok(());
-        };
-        let is_wanted = debug.target.breakpoints().contains(&hart.pc);
-        if let Some(step) = debug.step.take() {
-            unmask(&step, vcpus)?;
-            return match step.inside.contains(&hart.pc) && !is_wanted {
-                true => self.step(Step { sie: None, ..step }, vcpus),
-                false => self.stepped(&step, vcpus),
-            };
-        }
-        if is_wanted && debug.gdb.is_some() {
-            self.halt(vcpus)?;
-            return self.report_stop(Reason::SwBreak(tid(number)), vcpus);
-        }
-        // The breakpoints are not in RAM any more.
-        let instruction = hart.instruction(self.machine.ram(), hart.pc);
-        if instruction.is_some_and(|(instruction, _)| is_ebreak(instruction)) {
-            // The guest's own.
-            if let Some(parked) = vcpus.parked().get(number) {
-                trap::enter(parked.vcpu.as_ref(), Cause::BREAKPOINT, hart.pc)?;
-            }
-            return self.start(vcpus);
-        }
-        // A breakpoint at another virtual address of the same code.
-        self.step(Step::of(number, 0..0, Then::GoOn), vcpus)
-    }
-}
-
-fn read(hart: usize, vcpus: &Vcpus) -> Result<Hart> {
-    let parked = vcpus.parked().get(hart).context("there is no such hart")?;
-    let number = u32::try_from(hart)?;
-    Ok(Hart::read(number, parked.vcpu.as_ref())?)
-}
-
-/// Turns the interrupts on again that were off during a step.
-fn unmask(step: &Step, vcpus: &Vcpus) -> Result<()> {
-    if let (Some(sie), Some(parked)) = (step.sie, vcpus.parked().get(step.hart)) {
-        parked.vcpu.set_reg(regs::SIE, sie)?;
-    }
-    Ok(())
 }

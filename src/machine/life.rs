@@ -69,12 +69,14 @@ impl Vcpus {
     /// Lets all vCPUs run at the next start, or only that of hart `alone`, with these breakpoints.
     /// The vCPUs must be parked.
     pub(super) fn run_to(&mut self, breakpoints: &BTreeSet<u64>, alone: Option<usize>) {
+        debug_assert_eq!(self.state, State::Paused);
         self.alone = alone;
         self.plants.want_everywhere(breakpoints);
     }
 
     /// Lets only hart `hart` run at the next start, to one of `places`. The vCPUs must be parked.
     pub(super) fn step_to(&mut self, hart: usize, places: Vec<Place>) {
+        debug_assert_eq!(self.state, State::Paused);
         self.alone = Some(hart);
         self.plants.want(places);
     }

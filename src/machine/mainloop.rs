@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::mem::take;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -25,7 +26,7 @@ use super::watcher::Hang;
 use crate::control::server::{Client, Server};
 use crate::control::{Command, Reply};
 use crate::devices::goldfish_rtc::GoldfishRtc;
-use crate::gdb::link::Said;
+use crate::gdb::link::{Number, Said};
 use crate::hypervisor;
 use crate::util::sync::lock;
 use crate::util::thread::{Kind, spawn_scoped};
@@ -49,7 +50,7 @@ pub(super) enum Event {
     /// This hart gets nowhere.
     Hangs(u32, Hang),
     /// What GDB does.
-    Gdb(Said),
+    Gdb(Number, Said),
     /// A client of the control socket has sent a command.
     Command(Command, Client),
 }
@@ -193,15 +194,17 @@ impl MainLoop {
     pub(super) fn asked_meanwhile(&mut self, is_over: bool) -> Option<Event> {
         self.serve();
         let mut first = None;
-        while let Ok(event) = self.arrived.try_recv() {
+        let mut events = take(&mut self.deferred);
+        events.extend(self.arrived.try_iter());
+        for event in events {
             match event {
                 Event::Vcpu(..)
                 | Event::Called
                 | Event::Report
                 | Event::Replant
                 | Event::Hangs(..) => {}
-                Event::Command(..) | Event::Gdb(_) if !is_over => self.deferred.push_back(event),
-                Event::Gdb(_) => {}
+                Event::Command(..) | Event::Gdb(..) if !is_over => self.deferred.push_back(event),
+                Event::Gdb(..) => {}
                 Event::Command(_, client) => {
                     self.answer(client, &Reply::Refused("the machine is ending".into()));
                 }

@@ -125,7 +125,7 @@ impl Meantime {
         if let Some((hart, hang)) = found {
             self.found = Some(Event::Hangs(hart, hang));
         }
-        if self.replants.is_some_and(|time| time <= now) {
+        if self.found.is_none() && self.replants.is_some_and(|time| time <= now) {
             self.replants = None;
             self.found = Some(Event::Replant);
         }

@@ -339,15 +339,15 @@ impl Running<'_> {
         loop {
             meantime.replants(vcpus.wants_plants());
             match meantime.next_event(&mut self.main, vcpus.running(), &self.deadline)? {
-                Some(Event::Gdb(said)) => {
-                    if let Some(end) = self.said(said, vcpus)? {
+                Some(Event::Gdb(number, said)) => {
+                    if let Some(end) = self.said(number, said, vcpus)? {
                         return Ok(end);
                     }
                 }
                 Some(Event::Called) => {}
                 Some(Event::Pressed) => {
                     // A paused guest could not power off, nor one that GDB has stopped.
-                    if self.is_held() {
+                    if self.is_partly_held() {
                         self.detach(vcpus)?;
                     }
                     if let Err(error) = self.go_on(vcpus)? {

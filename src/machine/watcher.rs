@@ -136,6 +136,12 @@ impl Watcher {
     /// A vCPU that hangs is reported once. Without `vcpus`, the machine is paused.
     pub(super) fn act(&mut self, vcpus: &[VcpuHandle]) -> Option<(u32, Hang)> {
         let now = Instant::now();
+        if vcpus.len() < self.vcpus.len() {
+            // A debugger lets one hart run alone, or the machine is paused.
+            self.vcpus.iter_mut().for_each(|watch| watch.samples = None);
+            (self.looked, self.sample) = (now, None);
+            return None;
+        }
         self.vcpus.resize_with(vcpus.len(), Watch::default);
         if now >= self.looked + self.pause {
             self.look(vcpus, now);
@@ -177,9 +183,12 @@ impl Watcher {
             let verdict = match vcpu.take_sample() {
                 Some(hart) => {
                     let in_panic = self.panic.as_ref().is_some_and(|panic| {
-                        let frames = backtrace(&hart, &self.ram);
-                        let is_panic = |frame: &u64| panic.contains(hart.stvec, *frame);
-                        frames.iter().any(is_panic)
+                        // A return address can be behind the function's last instruction.
+                        let frames = backtrace(&hart, &self.ram).into_iter().enumerate();
+                        frames.into_iter().any(|(index, address)| {
+                            let call = address.wrapping_sub(u64::from(index > 0));
+                            panic.contains(hart.stvec, call)
+                        })
                     });
                     samples.add(hart, in_panic)
                 }
@@ -248,8 +257,10 @@ impl Samples {
         let vector = hart.stvec & !0b11;
         let (into, trapped) = (hart.pc.wrapping_sub(vector), hart.sepc.wrapping_sub(vector));
         if trapped < ENTRY {
-            // The handler itself traps, so the hart never gets behind that place.
-            if into > trapped {
+            // The handler itself traps, so the hart never gets behind that place. The trap came
+            // from supervisor mode, and no `sret` has been executed since.
+            const SPP: u64 = 1 << 8;
+            if into > trapped || !hart.is_supervisor || hart.sstatus & SPP == 0 {
                 return Verdict::GetsOn;
             }
             (self.entries, self.returns) = (self.entries + 1, self.returns + 1);
@@ -296,6 +307,8 @@ mod tests {
             stvec: VECTOR,
             scause,
             sepc,
+            is_supervisor: true,
+            sstatus: 1 << 8,
             ..Hart::default()
         }
     }
@@ -343,6 +356,12 @@ mod tests {
         for pc in [HERE + 4096, HERE, HERE + 4, VECTOR, VECTOR + 8] {
             assert_eq!(verdict(&[hart(pc, 8, HERE)]), rest, "{pc:#x}");
         }
+        // Code behind the handler, which has returned from a trap to it.
+        let near = Hart {
+            sstatus: 0,
+            ..hart(VECTOR + 100, 2, VECTOR + 100)
+        };
+        assert_eq!(verdict(&[near]), rest);
         // Timer interrupts.
         let timer = hart(HERE, (1 << 63) | 5, HERE);
         assert_eq!(verdict(&[hart(VECTOR, (1 << 63) | 5, HERE), timer]), rest);

@@ -33,6 +33,8 @@ pub enum SymbolsError {
 #[derive(Debug, Default)]
 pub struct Symbols {
     list: Vec<Symbol>,
+    /// The trap vector as linked, if the kernel is a Linux.
+    vector: Option<u64>,
     /// The running kernel is this many bytes above the addresses of the list.
     slide: u64,
 }
@@ -75,23 +77,39 @@ impl Symbols {
             .take(ELF.len() as u64)
             .read_to_end(&mut magic)?;
         file.rewind()?;
-        let mut symbols = match magic == ELF {
-            true => of_elf(file)?,
-            false => of_map(file)?,
-        };
+        match magic == ELF {
+            true => Self::read_elf(file),
+            false => Self::of(of_map(file)?),
+        }
+    }
+
+    /// Reads the symbols of an ELF file.
+    ///
+    /// # Errors
+    /// Fails if `file` cannot be read, is no ELF file, or has no symbols.
+    pub fn read_elf(file: impl Read + Seek) -> Result<Self, SymbolsError> {
+        Self::of(of_elf(file)?)
+    }
+
+    fn of(mut symbols: Vec<Symbol>) -> Result<Self, SymbolsError> {
         if symbols.iter().all(|symbol| symbol.address == 0) {
             return Err(SymbolsError::Hidden);
         }
         symbols.sort();
+        let vector = symbols.iter().find(|symbol| &*symbol.name == VECTOR);
+        let vector = vector.map(|symbol| symbol.address);
         let (list, slide) = (symbols, 0);
-        Ok(Self { list, slide })
+        Ok(Self {
+            list,
+            vector,
+            slide,
+        })
     }
 
     /// Finds where a Linux runs that chose a random address for itself (KASLR), by its trap vector
     /// `stvec`. Does nothing for another kernel.
     pub fn follow(&mut self, stvec: u64) {
-        let vector = self.linked(VECTOR);
-        if let Some(slide) = vector.and_then(|vector| slide(stvec, vector)) {
+        if let Some(slide) = self.vector.and_then(|vector| slide(stvec, vector)) {
             self.slide = slide;
         }
     }
@@ -103,7 +121,7 @@ impl Symbols {
         let end = self.list.get(next)?.address;
         Some(Function {
             linked: start..end,
-            vector: self.linked(VECTOR),
+            vector: self.vector,
         })
     }
 

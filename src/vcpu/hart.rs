@@ -19,6 +19,8 @@ pub const NAMES: [&str; REGISTERS] = [
 pub const RA: usize = 1;
 /// The number of `sp`, the stack pointer.
 pub const SP: usize = 2;
+/// The number of `a7`, in which an SBI call has its extension.
+pub const A7: usize = 17;
 /// The number of `s0`, the frame pointer.
 pub const FP: usize = 8;
 

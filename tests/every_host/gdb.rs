@@ -347,3 +347,71 @@ fn an_address_in_use_is_refused() {
         end.log
     );
 }
+
+/// What no GDB says, or not at this moment, harms nothing.
+#[test]
+fn a_client_may_say_anything() {
+    const A0: usize = 10;
+    let mut session = Session::of("team", &["--cpus", "4"]);
+    let main = session.address("main");
+    // The guest is stopped already.
+    session.gdb.interrupt();
+    session.run_to(main);
+    session.gdb.go();
+    session.vm.wait_for("started");
+    session.gdb.interrupt();
+    session.stops(SIGINT);
+    // A hart runs alone; other wishes come too late.
+    session.gdb.send("vCont;c:4");
+    session.gdb.send("vCont;c");
+    session.gdb.send("vCont;s:1");
+    session.gdb.interrupt();
+    assert_eq!(session.stops(SIGINT), 3);
+    // A thread that there is not.
+    session.gdb.send("vCont;s:ff");
+    session.gdb.interrupt();
+    session.stops(SIGINT);
+    for hart in 1..4 {
+        session.gdb.choose(hart);
+        assert_eq!(session.gdb.register(A0), hart as u64, "each hart is itself");
+    }
+    // More memory than a reply may have.
+    session.gdb.send("m80000000,7fffffff");
+    session.gdb.wait_for_end();
+    session.vm.wait_for_log("Failed to talk to GDB");
+    let gdb = Gdb::connect(&session.scratch.path().join("gdb"));
+    drop(gdb);
+    session.vm.send("x");
+    session
+        .vm
+        .finish()
+        .assert_console(POWERED_OFF, &["started", "typed"]);
+}
+
+/// A machine may be paused while its guest runs for GDB.
+#[test]
+fn a_pause_and_gdb() {
+    let mut session = Session::of("team", &["--cpus", "4"]);
+    let mut ctl = Ctl::connect(&session.scratch.path().join("ctl"));
+    session.gdb.go();
+    session.vm.wait_for("started");
+    ctl.done("pause");
+    assert_eq!(ctl.status()["state"], "paused");
+    // GDB takes over.
+    session.gdb.interrupt();
+    session.stops(SIGINT);
+    let refused = ctl.ask("pause").to_string();
+    assert!(refused.contains("GDB has stopped the guest"), "{refused}");
+    session.gdb.go();
+    ctl.done("pause");
+    // GDB goes, and the machine stays paused.
+    session.gdb.ok("D");
+    session.gdb.wait_for_end();
+    assert_eq!(ctl.status()["state"], "paused");
+    ctl.done("resume");
+    session.vm.send("x");
+    session
+        .vm
+        .finish()
+        .assert_console(POWERED_OFF, &["started", "typed"]);
+}
