@@ -16,8 +16,9 @@
   *(.text._ZN4rvmm10hypervisor* .text._ZN*_?LT?rvmm..hypervisor*)
   /* The main loop, and util::text, which it calls to release the code of the start. */
   *(.text._ZN4rvmm7machine8mainloop* .text._ZN4rvmm7machine8meantime* .text._ZN*_?LT?rvmm..machine..mainloop*)
-  /* The watcher, which looks now and then. */
-  *(.text._ZN4rvmm7machine7watcher* .text._ZN4rvmm4util7cputime*) *libc.a:pthread_getcpuclockid.o(.text)
+  /* The watcher, which looks now and then, and what a vCPU does for it. */
+  *(.text._ZN4rvmm7machine7watcher* .text._ZN4rvmm4util7cputime* .text._ZN4rvmm4vcpu4hart* .text.unlikely._ZN4rvmm4vcpu6thread*)
+  *libc.a:pthread_getcpuclockid.o(.text) *libc.a:pthread_kill.o(.text) *libc.a:getpid.o(.text)
   *(.text._ZN4rvmm4util4text* .text._ZN13event_manager* .text._ZN*_?LT?event_manager* .text._ZN12vmm_sys_util*)
   /* What the groups above call: locks, channels, time and buffers of the standard library, and the C library. */
   *(.text._ZN3std4sync* .text._ZN3std3sys4sync* .text.unlikely._ZN3std3sys4sync* .text._ZN3std4time*)

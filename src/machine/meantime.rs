@@ -24,7 +24,8 @@ const REPLANT_EVERY: Duration = Duration::from_millis(20);
 /// The timed work in one life of a machine, and when it is due. A life goes from the start or a
 /// reset to the next reset or the end.
 pub(super) struct Meantime {
-    /// When to release the start-up code. None once it is released.
+    /// When to release code that is not needed any more, such as that of the start. None once it
+    /// is released.
     settles: Option<Instant>,
     /// When the next look at the vCPUs is due: a kick that makes each vCPU check whether its hart
     /// was reset (`vcpu::restart`).
@@ -122,6 +123,10 @@ impl Meantime {
             self.looked = self.looked.wrapping_add(1);
         }
         let found = self.watcher.as_mut().and_then(|watcher| watcher.act(vcpus));
+        if self.watcher.as_mut().is_some_and(Watcher::has_sampled) && self.settles.is_none() {
+            // What takes samples is not needed for a while.
+            self.settles = Some(now);
+        }
         if let Some((hart, hang)) = found {
             self.found = Some(Event::Hangs(hart, hang));
         }

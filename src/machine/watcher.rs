@@ -81,6 +81,8 @@ pub(super) struct Watcher {
     longest: Duration,
     /// When the next sample is due, while a vCPU is sampled.
     sample: Option<Instant>,
+    /// A series of samples has ended.
+    has_sampled: bool,
 }
 
 /// What is known of one vCPU.
@@ -123,7 +125,13 @@ impl Watcher {
             pause: FIRST.min(longest),
             longest,
             sample: None,
+            has_sampled: false,
         }
+    }
+
+    /// Whether a series of samples has ended since the last call.
+    pub(super) fn has_sampled(&mut self) -> bool {
+        std::mem::take(&mut self.has_sampled)
     }
 
     /// When [`Watcher::act`] has something to do next.
@@ -151,6 +159,7 @@ impl Watcher {
         }
         let found = self.take_samples(vcpus);
         let is_sampling = self.vcpus.iter().any(|watch| watch.samples.is_some());
+        self.has_sampled = !is_sampling;
         let spread = Duration::from_micros((now.elapsed().subsec_nanos() % 4000).into());
         self.sample = is_sampling.then_some(now + APART + spread);
         found
