@@ -200,6 +200,9 @@ pub const ELF: &[u8] = b"\x7fELF";
 /// The longest map that is read. That of a large Linux has 10 MiB.
 const MAP_MAX: u64 = 256 << 20;
 
+/// The longest name in an ELF file that is read. Names of Rust and C++ have some hundred bytes.
+const NAME_MAX: usize = 1024;
+
 /// Reads only the file's tables: a kernel with debug information may have hundreds of MiB.
 fn of_elf(file: impl Read + Seek) -> Result<Vec<Symbol>, SymbolsError> {
     let damaged = |error: elf::ParseError| SymbolsError::Elf(error.to_string());
@@ -214,8 +217,10 @@ fn of_elf(file: impl Read + Seek) -> Result<Vec<Symbol>, SymbolsError> {
         let Ok(name) = names.get(usize::try_from(symbol.st_name).unwrap_or(0)) else {
             continue;
         };
-        // Names such as $x mark code and data for disassemblers.
-        if is_named && symbol.st_shndx != SHN_UNDEF && !name.is_empty() && !name.starts_with('$') {
+        // Names such as $x mark code and data for disassemblers. Long names could share their bytes
+        // in the file, and not in memory.
+        let is_name = (1..=NAME_MAX).contains(&name.len()) && !name.starts_with('$');
+        if is_named && symbol.st_shndx != SHN_UNDEF && is_name {
             let (address, name) = (symbol.st_value, name.into());
             symbols.push(Symbol { address, name });
         }
