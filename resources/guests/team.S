@@ -24,6 +24,17 @@ main:
 2:  addi    s2, s2, 1
     li      t0, HARTS
     bltu    s2, t0, 1b
+    /* until each of them has counted */
+    lla     s3, counts
+    li      s2, 0
+1:  beq     s2, s0, 2f
+    slli    t0, s2, 3
+    add     t0, s3, t0
+    ld      t1, 0(t0)
+    beqz    t1, 1b
+2:  addi    s2, s2, 1
+    li      t0, HARTS
+    bltu    s2, t0, 1b
     print   "started\n"
 3:  lla     a1, byte
     li      a0, 1

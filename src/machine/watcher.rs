@@ -105,11 +105,9 @@ impl Watch {
         let before = self.total / LOGGED;
         self.samples = None;
         self.total += count;
-        if self.total / LOGGED > before {
-            debug!(
-                "hart {number} gets on: {} samples show it",
-                self.total / LOGGED * LOGGED
-            );
+        for hundreds in before + 1..=self.total / LOGGED {
+            let samples = hundreds * LOGGED;
+            debug!("hart {number} gets on: {samples} samples show it");
         }
     }
 }
