@@ -18,7 +18,9 @@ fuzz_engine::fuzz_target!(|data: &[u8]| {
                 assert!(name.is_none_or(|name| !name.is_empty()));
                 let _ = symbols.caller(address);
             }
-            let _ = symbols.function("panic").map(|panic| panic.contains(0, u64::MAX));
+            let _ = symbols
+                .function("panic")
+                .map(|panic| panic.contains(0, u64::MAX));
         }
     }
 });
