@@ -1,9 +1,9 @@
 /*
  * The order of rvmm's code (build.rs; --section-ordering-file of GNU ld 2.43 and newer). Code that
- * a running guest needs comes first and together. The host maps code in units of 64 KiB around each
- * page that is used, so a running machine keeps less of it in memory (docs/performance.md, "Code in
- * order"). The other code follows in its usual order. The names use Rust's legacy mangling; a pattern that matches nothing
- * has no effect.
+ * a running guest needs comes first and together. The host maps code in units of 64 KiB around
+ * each page that is used, so a running machine keeps less of it in memory (docs/performance.md,
+ * "Code in order"). The other code follows in its usual order. The names use Rust's legacy
+ * mangling; a pattern that matches nothing has no effect.
  */
 .text : {
   /* Exits, and the devices that every guest uses. */

@@ -164,11 +164,7 @@ pub enum Request {
 fn check_crash(cli: &Cli) -> Result<(), String> {
     let pauses = cli.vm.on_crash.act == CrashAct::Pause && !cli.print_config;
     match pauses && cli.ctl.is_none() && cli.gdb.is_none() {
-        true => Err(
-            "--on-crash pause needs --ctl or --gdb, to look at the machine and to end \
-                     its pause"
-                .into(),
-        ),
+        true => Err("--on-crash pause needs --ctl or --gdb: the pause has no other end".into()),
         false => Ok(()),
     }
 }

@@ -11,6 +11,7 @@
 
 use crate::memory::GuestMemory;
 use crate::vcpu::hart::{A7, Hart};
+use crate::vcpu::trap::BASE;
 
 /// The longest sequence of LR and SC, in instructions (RISC-V A extension, "Eventual Success of
 /// Store-Conditional Instructions").
@@ -53,7 +54,7 @@ pub fn plan(hart: &Hart, ram: &GuestMemory) -> Plan {
     /// SBI extensions with calls that wait for an interrupt: HSM and SUSP.
     const WAITING: [u64; 2] = [0x48534d, 0x5355_5350];
     let instruction = hart.instruction(ram, hart.pc);
-    if instruction.is_none() && vectors(hart.stvec)[0] == hart.pc {
+    if instruction.is_none() && hart.vector() == hart.pc {
         // The handler itself cannot be fetched, so the hart traps where it is.
         return Plan::At(hart.pc);
     }
@@ -154,9 +155,9 @@ fn vectors(stvec: u64) -> Vec<u64> {
     const VECTORED: u64 = 1;
     /// Supervisor software, timer, external and counter interrupts.
     const INTERRUPTS: [u64; 4] = [1, 5, 9, 13];
-    let base = stvec & !0b11;
+    let base = stvec & BASE;
     let mut all = vec![base];
-    if stvec & 0b11 == VECTORED {
+    if stvec & !BASE == VECTORED {
         all.extend(INTERRUPTS.map(|cause| base.wrapping_add(4 * cause)));
     }
     all

@@ -132,12 +132,7 @@ impl Machine {
     }
 
     /// Guest RAM.
-    pub(super) fn ram(&self) -> &GuestMemory {
-        &self.ram
-    }
-
-    /// Guest RAM, for those who keep it.
-    pub(super) fn shared_ram(&self) -> &Arc<GuestMemory> {
+    pub(super) fn ram(&self) -> &Arc<GuestMemory> {
         &self.ram
     }
 

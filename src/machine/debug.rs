@@ -58,7 +58,7 @@ impl Running<'_> {
     /// Listens for GDB.
     ///
     /// # Errors
-    /// Fails if the address is in use, or if this host's KVM cannot debug guests.
+    /// Fails if the address is in use, or if the host has no descriptors left.
     pub(super) fn listen_for_gdb(&mut self, config: &GdbConfig) -> Result<()> {
         let listener = Listener::at(&config.at)?;
         let address = listener.address(&config.at);
@@ -79,7 +79,7 @@ impl Running<'_> {
         }
         let harts = usize::try_from(self.machine.config.cpus)?;
         self.debug = Some(Debug {
-            target: Debugger::new(self.machine.shared_ram(), harts, self.how.tracer.cloned()),
+            target: Debugger::new(self.machine.ram(), harts, self.how.tracer.cloned()),
             wire,
             gdb: None,
             is_attached: false,

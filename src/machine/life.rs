@@ -209,7 +209,8 @@ impl Vcpus {
         }
     }
 
-    /// Takes the vCPUs out, for a moment, if they are parked. None if they run.
+    /// Takes the vCPUs out, for a moment, if they are parked. The result is
+    /// empty if they run.
     pub(super) fn lend(&mut self) -> Vec<Parked> {
         match self.state {
             State::Running => Vec::new(),

@@ -283,7 +283,7 @@ impl Running<'_> {
         let vcpus = self.machine.take_vcpus()?;
         let hardware = self.machine.hardware()?;
         self.main.set_clock(Some(Arc::clone(&hardware.rtc)));
-        let ram = self.machine.shared_ram();
+        let ram = self.machine.ram();
         let mut vcpus = Vcpus::of_new(vcpus, ram, hardware.resets_harts, self.stats.is_some());
         self.debug_life(&mut vcpus)?;
         let hardware = self.machine.hardware()?;

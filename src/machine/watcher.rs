@@ -28,6 +28,7 @@ use crate::report::backtrace::backtrace;
 use crate::report::symbols::Function;
 use crate::vcpu::hart::{Hart, REGISTERS};
 use crate::vcpu::thread::VcpuHandle;
+use crate::vcpu::trap::SPP;
 
 /// Time from the start of a life to the first look. The time between two looks is twice as long as
 /// the one before, up to that of `watch=TIME`.
@@ -191,8 +192,8 @@ impl Watcher {
                 Some(hart) => {
                     let in_panic = self.panic.as_ref().is_some_and(|panic| {
                         // A return address can be behind the function's last instruction.
-                        let frames = backtrace(&hart, &self.ram).into_iter().enumerate();
-                        frames.into_iter().any(|(index, address)| {
+                        let mut frames = backtrace(&hart, &self.ram).into_iter().enumerate();
+                        frames.any(|(index, address)| {
                             let call = address.wrapping_sub(u64::from(index > 0));
                             panic.contains(hart.stvec, call)
                         })
@@ -261,12 +262,11 @@ impl Samples {
         if !is_same || !has_trapped || self.panics > 0 {
             return Verdict::GetsOn;
         }
-        let vector = hart.stvec & !0b11;
+        let vector = hart.vector();
         let (into, trapped) = (hart.pc.wrapping_sub(vector), hart.sepc.wrapping_sub(vector));
         if trapped < ENTRY {
             // The handler itself traps, so the hart never gets behind that place. The trap came
             // from supervisor mode, and no `sret` has been executed since.
-            const SPP: u64 = 1 << 8;
             if into > trapped || !hart.is_supervisor || hart.sstatus & SPP == 0 {
                 return Verdict::GetsOn;
             }
@@ -315,7 +315,7 @@ mod tests {
             scause,
             sepc,
             is_supervisor: true,
-            sstatus: 1 << 8,
+            sstatus: SPP,
             ..Hart::default()
         }
     }

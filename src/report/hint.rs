@@ -55,7 +55,7 @@ impl std::fmt::Display for Hint {
 /// Returns the likely mistake, if the hart's state shows one.
 pub fn hint(hart: &Hart, ram: &GuestMemory) -> Option<Hint> {
     let has_trapped = hart.scause != 0 || hart.sepc != 0;
-    let vector = hart.stvec & !0b11;
+    let vector = hart.vector();
     let vector_is_code = hart.instruction(ram, vector).is_some();
     let in_handler = hart.pc.wrapping_sub(vector) < HANDLER || hart.sepc.wrapping_sub(vector) < 4;
     if let Some(hint) = instruction_hint(hart, ram) {

@@ -2,6 +2,7 @@
 
 use super::cause::Cause;
 use super::paging::{Walk, walk};
+use super::trap::BASE;
 use crate::hypervisor::{HartState, RegId, Result, Vcpu, regs};
 use crate::memory::GuestMemory;
 
@@ -81,6 +82,11 @@ impl Hart {
             sie: read(regs::SIE)?,
             sip: read(regs::SIP)?,
         })
+    }
+
+    /// The address at which its handler of exceptions begins.
+    pub fn vector(&self) -> u64 {
+        self.stvec & BASE
     }
 
     /// Whether there was a trap: a fault at address 0 for address 0 looks like none.

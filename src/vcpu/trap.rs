@@ -6,12 +6,13 @@ use crate::hypervisor::{RegId, Result, Vcpu, regs};
 /// Bits of `sstatus`, and the value of KVM's `mode` register for supervisor mode.
 pub(super) const SIE: u64 = 1 << 1;
 pub(super) const SPIE: u64 = 1 << 5;
-pub(super) const SPP: u64 = 1 << 8;
+/// The mode before the trap: supervisor mode, and not user mode.
+pub const SPP: u64 = 1 << 8;
 pub(super) const MODE_SUPERVISOR: u64 = 1;
 
 /// Mask for the base address in `stvec`. In both modes of `stvec`, exceptions go to the base
 /// address.
-pub(super) const BASE: u64 = !0b11;
+pub const BASE: u64 = !0b11;
 
 /// Sets the registers of `vcpu`'s hart as if the instruction at its `pc` had caused the exception
 /// `cause`, with `value` in `stval`. The hart continues at its trap handler (RISC-V Privileged

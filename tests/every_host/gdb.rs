@@ -83,6 +83,14 @@ impl Session {
     }
 }
 
+/// Ends `team.S`, which runs without GDB.
+#[track_caller]
+fn team_ends(mut vm: Vm) {
+    vm.send("x");
+    let end = vm.finish();
+    end.assert_console(POWERED_OFF, &["started", "typed"]);
+}
+
 /// Every step moves the guest by one instruction: the pcs of a round are those of the one before,
 /// except where the code branches on the number of the round, and the result is right.
 #[test]
@@ -229,11 +237,7 @@ fn all_harts_are_threads() {
     // Without GDB the guest goes on.
     session.gdb.ok("D");
     session.gdb.wait_for_end();
-    session.vm.send("x");
-    session
-        .vm
-        .finish()
-        .assert_console(POWERED_OFF, &["started", "typed"]);
+    team_ends(session.vm);
 }
 
 #[test]
@@ -381,11 +385,7 @@ fn a_client_may_say_anything() {
     session.vm.wait_for_log("Failed to talk to GDB");
     let gdb = Gdb::connect(&session.scratch.path().join("gdb"));
     drop(gdb);
-    session.vm.send("x");
-    session
-        .vm
-        .finish()
-        .assert_console(POWERED_OFF, &["started", "typed"]);
+    team_ends(session.vm);
 }
 
 /// A machine may be paused while its guest runs for GDB.
@@ -409,9 +409,5 @@ fn a_pause_and_gdb() {
     session.gdb.wait_for_end();
     assert_eq!(ctl.status()["state"], "paused");
     ctl.done("resume");
-    session.vm.send("x");
-    session
-        .vm
-        .finish()
-        .assert_console(POWERED_OFF, &["started", "typed"]);
+    team_ends(session.vm);
 }
