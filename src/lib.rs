@@ -11,6 +11,8 @@ pub mod memory;
 
 pub mod hypervisor;
 
+pub mod snapshot;
+
 pub mod trace;
 
 pub mod bus;

@@ -10,6 +10,7 @@ use serde_json::Value;
 use thiserror::Error;
 pub use vm_fdt::{Error as FdtError, FdtWriter};
 
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::{RateLimit, guest_warn};
 pub use irq::{IrqLine, IrqSink};
 
@@ -61,8 +62,42 @@ pub trait Device: Send + Sync {
     /// reports that to its driver (DEVICE_NEEDS_RESET), or logs it.
     fn resume(&self) {}
 
+    /// The device's state for a snapshot. Called only while the device is paused. A device that has
+    /// no state returns nothing.
+    ///
+    /// # Errors
+    /// Fails if KVM or the host refuses to read a part of the state.
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes over the state that [`Device::save`] returned in another process. Called once, on a
+    /// new device, before the guest runs; the device is paused then, and stays paused until
+    /// [`Device::resume`]. Sets the level of the device's interrupt line. The state of the
+    /// interrupt controller is loaded after that of all other devices.
+    ///
+    /// The state may come from a stranger: nothing in it may make this panic, block or allocate
+    /// without a bound.
+    ///
+    /// # Errors
+    /// Fails if the state is not complete, or if this device cannot have it.
+    fn load(&self, _parts: &mut Parts) -> Result<(), LoadError> {
+        Ok(())
+    }
+
     /// The device's state for the user, as a JSON object with a `kind`, as in `{"kind": "uart"}`.
     fn describe(&self) -> Value;
+}
+
+#[cfg(test)]
+impl<D: Device + ?Sized> crate::snapshot::testing::Part for D {
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Device::save(self)
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        Device::load(self, parts)
+    }
 }
 
 /// Two devices claim the same address. This is a bug in the machine's layout.

@@ -1,0 +1,11 @@
+//! Snapshots of a machine: the state that its parts save, and the files that hold it.
+//!
+//! `saved` is the state of one part of the machine. docs/snapshot-format.md describes the files.
+//! `machine` saves and restores a whole machine.
+
+mod saved;
+
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use saved::{LoadError, Parts, SaveError, Saved, State};
