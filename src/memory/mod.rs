@@ -1,8 +1,10 @@
-//! Guest RAM in the host's memory: one mapping, private or of a memfd. The host populates a page
-//! when it is touched first; reserved huge pages are set aside when RAM is mapped.
+//! Guest RAM in the host's memory: one mapping, private, of a memfd, or a private one of a
+//! snapshot's file. The host populates a page when it is touched first; reserved huge pages are set
+//! aside when RAM is mapped.
 
 mod dirty;
 mod flat;
+pub mod image;
 mod pieces;
 mod ring;
 mod shared;
@@ -157,6 +159,8 @@ pub fn clear(ram: &GuestMemory, config: MemConfig) -> io::Result<()> {
             continue;
         }
         match region.file_offset() {
+            // With MADV_DONTNEED the file's bytes would come back.
+            Some(_) if image::is_private_file(region) => image::forget(region)?,
             // With MADV_DONTNEED the bytes would stay in the file.
             Some(file) => shared::clear(file.file(), region.size())?,
             None => {
