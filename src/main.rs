@@ -21,10 +21,10 @@ use rvmm::info::Info;
 use rvmm::machine::{Machine, Outcome, Run, Stats, layout, signals, status};
 use rvmm::trace::read::{Filter, ReadError};
 use rvmm::trace::{self, Recorder};
-use rvmm::util::{Hex, on_one_line};
 use rvmm::util::outfile::{Whole, append, stream_to};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, print};
+use rvmm::util::{Hex, on_one_line};
 use serde_json::Value;
 
 fn main() -> ExitCode {

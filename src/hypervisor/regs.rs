@@ -93,6 +93,30 @@ impl RegId {
     }
 }
 
+/// The groups of registers, KVM_REG_RISCV_*.
+pub mod group {
+    /// What the hart is: ISA, block sizes, ids.
+    pub const CONFIG: u64 = 0x01;
+    /// pc, x1 to x31, privilege mode.
+    pub const CORE: u64 = 0x02;
+    /// CSRs, in three subgroups: general, AIA and Smstateen.
+    pub const CSR: u64 = 0x03;
+    /// The guest's time, and the hart's timer.
+    pub const TIMER: u64 = 0x04;
+    /// f0 to f31 with 32 bits, and fcsr. They are the lower halves of those of [`FP_D`].
+    pub const FP_F: u64 = 0x05;
+    /// f0 to f31 with 64 bits, and fcsr.
+    pub const FP_D: u64 = 0x06;
+    /// Switches of ISA extensions.
+    pub const ISA_EXT: u64 = 0x07;
+    /// Switches of SBI extensions.
+    pub const SBI_EXT: u64 = 0x08;
+    /// The vector CSRs, and v0 to v31.
+    pub const VECTOR: u64 = 0x09;
+    /// State of SBI extensions: STA (subgroup 0) and FWFT (subgroup 1).
+    pub const SBI_STATE: u64 = 0x0a;
+}
+
 /// The block size of `cbo.clean`, `cbo.flush` and `cbo.inval` in bytes.
 pub const ZICBOM_BLOCK_SIZE: RegId = RegId::config(1);
 /// `mvendorid`, which the guest reads by an SBI call.
@@ -114,6 +138,8 @@ pub const PC: RegId = RegId::core(0);
 pub const A0: RegId = RegId::core(10);
 /// a1, x11.
 pub const A1: RegId = RegId::core(11);
+/// a2, x12.
+pub const A2: RegId = RegId::core(12);
 
 /// The privilege mode: 0 user, 1 supervisor.
 pub const MODE: RegId = RegId::core(32);
@@ -147,6 +173,10 @@ pub const TIMER_TIME: RegId = RegId::timer(1);
 /// The `time` from which on the hart's timer interrupt is pending: the value of `stimecmp`, or of
 /// the SBI call.
 pub const TIMER_COMPARE: RegId = RegId::timer(2);
+
+/// Whether the hart's timer counts to [`TIMER_COMPARE`] inside KVM: 1 if it does. Always 0 if the
+/// hart has Sstc.
+pub const TIMER_STATE: RegId = RegId::timer(3);
 
 /// KVM_RISCV_SBI_EXT_V01: the legacy calls, extension ids 0 to 8.
 pub const SBI_V01: RegId = RegId::sbi_ext(0);

@@ -1,5 +1,6 @@
 //! Starts all of rvmm's threads.
 
+use std::fs;
 use std::io;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
@@ -69,6 +70,19 @@ where
     Builder::new().name(name).spawn_scoped(scope, body)
 }
 
+/// Whether the thread of this process with the id `thread` sleeps in a system call that a signal
+/// interrupts (state S of proc_pid_stat(5)). False if there is no such thread.
+pub fn is_asleep(thread: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
+    // The name of the thread, in parentheses, may have any characters.
+    stat.is_ok_and(|stat| {
+        stat.rsplit(") ")
+            .next()
+            .unwrap_or_default()
+            .starts_with('S')
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,5 +93,25 @@ mod tests {
             std::thread::current().name().map(str::to_owned)
         });
         assert_eq!(thread.unwrap().join().unwrap().as_deref(), Some("vcpu-0"));
+    }
+
+    #[test]
+    fn a_thread_sleeps_or_does_not() {
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        assert!(!is_asleep(own), "this thread runs");
+        assert!(!is_asleep(0));
+        let (send, receive) = std::sync::mpsc::channel();
+        let (wait, waits) = std::sync::mpsc::channel::<()>();
+        let thread = spawn(Kind::Vcpu, "a) R b", move || {
+            send.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
+            waits.recv().unwrap_err();
+        });
+        let id = receive.recv().unwrap();
+        while !is_asleep(id) {
+            std::thread::yield_now();
+        }
+        drop(wait);
+        thread.unwrap().join().unwrap();
     }
 }

@@ -20,6 +20,9 @@ pub enum First {
     TakeReset,
     /// Sleep: the guest has suspended the system.
     Sleep(Sleeper),
+    /// Enter the guest, with a software interrupt pending that KVM does not know of: it was
+    /// restored from a snapshot. See [`nudge`](super::nudge).
+    EnterNudged,
 }
 
 impl First {
@@ -43,6 +46,9 @@ pub struct Sleeper {
     pub(super) compare: u64,
     /// The registers of its interrupt controller.
     pub(super) saved: Vec<SavedRegister>,
+    /// Whether the hart's registers are already those after the reset that ends the sleep. So it
+    /// is after a restore from a snapshot, where KVM has no reset pending.
+    pub(super) is_reset: bool,
 }
 
 /// How a wait of a vCPU's thread ended.

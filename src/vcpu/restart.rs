@@ -94,13 +94,18 @@ impl Shared {
 /// Handles the resets of one vCPU's hart, on the vCPU's thread.
 pub(super) struct Restarts {
     pub(super) shared: Arc<Shared>,
-    call: Call,
+    pub(super) call: Call,
 }
 
 impl Restarts {
     /// Handles the resets of a vCPU. `call` asks the machine for kicks.
     pub(super) fn new(shared: Arc<Shared>, call: Call) -> Self {
         Self { shared, call }
+    }
+
+    /// Handles the resets of a vCPU on a thread that is [kicked](super::kicked) anyway.
+    pub(super) fn new_alone() -> Self {
+        Self::new(Arc::default(), Box::new(|| {}))
     }
 
     /// Checks the hart of a vCPU whose KVM_RUN was interrupted. Waits while the hart is stopped,

@@ -49,6 +49,7 @@ impl Suspend {
             enabled: read(vcpu, regs::SIE)?,
             compare: read(vcpu, regs::TIMER_COMPARE)?,
             saved: self.irqs.save(hart)?,
+            is_reset: false,
         })
     }
 
@@ -70,6 +71,9 @@ impl Suspend {
                 return Ok(Waited::Asked(First::Sleep(sleeper)));
             }
             restarts.shared.sleep(LOOK_EVERY);
+        }
+        if sleeper.is_reset {
+            return Ok(Waited::DONE);
         }
         // The reset clears the hart's IMSIC, and with it the interrupt that woke the hart. An
         // interrupt that arrives between this line and the reset, within one or two milliseconds,

@@ -13,6 +13,7 @@ use super::Stop;
 use super::exits::{Exits, Next, Rare};
 use super::first::{First, Sleeper, Waited};
 use super::hart;
+use super::nudge::Nudge;
 use super::restart::{Call, Restarts, Shared};
 use super::stats::ExitStats;
 use crate::hypervisor::{Error, Kicker, Result, RunAnd, Serve, Vcpu, VmEntry, VmExit, Waiting};
@@ -116,11 +117,11 @@ pub struct Start {
 
 /// The signal that interrupts KVM_RUN. Its handler does nothing: the effect is that KVM_RUN returns
 /// EINTR.
-fn kick_signal() -> i32 {
+pub(super) fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
-extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+pub(super) extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuHandle {
     /// Makes a thread for the vCPU of `parked`. [`Ready::go`] then runs the vCPU on it until
@@ -168,6 +169,7 @@ impl VcpuHandle {
             id,
             exits,
             restarts: Restarts::new(Arc::clone(&shared), how.on_call),
+            nudge: Nudge::default(),
             follow_restarts: how.follow_restarts,
             tracer: how.tracer,
         };
@@ -261,6 +263,7 @@ struct Hart {
     id: u32,
     exits: Arc<Exits>,
     restarts: Restarts,
+    nudge: Nudge,
     follow_restarts: bool,
     tracer: Option<Tracer>,
 }
@@ -390,6 +393,11 @@ impl Hart {
     fn begin(&mut self, vcpu: &mut dyn Vcpu, first: First) -> Result<Settled> {
         let waited = match first {
             First::Enter => Waited::DONE,
+            First::EnterNudged => {
+                let Restarts { shared, call } = &self.restarts;
+                self.nudge.begin(shared, call);
+                Waited::DONE
+            }
             First::WaitForStart => self.restarts.wait_for_start(vcpu)?,
             First::TakeReset => self.restarts.take_reset(vcpu, VmEntry::Run)?,
             First::Sleep(sleeper) => self.sleep(vcpu, sleeper)?,
@@ -404,6 +412,7 @@ impl Hart {
         let waited = match rare {
             Rare::Look => {
                 self.sample(vcpu)?;
+                self.nudge.look(vcpu, &self.restarts.shared)?;
                 match self.follow_restarts {
                     true => self.restarts.look(vcpu)?,
                     false => Waited::DONE,

@@ -1,0 +1,295 @@
+//! The state of a vCPU in a snapshot: all registers that KVM lists, and what the hart does.
+//!
+//! KVM's list has no order in which registers can be written. [`VcpuState::load`] writes them in
+//! an order that works on every kernel from Linux 6.12 on (`arch/riscv/kvm/vcpu_onereg.c`,
+//! `vcpu_timer.c`, `vcpu_sbi_sta.c`).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::first::{First, Sleeper};
+use super::nudge::SOFTWARE;
+use super::thread::Parked;
+use crate::hypervisor::regs::{self, CYCLE_TIME_INSTRET, group};
+use crate::hypervisor::{HartState, RegId, Result, Vcpu};
+use crate::snapshot::{LoadError, State};
+use crate::util::Hex;
+
+/// The state of one vCPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuState {
+    /// Whether the hart is started (SBI HSM).
+    started: bool,
+    /// If the guest has suspended the system: what wakes the hart.
+    sleeps: Option<SleepState>,
+    /// The value of each register, in little-endian bytes, by KVM's id of the register.
+    registers: BTreeMap<Id, Hex>,
+}
+
+impl State for VcpuState {
+    const KIND: &'static str = "vcpu";
+    const VERSION: u32 = 1;
+}
+
+/// State of a hart that sleeps until an interrupt comes (SBI SUSP).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SleepState {
+    /// `sie`.
+    enabled: u64,
+    /// The time at which the timer interrupts.
+    compare: u64,
+    /// Registers of the hart's interrupt controller: number and value.
+    irqchip: Vec<(u64, u64)>,
+}
+
+/// The id of a register. As text, it has 16 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+struct Id(u64);
+
+impl TryFrom<String> for Id {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        let is_id = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u64::from_str_radix(&text, 16).ok().filter(|_| is_id);
+        number
+            .map(Self)
+            .ok_or_else(|| format!("{text:?} is not the id of a register"))
+    }
+}
+
+impl From<Id> for String {
+    fn from(Id(id): Id) -> Self {
+        format!("{id:016x}")
+    }
+}
+
+/// SEIP: the bit of the external interrupt in `sip`. The interrupt controller sets it.
+const EXTERNAL: u64 = 1 << 9;
+/// The index of `vlenb` among the vector registers.
+const VLENB: u64 = 4;
+/// Registers of SBI STA (subgroup 0 of group SBI_STATE): the guest's address of the shared memory.
+const STA_LOW: u64 = 0;
+const STA_HIGH: u64 = 1;
+
+impl VcpuState {
+    /// Saves a vCPU. Its pending resets were taken (see [`settle`](super::settle)).
+    ///
+    /// # Errors
+    /// Fails if KVM cannot read a register.
+    pub fn save(parked: &Parked) -> Result<Self> {
+        let vcpu = parked.vcpu.as_ref();
+        let mut registers = BTreeMap::new();
+        let list = vcpu.reg_list()?;
+        let has_doubles = list.iter().any(|id| id.group() == group::FP_D);
+        for id in list {
+            // The time is that of the machine.
+            let is_saved = id != regs::TIMER_TIME && !(has_doubles && id.group() == group::FP_F);
+            if let Some(bytes) = vcpu.reg_bytes(id)?.filter(|_| is_saved) {
+                registers.insert(Id(id.0), Hex(bytes));
+            }
+        }
+        let mut state = Self {
+            started: vcpu.hart_state()? == HartState::Started,
+            sleeps: None,
+            registers,
+        };
+        if let First::Sleep(sleeper) = &parked.first {
+            if !sleeper.is_reset {
+                state.resume_after_sleep();
+            }
+            state.started = true;
+            state.sleeps = Some(SleepState {
+                enabled: sleeper.enabled,
+                compare: sleeper.compare,
+                irqchip: sleeper.saved.clone(),
+            });
+        }
+        Ok(state)
+    }
+
+    /// Makes the registers those with which a suspended hart resumes (SBI 3.0, "System Suspend
+    /// Extension"). The hart has made the call: a1 is the address, and a2 the value for a1. KVM has
+    /// the rest of the reset pending, which shows in no register.
+    fn resume_after_sleep(&mut self) {
+        let [address, opaque] = [regs::A1, regs::A2].map(|id| self.number(id).unwrap_or_default());
+        for (id, value) in [
+            (regs::PC, address),
+            (regs::A1, opaque),
+            (regs::SATP, 0),
+            (regs::SSTATUS, 0),
+            (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
+        ] {
+            self.registers
+                .insert(Id(id.0), Hex(value.to_le_bytes().into()));
+        }
+    }
+
+    /// What the first thread of the restored vCPU does. `hart` is the number of its hart.
+    /// `host_resets_harts`: see [`restart`](super::restart).
+    pub fn first(&self, host_resets_harts: bool) -> First {
+        if let Some(sleep) = &self.sleeps {
+            return First::Sleep(Sleeper {
+                enabled: sleep.enabled,
+                compare: sleep.compare,
+                saved: sleep.irqchip.clone(),
+                is_reset: true,
+            });
+        }
+        let has_software = self.number(regs::SIP).unwrap_or_default() & SOFTWARE != 0;
+        match self.started {
+            true if has_software => First::EnterNudged,
+            false if host_resets_harts => First::WaitForStart,
+            _ => First::Enter,
+        }
+    }
+
+    /// The value of a register of at most 64 bits.
+    pub fn number(&self, id: RegId) -> Option<u64> {
+        let Hex(bytes) = self.registers.get(&Id(id.0))?;
+        let mut value = [0; 8];
+        value.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Some(u64::from_le_bytes(value))
+    }
+
+    /// All registers and their values, in little-endian bytes.
+    pub fn registers(&self) -> impl Iterator<Item = (RegId, &[u8])> {
+        let all = self.registers.iter();
+        all.map(|(Id(id), Hex(bytes))| (RegId(*id), bytes.as_slice()))
+    }
+
+    /// Whether the hart is started.
+    pub fn is_started(&self) -> bool {
+        self.started
+    }
+
+    /// Turns the extensions of `vcpu`, which has never run, on or off as they were, and sets its
+    /// ids. Returns what the guest needs and this host lacks, one line for each.
+    ///
+    /// An extension that the guest did not have and that KVM cannot turn off stays on: the guest
+    /// does not know of it.
+    ///
+    /// # Errors
+    /// Fails if KVM refuses to read a register.
+    pub fn fit(&self, vcpu: &dyn Vcpu) -> Result<Vec<String>> {
+        let mut lacks = Vec::new();
+        for (id, bytes) in self.registers() {
+            let saved = self.number(id).unwrap_or_default();
+            if !matches!(id.group(), group::ISA_EXT | group::SBI_EXT) || id.subgroup() != 0 {
+                continue;
+            }
+            let now = vcpu.reg(id)?.unwrap_or_default();
+            let is_set = saved == now || vcpu.set_reg_bytes(id, bytes).is_ok();
+            if saved != 0 && !is_set {
+                lacks.push(format!(
+                    "the guest uses {id}, and this host's KVM does not have it"
+                ));
+            }
+        }
+        for (id, _) in self.registers().filter(|(id, _)| must_be_equal(*id)) {
+            let saved = self.number(id).unwrap_or_default();
+            let now = vcpu.reg(id)?;
+            if now != Some(saved) {
+                let now = now.map_or("missing".into(), |now| now.to_string());
+                lacks.push(format!(
+                    "{id} was {saved} for the guest, and is {now} on this host"
+                ));
+            }
+        }
+        if lacks.is_empty() {
+            let known = vcpu.reg_list()?;
+            let is_needed = |id: RegId, bytes: &[u8]| match id.group() {
+                group::ISA_EXT | group::SBI_EXT | group::CONFIG => false,
+                _ => bytes.iter().any(|byte| *byte != 0),
+            };
+            let missing = self
+                .registers()
+                .filter(|(id, bytes)| is_needed(*id, bytes) && !known.contains(id));
+            lacks.extend(missing.map(|(id, _)| {
+                format!("the guest has a register {id}, and this host's KVM does not have it")
+            }));
+        }
+        Ok(lacks)
+    }
+
+    /// Writes all registers of `vcpu`, which has never run and [fits](VcpuState::fit), and starts
+    /// or stops its hart, which has the number `hart`. The machine's time has to be written after
+    /// this, for one vCPU, and the interrupt controller's state too.
+    ///
+    /// # Errors
+    /// Fails if a value is not one for its register, or if KVM refuses it.
+    pub fn load(&self, vcpu: &dyn Vcpu, hart: u32) -> std::result::Result<(), LoadError> {
+        let known = vcpu.reg_list()?;
+        let mut all: Vec<_> = self
+            .registers()
+            .filter(|(id, _)| known.contains(id))
+            .collect();
+        all.sort_by_key(|(id, _)| order(*id));
+        for (id, bytes) in all {
+            if order(id).is_none() || id == regs::TIMER_STATE && self.number(id) != Some(1) {
+                continue;
+            }
+            if id.width() != Some(bytes.len()) {
+                let found = bytes.len();
+                let why = format!("register {id} cannot have {found} bytes");
+                return Err(LoadError::Unfit(why));
+            }
+            match self.number(id) {
+                Some(value) if id == regs::SIP => vcpu.set_reg(id, value & !EXTERNAL)?,
+                _ => vcpu.set_reg_bytes(id, bytes)?,
+            }
+        }
+        if self.sleeps.is_some() {
+            vcpu.set_reg(regs::A0, hart.into())?;
+        }
+        Ok(vcpu.set_hart_state(match self.started {
+            true => HartState::Started,
+            false => HartState::Stopped,
+        })?)
+    }
+}
+
+/// Whether a register's value is the host's, and cannot be changed for the guest.
+fn must_be_equal(id: RegId) -> bool {
+    let is_vlenb = id.group() == group::VECTOR && id.index() == VLENB;
+    let is_fixed = [
+        regs::ZICBOM_BLOCK_SIZE,
+        regs::ZICBOZ_BLOCK_SIZE,
+        regs::ZICBOP_BLOCK_SIZE,
+        regs::SATP_MODE,
+        regs::TIMER_FREQUENCY,
+    ];
+    is_vlenb || is_fixed.contains(&id)
+}
+
+/// The place of a register in the order in which registers are written. None if it is not written.
+fn order(id: RegId) -> Option<(u64, u64, u64)> {
+    let ids = [regs::MVENDORID, regs::MARCHID, regs::MIMPID];
+    let place = match id.group() {
+        _ if must_be_equal(id) => return None,
+        group::CONFIG if !ids.contains(&id) => return None,
+        group::ISA_EXT | group::SBI_EXT => return None,
+        group::CONFIG => 0,
+        group::CORE => 1,
+        group::CSR => 2,
+        group::FP_F | group::FP_D => 3,
+        group::VECTOR => 4,
+        group::SBI_STATE => 5,
+        group::TIMER => 6,
+        _ => 7,
+    };
+    let index = match (id.group(), id.subgroup(), id.index()) {
+        // Linux 7.x forgets the lower half when the upper half is written after it.
+        (group::SBI_STATE, 0, STA_HIGH) => STA_LOW,
+        (group::SBI_STATE, 0, STA_LOW) => STA_HIGH,
+        (.., index) => index,
+    };
+    Some((place, id.subgroup(), index))
+}
+
+#[cfg(test)]
+mod tests;
