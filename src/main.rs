@@ -14,17 +14,17 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::boot::fdt;
 use rvmm::cli::{self, Act, Cli, Command, Request};
 use rvmm::config::TraceConfig;
-use rvmm::control::{Hex, Reply, client};
+use rvmm::control::{Reply, client};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{Machine, Outcome, Run, Stats, layout, signals, status};
 use rvmm::trace::read::{Filter, ReadError};
 use rvmm::trace::{self, Recorder};
-use rvmm::util::on_one_line;
 use rvmm::util::outfile::{Whole, append, stream_to};
 use rvmm::util::output::{self, Unwaiting};
 use rvmm::util::stderr::{Stderr, print};
+use rvmm::util::{Hex, on_one_line};
 use serde_json::Value;
 
 fn main() -> ExitCode {

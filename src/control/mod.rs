@@ -14,7 +14,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::util::{ByteSize, on_one_line};
+use crate::util::{ByteSize, Hex, on_one_line};
 
 /// A command for a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,44 +117,6 @@ impl fmt::Display for State {
     }
 }
 
-/// Bytes. As text, each has two hexadecimal digits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Hex(pub Vec<u8>);
-
-impl From<Hex> for String {
-    fn from(Hex(bytes): Hex) -> Self {
-        let mut text = String::with_capacity(2 * bytes.len());
-        for byte in bytes {
-            let digits = [byte >> 4, byte & 0xf].map(u32::from);
-            text.extend(
-                digits
-                    .into_iter()
-                    .filter_map(|digit| char::from_digit(digit, 16)),
-            );
-        }
-        text
-    }
-}
-
-impl TryFrom<String> for Hex {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let digits = text.as_bytes().chunks(2);
-        let byte = |pair: &[u8]| {
-            let pair = std::str::from_utf8(pair)
-                .ok()
-                .filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()))?;
-            u8::from_str_radix(pair, 16).ok()
-        };
-        let bytes = digits.map(byte).collect::<Option<_>>();
-        bytes
-            .map(Hex)
-            .ok_or_else(|| "not an even number of hexadecimal digits".into())
-    }
-}
-
 /// Parses one line of a client.
 ///
 /// # Errors
@@ -214,8 +176,5 @@ mod tests {
             assert!(!line.contains('\n'), "{line}");
             assert_eq!(serde_json::from_str::<Reply>(&line).unwrap(), reply);
         }
-        assert!(Hex::try_from("abc".to_owned()).is_err());
-        assert!(Hex::try_from("+f".to_owned()).is_err());
-        assert!(Hex::try_from("é".to_owned()).is_err());
     }
 }

@@ -6,8 +6,9 @@ use log::{debug, warn};
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
 use crate::control::server::Client;
-use crate::control::{Command, Hex, Reply, State, Status};
+use crate::control::{Command, Reply, State, Status};
 use crate::hypervisor;
+use crate::util::Hex;
 
 impl Running<'_> {
     /// Carries out `command`, and sends the reply to `client`. Returns how this life ends, if the

@@ -4,6 +4,7 @@ pub mod bytesize;
 pub mod cputime;
 pub mod filelock;
 pub mod half;
+pub mod hex;
 pub mod icache;
 pub mod line;
 pub mod outfile;
@@ -18,6 +19,7 @@ pub mod thread;
 
 pub use bytesize::ByteSize;
 pub use half::Half;
+pub use hex::Hex;
 pub use line::on_one_line;
 pub use ratelimit::RateLimit;
 pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};
