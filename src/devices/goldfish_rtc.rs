@@ -5,6 +5,8 @@
 //! [`GoldfishRtc`] connects it to the bus, to an interrupt line, and to a timer of the host that
 //! the machine's main loop waits for.
 
+mod saved;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;
@@ -13,7 +15,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::saved::RtcState;
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_warn};
 
@@ -267,6 +271,22 @@ impl Device for GoldfishRtc {
         state.is_paused = false;
         self.with_clock(&mut state, |clock| clock.tick(host_time()));
         self.set_timer(&mut state);
+    }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let clock = RtcState::of(&lock(&self.state).clock);
+        Ok(vec![Saved::of(&clock)?])
+    }
+
+    /// The clock shows the time of this host plus the guest's offset. An alarm that is due fires
+    /// when the machine is resumed.
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let saved: RtcState = parts.take()?;
+        let mut state = lock(&self.state);
+        state.clock = saved.into();
+        state.level = state.clock.interrupt();
+        self.line.set_level(state.level);
+        Ok(())
     }
 }
 

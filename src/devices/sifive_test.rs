@@ -73,7 +73,7 @@ fn decode(word: u64) -> Request {
     }
 }
 
-/// The test finisher.
+/// The test finisher. It has no state to save: a request ends the machine, or makes it anew.
 pub struct SifiveTest {
     switch: Arc<PowerSwitch>,
     base: u64,

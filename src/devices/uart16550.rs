@@ -24,18 +24,18 @@
 //! that resets the chip and then clears it by blind reads, as Linux' does, loses no input that was
 //! piped in early.
 
+mod device;
 mod fifo;
 mod modem;
+mod saved;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use serde_json::{Value, json};
-
 use self::fifo::{Fifo, Received};
 use self::modem::{MCR_OUT2, MCR_RTS, Modem};
 use super::console::{Console, LOW_ROOM, Listener};
-use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
+use crate::bus::{IrqLine, MmioDevice};
 use crate::util::sync::lock;
 
 /// Bytes that a driver may send when THRE is set, before it checks THRE again: the size of the
@@ -45,8 +45,8 @@ pub const BURST: usize = LOW_ROOM;
 /// Size of the register range, as on QEMU's virt machine.
 pub const SIZE: u64 = 0x100;
 
-/// Input clock in Hz. Drivers need one to compute the divisor, which has no effect here.
-const CLOCK: u32 = 3_686_400;
+/// The largest number of bytes that rvmm itself sends to the guest at once.
+const URGENT_MAX: usize = 16;
 
 /// Offsets of the registers. A name with two parts stands for a read register and a write register.
 mod reg {
@@ -104,7 +104,8 @@ struct Registers {
     /// Bytes that the chip sent to itself in loopback mode. The guest reads them before the line's
     /// bytes.
     fifo: Fifo,
-    /// Bytes that rvmm itself sends to the guest. The guest reads them before the console's input.
+    /// Bytes that rvmm itself sends to the guest, at most [`URGENT_MAX`]. The guest reads them
+    /// before the console's input.
     urgent: VecDeque<Received>,
 }
 
@@ -397,12 +398,13 @@ impl Uart {
 
     /// Sends Linux a SysRq command for each of `keys`: a break and the key, before all other input
     /// (`Documentation/admin-guide/sysrq.rst`). A guest without SysRq reads a NUL and the key for
-    /// each.
+    /// each. At most eight keys are sent.
     pub fn sysrq(&self, keys: &[u8]) {
         self.with_registers(|chip| {
             chip.urgent = keys
                 .iter()
                 .flat_map(|key| [Received::BREAK, Received::good(*key)])
+                .take(URGENT_MAX)
                 .collect();
         });
     }
@@ -450,42 +452,6 @@ impl MmioDevice for Uart {
 impl Listener for Uart {
     fn console_changed(&self) {
         self.with_registers(|_| ());
-    }
-}
-
-impl Device for Uart {
-    fn id(&self) -> &str {
-        "uart"
-    }
-
-    fn describe(&self) -> Value {
-        let chip = lock(&self.chip);
-        json!({
-            "kind": "uart16550",
-            "registers": self.base,
-            "interrupt": chip.level,
-            "input_bytes": self.console.input_len(),
-        })
-    }
-
-    /// Input that arrives while the machine is paused raises the interrupt when it is resumed.
-    fn pause(&self) {
-        lock(&self.chip).is_paused = true;
-    }
-
-    fn resume(&self) {
-        let mut chip = lock(&self.chip);
-        chip.is_paused = false;
-        self.with_chip(&mut chip, |_| ());
-    }
-
-    fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {
-        let node = fdt.begin_node(&format!("serial@{:x}", self.base))?;
-        fdt.property_string("compatible", "ns16550a")?;
-        fdt.property_array_u64("reg", &[self.base, SIZE])?;
-        fdt.property_u32("clock-frequency", CLOCK)?;
-        fdt.property_array_u32("interrupts-extended", &self.line.fdt_interrupt())?;
-        fdt.end_node(node)
     }
 }
 

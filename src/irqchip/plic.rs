@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-use self::core::Core;
 pub use self::core::SOURCES;
+use self::core::{Core, PlicState};
 
 use super::{HartSide, SavedRegister, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink, MmioDevice};
 use crate::hypervisor::{self, ExternalIrq};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_warn};
 
@@ -144,6 +145,25 @@ impl Device for Plic {
     fn describe(&self) -> Value {
         let harts = lock(&self.state).harts.len();
         json!({ "kind": "plic", "registers": self.base, "harts": harts, "sources": SOURCES })
+    }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let core = lock(&self.state).core.save();
+        Ok(vec![Saved::of(&core)?])
+    }
+
+    /// Also sets the line of each hart, to low too: a hart's restored registers can have an
+    /// external interrupt that is not pending any more.
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let saved: PlicState = parts.take()?;
+        let mut state = lock(&self.state);
+        let State { core, harts } = &mut *state;
+        core.load(saved)?;
+        for (hart, context) in harts.iter_mut().zip(supervisor_contexts()) {
+            hart.level = core.delivers(context);
+            hart.line.set_external(hart.level)?;
+        }
+        Ok(())
     }
 
     fn fdt_node(&self, fdt: &mut FdtWriter) -> Result<(), FdtError> {

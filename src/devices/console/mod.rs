@@ -7,6 +7,7 @@
 
 pub mod escape;
 pub mod host;
+mod saved;
 pub mod terminal;
 
 use std::collections::VecDeque;
@@ -14,6 +15,7 @@ use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::util::sync::lock;
+pub use saved::ConsoleState;
 
 /// Capacity of the output queue in bytes.
 pub const OUTPUT_CAPACITY: usize = 64 << 10;

@@ -3,7 +3,11 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::*;
+use crate::snapshot::testing::{self, Part};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 
 #[derive(Default)]
 struct Calls(AtomicUsize);
@@ -123,4 +127,100 @@ fn draining_waits_for_a_reader_but_not_for_ever() {
     assert!(console.drain(|_| true));
     console.close();
     thread.join().unwrap();
+}
+
+impl Part for Console {
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Ok(vec![Saved::of(&Console::save(self))?])
+    }
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        Console::load(self, parts.take()?)
+    }
+}
+
+/// A console with this JSON as its state.
+fn loaded(json: &str) -> Result<Console, LoadError> {
+    let console = Console::default();
+    console.load(serde_json::from_str(json).unwrap())?;
+    Ok(console)
+}
+
+#[test]
+fn what_waits_survives() {
+    let with_bytes = || {
+        let console = Console::default();
+        console.write(b"written");
+        console
+    };
+    let saved = with_bytes().save();
+    let json = serde_json::to_string(&saved).unwrap();
+    assert_eq!(json, r#"{"input":"","output":"7772697474656e"}"#);
+    assert_eq!(loaded(&json).unwrap().save(), saved);
+    testing::survives(|| Box::new(with_bytes()), &[]);
+}
+
+#[test]
+fn what_the_writer_has_taken_stays_here() {
+    let console = Console::default();
+    console.write(b"first");
+    let mut taken = Vec::new();
+    assert!(console.take_output(&mut taken));
+    console.write(b"second");
+    console.type_input(b"typed");
+    let json = r#"{"input":"7479706564","output":"7365636f6e64"}"#;
+    assert_eq!(serde_json::to_string(&console.save()).unwrap(), json);
+    let other = loaded(json).unwrap();
+    assert_eq!(other.output_room(), OUTPUT_CAPACITY - b"second".len());
+    other.close();
+    assert!(other.take_output(&mut taken));
+    assert_eq!(taken, b"second");
+}
+
+#[test]
+fn input_comes_behind_that_of_the_other_process() {
+    let console = Console::default();
+    console.type_input(b"new");
+    let state = |input: String| serde_json::from_value(json!({"input": input, "output": ""}));
+    console.load(state("6f6c64".into()).unwrap()).unwrap();
+    let mut bytes = [0; 9];
+    assert_eq!(console.read(&mut bytes), 6);
+    assert_eq!(&bytes, b"oldnew\0\0\0");
+    // Where there is no room, the newest bytes are lost.
+    console.type_input(b"new");
+    let most = "78".repeat(INPUT_CAPACITY - 1);
+    console.load(state(most).unwrap()).unwrap();
+    let mut all = vec![0; INPUT_CAPACITY + 1];
+    assert_eq!(console.read(&mut all), INPUT_CAPACITY);
+    assert_eq!(all[INPUT_CAPACITY - 2..], *b"xn\0");
+}
+
+#[test]
+fn more_than_a_queue_holds_is_refused() {
+    for (name, limit) in [("input", INPUT_CAPACITY), ("output", OUTPUT_CAPACITY)] {
+        let mut state = json!({"input": "", "output": ""});
+        state[name] = "00".repeat(limit).into();
+        loaded(&state.to_string()).unwrap();
+        state[name] = "00".repeat(limit + 1).into();
+        let error = loaded(&state.to_string()).err().unwrap().to_string();
+        let wanted = format!("{} bytes of {name} wait in the console", limit + 1);
+        assert!(error.starts_with(&wanted), "{error}");
+    }
+}
+
+#[test]
+fn a_waiting_writer_gets_what_was_loaded() {
+    let console = Arc::new(Console::default());
+    let taker = Arc::clone(&console);
+    let thread = thread::spawn(move || {
+        let mut taken = Vec::new();
+        assert!(taker.take_output(&mut taken));
+        taken
+    });
+    while lock(&console.queues).writer != Writer::Idle {
+        thread::yield_now();
+    }
+    console
+        .load(serde_json::from_str(r#"{"input":"","output":"78"}"#).unwrap())
+        .unwrap();
+    assert_eq!(thread.join().unwrap(), b"x");
 }

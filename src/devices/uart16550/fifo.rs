@@ -39,13 +39,29 @@ impl Received {
 pub(super) struct Fifo {
     /// At most [`Fifo::capacity`] bytes.
     bytes: VecDeque<Received>,
-    /// The effective value of FCR: 0 while FIFOs are off.
+    /// See [`Fifo::fcr`].
     fcr: u8,
     /// A byte was lost since LSR was last read, because the FIFO was full.
     overrun: bool,
 }
 
 impl Fifo {
+    /// The FIFO with this content. `None` if it can never have that.
+    pub(super) fn restored(fcr: u8, overrun: bool, bytes: VecDeque<Received>) -> Option<Self> {
+        let fifo = Self {
+            bytes,
+            fcr,
+            overrun,
+        };
+        let is_fcr = fcr == 0 || fifo.enabled();
+        (is_fcr && fifo.len() <= fifo.capacity()).then_some(fifo)
+    }
+
+    /// The effective value of FCR: 0 while FIFOs are off.
+    pub(super) fn fcr(&self) -> u8 {
+        self.fcr
+    }
+
     pub(super) fn enabled(&self) -> bool {
         self.fcr & FCR_ENABLE != 0
     }

@@ -18,6 +18,8 @@ pub(super) const MSR_RI: u8 = 0x40;
 pub(super) const MSR_DCD: u8 = 0x80;
 /// The input lines without loopback.
 pub(super) const MSR_CONNECTED: u8 = MSR_DCD | MSR_DSR | MSR_CTS;
+/// The bits of MSR that show changes.
+const MSR_DELTAS: u8 = 0x0f;
 /// The distance from the bit of a line down to the bit of its change (DCTS, DDSR, TERI, DDCD).
 const DELTA_SHIFT: u8 = 4;
 
@@ -38,6 +40,13 @@ pub(super) struct Modem {
 }
 
 impl Modem {
+    /// The modem lines with these values of MCR and of the low half of MSR. `None` if they can
+    /// never have them.
+    pub(super) fn restored(mcr: u8, deltas: u8) -> Option<Self> {
+        let exist = mcr & !MCR_BITS == 0 && deltas & !MSR_DELTAS == 0;
+        exist.then_some(Self { mcr, deltas })
+    }
+
     #[inline]
     pub(super) fn mcr(&self) -> u8 {
         self.mcr
@@ -60,6 +69,11 @@ impl Modem {
     /// Reads MSR. This clears the changes.
     pub(super) fn read_msr(&mut self) -> u8 {
         self.lines() | std::mem::take(&mut self.deltas)
+    }
+
+    /// The low half of MSR, without the effect of a read.
+    pub(super) fn deltas(&self) -> u8 {
+        self.deltas
     }
 
     /// Whether MSR has an unread change. This is the cause of the modem status interrupt.

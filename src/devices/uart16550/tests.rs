@@ -1,11 +1,13 @@
 mod fifo;
 mod model;
 mod modem;
+mod saved;
 
 use super::modem::{MCR_LOOPBACK, MSR_CONNECTED};
 use super::*;
-use crate::bus::IrqSink;
+use crate::bus::{Device, IrqSink};
 use crate::devices::console::OUTPUT_CAPACITY;
+use crate::snapshot::Parts;
 
 /// Records all levels of the interrupt line.
 #[derive(Default)]
@@ -64,6 +66,18 @@ impl Bench {
     }
     fn levels(&self) -> Vec<bool> {
         std::mem::take(&mut *lock(&self.wire.0))
+    }
+    /// Another UART that goes on where this one was, in a machine that was restored.
+    fn moved(&self) -> Bench {
+        self.uart.pause();
+        let other = bench();
+        other.uart.pause();
+        other.console.load(self.console.save()).unwrap();
+        let mut parts = Parts::new(self.uart.save().unwrap());
+        other.uart.load(&mut parts).unwrap();
+        parts.finish().unwrap();
+        other.uart.resume();
+        other
     }
     fn sent(&self) -> Vec<u8> {
         let mut bytes = Vec::new();

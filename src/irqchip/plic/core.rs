@@ -8,6 +8,10 @@
 //! 0x20_0004 + 0x1000 c   claim and complete of context c
 //! ```
 
+mod saved;
+
+pub(super) use self::saved::PlicState;
+
 /// The number of interrupt sources, 1 to 95, as in QEMU's virt machine.
 pub const SOURCES: u32 = 95;
 

@@ -3,6 +3,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::core::Core;
 use super::*;
 use crate::hypervisor::fake::Wire;
+use crate::snapshot::testing;
 
 const PENDING: u64 = 0x1000;
 
@@ -182,9 +183,7 @@ fn hostile_offsets_do_nothing() {
 
 #[test]
 fn lines_are_set_only_when_they_change() {
-    let wires = [Arc::new(Wire::default()), Arc::new(Wire::default())];
-    let lines = wires.iter().map(|wire| wire.clone() as _).collect();
-    let plic = Plic::new(0x0c00_0000, lines);
+    let (plic, wires) = with_wires(2);
     plic.write(4 * 10, &[1]);
     for context in 0..4 {
         plic.write(enable(context) + 1, &[4]);
@@ -196,6 +195,111 @@ fn lines_are_set_only_when_they_change() {
     assert_eq!(data, [10, 0, 0, 0]);
     for wire in &wires {
         assert_eq!(*lock(&wire.0), [true, false]);
+    }
+}
+
+/// A PLIC for `harts` harts with the wires to the harts.
+fn with_wires(harts: usize) -> (Plic, Vec<Arc<Wire>>) {
+    let wires: Vec<Arc<Wire>> = (0..harts).map(|_| Arc::default()).collect();
+    let lines = wires.iter().map(|wire| Arc::clone(wire) as _).collect();
+    (Plic::new(0x0c00_0000, lines), wires)
+}
+
+/// A PLIC for two harts in which each kind of register has a value.
+fn set_up() -> Plic {
+    let (plic, _) = with_wires(2);
+    plic.with_core(|core| {
+        *core = ready();
+        write(core, 4 * 95, 7);
+        write(core, enable(3) + 8, 1 << 31);
+        write(core, threshold(0), 5);
+        for source in [10, 40, 95] {
+            core.set_level(source, true);
+        }
+        assert_eq!(read(core, claim(3)), 95);
+        core.set_level(40, false);
+    });
+    plic
+}
+
+#[test]
+fn all_registers_survive() {
+    let sizes = ["pending", "levels", "in_service", "enables", "contexts"];
+    testing::survives(|| Box::new(set_up()), &sizes);
+}
+
+/// Loads what `from` saves into `into`.
+fn load(from: &Plic, into: &Plic) -> Result<(), LoadError> {
+    let mut parts = Parts::new(Device::save(from).unwrap());
+    into.load(&mut parts)?;
+    parts.finish()
+}
+
+#[test]
+fn a_restored_plic_sets_every_line_once() {
+    let (plic, wires) = with_wires(2);
+    load(&set_up(), &plic).unwrap();
+    assert_eq!(*lock(&wires[0].0), [true]);
+    assert_eq!(*lock(&wires[1].0), [false], "KVM may have a stale level");
+    plic.write(enable(1), &[0; 4]);
+    plic.write(enable(3) + 1, &[4]);
+    assert_eq!(*lock(&wires[0].0), [true, false]);
+    assert_eq!(*lock(&wires[1].0), [false, true]);
+}
+
+/// The wires may be set before the PLIC's state is there. The state counts.
+#[test]
+fn what_was_before_does_not_matter() {
+    let (plic, wires) = with_wires(2);
+    plic.with_core(|core| *core = ready());
+    plic.set_level(10, true);
+    load(&with_wires(2).0, &plic).unwrap();
+    assert_eq!(*lock(&wires[0].0), [true, false]);
+    assert_eq!(*lock(&wires[1].0), [false]);
+    let state = lock(&plic.state);
+    assert_eq!(format!("{:?}", state.core), format!("{:?}", Core::new(4)));
+}
+
+fn refused(change: impl Fn(&mut Value)) -> String {
+    let mut saved = Device::save(&set_up()).unwrap().remove(0);
+    let mut state = serde_json::from_slice(&saved.json).unwrap();
+    change(&mut state);
+    saved.json = serde_json::to_vec(&state).unwrap();
+    let error = set_up().load(&mut Parts::new(vec![saved])).unwrap_err();
+    error.to_string()
+}
+
+#[test]
+fn the_state_of_another_plic_is_refused() {
+    let other = load(&set_up(), &with_wires(3).0).unwrap_err();
+    assert_eq!(
+        other.to_string(),
+        "it has 6 contexts, and the snapshot has 4"
+    );
+    assert_eq!(
+        refused(|state| state["priorities"] = "00".repeat(95).into()),
+        "it has 96 priorities, and the snapshot has 95"
+    );
+    assert_eq!(
+        refused(|state| state["contexts"][3]["threshold"] = 8.into()),
+        "a priority or threshold is 8, and 7 is the limit"
+    );
+    assert_eq!(
+        refused(|state| state["priorities"] = ("00".repeat(95) + "80").into()),
+        "a priority or threshold is 128, and 7 is the limit"
+    );
+    let changes: [fn(&mut Value); 5] = [
+        |state| state["priorities"] = ("01".to_owned() + &"00".repeat(95)).into(),
+        |state| state["pending"][0] = 1.into(),
+        |state| state["levels"][0] = 1.into(),
+        |state| state["in_service"][0] = 1.into(),
+        |state| state["contexts"][0]["enables"][0] = 1.into(),
+    ];
+    for change in changes {
+        assert_eq!(
+            refused(change),
+            "there is state of source 0, which does not exist"
+        );
     }
 }
 
@@ -322,6 +426,19 @@ fn agree(core: &mut Core, model: &Model) {
     }
 }
 
+/// The controller after it was saved and went on in a new machine. Its lines are as the model says.
+fn moved(core: &Core, model: &Model) -> Core {
+    let harts = CONTEXTS / 2;
+    let (before, (after, wires)) = (with_wires(harts as usize).0, with_wires(harts as usize));
+    lock(&before.state).core = core.clone();
+    load(&before, &after).unwrap();
+    for (hart, wire) in (0..).zip(wires) {
+        assert_eq!(*lock(&wire.0), [model.delivers(2 * hart + 1)]);
+    }
+    lock(&after.state).core.clone()
+}
+
+/// Now and then the PLIC is saved, and goes on in a new machine.
 #[test]
 fn random_operations_agree_with_the_model() {
     const SEEDS: u64 = 50;
@@ -332,6 +449,9 @@ fn random_operations_agree_with_the_model() {
         let (mut model, mut numbers) = (Model::default(), Numbers(seed * 0x9e37_79b9));
         for _ in 0..OPERATIONS {
             let before = model.in_service.len();
+            if numbers.below(16) == 0 {
+                core = moved(&core, &model);
+            }
             step(&mut core, &mut model, &mut numbers);
             agree(&mut core, &model);
             claims += usize::from(model.in_service.len() > before);

@@ -1,5 +1,6 @@
-//! Compares the chip with a simple model of it, through a long random sequence of accesses. The
-//! random numbers are the same in each run.
+//! Compares the chip with a simple model of it, through a long random sequence of accesses. Now and
+//! then the chip is saved, and goes on in a new machine. The random numbers are the same in each
+//! run.
 
 use std::collections::BTreeSet;
 
@@ -220,12 +221,16 @@ fn step(bench: &Bench, model: &mut Model, random: &mut Random) -> (u64, u8, u8) 
 
 #[test]
 fn the_chip_does_as_the_data_sheet_says() {
-    let (bench, mut model, mut random) = (bench(), Model::default(), Random(0x16550));
+    let (mut bench, mut model, mut random) = (bench(), Model::default(), Random(0x16550));
     bench.write(reg::IER, IER_RECEIVED);
     model.write_ier(IER_RECEIVED);
     let mut level = false;
     let mut seen = BTreeSet::new();
     for number in 0..STEPS {
+        if random.below(32) == 0 {
+            bench = bench.moved();
+            level = bench.levels().pop().expect("the new wire has a level");
+        }
         let (register, chip, wanted) = step(&bench, &mut model, &mut random);
         assert_eq!(chip, wanted, "step {number}, register {register}");
         seen.insert((register, chip));
@@ -236,12 +241,16 @@ fn the_chip_does_as_the_data_sheet_says() {
     assert!(seen.len() > 300, "most states were reached");
 }
 
-/// Whatever is written to any register, the FIFO does not grow beyond its size.
+/// Whatever is written to any register, the FIFO does not grow beyond its size, and the chip can be
+/// saved and restored.
 #[test]
 fn random_accesses_are_harmless() {
-    let (bench, mut random) = (bench(), Random(0x8250));
+    let (mut bench, mut random) = (bench(), Random(0x8250));
     for number in 0..STEPS {
         if number % 64 == 0 {
+            let saved = bench.uart.save().unwrap();
+            bench = bench.moved();
+            assert_eq!(bench.uart.save().unwrap(), saved);
             bench.console.type_input(&[random.next(); 30]);
             bench.uart.sysrq(b"suo");
         }
