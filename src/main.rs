@@ -12,13 +12,15 @@ use anyhow::{Context, Result};
 use log::LevelFilter;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rvmm::boot::fdt;
-use rvmm::cli::{self, Act, Cli, Command, Request};
-use rvmm::config::TraceConfig;
+use rvmm::cli::{self, Act, Cli, Command, Request, Restore, RunFlags, SnapshotAct};
+use rvmm::config::{ConsoleConfig, TraceConfig};
 use rvmm::control::{Reply, client};
 use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
-use rvmm::machine::{Machine, Outcome, Run, Stats, layout, signals, status};
+use rvmm::machine::{
+    Clock, Machine, Outcome, Run, SavedMachine, Stats, Unfit, layout, show, signals, status,
+};
 use rvmm::trace::read::{Filter, ReadError};
 use rvmm::trace::{self, Recorder};
 use rvmm::util::outfile::{Whole, append, stream_to};
@@ -54,6 +56,11 @@ fn main() -> ExitCode {
                 Err(error) => failed(&error),
             }
         }
+        Request::Do(Command::Restore(restore)) => restored(&restore, began),
+        Request::Do(Command::Snapshot { act }) => match snapshot(&act) {
+            Ok(text) => print_stdout(text),
+            Err(error) => failed(&error),
+        },
         Request::Do(Command::Ctl { path, act }) => match ctl(&path, &act) {
             Ok(text) => print_stdout(text),
             Err(error) => failed(&error),
@@ -65,7 +72,10 @@ fn main() -> ExitCode {
 
 /// `rvmm ctl`. Returns what is to be printed on standard output.
 fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
-    let reply = client::ask(path, act.command())?;
+    let command = act
+        .command()
+        .context("Failed to find the working directory")?;
+    let reply = client::ask(path, command)?;
     let json = |value: &Value| serde_json::to_string_pretty(value).map(|text| text + "\n");
     Ok(match (reply, act) {
         (Reply::Status(status), Act::Status { json: true }) => {
@@ -80,6 +90,7 @@ fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
         }
         (Reply::DeviceTree(Hex(tree)), _) => tree,
         (Reply::Report(text), _) => text.into(),
+        (Reply::Snapshot(taken), _) => taken.to_string().into(),
         (Reply::Done | Reply::Refused(_), _) => Vec::new(),
     })
 }
@@ -129,21 +140,63 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
+/// Runs a new machine.
 fn run(cli: &Cli, began: Instant) -> ExitCode {
+    ending_well(&cli.run, || {
+        let hypervisor = open_hypervisor;
+        if let Some(path) = &cli.dump_dtb {
+            let machine = Machine::build(&cli.vm, hypervisor()?)?;
+            dump_tree(path, machine.device_tree())
+                .with_context(|| format!("Failed to write device tree {path:?}"))?;
+            return Ok(None);
+        }
+        let build = || Machine::build(&cli.vm, hypervisor()?);
+        run_machine(&cli.run, &cli.vm.console, Clock::Stop, began, build).map(Some)
+    })
+}
+
+/// Runs the machine of a snapshot.
+fn restored(restore: &Restore, began: Instant) -> ExitCode {
+    ending_well(&restore.run, || {
+        let saved = SavedMachine::open(&restore.dir)?;
+        let config = restore.apply(saved.config()).map_err(anyhow::Error::msg)?;
+        let console = config.console.clone();
+        let build = || Machine::restore(config, saved, open_hypervisor()?);
+        run_machine(&restore.run, &console, restore.clock.into(), began, build).map(Some)
+    })
+}
+
+/// `rvmm snapshot`. Returns the text to print.
+fn snapshot(act: &SnapshotAct) -> Result<String> {
+    match act {
+        SnapshotAct::Show { dir, json } => {
+            let shown = show::Shown::of(&SavedMachine::open(dir)?)?;
+            Ok(match json {
+                true => serde_json::to_string_pretty(&shown)? + "\n",
+                false => shown.to_string(),
+            })
+        }
+        SnapshotAct::Verify { dir } => show::verify(&SavedMachine::open(dir)?),
+    }
+}
+
+/// Sets up the process, calls `work`, and turns its result into an exit code.
+fn ending_well(flags: &RunFlags, work: impl FnOnce() -> Result<Option<Outcome>>) -> ExitCode {
     end_on_panic();
     raise_descriptor_limit();
-    if let Err(error) = start_logging(cli) {
+    if let Err(error) = start_logging(flags) {
         return failed(&error);
     }
-    let (message, status) = match run_machine(cli, began) {
+    let (message, status) = match work() {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(outcome)) if outcome.is_expected() => {
             return ExitCode::from(outcome.exit_status());
         }
         Ok(Some(outcome)) => (outcome.to_string(), outcome.exit_status()),
+        Err(error) if error.is::<Unfit>() => return failed(&error),
         Err(error) => (with_way_out(&error), status::HOST_FAILED),
     };
-    if cli.log_file.is_some() {
+    if flags.log_file.is_some() {
         // The log goes only to the file, so write the message to both.
         log::error!("{}", on_one_line(&message));
     }
@@ -152,6 +205,14 @@ fn run(cli: &Cli, began: Instant) -> ExitCode {
 
 /// Ends rvmm because the host or one of its files failed.
 fn failed(error: &anyhow::Error) -> ExitCode {
+    if let Some(Unfit(lines)) = error.downcast_ref() {
+        // Each is a reason of its own.
+        let lines = lines
+            .iter()
+            .map(|line| format!("rvmm: {}", on_one_line(line)));
+        lines.for_each(print);
+        return ExitCode::from(status::HOST_FAILED);
+    }
     end(&with_way_out(error), status::HOST_FAILED)
 }
 
@@ -192,36 +253,37 @@ fn end_on_panic() {
     }));
 }
 
-/// Builds and runs the machine. Returns `None` if only its device tree was requested.
-fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
+/// Builds and runs a machine.
+fn run_machine(
+    flags: &RunFlags,
+    console: &ConsoleConfig,
+    clock: Clock,
+    began: Instant,
+    build: impl FnOnce() -> Result<Machine>,
+) -> Result<Outcome> {
     // Check the file before the guest runs.
-    let statistics = match &cli.stats {
+    let statistics = match &flags.stats {
         Some(Some(path)) => Some((path.as_path(), statistics_file(path)?)),
         _ => None,
     };
-    let hypervisor = open_hypervisor()?;
-    let machine = Machine::build(&cli.vm, hypervisor)?;
-    if let Some(path) = &cli.dump_dtb {
-        dump_tree(path, machine.device_tree())
-            .with_context(|| format!("Failed to write device tree {path:?}"))?;
-        return Ok(None);
-    }
-    let recorder = match &cli.trace {
+    let machine = build()?;
+    let recorder = match &flags.trace {
         Some(trace) => Some(record(trace)?),
         None => None,
     };
     let ended = machine.run(&Run {
         tracer: recorder.as_ref().map(Recorder::tracer),
-        console: &cli.vm.console,
-        timeout: cli.timeout.map(|time| time.0),
-        reboot: !cli.no_reboot,
-        stats_from: cli.stats.is_some().then_some(began),
-        control: cli.ctl.as_deref(),
-        gdb: cli.gdb.as_ref(),
-        paused: cli.pause,
+        console,
+        timeout: flags.timeout.map(|time| time.0),
+        reboot: !flags.no_reboot,
+        stats_from: flags.stats.is_some().then_some(began),
+        control: flags.ctl.as_deref(),
+        gdb: flags.gdb.as_ref(),
+        paused: flags.pause,
+        clock,
     });
     // Also if the machine has failed.
-    let is_recorded = match (recorder, &cli.trace) {
+    let is_recorded = match (recorder, &flags.trace) {
         (Some(recorder), Some(trace)) => end_record(recorder, &trace.path),
         _ => Ok(()),
     };
@@ -230,7 +292,7 @@ fn run_machine(cli: &Cli, began: Instant) -> Result<Option<Outcome>> {
         report_stats(&stats, statistics)?;
     }
     is_recorded?;
-    Ok(Some(outcome))
+    Ok(outcome)
 }
 
 /// Ends the trace in the file at `path`.
@@ -293,15 +355,15 @@ fn open_hypervisor() -> Result<Arc<dyn Hypervisor>> {
     Err(rvmm::hypervisor::host::Unfit::NotRiscv(std::env::consts::ARCH).into())
 }
 
-fn start_logging(cli: &Cli) -> Result<()> {
-    let level = match cli.verbose {
+fn start_logging(flags: &RunFlags) -> Result<()> {
+    let level = match flags.verbose {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
         _ => LevelFilter::Debug,
     };
     // The terminal may be in raw mode for the guest, where a newline alone does not return to the
     // first column.
-    let on_terminal = cli.log_file.is_none() && io::stderr().is_terminal();
+    let on_terminal = flags.log_file.is_none() && io::stderr().is_terminal();
     let line_end = if on_terminal { "\r\n" } else { "\n" };
     let mut logger = env_logger::Builder::new();
     // Do not log messages of other crates: those about wrong data of the guest have no rate limit.
@@ -312,7 +374,7 @@ fn start_logging(cli: &Cli) -> Result<()> {
     });
     // vCPU threads write log lines, and must not block if nobody reads standard error.
     logger.target(env_logger::Target::Pipe(Box::new(Stderr)));
-    if let Some(path) = &cli.log_file {
+    if let Some(path) = &flags.log_file {
         let file = append(path).with_context(|| format!("Failed to open log file {path:?}"))?;
         let file = Unwaiting::new(file)?;
         logger.target(env_logger::Target::Pipe(Box::new(file)));

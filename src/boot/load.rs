@@ -2,7 +2,6 @@
 //! registers.
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::fdt::{self, RNG_SEED_SIZE};
@@ -13,7 +12,7 @@ use crate::bus::Device;
 use crate::config::VmConfig;
 use crate::hypervisor::{Vcpu, regs};
 use crate::memory::GuestMemory;
-use crate::util::{RateLimit, guest_info};
+use crate::util::{RateLimit, guest_info, random};
 
 /// The facts for the device tree that are not in the configuration.
 pub(crate) struct Board<'a> {
@@ -78,15 +77,8 @@ fn build_tree(plan: &Plan, config: &VmConfig, board: &Board) -> Result<Vec<u8>> 
     tree.map_err(|error| anyhow!("Failed to write the device tree: {error}"))
 }
 
-fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
-    let mut seed = [0; RNG_SEED_SIZE];
-    // getrandom(2) waits until the host's entropy pool is ready. Then a read of up to 256 bytes
-    // returns all of them.
-    let count = getrandom(&mut seed, GetRandomFlags::empty());
-    match count.context("Failed to read entropy for the guest")? {
-        RNG_SEED_SIZE => Ok(seed),
-        short => bail!("Failed to read entropy for the guest: got only {short} bytes"),
-    }
+pub(super) fn rng_seed() -> Result<[u8; RNG_SEED_SIZE]> {
+    random::bytes().context("Failed to read entropy for the guest")
 }
 
 fn load_tree(ram: &GuestMemory, placement: &Placement, tree: &[u8]) -> Result<()> {

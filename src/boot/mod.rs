@@ -11,3 +11,4 @@ pub mod kernel;
 pub(crate) mod load;
 pub mod placement;
 pub(crate) mod plan;
+pub(crate) mod saved;

@@ -1,9 +1,11 @@
 //! The subcommands of rvmm.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{self, PathBuf};
 
 use clap::Subcommand;
 
+use super::restore::{ClockFlag, Restore};
 use crate::control;
 
 /// What rvmm does instead of running a machine.
@@ -32,6 +34,15 @@ pub enum Command {
         #[arg(long)]
         summary: bool,
     },
+    /// Go on with the guest of a snapshot that rvmm ctl PATH snapshot has written
+    #[command(args_override_self = true)]
+    Restore(Box<Restore>),
+    /// Show or check a snapshot
+    Snapshot {
+        /// What to do with it
+        #[command(subcommand)]
+        act: SnapshotAct,
+    },
     /// Control a machine that was started with --ctl PATH
     Ctl {
         /// The socket that was given to --ctl
@@ -54,7 +65,16 @@ pub enum Act {
     /// Pause the guest's vCPUs and devices; nothing is lost
     Pause,
     /// Resume a paused guest
-    Resume,
+    Resume {
+        /// stop: the guest's time goes on where it was; jump: it catches up
+        #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+        clock: ClockFlag,
+    },
+    /// Write a snapshot of the machine to DIR; the guest is paused for a moment
+    Snapshot {
+        /// The directory must be new, empty or hold an earlier snapshot, which it replaces
+        dir: PathBuf,
+    },
     /// End the machine, as Ctrl-A X does
     Stop,
     /// Restart the guest, as if power was off for a moment
@@ -71,18 +91,45 @@ pub enum Act {
     },
 }
 
+/// The commands of `rvmm snapshot`.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotAct {
+    /// Show which machine a snapshot is of, and what is in it
+    Show {
+        /// The directory of the snapshot
+        dir: PathBuf,
+        /// Print JSON, for scripts
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read all of a snapshot, and check it
+    Verify {
+        /// The directory of the snapshot
+        dir: PathBuf,
+    },
+}
+
 impl Act {
     /// The command that is sent to the machine.
-    pub fn command(&self) -> control::Command {
-        match self {
+    ///
+    /// # Errors
+    /// Fails if the working directory cannot be found, which a relative path depends on.
+    pub fn command(&self) -> io::Result<control::Command> {
+        Ok(match self {
             Act::Status { .. } => control::Command::Status,
             Act::Pause => control::Command::Pause,
-            Act::Resume => control::Command::Resume,
+            Act::Resume { clock } => match clock {
+                ClockFlag::Stop => control::Command::Resume,
+                ClockFlag::Jump => control::Command::ResumeAndJump,
+            },
+            Act::Snapshot { dir } => control::Command::Snapshot {
+                dir: path::absolute(dir)?,
+            },
             Act::Stop => control::Command::Stop,
             Act::Reset => control::Command::Reset,
             Act::Stats => control::Command::Stats,
             Act::DumpDtb { .. } => control::Command::DumpDtb,
             Act::Report => control::Command::Report,
-        }
+        })
     }
 }

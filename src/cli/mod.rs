@@ -3,6 +3,8 @@
 mod command;
 mod file;
 mod names;
+mod restore;
+mod run;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,9 +12,11 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use crate::config::{ConfigError, CrashAct, GdbConfig, Time, TraceConfig, VmConfig};
+use crate::config::{ConfigError, CrashAct, VmConfig};
 use crate::machine::{harts, status};
-pub use command::{Act, Command};
+pub use command::{Act, Command, SnapshotAct};
+pub use restore::Restore;
+pub use run::RunFlags;
 
 const NOTES: &str = "\
 Example:
@@ -26,7 +30,8 @@ rvmm runs a RISC-V virtual machine on KVM.
 
   rvmm --kernel Image --initrd initramfs.cpio.gz --mem 128M
 
-rvmm info shows what this host offers, rvmm ctl controls a machine, rvmm --help lists all flags.
+rvmm info shows what this host offers, rvmm ctl controls a machine and takes snapshots, rvmm
+restore goes on with one, rvmm --help lists all flags.
 ";
 
 /// Runs a RISC-V virtual machine on KVM
@@ -64,65 +69,6 @@ pub struct Cli {
     )]
     pub print_config: bool,
 
-    /// End after this time, such as 30s
-    ///
-    /// TIME is written as 30s, 5m or 1h 30m. rvmm then ends with status 124.
-    #[arg(
-        help_heading = "Control",
-        long,
-        value_name = "TIME",
-        allow_hyphen_values = true
-    )]
-    pub timeout: Option<Time>,
-
-    /// End when the guest wants a reset
-    ///
-    /// rvmm then ends with status 120. Without this flag, it restarts the guest.
-    #[arg(help_heading = "Control", long)]
-    pub no_reboot: bool,
-
-    /// Report the guest's exits at the end
-    ///
-    /// The report has the number of exits, and the time they took. It is text on standard error, or
-    /// JSON in FILE. FILE must be new, empty or hold earlier statistics.
-    #[arg(
-        help_heading = "Messages and reports",
-        long,
-        value_name = "FILE",
-        num_args = 0..=1,
-        require_equals = true
-    )]
-    pub stats: Option<Option<PathBuf>>,
-
-    /// Record exits and disk requests in a file
-    ///
-    /// FILE gets each exit to rvmm and each request of a disk, with the time it took, in the format
-    /// of Perfetto and Chrome (JSON). rvmm trace FILE prints it as text. FILE must be new, empty or
-    /// hold an earlier trace. FILE,limit=SIZE sets its largest size, which is 256M.
-    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
-    pub trace: Option<TraceConfig>,
-
-    /// Socket for commands of rvmm ctl
-    ///
-    /// rvmm creates a Unix socket at PATH. The commands pause, resume, reset and end the machine,
-    /// and report its state.
-    #[arg(help_heading = "Control", long, value_name = "PATH")]
-    pub ctl: Option<PathBuf>,
-
-    /// Debug the guest with GDB
-    ///
-    /// GDB connects with "target remote". The harts are its threads. WHERE is a TCP port of this
-    /// host, which all its users can reach, or unix:PATH, which only you can reach. With WHERE,wait
-    /// the guest does not run before GDB lets it go on.
-    #[arg(help_heading = "Control", long, value_name = "WHERE[,wait]")]
-    pub gdb: Option<GdbConfig>,
-
-    /// Start paused; needs --ctl
-    ///
-    /// The guest does not run until rvmm ctl resumes it.
-    #[arg(help_heading = "Control", long, requires = "ctl")]
-    pub pause: bool,
-
     /// Write the device tree, and end
     ///
     /// The guest does not run. FILE must be new, empty or hold an earlier tree of rvmm.
@@ -134,17 +80,9 @@ pub struct Cli {
     )]
     pub dump_dtb: Option<PathBuf>,
 
-    /// Print more messages; -vv for details
-    ///
-    /// -v prints what rvmm does. -vv prints details too.
-    #[arg(help_heading = "Messages and reports", short, long, action = clap::ArgAction::Count)]
-    pub verbose: u8,
-
-    /// Append rvmm's messages to a file
-    ///
-    /// The log goes to FILE instead of standard error. The reason for a failure goes to both.
-    #[arg(help_heading = "Messages and reports", long, value_name = "FILE")]
-    pub log_file: Option<PathBuf>,
+    /// How to run it.
+    #[command(flatten)]
+    pub run: RunFlags,
 }
 
 /// The request that a command line makes.
@@ -163,7 +101,7 @@ pub enum Request {
 /// A machine that pauses after a crash needs somebody who can go on with it.
 fn check_crash(cli: &Cli) -> Result<(), String> {
     let pauses = cli.vm.on_crash.act == CrashAct::Pause && !cli.print_config;
-    match pauses && cli.ctl.is_none() && cli.gdb.is_none() {
+    match pauses && cli.run.ctl.is_none() && cli.run.gdb.is_none() {
         true => Err("--on-crash pause needs --ctl or --gdb: the pause has no other end".into()),
         false => Ok(()),
     }
@@ -264,7 +202,7 @@ pub fn help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::cmdline;
+    use crate::config::{Time, cmdline};
     use crate::util::ByteSize;
     use std::time::Duration;
 
@@ -293,8 +231,8 @@ mod tests {
         assert_eq!(cli.vm.kernel, Some(PathBuf::from("Image")));
         assert_eq!(cli.vm.mem.size, ByteSize::mib(1024));
         assert_eq!(cli.vm.cmdline, "console=ttyS0");
-        assert_eq!(cli.verbose, 2);
-        assert_eq!(cli.timeout, Some(Time(Duration::from_secs(60))));
+        assert_eq!(cli.run.verbose, 2);
+        assert_eq!(cli.run.timeout, Some(Time(Duration::from_secs(60))));
     }
 
     #[test]
@@ -321,9 +259,9 @@ mod tests {
         assert_eq!(cli.vm.kernel, Some(PathBuf::from("b")));
         assert_eq!(cli.vm.mem.size, ByteSize::mib(512));
         assert_eq!(cli.vm.cpus, 1);
-        assert_eq!(cli.timeout, Some(Time(Duration::from_secs(2))));
-        assert_eq!(cli.stats, Some(Some(PathBuf::from("x"))));
-        assert_eq!(cli.log_file, Some(PathBuf::from("m")));
+        assert_eq!(cli.run.timeout, Some(Time(Duration::from_secs(2))));
+        assert_eq!(cli.run.stats, Some(Some(PathBuf::from("x"))));
+        assert_eq!(cli.run.log_file, Some(PathBuf::from("m")));
         assert_eq!(cli.vm.disk.len(), 2);
     }
 
@@ -427,7 +365,7 @@ mod tests {
     #[test]
     fn the_short_help_fits_on_a_screen() {
         let help = Cli::command().term_width(80).render_help().to_string();
-        assert!(help.lines().count() <= 52, "{help}");
+        assert!(help.lines().count() <= 54, "{help}");
         let widest = help.lines().map(|line| line.chars().count()).max();
         assert!(widest <= Some(80), "{help}");
         for heading in ["Boot:", "Machine:", "Devices:", "Control:"] {

@@ -63,21 +63,21 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
         ("--symbols", vm.symbols.as_deref(), false),
         ("--console", file(Some(&vm.console)), true),
         ("--virtio-console", file(vm.virtio_console.as_ref()), true),
-        ("--log-file", cli.log_file.as_deref(), true),
-        ("--ctl", cli.ctl.as_deref(), true),
+        ("--log-file", cli.run.log_file.as_deref(), true),
+        ("--ctl", cli.run.ctl.as_deref(), true),
         (
             "--stats",
-            cli.stats.as_ref().and_then(|path| path.as_deref()),
+            cli.run.stats.as_ref().and_then(|path| path.as_deref()),
             true,
         ),
         (
             "--trace",
-            cli.trace.as_ref().map(|trace| trace.path.as_path()),
+            cli.run.trace.as_ref().map(|trace| trace.path.as_path()),
             true,
         ),
         (
             "--gdb",
-            cli.gdb.as_ref().and_then(|gdb| match &gdb.at {
+            cli.run.gdb.as_ref().and_then(|gdb| match &gdb.at {
                 GdbAddress::Unix(path) => Some(path.as_path()),
                 GdbAddress::Port(_) => None,
             }),

@@ -10,6 +10,7 @@ mod connection;
 pub mod server;
 
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -17,7 +18,7 @@ use serde_json::Value;
 use crate::util::{ByteSize, Hex, on_one_line};
 
 /// A command for a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
     /// Report the state of the machine, with a [`Reply::Status`].
@@ -25,8 +26,17 @@ pub enum Command {
     /// Pause all vCPUs and devices until [`Command::Resume`]. Does nothing if the machine is
     /// paused.
     Pause,
-    /// Resume a paused machine. Does nothing if the machine runs.
+    /// Resume a paused machine. Does nothing if the machine runs. The guest's time goes on where
+    /// it was.
     Resume,
+    /// As [`Command::Resume`], but the guest's time jumps over the pause.
+    ResumeAndJump,
+    /// Write a snapshot of the machine, and report a [`Reply::Snapshot`]. A running guest is paused
+    /// meanwhile.
+    Snapshot {
+        /// The absolute path of the snapshot's directory.
+        dir: PathBuf,
+    },
     /// End the machine, as Ctrl-A X does.
     Stop,
     /// Restart the guest, as if power was off for a moment. A paused machine stays paused.
@@ -62,6 +72,30 @@ pub enum Reply {
     DeviceTree(Hex),
     /// Text for people: lines, each with a newline.
     Report(String),
+    /// The snapshot is complete.
+    Snapshot(Taken),
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Taken {
+    /// How long the guest did not run for it, in microseconds.
+    pub frozen_us: u64,
+    /// Bytes of guest RAM that were written.
+    pub memory: u64,
+}
+
+/// Text for people: a line.
+impl fmt::Display for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (milliseconds, rest) = (self.frozen_us / 1000, self.frozen_us % 1000 / 100);
+        let memory = ByteSize(self.memory);
+        writeln!(
+            f,
+            "{memory} of memory written; the guest was frozen for {milliseconds}.{rest} ms"
+        )
+    }
 }
 
 /// The state of a machine.

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use vm_memory::GuestAddress;
 
-use super::hardware::{Hardware, Kept};
+use super::hardware::{Content, Hardware, Kept};
 use super::layout::RAM_BASE;
+use super::restore::{Restored, SavedMachine};
 use super::virtio::{Backends, MakeDevice};
 use super::watcher::Watcher;
-use crate::boot::plan::{BootFiles, Plan};
+use crate::boot::plan::BootFiles;
 use crate::config::VmConfig;
 use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
@@ -23,7 +24,8 @@ const NO_HARDWARE: &str = "the machine has no hardware";
 pub struct Machine {
     pub(super) config: VmConfig,
     hypervisor: Arc<dyn Hypervisor>,
-    files: BootFiles,
+    /// None before the first reset of a restored machine: a restore needs no boot files.
+    files: Option<BootFiles>,
     pub(super) backends: Backends,
     ram: Arc<GuestMemory>,
     pub(super) console: Arc<Console>,
@@ -31,6 +33,8 @@ pub struct Machine {
     panic: Option<Function>,
     /// None only while a reset creates it again, and after power-off.
     hardware: Option<Hardware>,
+    /// How the vCPUs of a restored guest go on. None once its first life has begun.
+    restored: Option<Restored>,
 }
 
 impl Machine {
@@ -71,20 +75,73 @@ impl Machine {
         let mut machine = Self {
             config: config.clone(),
             hypervisor,
-            files,
+            files: None,
             backends,
             ram,
             console: Arc::new(Console::default()),
             panic: None,
             hardware: None,
+            restored: None,
         };
-        machine.assemble(&vm, &plan)?;
-        if config.symbols.is_some() {
-            // They take much memory, so they are read again for each report.
-            let symbols = machine.symbols()?;
-            machine.panic = symbols.and_then(|symbols| symbols.function("panic"));
-        }
+        machine.assemble(&vm, Content::Boot(&files, &plan))?;
+        machine.files = Some(files);
+        machine.find_panic()?;
         Ok(machine)
+    }
+
+    /// Builds the machine that `saved` is the state of. `config` is [`SavedMachine::config`], with
+    /// the user's changes: other files for disks, other taps, other consoles.
+    ///
+    /// # Errors
+    /// As [`Machine::build`]. Also fails if this host lacks something that the guest uses
+    /// ([`Unfit`](super::Unfit)), or if a part of the machine cannot take its state over.
+    pub fn restore(
+        config: VmConfig,
+        saved: SavedMachine,
+        hypervisor: Arc<dyn Hypervisor>,
+    ) -> Result<Self> {
+        let path = saved.snapshot().path().to_owned();
+        let machine = Self::of_snapshot(config, saved, hypervisor);
+        machine.with_context(|| format!("Failed to restore snapshot {path:?}"))
+    }
+
+    fn of_snapshot(
+        config: VmConfig,
+        mut saved: SavedMachine,
+        hypervisor: Arc<dyn Hypervisor>,
+    ) -> Result<Self> {
+        let backends = Backends::open(&config, None)?;
+        let vm = hypervisor.create_vm()?;
+        let base = GuestAddress(RAM_BASE);
+        vm.check_ram(base, config.mem.size)?;
+        let ram = saved.open_ram(base, config.mem)?;
+        let mut machine = Self {
+            config,
+            hypervisor,
+            files: None,
+            backends,
+            ram,
+            console: Arc::new(Console::default()),
+            panic: None,
+            hardware: None,
+            restored: None,
+        };
+        saved.load_consoles(&machine.console, machine.backends.console.as_deref())?;
+        machine.assemble(&vm, Content::Snapshot(&mut saved))?;
+        let resets_harts = machine.hardware()?.resets_harts;
+        machine.restored = Some(saved.finish(resets_harts)?);
+        machine.find_panic()?;
+        Ok(machine)
+    }
+
+    /// Finds the kernel's panic(), if there is `--symbols`.
+    fn find_panic(&mut self) -> Result<()> {
+        if self.config.symbols.is_some() {
+            // They take much memory, so they are read again for each report.
+            let symbols = self.symbols()?;
+            self.panic = symbols.and_then(|symbols| symbols.function("panic"));
+        }
+        Ok(())
     }
 
     /// The flattened device tree that the guest gets. Empty after power-off.
@@ -103,9 +160,15 @@ impl Machine {
         self.hardware = None;
         memory::clear(&self.ram, self.config.mem)
             .context("Failed to clear guest RAM for a reset")?;
-        let plan = self.files.plan(&self.config, RAM_BASE)?;
+        let files = match self.files.take() {
+            Some(files) => files,
+            None => BootFiles::open(&self.config).context("Failed to reset a restored guest")?,
+        };
+        let plan = files.plan(&self.config, RAM_BASE)?;
         let vm = self.hypervisor.create_vm()?;
-        self.assemble(&vm, &plan)
+        self.assemble(&vm, Content::Boot(&files, &plan))?;
+        self.files = Some(files);
+        Ok(())
     }
 
     /// Takes the hardware out of the machine. Dropping it ends the devices, after they have
@@ -131,6 +194,11 @@ impl Machine {
         Ok(take(&mut hardware.vcpus))
     }
 
+    /// How the vCPUs of a restored guest go on, if this is the first life after the restore.
+    pub(super) fn take_restored(&mut self) -> Option<Restored> {
+        self.restored.take()
+    }
+
     /// Guest RAM.
     pub(super) fn ram(&self) -> &Arc<GuestMemory> {
         &self.ram
@@ -148,7 +216,15 @@ impl Machine {
     /// # Errors
     /// Fails if the file of `--symbols` cannot be read or has no symbols.
     pub(super) fn symbols(&self) -> Result<Option<Symbols>> {
-        let (path, file) = self.files.symbols()?;
+        let opened;
+        let files = match &self.files {
+            Some(files) => files,
+            None => {
+                opened = BootFiles::open(&self.config)?;
+                &opened
+            }
+        };
+        let (path, file) = files.symbols()?;
         if self.config.symbols.is_none() {
             // Only a file that the user has named must have symbols.
             return Ok(Symbols::read_elf(file).ok());
@@ -157,15 +233,14 @@ impl Machine {
         symbols.with_context(|| format!("Failed to load symbols {path:?}"))
     }
 
-    fn assemble(&mut self, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<()> {
+    fn assemble(&mut self, vm: &Arc<dyn Vm>, content: Content) -> Result<()> {
         let kept = Kept {
             config: &self.config,
-            files: &self.files,
             backends: &self.backends,
             ram: &self.ram,
             console: &self.console,
         };
-        self.hardware = Some(Hardware::assemble(kept, vm, plan)?);
+        self.hardware = Some(Hardware::assemble(kept, vm, content)?);
         Ok(())
     }
 }

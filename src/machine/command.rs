@@ -3,6 +3,7 @@
 use anyhow::Result;
 use log::{debug, warn};
 
+use super::frozen::Clock;
 use super::life::Vcpus;
 use super::{End, Outcome, Running};
 use crate::control::server::Client;
@@ -24,11 +25,18 @@ impl Running<'_> {
     ) -> Result<Option<End>> {
         let reply = match command {
             Command::Status => Reply::Status(self.status(vcpus)?),
-            Command::Pause | Command::Resume if self.is_held() => {
+            Command::Pause
+            | Command::Resume
+            | Command::ResumeAndJump
+            | Command::Snapshot { .. }
+                if self.is_held() =>
+            {
                 Reply::Refused("GDB has stopped the guest: let it go on in GDB, or detach".into())
             }
             Command::Pause => self.pause(vcpus)?,
-            Command::Resume => self.resume(vcpus)?,
+            Command::Resume => self.resume(vcpus, Clock::Stop)?,
+            Command::ResumeAndJump => self.resume(vcpus, Clock::Jump)?,
+            Command::Snapshot { dir } => self.snapshot(&dir, vcpus)?,
             Command::Stop => {
                 self.main.answer(client, &Reply::Done);
                 return Ok(Some(End::Over(Outcome::Commanded)));
@@ -47,6 +55,7 @@ impl Running<'_> {
     pub(super) fn pause(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
         if vcpus.state() == State::Running {
             vcpus.park(&mut self.main)?;
+            vcpus.freeze()?;
             self.count_time(State::Running);
             self.pause_devices()?;
             debug!("the guest is paused");
@@ -81,8 +90,8 @@ impl Running<'_> {
         Ok(Ok(seen))
     }
 
-    fn resume(&mut self, vcpus: &mut Vcpus) -> Result<Reply> {
-        let reply = self.go_on(vcpus)?;
+    fn resume(&mut self, vcpus: &mut Vcpus, clock: Clock) -> Result<Reply> {
+        let reply = self.go_on(vcpus, clock)?;
         Ok(reply.map_or_else(stays_paused, |()| Reply::Done))
     }
 
@@ -91,11 +100,15 @@ impl Running<'_> {
     ///
     /// # Errors
     /// Fails if the machine is powered off.
-    pub(super) fn go_on(&mut self, vcpus: &mut Vcpus) -> Result<hypervisor::Result<()>> {
+    pub(super) fn go_on(
+        &mut self,
+        vcpus: &mut Vcpus,
+        clock: Clock,
+    ) -> Result<hypervisor::Result<()>> {
         if vcpus.state() == State::Running {
             return Ok(Ok(()));
         }
-        let resumed = vcpus.resume(self.machine.hardware()?, &self.post);
+        let resumed = vcpus.resume(self.machine.hardware()?, &self.post, clock);
         if resumed.is_ok() {
             self.count_time(State::Paused);
             debug!("the guest is resumed");

@@ -1,10 +1,14 @@
 //! The machine's devices, by name.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
 use crate::bus::Device;
+use crate::snapshot::file::Section;
+use crate::snapshot::{Parts, Saved};
 
 /// All devices. Each comes after the devices that it needs; the interrupt controller is the first.
 #[derive(Default)]
@@ -37,6 +41,39 @@ impl Devices {
         self.iter().for_each(Device::resume);
     }
 
+    /// The sections of a snapshot with the state of all devices, which are paused.
+    ///
+    /// # Errors
+    /// Fails if the state of a device cannot be read.
+    pub(super) fn save(&self) -> Result<Vec<Section>> {
+        let mut sections = Vec::new();
+        for (id, device) in &self.0 {
+            let saved = device.save();
+            let saved = saved.with_context(|| format!("Failed to save the state of {id}"))?;
+            sections.extend(saved.into_iter().map(|saved| Section {
+                id: id.clone(),
+                saved,
+            }));
+        }
+        Ok(sections)
+    }
+
+    /// Loads the state of all devices, which are new and paused. Takes their state out of `states`,
+    /// by name. The interrupt controller comes last: the others set the levels of its wires.
+    ///
+    /// # Errors
+    /// Fails if the state of a device is missing or not complete, or if the device cannot have it.
+    pub(super) fn load(&self, states: &mut BTreeMap<String, Vec<Saved>>) -> Result<()> {
+        let irqchip = self.0.len().min(1);
+        let (first, rest) = self.0.split_at(irqchip);
+        for (id, device) in rest.iter().chain(first) {
+            let mut parts = Parts::new(states.remove(id).unwrap_or_default());
+            let loaded = device.load(&mut parts).and_then(|()| parts.finish());
+            loaded.with_context(|| format!("Failed to restore {id}"))?;
+        }
+        Ok(())
+    }
+
     /// The state of each device, by name.
     pub(super) fn describe(&self) -> Map<String, Value> {
         let state = |(name, device): &(String, Arc<dyn Device>)| (name.clone(), device.describe());
@@ -53,7 +90,9 @@ impl Devices {
 mod tests {
     use super::*;
     use crate::bus::{FdtError, FdtWriter};
+    use crate::snapshot::{LoadError, SaveError, State};
     use crate::util::sync::lock;
+    use serde::{Deserialize, Serialize};
     use std::sync::Mutex;
 
     struct Probe(&'static str, Arc<Mutex<Vec<String>>>);
@@ -74,6 +113,48 @@ mod tests {
         fn describe(&self) -> Value {
             self.0.into()
         }
+        fn save(&self) -> Result<Vec<Saved>, SaveError> {
+            Ok(vec![Saved::of(&Name(self.0.into()))?])
+        }
+        fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+            let Name(name) = parts.take()?;
+            lock(&self.1).push(format!("load {name} into {}", self.0));
+            Ok(())
+        }
+    }
+
+    /// The state of a [`Probe`].
+    #[derive(Serialize, Deserialize)]
+    struct Name(String);
+
+    impl State for Name {
+        const KIND: &'static str = "probe";
+        const VERSION: u32 = 1;
+    }
+
+    #[test]
+    fn the_interrupt_controller_is_loaded_last() {
+        let (mut devices, steps) = (Devices::default(), Arc::default());
+        for name in ["irqchip", "uart", "disk0"] {
+            devices.add(Arc::new(Probe(name, Arc::clone(&steps))));
+        }
+        let mut states = BTreeMap::<String, Vec<Saved>>::new();
+        for Section { id, saved } in devices.save().unwrap() {
+            states.entry(id).or_default().push(saved);
+        }
+        states.insert("other".into(), Vec::new());
+        devices.load(&mut states).unwrap();
+        let steps = lock(&steps).join(", ");
+        assert_eq!(
+            steps,
+            "load uart into uart, load disk0 into disk0, load irqchip into irqchip"
+        );
+        assert_eq!(states.len(), 1, "what no device took is left");
+        let error = devices.load(&mut states).unwrap_err();
+        assert_eq!(
+            format!("{error:#}"),
+            "Failed to restore uart: there is no probe state"
+        );
     }
 
     #[test]

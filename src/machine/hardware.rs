@@ -10,17 +10,19 @@ use super::devices::Devices;
 use super::harts;
 use super::irqchip;
 use super::layout;
+use super::restore::SavedMachine;
 use super::virtio::{self, Backends};
-use crate::boot::load::Board;
+use crate::boot::load;
 use crate::boot::placement::Placement;
 use crate::boot::plan::{BootFiles, Plan};
 use crate::bus::{Bus, Device};
-use crate::config::VmConfig;
+use crate::config::{IrqchipKind, VmConfig};
 use crate::devices::console::Console;
 use crate::devices::goldfish_rtc::GoldfishRtc;
 use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
 use crate::hypervisor::{Vcpu, Vm, regs};
+use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
 use crate::trace::Slot;
 use crate::vcpu::exits::Exits;
@@ -29,10 +31,17 @@ use crate::vcpu::sbi::Sbi;
 /// The parts of a machine that survive a reset.
 pub(super) struct Kept<'a> {
     pub(super) config: &'a VmConfig,
-    pub(super) files: &'a BootFiles,
     pub(super) backends: &'a Backends,
     pub(super) ram: &'a Arc<GuestMemory>,
     pub(super) console: &'a Arc<Console>,
+}
+
+/// What the guest finds in RAM and in registers at first.
+pub(super) enum Content<'a> {
+    /// A kernel that starts.
+    Boot(&'a BootFiles, &'a Plan),
+    /// What it had when the snapshot was taken. RAM has its content already.
+    Snapshot(&'a mut SavedMachine),
 }
 
 /// The parts of a machine that each reset creates again, ready to run the first instruction.
@@ -44,7 +53,9 @@ pub(super) struct Hardware {
     pub(super) device_tree: Vec<u8>,
     pub(super) devices: Devices,
     /// Where the boot files were loaded.
-    placement: Placement,
+    pub(super) placement: Placement,
+    /// The interrupt controller that the guest has: never `Auto`.
+    pub(super) irqchip: IrqchipKind,
     /// Exits are recorded once this has a tracer.
     pub(super) tracer: Slot,
     uart: Arc<Uart>,
@@ -52,68 +63,63 @@ pub(super) struct Hardware {
 }
 
 impl Hardware {
-    /// Creates vCPUs and devices on `vm`, which must be new, and loads the guest into RAM.
+    /// Creates vCPUs and devices on `vm`, which must be new, and gives them and RAM their content.
+    /// After a restore, the devices are paused.
     ///
     /// # Errors
-    /// Fails if a file cannot be used, if the host lacks a feature that rvmm needs, or if a call to
-    /// KVM or to the host fails.
-    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, plan: &Plan) -> Result<Self> {
+    /// Fails if a file cannot be used, if the host lacks a feature that rvmm or the guest needs, or
+    /// if a call to KVM or to the host fails.
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, mut content: Content) -> Result<Self> {
         let Kept {
             config,
-            files,
             backends,
             ram,
             console,
         } = kept;
         vm.map_ram(ram)?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
+        let kind = choice.kind();
         let vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
         let facts = harts::facts(config, &vcpus, &choice)?;
+        if let Content::Snapshot(saved) = &mut content {
+            saved.load_vcpus(&vcpus)?;
+        }
         let irqchip = choice.start(vm, &vcpus)?;
-        let uart_line = irqchip.line(layout::UART_IRQ);
-        let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
-        let rtc_line = irqchip.line(layout::RTC_IRQ);
-        let rtc = GoldfishRtc::new(layout::RTC.start, rtc_line);
-        let rtc = Arc::new(rtc.context("Failed to create the clock's timer")?);
-        let power = Arc::new(PowerSwitch::default());
-        let finisher = SifiveTest::new(layout::SIFIVE_TEST.start, Arc::clone(&power));
-        let finisher = Arc::new(finisher);
-        let mut bus = Bus::default();
-        bus.insert(layout::SIFIVE_TEST, Arc::clone(&finisher) as _)?;
-        bus.insert(layout::RTC, Arc::clone(&rtc) as _)?;
-        bus.insert(layout::UART, Arc::clone(&uart) as _)?;
-        if let Some(registers) = irqchip.mmio() {
-            bus.insert(layout::PLIC, registers)?;
+        let mut board = Board::new(&irqchip, console)?;
+        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut board.bus)? {
+            board.devices.add(device);
         }
-        let mut devices = Devices::default();
-        devices.add(irqchip.device());
-        devices.add(Arc::clone(&uart) as _);
-        devices.add(Arc::clone(&rtc) as _);
-        devices.add(finisher);
-        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)? {
-            devices.add(device);
-        }
-        let nodes: Vec<&dyn Device> = devices.iter().collect();
-        let board = Board {
-            stdout_path: layout::UART_PATH,
-            hart: &facts,
-            devices: &nodes,
+        let (device_tree, placement) = match content {
+            Content::Boot(files, plan) => {
+                let nodes: Vec<&dyn Device> = board.devices.iter().collect();
+                let board = load::Board {
+                    stdout_path: layout::UART_PATH,
+                    hart: &facts,
+                    devices: &nodes,
+                };
+                let tree = files.load(plan, config, ram, &board, harts::first(&vcpus)?)?;
+                (tree, plan.placement().clone())
+            }
+            Content::Snapshot(saved) => {
+                board.devices.pause();
+                saved.load_devices(&board.devices)?;
+                saved.boot(ram)?
+            }
         };
-        let device_tree = files.load(plan, config, ram, &board, harts::first(&vcpus)?)?;
         let sbi = Sbi::new(Arc::clone(ram), Arc::clone(console));
-        let exits = Exits::new(Arc::new(bus), sbi, power, irqchip.hart_side());
-        let exits = Arc::new(exits);
+        let exits = Exits::new(Arc::new(board.bus), sbi, board.power, irqchip.hart_side());
         Ok(Self {
             vcpus,
             resets_harts,
-            exits,
+            exits: Arc::new(exits),
             device_tree,
-            devices,
-            placement: plan.placement().clone(),
+            devices: board.devices,
+            placement,
+            irqchip: kind,
             tracer: Arc::clone(&backends.tracer),
-            uart,
-            rtc,
+            uart: board.uart,
+            rtc: board.rtc,
         })
     }
 
@@ -139,5 +145,46 @@ impl Hardware {
     pub(super) fn registers_at(&self, gpa: u64) -> Option<String> {
         let by_device = self.devices.registers_at(gpa);
         by_device.or_else(|| layout::owner(gpa).map(Into::into))
+    }
+}
+
+/// The devices that every machine has.
+struct Board {
+    bus: Bus,
+    devices: Devices,
+    power: Arc<PowerSwitch>,
+    uart: Arc<Uart>,
+    rtc: Arc<GoldfishRtc>,
+}
+
+impl Board {
+    fn new(irqchip: &IrqChip, console: &Arc<Console>) -> Result<Self> {
+        let uart_line = irqchip.line(layout::UART_IRQ);
+        let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
+        let rtc_line = irqchip.line(layout::RTC_IRQ);
+        let rtc = GoldfishRtc::new(layout::RTC.start, rtc_line);
+        let rtc = Arc::new(rtc.context("Failed to create the clock's timer")?);
+        let power = Arc::new(PowerSwitch::default());
+        let finisher = SifiveTest::new(layout::SIFIVE_TEST.start, Arc::clone(&power));
+        let finisher = Arc::new(finisher);
+        let mut bus = Bus::default();
+        bus.insert(layout::SIFIVE_TEST, Arc::clone(&finisher) as _)?;
+        bus.insert(layout::RTC, Arc::clone(&rtc) as _)?;
+        bus.insert(layout::UART, Arc::clone(&uart) as _)?;
+        if let Some(registers) = irqchip.mmio() {
+            bus.insert(layout::PLIC, registers)?;
+        }
+        let mut devices = Devices::default();
+        devices.add(irqchip.device());
+        devices.add(Arc::clone(&uart) as _);
+        devices.add(Arc::clone(&rtc) as _);
+        devices.add(finisher);
+        Ok(Self {
+            bus,
+            devices,
+            power,
+            uart,
+            rtc,
+        })
     }
 }

@@ -41,6 +41,15 @@ pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm) -> Result<Choice> {
 }
 
 impl Choice {
+    /// The kind by which a user can ask for this controller.
+    pub(super) fn kind(&self) -> IrqchipKind {
+        match self {
+            Choice::Aia { emulate: true, .. } => IrqchipKind::AiaEmul,
+            Choice::Aia { emulate: false, .. } => IrqchipKind::Aia,
+            Choice::Plic => IrqchipKind::Plic,
+        }
+    }
+
     /// Whether the guest gets an AIA.
     pub(super) fn is_aia(&self) -> bool {
         matches!(self, Choice::Aia { .. })

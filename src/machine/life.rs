@@ -9,9 +9,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::frozen::{Clock, FrozenTime};
 use super::hardware::Hardware;
 use super::layout;
 use super::mainloop::{Event, MainLoop, Post};
+use super::restore::Restored;
 use crate::control::State;
 use crate::gdb::plants::Plants;
 use crate::gdb::step::Place;
@@ -31,6 +33,8 @@ pub(super) struct Vcpus {
     alone: Option<usize>,
     /// Breakpoints, in RAM while vCPUs run.
     plants: Plants,
+    /// The guest's time, if the machine is paused.
+    frozen: Option<FrozenTime>,
 }
 
 impl Vcpus {
@@ -53,7 +57,33 @@ impl Vcpus {
             parked: (0u32..).zip(vcpus).map(park).collect(),
             alone: None,
             plants: Plants::new(ram),
+            frozen: None,
         }
+    }
+
+    /// Lets the vCPUs, which are new, go on as after a restore from a snapshot.
+    pub(super) fn restore(&mut self, restored: Restored) {
+        for (parked, first) in self.parked.iter_mut().zip(restored.firsts) {
+            parked.first = first;
+        }
+        self.frozen = Some(restored.time);
+    }
+
+    /// Stops the guest's time until [`Vcpus::resume`]. The vCPUs must be parked.
+    ///
+    /// # Errors
+    /// Fails if KVM cannot read a register.
+    pub(super) fn freeze(&mut self) -> hypervisor::Result<()> {
+        let first = self.parked.first().filter(|_| self.frozen.is_none());
+        if let Some(parked) = first {
+            self.frozen = Some(FrozenTime::read(parked.vcpu.as_ref())?);
+        }
+        Ok(())
+    }
+
+    /// The guest's time, if it is frozen.
+    pub(super) fn frozen(&self) -> Option<FrozenTime> {
+        self.frozen
     }
 
     /// Whether the vCPUs run.
@@ -95,12 +125,25 @@ impl Vcpus {
         self.start_after(hardware, post, || ())
     }
 
-    /// Resumes the devices, then the vCPUs.
+    /// Resumes the devices, then the vCPUs. `clock` says what the guest's time does, if it was
+    /// frozen.
     ///
     /// # Errors
     /// As [`Vcpus::start`]. On an error the devices stay paused.
-    pub(super) fn resume(&mut self, hardware: &Hardware, post: &Post) -> hypervisor::Result<()> {
-        self.start_after(hardware, post, || hardware.devices.resume())
+    pub(super) fn resume(
+        &mut self,
+        hardware: &Hardware,
+        post: &Post,
+        clock: Clock,
+    ) -> hypervisor::Result<()> {
+        if let (Some(time), Some(parked)) = (self.frozen, self.parked.first()) {
+            // The threads are not there yet, so the time goes on a little before a vCPU runs. But
+            // only here can the resume still fail.
+            time.thaw(parked.vcpu.as_ref(), clock)?;
+        }
+        self.start_after(hardware, post, || hardware.devices.resume())?;
+        self.frozen = None;
+        Ok(())
     }
 
     /// Makes a thread for each vCPU, calls `first`, and then lets the vCPUs run.

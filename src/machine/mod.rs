@@ -14,6 +14,7 @@ mod crash;
 mod debug;
 mod devices;
 mod ending;
+mod frozen;
 mod hardware;
 pub(crate) mod harts;
 mod irqchip;
@@ -22,7 +23,10 @@ mod life;
 mod mainloop;
 mod meantime;
 mod outcome;
+mod restore;
+pub mod show;
 pub mod signals;
+mod snapshot;
 mod stats;
 pub mod status;
 mod virtio;
@@ -45,10 +49,12 @@ use crate::util::{RateLimit, guest_info};
 pub use builder::Machine;
 use debug::Debug;
 use ending::Ending;
+pub use frozen::Clock;
 use life::Vcpus;
 use mainloop::{Event, MainLoop, Post};
 use meantime::Meantime;
 pub use outcome::Outcome;
+pub use restore::{SavedMachine, Unfit};
 use signals::Signals;
 pub use stats::Stats;
 pub use virtio::MakeDevice;
@@ -108,6 +114,8 @@ pub struct Run<'a> {
     pub gdb: Option<&'a GdbConfig>,
     /// Start paused: the guest does not run before a command resumes it.
     pub paused: bool,
+    /// What the guest's time does when a restored guest goes on at once.
+    pub clock: Clock,
 }
 
 /// The state of a running machine.
@@ -176,8 +184,9 @@ impl Running<'_> {
         if let Some(path) = self.how.control {
             let (post, ending) = (self.post.clone(), self.ending.clone());
             let on_command = move |command, client| {
+                let stops = command == Command::Stop;
                 post.send(Event::Command(command, client));
-                if command == Command::Stop {
+                if stops {
                     // Start the time limit here: the machine may be busy.
                     ending.expect(Outcome::Commanded, Instant::now());
                 }
@@ -285,19 +294,13 @@ impl Running<'_> {
         self.main.set_clock(Some(Arc::clone(&hardware.rtc)));
         let ram = self.machine.ram();
         let mut vcpus = Vcpus::of_new(vcpus, ram, hardware.resets_harts, self.stats.is_some());
-        self.debug_life(&mut vcpus)?;
-        let hardware = self.machine.hardware()?;
-        match state {
-            _ if self.is_held() => debug!("the guest waits for GDB"),
-            State::Running => {
-                vcpus.start(hardware, &self.post)?;
-                guest_info!(RateLimit::named("lives"), "the guest runs");
-            }
-            State::Paused => {
-                hardware.devices.pause();
-                info!("the guest is paused: rvmm ctl PATH resume starts it");
-            }
+        let restored = self.machine.take_restored();
+        let is_restored = restored.is_some();
+        if let Some(restored) = restored {
+            vcpus.restore(restored);
         }
+        self.debug_life(&mut vcpus)?;
+        self.begin(&mut vcpus, *state, is_restored)?;
         let end = self.watch(&mut vcpus);
         // The vCPUs of a guest that cannot go on are parked already, and it was not paused.
         *state = match &end {
@@ -333,6 +336,32 @@ impl Running<'_> {
         Ok(end)
     }
 
+    /// Lets the vCPUs of a new life run, or leaves it paused, by `state`. The devices of a restored
+    /// machine are paused.
+    fn begin(&mut self, vcpus: &mut Vcpus, state: State, is_restored: bool) -> Result<()> {
+        let hardware = self.machine.hardware()?;
+        let runs = state == State::Running && !self.is_held();
+        match (runs, is_restored) {
+            (true, true) => {
+                vcpus.resume(hardware, &self.post, self.how.clock)?;
+                info!("the guest goes on");
+            }
+            (true, false) => {
+                vcpus.start(hardware, &self.post)?;
+                guest_info!(RateLimit::named("lives"), "the guest runs");
+            }
+            (false, true) if self.is_held() => hardware.devices.resume(),
+            (false, false) if !self.is_held() => hardware.devices.pause(),
+            (false, _) => {}
+        }
+        match state {
+            _ if self.is_held() => debug!("the guest waits for GDB"),
+            State::Running => {}
+            State::Paused => info!("the guest is paused: rvmm ctl PATH resume starts it"),
+        }
+        Ok(())
+    }
+
     /// Handles events until one of them ends this life.
     fn watch(&mut self, vcpus: &mut Vcpus) -> Result<End> {
         let mut meantime = Meantime::new(self.machine.watcher());
@@ -350,7 +379,7 @@ impl Running<'_> {
                     if self.is_partly_held() {
                         self.detach(vcpus)?;
                     }
-                    if let Err(error) = self.go_on(vcpus)? {
+                    if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
                         let error = anyhow::Error::from(error);
                         warn!("{error:#}: the guest cannot be asked to power off");
                         return Ok(End::Over(Outcome::Signal(SIGTERM)));

@@ -6,9 +6,11 @@
 
 pub mod directory;
 pub mod file;
+mod header;
 mod saved;
 
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use header::{Header, MACHINE, RamState, TimeState};
 pub use saved::{LoadError, Parts, SaveError, Saved, State};

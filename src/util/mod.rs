@@ -10,6 +10,7 @@ pub mod line;
 pub mod outfile;
 pub mod output;
 pub mod poll;
+pub mod random;
 pub mod ratelimit;
 pub mod socket;
 pub mod stderr;

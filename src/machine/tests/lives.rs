@@ -92,6 +92,7 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
         stats_from: Some(began),
         control: None,
         paused: false,
+        clock: Clock::Stop,
         tracer: None,
         gdb: None,
     };

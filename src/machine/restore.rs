@@ -1,0 +1,216 @@
+//! Restores a machine from a snapshot: reads its state, and gives each part its own.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::mem::take;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use vm_memory::GuestAddress;
+
+use super::devices::Devices;
+use super::frozen::FrozenTime;
+use crate::boot::placement::Placement;
+use crate::boot::saved::{BootState, renew_seed};
+use crate::config::{MemConfig, VmConfig};
+use crate::devices::console::{Console, ConsoleState};
+use crate::hypervisor::Vcpu;
+use crate::memory::{GuestMemory, image};
+use crate::snapshot::directory::{MEMORY, Snapshot};
+use crate::snapshot::{Header, MACHINE, Parts, RamState, Saved, TimeState};
+use crate::vcpu::first::First;
+use crate::vcpu::saved::VcpuState;
+
+/// The names under which the consoles' queues are saved.
+pub(super) const CONSOLES: [&str; 2] = ["console-uart", "console-virtio"];
+
+/// The name under which the vCPU of hart `hart` is saved.
+pub(super) fn vcpu_id(hart: usize) -> String {
+    format!("vcpu{hart}")
+}
+
+/// What a guest needs and this host lacks: one line for each.
+#[derive(Debug)]
+pub struct Unfit(pub Vec<String>);
+
+impl fmt::Display for Unfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+impl std::error::Error for Unfit {}
+
+/// The state of a machine, read from a snapshot and not yet restored.
+pub struct SavedMachine {
+    snapshot: Snapshot,
+    header: Header,
+    time: TimeState,
+    ram: RamState,
+    boot: BootState,
+    vcpus: Vec<VcpuState>,
+    /// The state of devices and consoles, by name. Each takes its own out.
+    parts: BTreeMap<String, Vec<Saved>>,
+}
+
+/// How the guest goes on after a restore.
+pub(super) struct Restored {
+    /// The first action of each vCPU's thread, in the order of their harts.
+    pub(super) firsts: Vec<First>,
+    pub(super) time: FrozenTime,
+}
+
+impl SavedMachine {
+    /// Reads the state of the snapshot at `path`.
+    ///
+    /// # Errors
+    /// Fails if there is no snapshot, if it is damaged, or if this rvmm does not know its format.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut snapshot = Snapshot::open(path)?;
+        let sections = take(&mut snapshot.sections);
+        let mut parts = BTreeMap::<String, Vec<Saved>>::new();
+        for section in sections {
+            parts.entry(section.id).or_default().push(section.saved);
+        }
+        let failed = || format!("Failed to read snapshot {path:?}");
+        let mut machine = Parts::new(parts.remove(MACHINE).unwrap_or_default());
+        let header: Header = machine.take().with_context(failed)?;
+        let time = machine.take().with_context(failed)?;
+        let ram: RamState = machine.take().with_context(failed)?;
+        let boot = machine.take().with_context(failed)?;
+        machine.finish().with_context(failed)?;
+        let mut vcpus = Vec::new();
+        for hart in 0.. {
+            let Some(saved) = parts.remove(&vcpu_id(hart)) else {
+                break;
+            };
+            let mut saved = Parts::new(saved);
+            vcpus.push(saved.take().with_context(failed)?);
+            saved.finish().with_context(failed)?;
+        }
+        let config = &header.config;
+        let valid = config.validate().map_err(|error| anyhow!(error));
+        let valid = valid.and_then(|()| super::harts::check(config).map_err(|line| anyhow!(line)));
+        valid.with_context(failed)?;
+        if usize::try_from(config.cpus) != Ok(vcpus.len()) {
+            bail!(
+                "{}: it has {} of {} vCPUs",
+                failed(),
+                vcpus.len(),
+                config.cpus
+            );
+        }
+        if ram.size != config.mem.size.bytes() || ram.base != super::layout::RAM_BASE {
+            bail!("{}: its RAM is not that of its configuration", failed());
+        }
+        Ok(Self {
+            snapshot,
+            header,
+            time,
+            ram,
+            boot,
+            vcpus,
+            parts,
+        })
+    }
+
+    /// The configuration of the machine.
+    pub fn config(&self) -> &VmConfig {
+        &self.header.config
+    }
+
+    /// Which machine it is.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &RamState {
+        &self.ram
+    }
+
+    /// The vCPUs, in the order of their harts.
+    pub fn vcpus(&self) -> &[VcpuState] {
+        &self.vcpus
+    }
+
+    /// Where the snapshot is.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The names of devices and consoles, and the kinds of their state.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, impl Iterator<Item = &Saved>)> {
+        let parts = self.parts.iter();
+        parts.map(|(id, saved)| (id.as_str(), saved.iter()))
+    }
+
+    /// Maps guest RAM copy-on-write from the snapshot.
+    pub(super) fn open_ram(
+        &self,
+        base: GuestAddress,
+        config: MemConfig,
+    ) -> Result<Arc<GuestMemory>> {
+        let file = self.snapshot.file(MEMORY)?;
+        Ok(image::open(base, config, file)?)
+    }
+
+    /// Gives the consoles their queues.
+    pub(super) fn load_consoles(&mut self, uart: &Console, virtio: Option<&Console>) -> Result<()> {
+        for (console, id) in [Some(uart), virtio].into_iter().zip(CONSOLES) {
+            let Some(console) = console else { continue };
+            let mut saved = Parts::new(self.parts.remove(id).unwrap_or_default());
+            let loaded = saved.take::<ConsoleState>();
+            let loaded = loaded.and_then(|state| console.load(state));
+            let loaded = loaded.and_then(|()| saved.finish());
+            loaded.with_context(|| format!("Failed to restore {id}"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the vCPUs, which have never run, their registers.
+    pub(super) fn load_vcpus(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<()> {
+        let mut lacks = Vec::new();
+        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
+            for line in state.fit(vcpu.as_ref())? {
+                if !lacks.contains(&line) {
+                    lacks.push(line);
+                }
+            }
+        }
+        if !lacks.is_empty() {
+            return Err(Unfit(lacks).into());
+        }
+        for ((hart, vcpu), state) in (0u32..).zip(vcpus).zip(&self.vcpus) {
+            let loaded = state.load(vcpu.as_ref(), hart);
+            loaded.with_context(|| format!("Failed to restore vCPU {hart}"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the devices, which are paused, their state.
+    pub(super) fn load_devices(&mut self, devices: &Devices) -> Result<()> {
+        devices.load(&mut self.parts)
+    }
+
+    /// Gives the guest another `rng-seed` if its kernel has not read the old one. Returns the
+    /// device tree, and where the boot files were loaded.
+    pub(super) fn boot(&self, ram: &GuestMemory) -> Result<(Vec<u8>, Placement)> {
+        let (tree, placement) = self.boot.clone().into_parts();
+        renew_seed(ram, &tree, placement.fdt.start)?;
+        Ok((tree, placement))
+    }
+
+    /// Checks that all state was restored. `resets_harts`: see `vcpu::restart`.
+    pub(super) fn finish(self, resets_harts: bool) -> Result<Restored> {
+        if let Some((id, _)) = self.parts.first_key_value() {
+            bail!("the snapshot has state of {id}, which this machine does not have");
+        }
+        let firsts = self.vcpus.iter().map(|vcpu| vcpu.first(resets_harts));
+        Ok(Restored {
+            firsts: firsts.collect(),
+            time: FrozenTime::of(self.time, self.header.taken_ns),
+        })
+    }
+}

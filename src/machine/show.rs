@@ -1,0 +1,140 @@
+//! `rvmm snapshot show` and `verify`: what is in a snapshot, for people and for scripts.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::restore::SavedMachine;
+use crate::config::VmConfig;
+use crate::hypervisor::regs;
+use crate::memory::image;
+use crate::snapshot::directory::MEMORY;
+use crate::util::ByteSize;
+
+/// What a snapshot has in it.
+#[derive(Debug, Serialize)]
+pub struct Shown {
+    /// The version of rvmm that wrote it.
+    rvmm: String,
+    /// The kernel release of the host.
+    host_kernel: String,
+    /// The random number of the snapshot, in hexadecimal.
+    id: String,
+    /// Nanoseconds since 1970 by the host's clock.
+    taken_ns: u64,
+    config: VmConfig,
+    /// Bytes of RAM, and those of them that are in the file `memory`.
+    ram: u64,
+    memory: u64,
+    /// Whether each hart is started, and its registers by name, in hexadecimal.
+    vcpus: Vec<Value>,
+    /// The state of each device, by name and kind.
+    devices: BTreeMap<String, BTreeMap<String, Value>>,
+}
+
+impl Shown {
+    /// Reads what is in `saved`.
+    ///
+    /// # Errors
+    /// Fails if the file `memory` is missing, or if a device's state is not JSON.
+    pub fn of(saved: &SavedMachine) -> Result<Self> {
+        let memory = saved.snapshot().file(MEMORY)?;
+        let memory = image::data_bytes(&memory).context("Failed to read the snapshot's memory")?;
+        let header = saved.header().clone();
+        let vcpus = saved.vcpus().iter().map(|vcpu| {
+            let registers = vcpu.registers().map(|(id, bytes)| {
+                let digits = bytes.iter().rev().map(|byte| format!("{byte:02x}"));
+                (id.to_string(), digits.collect::<String>())
+            });
+            json!({
+                "started": vcpu.is_started(),
+                "registers": registers.collect::<BTreeMap<_, _>>(),
+            })
+        });
+        let mut devices = BTreeMap::<_, BTreeMap<_, _>>::new();
+        for (id, kinds) in saved.parts() {
+            let device = devices.entry(id.to_owned()).or_default();
+            for kind in kinds {
+                let state = serde_json::from_slice(&kind.json);
+                let state = state.with_context(|| format!("Failed to read the state of {id}"))?;
+                device.insert(kind.kind.clone(), state);
+            }
+        }
+        Ok(Self {
+            rvmm: header.rvmm,
+            host_kernel: header.host_kernel,
+            id: header.id.into(),
+            taken_ns: header.taken_ns,
+            config: header.config,
+            ram: saved.ram().size,
+            memory,
+            vcpus: vcpus.collect(),
+            devices,
+        })
+    }
+
+    fn pc(vcpu: &Value) -> &str {
+        let pc = &vcpu["registers"][regs::PC.to_string()];
+        pc.as_str().unwrap_or("?")
+    }
+}
+
+/// Text for people: lines, each with a newline.
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let taken = std::time::Duration::from_nanos(self.taken_ns);
+        let taken = humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + taken);
+        writeln!(f, "snapshot {}, taken {taken}", self.id)?;
+        writeln!(f, "by rvmm {} on Linux {}", self.rvmm, self.host_kernel)?;
+        let (ram, memory) = (ByteSize(self.ram), ByteSize(self.memory));
+        writeln!(f, "RAM: {ram}, of which {memory} are not zero")?;
+        for (hart, vcpu) in self.vcpus.iter().enumerate() {
+            let state = match vcpu["started"].as_bool() {
+                Some(true) => format!("started, pc {}", Self::pc(vcpu)),
+                _ => "stopped".into(),
+            };
+            writeln!(f, "hart {hart}: {state}")?;
+        }
+        for (id, kinds) in &self.devices {
+            let kinds: Vec<&str> = kinds.keys().map(String::as_str).collect();
+            let kinds = match kinds[..] {
+                [] => "no state".into(),
+                _ => kinds.join(", "),
+            };
+            writeln!(f, "{id}: {kinds}")?;
+        }
+        let config = serde_json::to_string_pretty(&self.config).map_err(|_| fmt::Error)?;
+        writeln!(f, "configuration: {config}")
+    }
+}
+
+/// Reads all of the snapshot's memory, and compares it with its checksums. The state was checked
+/// when it was read. Returns the text to print.
+///
+/// # Errors
+/// Fails if the memory cannot be read, or is not what was saved.
+pub fn verify(saved: &SavedMachine) -> Result<String> {
+    let path = saved.snapshot().path();
+    let failed = || format!("Failed to verify snapshot {path:?}");
+    let memory = saved.snapshot().file(MEMORY)?;
+    let sums = image::sums(&memory, saved.ram().size).with_context(failed)?;
+    let bad = saved.ram().differing(&sums);
+    if let Some(first) = bad.first() {
+        bail!(
+            "{}: its memory is damaged: the checksum is wrong for the {} at {first:#x}{}",
+            failed(),
+            ByteSize(saved.ram().chunk),
+            match bad.len() {
+                1 => String::new(),
+                more => format!(", and for {} other places", more - 1),
+            }
+        );
+    }
+    let mut text = String::new();
+    let bytes = ByteSize(image::data_bytes(&memory).with_context(failed)?);
+    writeln!(text, "the snapshot is whole: {bytes} of memory read")?;
+    Ok(text)
+}
