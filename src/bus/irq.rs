@@ -9,9 +9,14 @@ pub trait IrqSink: Send + Sync {
     /// The entry for `source` in a device's `interrupts-extended` property: the controller's
     /// phandle, then the interrupt specifier's cells.
     fn fdt_interrupt(&self, source: u32) -> Vec<u32>;
+    /// The same entry for a wire on which each rising edge is an interrupt. It differs if the
+    /// specifier says how the wire is triggered.
+    fn fdt_edge_interrupt(&self, source: u32) -> Vec<u32> {
+        self.fdt_interrupt(source)
+    }
 }
 
-/// One level-triggered wire from a device to the interrupt controller.
+/// One wire from a device to the interrupt controller. Nearly all wires are level-triggered.
 #[derive(Clone)]
 pub struct IrqLine {
     sink: Arc<dyn IrqSink>,
@@ -30,8 +35,19 @@ impl IrqLine {
         self.sink.set_level(self.source, high);
     }
 
-    /// The value of the device's `interrupts-extended`.
+    /// Sends an edge on a wire that is low: a rise, and the fall back to low.
+    pub fn pulse(&self) {
+        self.set_level(true);
+        self.set_level(false);
+    }
+
+    /// The value of the device's `interrupts-extended` for a level-triggered wire.
     pub fn fdt_interrupt(&self) -> Vec<u32> {
         self.sink.fdt_interrupt(self.source)
+    }
+
+    /// The value of the device's `interrupts-extended` for a wire with edges.
+    pub fn fdt_edge_interrupt(&self) -> Vec<u32> {
+        self.sink.fdt_edge_interrupt(self.source)
     }
 }

@@ -29,9 +29,9 @@ pub const SOURCES_LOSSY: u32 = 30;
 const LOSSY_IDENTITIES: u32 = 31;
 
 /// The number of identities that Linux takes before it takes any for messages: one for IPIs, one
-/// each for the wires of the UART and the clock, and four for PCI's wires, which it maps also if
-/// the devices use messages.
-const RESERVED_IDENTITIES: u32 = 7;
+/// each for the wires of the UART, the clock and the generation ID, and four for PCI's wires, which
+/// it maps also if the devices use messages.
+const RESERVED_IDENTITIES: u32 = 8;
 
 /// The size of the APLIC's registers for one domain in bytes, as KVM has it.
 pub const APLIC_SIZE: u64 = 0x4000;
@@ -44,7 +44,8 @@ const IMSIC_PHANDLE: u32 = 0x1001;
 
 /// The number of the supervisor external interrupt in a hart's local interrupt controller.
 const S_EXTERNAL: u32 = 9;
-/// IRQ_TYPE_LEVEL_HIGH of the device tree's interrupt bindings.
+/// IRQ_TYPE_EDGE_RISING and IRQ_TYPE_LEVEL_HIGH of the device tree's interrupt bindings.
+const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
 /// Registers of an IMSIC's interrupt file, by their numbers in `siselect` (AIA 1.0, section 3.8).
@@ -254,6 +255,10 @@ impl IrqSink for InKernelAia {
 
     fn fdt_interrupt(&self, source: u32) -> Vec<u32> {
         vec![APLIC_PHANDLE, source, LEVEL_HIGH]
+    }
+
+    fn fdt_edge_interrupt(&self, source: u32) -> Vec<u32> {
+        vec![APLIC_PHANDLE, source, EDGE_RISING]
     }
 }
 

@@ -21,6 +21,7 @@ use crate::devices::console::Console;
 use crate::devices::goldfish_rtc::GoldfishRtc;
 use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
+use crate::devices::vmgenid::VmGenId;
 use crate::hypervisor::{Vcpu, Vm, regs};
 use crate::irqchip::IrqChip;
 use crate::memory::GuestMemory;
@@ -164,12 +165,15 @@ impl Board {
         let rtc_line = irqchip.line(layout::RTC_IRQ);
         let rtc = GoldfishRtc::new(layout::RTC.start, rtc_line);
         let rtc = Arc::new(rtc.context("Failed to create the clock's timer")?);
+        let vmgenid = VmGenId::new(layout::VMGENID.start, irqchip.line(layout::VMGENID_IRQ));
+        let vmgenid = Arc::new(vmgenid.context("Failed to choose a generation ID")?);
         let power = Arc::new(PowerSwitch::default());
         let finisher = SifiveTest::new(layout::SIFIVE_TEST.start, Arc::clone(&power));
         let finisher = Arc::new(finisher);
         let mut bus = Bus::default();
         bus.insert(layout::SIFIVE_TEST, Arc::clone(&finisher) as _)?;
         bus.insert(layout::RTC, Arc::clone(&rtc) as _)?;
+        bus.insert(layout::VMGENID, Arc::clone(&vmgenid) as _)?;
         bus.insert(layout::UART, Arc::clone(&uart) as _)?;
         if let Some(registers) = irqchip.mmio() {
             bus.insert(layout::PLIC, registers)?;
@@ -178,6 +182,7 @@ impl Board {
         devices.add(irqchip.device());
         devices.add(Arc::clone(&uart) as _);
         devices.add(Arc::clone(&rtc) as _);
+        devices.add(vmgenid);
         devices.add(finisher);
         Ok(Self {
             bus,

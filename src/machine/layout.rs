@@ -1,19 +1,20 @@
 //! The guest-physical memory map. It is the one of QEMU's `virt` machine, so that guests built for
-//! that machine run.
+//! that machine run. Only the generation ID is not in that map.
 //!
 //! ```text
 //! 0x0010_0000  sifive_test         0x1000_1000  virtio-mmio, eight slots
 //! 0x0010_1000  goldfish RTC        0x2800_0000  IMSIC, one page a hart
-//! 0x0c00_0000  PLIC                0x3000_0000  PCIe ECAM, one bus
-//! 0x0d00_0000  APLIC               0x4000_0000  PCIe memory window
-//! 0x1000_0000  UART                0x8000_0000  RAM
+//! 0x0010_2000  generation ID       0x3000_0000  PCIe ECAM, one bus
+//! 0x0c00_0000  PLIC                0x4000_0000  PCIe memory window
+//! 0x0d00_0000  APLIC               0x8000_0000  RAM
+//! 0x1000_0000  UART
 //! ```
 
 use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
-use crate::devices::{goldfish_rtc, sifive_test, uart16550};
+use crate::devices::{goldfish_rtc, sifive_test, uart16550, vmgenid};
 use crate::irqchip::{aia, plic};
 use crate::pci::host;
 use crate::virtio::transport::mmio;
@@ -22,6 +23,8 @@ use crate::virtio::transport::mmio;
 pub const SIFIVE_TEST: Range<u64> = range(0x0010_0000, sifive_test::SIZE);
 /// The goldfish RTC.
 pub(crate) const RTC: Range<u64> = range(0x0010_1000, goldfish_rtc::SIZE);
+/// The generation ID.
+pub(crate) const VMGENID: Range<u64> = range(0x0010_2000, vmgenid::SIZE);
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
 /// The PLIC.
@@ -56,6 +59,8 @@ pub(crate) const VIRTIO_MMIO_IRQ: u32 = 1;
 pub(crate) const UART_IRQ: u32 = 10;
 /// The RTC's wired interrupt.
 pub(crate) const RTC_IRQ: u32 = 11;
+/// The generation ID's wired interrupt. QEMU's virt machine does not use this source.
+pub(crate) const VMGENID_IRQ: u32 = 12;
 
 /// The first of PCI's four wired interrupts, on a controller with `sources` sources: 32 as on
 /// QEMU's virt machine, or 20 if the controller has fewer than 35 sources.
@@ -73,6 +78,7 @@ pub fn owner(gpa: u64) -> Option<&'static str> {
         (PLIC, "PLIC"),
         (UART, "UART"),
         (RTC, "RTC"),
+        (VMGENID, "generation ID"),
         (SIFIVE_TEST, "sifive_test"),
         (IMSIC, "IMSIC"),
         (VIRTIO_MMIO, "virtio-mmio"),
@@ -96,6 +102,7 @@ mod tests {
         let mut ranges = [
             SIFIVE_TEST,
             RTC,
+            VMGENID,
             PLIC,
             APLIC,
             UART,
@@ -112,7 +119,7 @@ mod tests {
         let imsic_size = IMSIC.end - IMSIC.start;
         assert_eq!(IMSIC.start % imsic_size.next_power_of_two(), 0);
         assert!(UART_PATH.ends_with(&format!("@{:x}", UART.start)));
-        const { assert!(UART_IRQ <= aia::SOURCES_LOSSY) };
+        const { assert!(VMGENID_IRQ <= aia::SOURCES_LOSSY) };
         for sources in [aia::SOURCES, aia::SOURCES_LOSSY, plic::SOURCES] {
             assert!(pci_irq(sources) + 3 <= sources);
         }

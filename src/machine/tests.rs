@@ -224,6 +224,32 @@ fn a_host_without_aia_gets_a_plic() {
     }
 }
 
+/// The interrupt of the generation ID is an edge, where the controller's cells say so.
+#[test]
+fn the_generation_id_has_an_edge() {
+    for (name, has_aia, interrupt) in [
+        ("edge-aia", true, &[0x1000u32, 12, 1][..]),
+        ("edge-plic", false, &[0x1000, 12]),
+    ] {
+        let record = Record {
+            has_aia,
+            ..Record::default()
+        };
+        let tree = build(name, record).2.unwrap().device_tree().to_vec();
+        assert!(contains(&tree, "microsoft,vmgenid"));
+        let cells: Vec<u8> = interrupt
+            .iter()
+            .flat_map(|cell| cell.to_be_bytes())
+            .collect();
+        let length = u32::try_from(cells.len()).unwrap();
+        // A property is its length, the offset of its name, and its value.
+        let found = tree.windows(8 + cells.len()).any(|property| {
+            property.starts_with(&length.to_be_bytes()) && property.ends_with(&cells)
+        });
+        assert!(found, "{name}");
+    }
+}
+
 #[test]
 fn a_lossy_imsic_is_offered_fewer_sources() {
     let sources = |name, is_lossy| {

@@ -68,6 +68,9 @@ pub enum LoadError {
     /// KVM refused to write a register.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
+    /// The host refused something.
+    #[error("{0}")]
+    Other(String),
 }
 
 /// Saved state of one kind.
