@@ -133,7 +133,7 @@ fn check_uart_interrupts(flags: &[&str], controller: &str) {
         end.console
             .contains(&format!("rvmm-guest: got typed {nonce}"))
     );
-    let [before, typed, written] = [1, 2, 3].map(|n| uart_row(&end.console, n));
+    let [before, typed, written] = [1, 2, 3].map(|n| row(&end.console, n, "ttyS0"));
     assert!(
         before.contains(controller),
         "{before:?} is not by the {controller}"
@@ -146,11 +146,15 @@ fn check_uart_interrupts(flags: &[&str], controller: &str) {
         count(typed) < count(written),
         "{typed:?} before 4 KiB of output, {written:?} after"
     );
+    // Linux has a driver for the generation ID. A guest that was not restored gets no interrupt.
+    let generation = row(&end.console, 3, "vmgenid");
+    assert!(generation.contains(controller), "{generation:?}");
+    assert_eq!(count(generation), 0, "{generation:?}");
     end.assert_status(POWERED_OFF);
 }
 
-/// The row of ttyS0 in the n-th `/proc/interrupts` that the guest prints.
-fn uart_row(console: &str, n: u32) -> &str {
+/// The row of `device` in the n-th `/proc/interrupts` that the guest prints.
+fn row<'a>(console: &'a str, n: u32, device: &str) -> &'a str {
     let begin = format!("rvmm-guest: irqs-begin {n}");
     let end = format!("rvmm-guest: irqs-end {n}");
     let mut lines = console
@@ -158,8 +162,8 @@ fn uart_row(console: &str, n: u32) -> &str {
         .map(str::trim_end)
         .skip_while(|line| *line != begin);
     let mut lines = lines.by_ref().take_while(|line| *line != end);
-    let row = lines.find(|line| line.ends_with("ttyS0"));
-    row.unwrap_or_else(|| panic!("no row for ttyS0 behind {begin:?}"))
+    let row = lines.find(|line| line.ends_with(device));
+    row.unwrap_or_else(|| panic!("no row for {device} behind {begin:?}"))
 }
 
 /// The number of interrupts in a row of `/proc/interrupts`: `10:`, one number for each CPU, then
