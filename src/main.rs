@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
-use std::path::Path;
+use std::path::{self, Path};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +19,7 @@ use rvmm::devices::console::terminal;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{
-    Clock, Machine, Outcome, Run, SavedMachine, Stats, Unfit, layout, show, signals, status,
+    Clock, Machine, Outcome, Run, SavedMachine, Stats, Unfit, layout, merge, show, signals, status,
 };
 use rvmm::trace::read::{Filter, ReadError};
 use rvmm::trace::{self, Recorder};
@@ -177,6 +177,10 @@ fn snapshot(act: &SnapshotAct) -> Result<String> {
             })
         }
         SnapshotAct::Verify { dir } => show::verify(&SavedMachine::open(dir)?),
+        SnapshotAct::Merge { dirs, into } => {
+            let into = path::absolute(into).context("Failed to find the working directory")?;
+            merge::merge(dirs, &into).map(|()| String::new())
+        }
     }
 }
 

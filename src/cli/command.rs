@@ -6,7 +6,7 @@ use std::path::{self, PathBuf};
 use clap::Subcommand;
 
 use super::restore::{ClockFlag, Restore};
-use crate::control;
+use crate::control::{self, SnapshotOf, What};
 
 /// What rvmm does instead of running a machine.
 #[derive(Debug, Subcommand)]
@@ -74,6 +74,16 @@ pub enum Act {
     Snapshot {
         /// The directory must be new, empty or hold an earlier snapshot, which it replaces
         dir: PathBuf,
+        /// Copy most of RAM while the guest still runs, so that it is frozen for a shorter time
+        #[arg(long)]
+        live: bool,
+        /// From now on, track what changes, for --diff; vhost is off meanwhile
+        #[arg(long)]
+        track: bool,
+        /// Write only the RAM that has changed since the last --track or --diff; rvmm snapshot
+        /// merge makes a whole snapshot of it
+        #[arg(long, conflicts_with_all = ["track", "live"])]
+        diff: bool,
     },
     /// End the machine, as Ctrl-A X does
     Stop,
@@ -107,6 +117,15 @@ pub enum SnapshotAct {
         /// The directory of the snapshot
         dir: PathBuf,
     },
+    /// Make a whole snapshot of one and the changes after it
+    Merge {
+        /// A whole snapshot, taken with --track, and those with --diff after it, in their order
+        #[arg(required = true, num_args = 2.., value_name = "DIR")]
+        dirs: Vec<PathBuf>,
+        /// The new snapshot
+        #[arg(long, value_name = "DIR")]
+        into: PathBuf,
+    },
 }
 
 impl Act {
@@ -122,9 +141,20 @@ impl Act {
                 ClockFlag::Stop => control::Command::Resume,
                 ClockFlag::Jump => control::Command::ResumeAndJump,
             },
-            Act::Snapshot { dir } => control::Command::Snapshot {
+            Act::Snapshot {
+                dir,
+                live,
+                track,
+                diff,
+            } => control::Command::Snapshot(SnapshotOf {
                 dir: path::absolute(dir)?,
-            },
+                live: *live,
+                what: match (track, diff) {
+                    (_, true) => What::Diff,
+                    (true, _) => What::Track,
+                    _ => What::All,
+                },
+            }),
             Act::Stop => control::Command::Stop,
             Act::Reset => control::Command::Reset,
             Act::Stats => control::Command::Stats,

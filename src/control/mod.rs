@@ -33,10 +33,7 @@ pub enum Command {
     ResumeAndJump,
     /// Write a snapshot of the machine, and report a [`Reply::Snapshot`]. A running guest is paused
     /// meanwhile.
-    Snapshot {
-        /// The absolute path of the snapshot's directory.
-        dir: PathBuf,
-    },
+    Snapshot(SnapshotOf),
     /// End the machine, as Ctrl-A X does.
     Stop,
     /// Restart the guest, as if power was off for a moment. A paused machine stays paused.
@@ -74,6 +71,34 @@ pub enum Reply {
     Report(String),
     /// The snapshot is complete.
     Snapshot(Taken),
+}
+
+/// A snapshot to be taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotOf {
+    /// The absolute path of its directory.
+    pub dir: PathBuf,
+    /// What it has of guest RAM.
+    #[serde(default)]
+    pub what: What,
+    /// Copy most of RAM while the guest still runs.
+    #[serde(default)]
+    pub live: bool,
+}
+
+/// What a snapshot has of guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum What {
+    /// All of it.
+    #[default]
+    All,
+    /// All of it. From then on, changes are tracked for [`What::Diff`].
+    Track,
+    /// What has changed since the last snapshot that was taken with [`What::Track`] or
+    /// [`What::Diff`].
+    Diff,
 }
 
 /// A snapshot that was taken.

@@ -17,6 +17,7 @@ use crate::devices::console::Console;
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::{self, GuestMemory};
 use crate::report::symbols::{Function, Symbols};
+use crate::util::Hex;
 
 const NO_HARDWARE: &str = "the machine has no hardware";
 
@@ -35,6 +36,8 @@ pub struct Machine {
     hardware: Option<Hardware>,
     /// How the vCPUs of a restored guest go on. None once its first life has begun.
     restored: Option<Restored>,
+    /// The id of the snapshot since which the changes of RAM are tracked, if they are.
+    pub(super) parent: Option<Hex>,
 }
 
 impl Machine {
@@ -82,6 +85,7 @@ impl Machine {
             panic: None,
             hardware: None,
             restored: None,
+            parent: None,
         };
         machine.assemble(&vm, Content::Boot(&files, &plan))?;
         machine.files = Some(files);
@@ -125,6 +129,7 @@ impl Machine {
             panic: None,
             hardware: None,
             restored: None,
+            parent: None,
         };
         saved.load_consoles(&machine.console, machine.backends.console.as_deref())?;
         machine.assemble(&vm, Content::Snapshot(&mut saved))?;
@@ -158,6 +163,9 @@ impl Machine {
     pub(super) fn reset(&mut self) -> Result<()> {
         // Drop the old VM first: the host may have guest interrupt files for one VM only.
         self.hardware = None;
+        // The new VM does not log what its guest writes.
+        self.parent = None;
+        memory::dirty_log(&self.ram).stop()?;
         memory::clear(&self.ram, self.config.mem)
             .context("Failed to clear guest RAM for a reset")?;
         let files = match self.files.take() {

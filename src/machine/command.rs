@@ -25,10 +25,7 @@ impl Running<'_> {
     ) -> Result<Option<End>> {
         let reply = match command {
             Command::Status => Reply::Status(self.status(vcpus)?),
-            Command::Pause
-            | Command::Resume
-            | Command::ResumeAndJump
-            | Command::Snapshot { .. }
+            Command::Pause | Command::Resume | Command::ResumeAndJump | Command::Snapshot(_)
                 if self.is_held() =>
             {
                 Reply::Refused("GDB has stopped the guest: let it go on in GDB, or detach".into())
@@ -36,7 +33,7 @@ impl Running<'_> {
             Command::Pause => self.pause(vcpus)?,
             Command::Resume => self.resume(vcpus, Clock::Stop)?,
             Command::ResumeAndJump => self.resume(vcpus, Clock::Jump)?,
-            Command::Snapshot { dir } => self.snapshot(&dir, vcpus)?,
+            Command::Snapshot(of) => self.snapshot(&of, vcpus)?,
             Command::Stop => {
                 self.main.answer(client, &Reply::Done);
                 return Ok(Some(End::Over(Outcome::Commanded)));

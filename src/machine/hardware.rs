@@ -55,6 +55,7 @@ pub(super) struct Hardware {
     pub(super) devices: Devices,
     /// Where the boot files were loaded.
     pub(super) placement: Placement,
+    pub(super) vm: Arc<dyn Vm>,
     /// The interrupt controller that the guest has: never `Auto`.
     pub(super) irqchip: IrqchipKind,
     /// Exits are recorded once this has a tracer.
@@ -117,6 +118,7 @@ impl Hardware {
             device_tree,
             devices: board.devices,
             placement,
+            vm: Arc::clone(vm),
             irqchip: kind,
             tracer: Arc::clone(&backends.tracer),
             uart: board.uart,

@@ -22,6 +22,7 @@ pub mod layout;
 mod life;
 mod mainloop;
 mod meantime;
+pub mod merge;
 mod outcome;
 mod restore;
 pub mod show;
@@ -29,6 +30,7 @@ pub mod signals;
 mod snapshot;
 mod stats;
 pub mod status;
+mod tracking;
 mod virtio;
 mod watcher;
 

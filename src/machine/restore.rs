@@ -147,11 +147,21 @@ impl SavedMachine {
     }
 
     /// Maps guest RAM copy-on-write from the snapshot.
+    ///
+    /// # Errors
+    /// Fails if the snapshot has only the changes since another one, or if the file cannot be
+    /// mapped.
     pub(super) fn open_ram(
         &self,
         base: GuestAddress,
         config: MemConfig,
     ) -> Result<Arc<GuestMemory>> {
+        if self.header.parent.is_some() {
+            bail!(
+                "it has only changes: make it whole with rvmm snapshot merge --into NEW BASE {:?}",
+                self.snapshot.path()
+            );
+        }
         let file = self.snapshot.file(MEMORY)?;
         Ok(image::open(base, config, file)?)
     }

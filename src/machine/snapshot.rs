@@ -1,84 +1,215 @@
 //! Takes snapshots: freezes the machine, and writes its state and its RAM to a directory.
+//!
+//! ```text
+//! --live: copy RAM --> pause --> write state and RAM --> resume --> make it durable, name it
+//! ```
+//!
+//! With `--live` most of RAM is copied before the pause, while the guest runs; only what it changes
+//! meanwhile is copied in the pause.
 
+use std::fs::File;
 use std::path::{Path, absolute};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use log::info;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::Running;
 use super::builder::Machine;
 use super::frozen::{Clock, FrozenTime};
 use super::life::Vcpus;
 use super::restore::{CONSOLES, vcpu_id};
+use super::{Running, tracking};
 use crate::boot::saved::BootState;
 use crate::config::{ConsoleConfig, VmConfig};
-use crate::control::{Reply, State, Taken};
+use crate::control::{Reply, SnapshotOf, State, Taken, What};
 use crate::hypervisor::host::kernel_release;
-use crate::memory::{GuestMemory, image};
+use crate::memory::{GuestMemory, dirty_log, image};
 use crate::snapshot::directory::{MEMORY, NewSnapshot};
 use crate::snapshot::file::Section;
 use crate::snapshot::{Header, MACHINE, RamState, SaveError, Saved};
 use crate::util::{Hex, random};
 use crate::vcpu::saved::VcpuState;
+use crate::vcpu::settle::settle;
 use crate::vcpu::thread::Parked;
 
+/// A snapshot that is being taken.
+struct Taking {
+    new: NewSnapshot,
+    memory: File,
+    id: Hex,
+    what: What,
+    /// RAM was copied while the guest ran, and what changes since then is tracked.
+    is_copied: bool,
+    sections: Vec<Section>,
+    ram: RamState,
+}
+
 impl Running<'_> {
-    /// Takes a snapshot in the directory `path`. Pauses the guest meanwhile, if it runs.
+    /// Takes a snapshot. Pauses the guest for it, if it runs.
     ///
     /// # Errors
     /// Fails if the machine cannot go on. That there can be no snapshot is a reply.
-    pub(super) fn snapshot(&mut self, path: &Path, vcpus: &mut Vcpus) -> Result<Reply> {
-        let before = vcpus.state();
+    pub(super) fn snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Reply> {
+        let runs = vcpus.state() == State::Running;
+        let begun = self.begin_snapshot(of, vcpus)?;
         let began = Instant::now();
         self.pause(vcpus)?;
         vcpus.freeze()?;
         let settled = self.settle(vcpus)?;
-        let state = settled.and_then(|time| self.machine.state(vcpus.parked(), &time));
-        let ram = self.machine.ram();
-        let write = || state.and_then(|sections| write(path, ram, sections));
-        let written = self.main.while_serving(write)?;
-        if before == State::Running {
+        let written = match (begun, settled) {
+            (Ok(taking), Ok(time)) => self.write(taking, vcpus, &time, &of.dir)?,
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        };
+        if runs {
             if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
                 return Ok(super::command::stays_paused(error));
             }
         }
-        Ok(match written {
-            Ok(memory) => {
-                let frozen = began.elapsed();
-                info!("snapshot {path:?}: the guest was frozen for {frozen:.1?}");
+        let frozen = began.elapsed();
+        let finish = || written.and_then(|taking| finish(taking, &of.dir));
+        let finished = self.main.while_serving(finish)?;
+        if finished.is_err() && of.what != What::All {
+            // The marks of pages that this snapshot should have had are cleared.
+            self.machine.parent = None;
+        }
+        let reply = match finished {
+            Ok((id, memory)) => {
+                if of.what != What::All {
+                    self.machine.parent = Some(id);
+                }
+                info!(
+                    "snapshot {:?}: the guest was frozen for {frozen:.1?}",
+                    of.dir
+                );
                 Reply::Snapshot(Taken {
                     frozen_us: u64::try_from(frozen.as_micros()).unwrap_or(u64::MAX),
                     memory,
                 })
             }
             Err(error) => Reply::Refused(format!("{error:#}")),
+        };
+        if self.machine.parent.is_none() && dirty_log(self.machine.ram()).is_on() {
+            self.track(false)?;
+        }
+        Ok(reply)
+    }
+
+    /// Prepares the directory. With `--live`, also copies RAM while the guest runs. The inner
+    /// result is that of the snapshot, and the outer one that of the machine.
+    fn begin_snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Result<Taking>> {
+        let is_tracked = self.machine.parent.is_some();
+        let refused = match of.what {
+            What::Diff if !is_tracked => {
+                "there is no snapshot to compare with: take one with --track before"
+            }
+            What::Diff if of.live => "--diff and --live exclude each other: leave one out",
+            What::All if of.live && is_tracked => {
+                "the changes of RAM are tracked for --diff: leave out --live, or add --track"
+            }
+            _ => "",
+        };
+        if !refused.is_empty() {
+            return Ok(Err(anyhow!(refused)));
+        }
+        let mut taking = match self.new_snapshot(of) {
+            Ok(taking) => taking,
+            Err(error) => return Ok(Err(error)),
+        };
+        if !of.live || vcpus.state() != State::Running {
+            return Ok(Ok(taking));
+        }
+        // The devices go on without vhost, whose writes are not tracked.
+        self.pause(vcpus)?;
+        let tracked = self.track(true);
+        if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
+            return Ok(Err(error.into()));
+        }
+        let ram = self.machine.ram();
+        let copy = || tracked.and_then(|()| copy(ram, &taking.memory, &of.dir));
+        let copied = self.main.while_serving(copy)?;
+        Ok(copied.map(|()| {
+            taking.is_copied = true;
+            taking
+        }))
+    }
+
+    fn new_snapshot(&self, of: &SnapshotOf) -> Result<Taking> {
+        let new = NewSnapshot::begin(&of.dir)?;
+        let region = self.machine.ram().iter().next();
+        let region = region.context("the machine has no RAM")?;
+        Ok(Taking {
+            memory: new.create(MEMORY)?,
+            new,
+            id: Hex(random::bytes::<16>()?.into()),
+            what: of.what,
+            is_copied: false,
+            sections: Vec::new(),
+            ram: RamState::unsummed(region.start_addr().0, region.len()),
         })
+    }
+
+    /// Starts or stops to track the changes of RAM. The machine must be paused.
+    fn track(&self, on: bool) -> Result<()> {
+        let vm = self.machine.hardware()?.vm.as_ref();
+        let ram = self.machine.ram();
+        match on {
+            true => tracking::start(vm, ram, self.machine.config.mem.hugepages.is_some()),
+            false => tracking::stop(vm, ram),
+        }
     }
 
     /// Makes the registers of the parked vCPUs complete, and returns the guest's time.
     fn settle(&mut self, vcpus: &mut Vcpus) -> Result<Result<FrozenTime>> {
         let resets_harts = self.machine.hardware()?.resets_harts;
         let lent = vcpus.lend();
-        let settled = self
-            .main
-            .while_serving(|| crate::vcpu::settle::settle(lent, resets_harts))?;
+        let settled = self.main.while_serving(|| settle(lent, resets_harts))?;
         // Without its vCPUs the machine cannot go on.
         vcpus.take_back(settled.context("Failed to save the state of the vCPUs")?);
         Ok(vcpus.frozen().context("the guest's time is unknown"))
+    }
+
+    /// Writes the state and the RAM of the paused machine. The results are as those of
+    /// [`Running::begin_snapshot`].
+    fn write(
+        &mut self,
+        mut taking: Taking,
+        vcpus: &Vcpus,
+        time: &FrozenTime,
+        path: &Path,
+    ) -> Result<Result<Taking>> {
+        let sections = self.machine.state(vcpus.parked(), time, &taking);
+        let vm = self.machine.hardware()?.vm.as_ref();
+        let ram = self.machine.ram();
+        let changed = match taking.is_copied || taking.what == What::Diff {
+            true => tracking::take(vm, ram).map(Some),
+            false => Ok(None),
+        };
+        let write = || -> Result<Taking> {
+            taking.sections = sections?;
+            write_ram(ram, &mut taking, changed?, path)?;
+            Ok(taking)
+        };
+        let written = self.main.while_serving(write)?;
+        let of_all = |taking: &Taking| taking.what == What::All;
+        Ok(match written {
+            Ok(taking) if of_all(&taking) && taking.is_copied => self.track(false).map(|()| taking),
+            Ok(taking) if taking.what == What::Track => self.track(true).map(|()| taking),
+            written => written,
+        })
     }
 }
 
 impl Machine {
     /// The state of all parts of the paused machine but RAM.
-    fn state(&self, vcpus: &[Parked], time: &FrozenTime) -> Result<Vec<Section>> {
+    fn state(&self, vcpus: &[Parked], time: &FrozenTime, of: &Taking) -> Result<Vec<Section>> {
         let (time, taken_ns) = time.saved();
         let header = Header {
             rvmm: env!("CARGO_PKG_VERSION").into(),
             host_kernel: kernel_release(),
-            id: Hex(random::bytes::<16>()?.into()),
+            id: of.id.clone(),
             taken_ns,
+            parent: self.parent.clone().filter(|_| of.what == What::Diff),
             config: self.pinned_config()?,
         };
         let mut sections = vec![
@@ -137,18 +268,54 @@ fn of_machine(saved: Result<Saved, SaveError>) -> Result<Section> {
     })
 }
 
-/// Writes the snapshot of a paused machine, of which `sections` are the state. Returns the number
-/// of bytes in the file `memory` that are not holes.
-fn write(path: &Path, ram: &GuestMemory, mut sections: Vec<Section>) -> Result<u64> {
-    let new = NewSnapshot::begin(path)?;
-    let memory = new.create(MEMORY)?;
+/// Copies RAM to `memory` while the guest runs. The copy is wrong where the guest writes meanwhile.
+fn copy(ram: &GuestMemory, memory: &File, path: &Path) -> Result<()> {
+    let copied = image::save(ram, memory).map(drop);
+    copied.with_context(|| format!("Failed to write {:?}", path.join(MEMORY)))
+}
+
+/// Writes the RAM of the paused machine: all of it, or the pages that have `changed`.
+fn write_ram(
+    ram: &GuestMemory,
+    taking: &mut Taking,
+    changed: Option<Vec<u64>>,
+    path: &Path,
+) -> Result<()> {
     let failed = || format!("Failed to write {:?}", path.join(MEMORY));
-    let region = ram.iter().next().context("the machine has no RAM")?;
-    let (base, size) = (region.start_addr().0, region.len());
-    let sums = image::save(ram, &memory).with_context(failed)?;
-    let ram = RamState::new(base, size, &sums);
+    let RamState { base, size, .. } = taking.ram;
+    match changed {
+        None => {
+            let sums = image::save(ram, &taking.memory).with_context(failed)?;
+            taking.ram = RamState::new(base, size, &sums);
+        }
+        Some(pages) => {
+            image::save_marked(ram, &taking.memory, &pages).with_context(failed)?;
+            if taking.what == What::Diff {
+                taking.ram = taking.ram.clone().with_changes(&pages);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes a snapshot durable and gives it its name. Returns its id, and the number of bytes in the
+/// file `memory` that are not holes.
+fn finish(taking: Taking, path: &Path) -> Result<(Hex, u64)> {
+    let failed = || format!("Failed to write {:?}", path.join(MEMORY));
+    let Taking {
+        new,
+        memory,
+        id,
+        mut sections,
+        mut ram,
+        ..
+    } = taking;
+    if !ram.is_summed() {
+        let sums = image::sums(&memory, ram.size).with_context(failed)?;
+        ram.set_sums(&sums);
+    }
     sections.insert(1, of_machine(Saved::of(&ram))?);
     let bytes = image::data_bytes(&memory).with_context(failed)?;
     new.finish(&sections, &[memory])?;
-    Ok(bytes)
+    Ok((id, bytes))
 }

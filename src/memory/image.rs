@@ -129,6 +129,73 @@ pub fn save(ram: &GuestMemory, file: &File) -> io::Result<Sums> {
     Ok(sums)
 }
 
+/// Writes those pages of `ram` to their place in `file` that are marked in `pages`, as
+/// [`pages_of`](super::pages_of) counts them, whatever is in them. The guest must not run, and no
+/// device may write to RAM meanwhile.
+///
+/// # Errors
+/// Fails if the file cannot be written.
+pub fn save_marked(ram: &GuestMemory, file: &File, pages: &[u64]) -> io::Result<()> {
+    let region = ram.iter().next().ok_or(io::ErrorKind::NotFound)?;
+    file.set_len(region.size() as u64)?;
+    for run in runs(pages, region.size() / PAGE) {
+        write_pages(region, file, &run)?;
+    }
+    Ok(())
+}
+
+/// Copies those pages of the image `from` to the image `to` that are marked in `pages`. Both have
+/// `size` bytes.
+///
+/// # Errors
+/// Fails if a file cannot be read or written.
+pub fn copy_marked(from: &File, to: &File, pages: &[u64], size: u64) -> io::Result<()> {
+    let all = usize::try_from(size / PAGE_SIZE).map_err(io::Error::other)?;
+    for run in runs(pages, all) {
+        copy_range(from, to, run.start * PAGE..run.end * PAGE)?;
+    }
+    Ok(())
+}
+
+/// Copies what is not a hole in the image `from` to the image `to`, which is empty.
+///
+/// # Errors
+/// Fails if a file cannot be read or written.
+pub fn copy_all(from: &File, to: &File) -> io::Result<()> {
+    let size = from.metadata()?.len();
+    to.set_len(size)?;
+    let all = usize::try_from(size).map_err(io::Error::other)?;
+    for range in data(from, 0..all)? {
+        copy_range(from, to, range)?;
+    }
+    Ok(())
+}
+
+/// Copies a range of bytes to the same place in another file.
+fn copy_range(from: &File, to: &File, range: Range<usize>) -> io::Result<()> {
+    let mut bytes = vec![0; (1 << 20).min(range.len())];
+    let mut at = range.start;
+    while at < range.end {
+        let count = bytes.len().min(range.end - at);
+        from.read_exact_at(&mut bytes[..count], at as u64)?;
+        to.write_all_at(&bytes[..count], at as u64)?;
+        at += count;
+    }
+    Ok(())
+}
+
+/// The runs of pages that are marked, of the first `all` pages.
+fn runs(pages: &[u64], all: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for page in super::pages_of(pages).take_while(|page| *page < all) {
+        match runs.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    runs
+}
+
 /// A page of RAM, by its number. None beyond the end.
 fn page(region: &Region, number: usize) -> Option<Page<'_>> {
     let inside = number < region.size() / PAGE;

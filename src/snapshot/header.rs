@@ -22,6 +22,8 @@ pub struct Header {
     pub id: Hex,
     /// When the guest was frozen: nanoseconds since 1970, by the host's clock.
     pub taken_ns: u64,
+    /// The id of the snapshot that this one has the changes since. None if it has everything.
+    pub parent: Option<Hex>,
     /// The configuration. Paths are absolute, and what rvmm has chosen by itself is filled in.
     pub config: VmConfig,
 }
@@ -58,6 +60,9 @@ pub struct RamState {
     pub chunk: u64,
     /// The checksums, 16 bytes for each chunk: see [`Sums`].
     pub sums: Hex,
+    /// If the file has only the pages that were changed since the parent: one bit for each page of
+    /// RAM. Bit 0 of the first byte is the first page.
+    pub changed: Option<Hex>,
 }
 
 impl State for RamState {
@@ -66,15 +71,54 @@ impl State for RamState {
 }
 
 impl RamState {
-    /// The state of RAM at `base` with `size` bytes and these checksums.
-    pub fn new(base: u64, size: u64, sums: &Sums) -> Self {
-        let bytes = sums.sums.iter().flatten();
+    /// The state of RAM at `base` with `size` bytes, still without checksums.
+    pub fn unsummed(base: u64, size: u64) -> Self {
         Self {
             base,
             size,
-            chunk: sums.chunk,
-            sums: Hex(bytes.flat_map(|half| half.to_le_bytes()).collect()),
+            chunk: 0,
+            sums: Hex::default(),
+            changed: None,
         }
+    }
+
+    /// The state of RAM at `base` with `size` bytes and these checksums.
+    pub fn new(base: u64, size: u64, sums: &Sums) -> Self {
+        let mut state = Self::unsummed(base, size);
+        state.set_sums(sums);
+        state
+    }
+
+    /// Sets the checksums.
+    pub fn set_sums(&mut self, sums: &Sums) {
+        let bytes = sums.sums.iter().flatten();
+        self.chunk = sums.chunk;
+        self.sums = Hex(bytes.flat_map(|half| half.to_le_bytes()).collect());
+    }
+
+    /// Whether there are checksums.
+    pub fn is_summed(&self) -> bool {
+        self.chunk != 0
+    }
+
+    /// The same, of which the file has only the pages that are marked in `pages`, as
+    /// [`pages_of`](crate::memory::pages_of) counts them.
+    #[must_use]
+    pub fn with_changes(mut self, pages: &[u64]) -> Self {
+        let bytes = pages.iter().flat_map(|word| word.to_le_bytes());
+        self.changed = Some(Hex(bytes.collect()));
+        self
+    }
+
+    /// The pages that the file has, if it has only the changed ones.
+    pub fn changes(&self) -> Option<Vec<u64>> {
+        let word = |bytes: &[u8]| {
+            let mut all = [0; 8];
+            all[..bytes.len()].copy_from_slice(bytes);
+            u64::from_le_bytes(all)
+        };
+        let bytes = &self.changed.as_ref()?.0;
+        Some(bytes.chunks(8).map(word).collect())
     }
 
     /// The offsets in RAM of the chunks whose checksum in `sums` is another one.

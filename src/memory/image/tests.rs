@@ -161,3 +161,47 @@ fn many_pages_have_few_sums() {
         assert_eq!((sums.chunk, sums.sums.len()), (chunk, count));
     }
 }
+
+/// A page that became zero is in the file too.
+#[test]
+fn marked_pages_are_written_whatever_is_in_them() {
+    let base = file();
+    let ram = used();
+    save(&ram, &base).unwrap();
+    ram.write_obj(0u64, at(0x1008)).unwrap();
+    ram.write_obj(9u64, at(0x7000)).unwrap();
+    ram.write_obj(10u64, at(0x9000)).unwrap();
+    let pages = [(1 << 1) | (1 << 7), 0, 0, 0, u64::MAX];
+    let changes = file();
+    save_marked(&ram, &changes, &pages[..1]).unwrap();
+    assert_eq!(data_bytes(&changes).unwrap(), 2 * 4096);
+    let merged = file();
+    copy_all(&base, &merged).unwrap();
+    assert_eq!(
+        super::sums(&merged, 3 << 20).unwrap(),
+        super::sums(&base, 3 << 20).unwrap()
+    );
+    // Marks beyond the end are ignored.
+    copy_marked(
+        &changes,
+        &merged,
+        &[pages[0], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+        3 << 20,
+    )
+    .unwrap();
+    let after = open(BASE, CONFIG, merged).unwrap();
+    let expected = [
+        (0x8, 1),
+        (0x1008, 0),
+        (0x5008, 0x5001),
+        (0x7000, 9),
+        (0x9000, 0),
+    ];
+    for (offset, value) in expected {
+        assert_eq!(
+            after.read_obj::<u64>(at(offset)).unwrap(),
+            value,
+            "{offset:#x}"
+        );
+    }
+}

@@ -1,0 +1,80 @@
+//! `rvmm snapshot merge`: makes a whole snapshot of one and the changes after it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::restore::SavedMachine;
+use crate::memory::image;
+use crate::snapshot::directory::{MEMORY, NewSnapshot, Snapshot};
+use crate::snapshot::file::Section;
+use crate::snapshot::{Header, MACHINE, RamState, Saved, State};
+use crate::util::{Hex, random};
+
+/// Writes a new snapshot to `into`. The first of `paths` is a whole snapshot, and each of the
+/// others has the changes since the one before it.
+///
+/// # Errors
+/// Fails if a snapshot is damaged or missing, if they do not follow each other, or if the host
+/// refuses. There is no new snapshot then.
+pub fn merge(paths: &[PathBuf], into: &Path) -> Result<()> {
+    let all: Vec<SavedMachine> = paths
+        .iter()
+        .map(|path| SavedMachine::open(path))
+        .collect::<Result<_>>()?;
+    let (Some(base), Some(last)) = (all.first(), all.last()) else {
+        bail!("Failed to merge snapshots: there are none");
+    };
+    check_order(&all)?;
+    let failed = || format!("Failed to merge snapshots into {into:?}");
+    let new = NewSnapshot::begin(into)?;
+    let memory = new.create(MEMORY)?;
+    image::copy_all(&base.snapshot().file(MEMORY)?, &memory).with_context(failed)?;
+    let size = base.ram().size;
+    for saved in &all[1..] {
+        let changes = saved.ram().changes().unwrap_or_default();
+        let from = saved.snapshot().file(MEMORY)?;
+        image::copy_marked(&from, &memory, &changes, size).with_context(failed)?;
+    }
+    let sums = image::sums(&memory, size).with_context(failed)?;
+    let ram = RamState::new(base.ram().base, size, &sums);
+    let header = Header {
+        id: Hex(random::bytes::<16>()?.into()),
+        parent: None,
+        ..last.header().clone()
+    };
+    let mut sections = Snapshot::open(last.snapshot().path())?.sections;
+    replace(&mut sections, &header)?;
+    replace(&mut sections, &ram)?;
+    new.finish(&sections, &[memory])
+}
+
+/// Checks that the first snapshot is whole, and that each other one has the changes since the one
+/// before it.
+fn check_order(all: &[SavedMachine]) -> Result<()> {
+    let path = |saved: &SavedMachine| saved.snapshot().path().to_owned();
+    let first = all.first().filter(|saved| saved.header().parent.is_some());
+    if let Some(path) = first.map(path) {
+        bail!("{path:?} has only changes: the first snapshot to merge has to be a whole one");
+    }
+    for pair in all.windows(2) {
+        let [before, after] = pair else { continue };
+        if after.header().parent.as_ref() != Some(&before.header().id) {
+            let (before, after) = (path(before), path(after));
+            bail!("{after:?} does not have the changes since {before:?}: give them in their order");
+        }
+        if after.ram().size != before.ram().size || after.ram().changes().is_none() {
+            bail!("{:?} is not of the same machine", path(after));
+        }
+    }
+    Ok(())
+}
+
+/// Replaces the machine's section with a state of this type.
+fn replace<S: State>(sections: &mut [Section], state: &S) -> Result<()> {
+    let saved = Saved::of(state)?;
+    let is_it = |section: &&mut Section| section.id == MACHINE && section.saved.kind == saved.kind;
+    let section = sections.iter_mut().find(is_it);
+    section.context("the snapshot has no such section")?.saved = saved;
+    Ok(())
+}
