@@ -37,6 +37,8 @@ pub mod control;
 
 pub mod machine;
 
+pub mod fork;
+
 pub mod info;
 
 pub mod cli;

@@ -16,6 +16,7 @@ use rvmm::cli::{self, Act, Cli, Command, Request, Restore, RunFlags, SnapshotAct
 use rvmm::config::{ConsoleConfig, TraceConfig};
 use rvmm::control::{Reply, client};
 use rvmm::devices::console::terminal;
+use rvmm::fork::{self, Fork};
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{
@@ -72,6 +73,24 @@ fn main() -> ExitCode {
 
 /// `rvmm ctl`. Returns what is to be printed on standard output.
 fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
+    if let Act::Fork {
+        count,
+        dir,
+        net,
+        console,
+        pause,
+    } = act
+    {
+        let clones = fork::fork(&Fork {
+            socket: path.into(),
+            count: *count,
+            dir: dir.clone(),
+            net: net.clone(),
+            console: console.clone(),
+            pause: *pause,
+        })?;
+        return Ok(clones.into());
+    }
     let command = act
         .command()
         .context("Failed to find the working directory")?;

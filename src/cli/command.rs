@@ -84,6 +84,27 @@ pub enum Act {
         /// merge makes a whole snapshot of it
         #[arg(long, conflicts_with_all = ["track", "live"])]
         diff: bool,
+        /// Also copy the images of the disks that the guest can write to, to DIR/disk-NAME
+        #[arg(long)]
+        disks: bool,
+    },
+    /// Start N copies of the machine, which goes on itself
+    Fork {
+        /// The number of copies
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        count: u32,
+        /// A new directory: copy 1 has its control socket, console and log in DIR/1, and so on
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+        /// The tap of each copy's interface; {} stands for its number, as in tap=clone{}
+        #[arg(long, value_name = "tap=NAME[,..]")]
+        net: Vec<String>,
+        /// Where the console of each copy goes; {} stands for its number (default: to a file)
+        #[arg(long, value_name = "WHERE")]
+        console: Option<String>,
+        /// The copies start paused
+        #[arg(long)]
+        pause: bool,
     },
     /// End the machine, as Ctrl-A X does
     Stop,
@@ -141,14 +162,18 @@ impl Act {
                 ClockFlag::Stop => control::Command::Resume,
                 ClockFlag::Jump => control::Command::ResumeAndJump,
             },
+            // It asks for a snapshot by itself.
+            Act::Fork { .. } => control::Command::Status,
             Act::Snapshot {
                 dir,
                 live,
                 track,
                 diff,
+                disks,
             } => control::Command::Snapshot(SnapshotOf {
                 dir: path::absolute(dir)?,
                 live: *live,
+                disks: *disks,
                 what: match (track, diff) {
                     (_, true) => What::Diff,
                     (true, _) => What::Track,

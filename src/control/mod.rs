@@ -85,6 +85,9 @@ pub struct SnapshotOf {
     /// Copy most of RAM while the guest still runs.
     #[serde(default)]
     pub live: bool,
+    /// Also copy the images of the disks that the guest can write to.
+    #[serde(default)]
+    pub disks: bool,
 }
 
 /// What a snapshot has of guest RAM.

@@ -59,7 +59,7 @@ pub use outcome::Outcome;
 pub use restore::{SavedMachine, Unfit};
 use signals::Signals;
 pub use stats::Stats;
-pub use virtio::MakeDevice;
+pub use virtio::{MakeDevice, disk_copy, disk_name};
 
 /// How long the console's reader may pause after somebody has requested the end. Without such a
 /// request rvmm waits for the reader without a limit, like any program that writes to a pipe.

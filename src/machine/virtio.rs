@@ -32,6 +32,16 @@ const DISK_QUEUES_MAX: u32 = 16;
 /// More pairs of queues than this do not make an interface faster.
 const NET_PAIRS_MAX: u32 = 8;
 
+/// The name of the disk that is number `index` in the configuration.
+pub fn disk_name(index: usize, disk: &DiskConfig) -> String {
+    disk.id.clone().unwrap_or_else(|| format!("disk{index}"))
+}
+
+/// The name of the copy of a disk's image in a snapshot.
+pub fn disk_copy(name: &str) -> String {
+    format!("disk-{name}")
+}
+
 /// Creates a device in its power-on state.
 pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
 
@@ -83,7 +93,7 @@ fn disks(config: &VmConfig, tracer: &Slot) -> Result<Vec<MakeDevice>> {
     let queues = config.cpus.min(DISK_QUEUES_MAX);
     let queues = u16::try_from(queues).unwrap_or(u16::MAX);
     let open = |(index, disk): (usize, &DiskConfig)| -> Result<MakeDevice> {
-        let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+        let name = disk_name(index, disk);
         let image = Arc::new(Image::open(disk)?);
         let tracer = Arc::clone(tracer);
         Ok(Box::new(move || {
