@@ -23,6 +23,7 @@ pub(crate) mod ctl;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod disk;
 pub(crate) mod files;
+pub(crate) mod freezing;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod gdb;
 #[cfg(target_arch = "riscv64")]

@@ -8,7 +8,8 @@ use super::{Outcome, POWERED_OFF, Rvmm, Vm};
 /// A guest that runs commands one after the other.
 pub(crate) struct Shell {
     pub(crate) vm: Vm,
-    commands: usize,
+    /// How often the guest has said so far that it is ready.
+    ready: usize,
 }
 
 const READY: &str = "rvmm-guest: ready";
@@ -28,16 +29,21 @@ impl Shell {
     /// A guest of `vm`, which has not been ready before. Waits until it is.
     pub(crate) fn on(vm: Vm) -> Self {
         vm.wait_for(READY);
-        Self { vm, commands: 0 }
+        Self { vm, ready: 1 }
+    }
+
+    /// A guest of `vm`, which was restored from a snapshot while it waited for a command.
+    pub(crate) fn restored(vm: Vm) -> Self {
+        Self { vm, ready: 0 }
     }
 
     /// Runs `command` in the guest's `sh`. Returns its status and its output.
     pub(crate) fn run(&mut self, command: &str) -> (i32, String) {
         assert!(!command.contains('\n'), "one line: {command:?}");
         let before = self.vm.console().len();
-        self.commands += 1;
+        self.ready += 1;
         self.vm.send(format!("{command}\n"));
-        self.vm.wait_for_times(READY, self.commands + 1);
+        self.vm.wait_for_times(READY, self.ready);
         let console = self.vm.console();
         let (output, rest) = console[before..].split_once(STATUS).expect("a status");
         let status = rest.split_whitespace().next().expect("a number");
@@ -59,8 +65,8 @@ impl Shell {
 
     /// Waits until so many `commands` have ended that were sent without [`Shell::run`].
     pub(crate) fn answered(&mut self, commands: usize) {
-        self.commands += commands;
-        self.vm.wait_for_times(READY, self.commands + 1);
+        self.ready += commands;
+        self.vm.wait_for_times(READY, self.ready);
     }
 
     /// Ends the guest.

@@ -23,6 +23,7 @@ mod pause;
 mod report;
 mod reset;
 mod seam;
+mod snapshot;
 mod stats;
 mod teaching;
 mod trace;
