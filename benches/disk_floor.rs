@@ -64,6 +64,7 @@ mod floor {
             stats_from: None,
             control: None,
             paused: false,
+            clock: rvmm::machine::Clock::Stop,
         })?;
         std::process::exit(outcome.exit_status().into());
     }
