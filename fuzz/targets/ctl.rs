@@ -3,7 +3,8 @@
 //!
 //! The client reads a reply; printing and reading it gives the same again.
 
-use rvmm::control::{self, Hex, Reply};
+use rvmm::control::{self, Reply};
+use rvmm::util::Hex;
 use serde_json::Value;
 
 fuzz_engine::fuzz_target!(|data: &[u8]| {

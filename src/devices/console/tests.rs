@@ -210,11 +210,11 @@ fn more_than_a_queue_holds_is_refused() {
 #[test]
 fn a_waiting_writer_gets_what_was_loaded() {
     let console = Arc::new(Console::default());
-    let taker = Arc::clone(&console);
-    let thread = thread::spawn(move || {
-        let mut taken = Vec::new();
-        assert!(taker.take_output(&mut taken));
-        taken
+    let (taker, (sender, taken)) = (Arc::clone(&console), mpsc::channel());
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        taker.take_output(&mut bytes);
+        sender.send(bytes).unwrap();
     });
     while lock(&console.queues).writer != Writer::Idle {
         thread::yield_now();
@@ -222,5 +222,6 @@ fn a_waiting_writer_gets_what_was_loaded() {
     console
         .load(serde_json::from_str(r#"{"input":"","output":"78"}"#).unwrap())
         .unwrap();
-    assert_eq!(thread.join().unwrap(), b"x");
+    let taken = taken.recv_timeout(Duration::from_secs(60));
+    assert_eq!(taken.unwrap(), b"x");
 }
