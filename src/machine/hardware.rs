@@ -70,7 +70,7 @@ impl Hardware {
         let vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
         let facts = harts::facts(config, &vcpus, &choice)?;
-        let irqchip = choice.start(vm, &vcpus)?;
+        let irqchip = choice.start(vm, &vcpus, None)?;
         let uart_line = irqchip.line(layout::UART_IRQ);
         let uart = Uart::new(layout::UART.start, uart_line, Arc::clone(console));
         let rtc_line = irqchip.line(layout::RTC_IRQ);
