@@ -4,8 +4,8 @@
 //! The specification is RISC-V Advanced Interrupt Architecture 1.0. `arch/riscv/kvm/aia_device.c`
 //! demands the order of the set-up: the AIA is created before the vCPUs, and configured after them.
 //!
-//! A snapshot has the registers of the AIA, and what the guest was told of it ([`Promise`]). `imsic`
-//! explains what KVM does not show of an interrupt file that it emulates.
+//! A snapshot has the registers of the AIA, and what the guest was told of it ([`Promise`]).
+//! `imsic` explains what KVM does not show of an interrupt file that it emulates.
 
 mod aplic;
 mod imsic;

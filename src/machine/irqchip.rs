@@ -55,8 +55,8 @@ impl Choice {
         matches!(self, Choice::Aia { .. })
     }
 
-    /// Starts the controller for `vcpus`. These must be all vCPUs of `vm`. `promise` is what a guest
-    /// that is to be restored was told of its AIA.
+    /// Starts the controller for `vcpus`. These must be all vCPUs of `vm`. `promise` is what a
+    /// guest that is to be restored was told of its AIA.
     pub(super) fn start(
         self,
         vm: &Arc<dyn Vm>,

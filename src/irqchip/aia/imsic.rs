@@ -136,8 +136,8 @@ impl File<'_> {
         let why = if shown == WHOLE {
             ""
         } else {
-            ": it has no guest interrupt file for this hart, and KVM's emulated ones lose the upper \
-             half of every 64 identities"
+            ": it has no guest interrupt file for this hart, and KVM's emulated ones lose the \
+             upper half of every 64 identities"
         };
         let hart = self.hart;
         LoadError::Unfit(format!(
