@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 
 use super::devices::Devices;
 use super::frozen::FrozenTime;
-use super::virtio::Disks;
+use super::virtio::{Disks, disk_name};
 use crate::boot::placement::Placement;
 use crate::boot::saved::{BootState, renew_seed};
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
@@ -232,6 +232,10 @@ impl SavedMachine {
     pub(super) fn load_overlays(&mut self, disks: &Disks) -> Result<()> {
         for (name, overlay) in disks.overlays() {
             let id = overlay_file(name);
+            if !self.parts.contains_key(&id) && !self.had_overlay(name) {
+                // The overlay is the user's choice for this restore, and new.
+                continue;
+            }
             let mut saved = Parts::new(self.parts.remove(&id).unwrap_or_default());
             let failed = || format!("Failed to restore {name}");
             let state = saved.take().with_context(failed)?;
@@ -240,6 +244,12 @@ impl SavedMachine {
             loaded.with_context(failed)?;
         }
         Ok(())
+    }
+
+    /// Whether the disk had an overlay when the snapshot was taken.
+    fn had_overlay(&self, name: &str) -> bool {
+        let mut disks = self.header.config.disk.iter().enumerate();
+        disks.any(|(index, disk)| disk.snapshot && disk_name(index, disk) == name)
     }
 
     /// The harts whose vCPUs must go through KVM_RUN before the devices are loaded: see

@@ -102,7 +102,7 @@ pub(crate) fn survives_from<P: Part + ?Sized, B: std::ops::Deref<Target = P>>(
 }
 
 /// Rounds for each value of a kind of state.
-const ROUNDS_EACH: usize = 60;
+const ROUNDS_EACH: usize = 30;
 /// Rounds for each kind of state, if it has many values.
 const ROUNDS: usize = 3000;
 /// Rounds at most, if some value was not kept so far.
@@ -191,4 +191,69 @@ fn change(value: &mut Value, dice: &mut Dice) -> bool {
         Value::Object(_) => {}
     }
     *value != before
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+
+    use super::super::State;
+    use super::*;
+    use crate::util::sync::lock;
+    use std::sync::Mutex;
+
+    #[derive(Clone, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct SavedLamp {
+        on: bool,
+        level: u8,
+    }
+
+    impl State for SavedLamp {
+        const KIND: &'static str = "lamp";
+        const VERSION: u32 = 1;
+    }
+
+    struct Lamp {
+        state: Mutex<SavedLamp>,
+        forgets_level: bool,
+    }
+
+    impl Part for Lamp {
+        fn save(&self) -> Result<Vec<Saved>, SaveError> {
+            Ok(vec![Saved::of(&*lock(&self.state))?])
+        }
+
+        fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+            let saved: SavedLamp = parts.take()?;
+            let mut state = lock(&self.state);
+            state.on = saved.on;
+            if !self.forgets_level {
+                state.level = saved.level;
+            }
+            Ok(())
+        }
+    }
+
+    fn lamp(forgets_level: bool) -> impl Fn() -> Box<Lamp> {
+        move || {
+            let state = Mutex::new(SavedLamp { on: true, level: 7 });
+            Box::new(Lamp {
+                state,
+                forgets_level,
+            })
+        }
+    }
+
+    #[test]
+    fn a_part_that_keeps_everything_passes() {
+        survives(lamp(false), &[]);
+        survives(lamp(true), &["/level"]);
+    }
+
+    #[test]
+    #[should_panic(expected = "never kept: [\"/level\"]")]
+    fn a_part_that_forgets_a_value_is_found() {
+        survives(lamp(true), &[]);
+    }
 }

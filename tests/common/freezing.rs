@@ -91,7 +91,7 @@ pub(crate) fn kernel_is_content(guest: &mut Shell) {
         "WARNING:",
         "BUG:",
         "Oops",
-        "rcu:",
+        "rcu: INFO",
         "soft lockup",
         "I/O error",
         "blocked for more",

@@ -166,7 +166,7 @@ fn debian_goes_on(transport: &str) {
         "WARNING:",
         "BUG:",
         "Oops",
-        "rcu:",
+        "rcu: INFO",
         "soft lockup",
         "I/O error",
     ] {

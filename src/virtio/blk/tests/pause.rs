@@ -119,6 +119,7 @@ fn pauses_under_load(rounds: u32, is_restored: bool) {
         load.driver
             .wait_until("the rest", |d| d.used(0) == d.next_offer(0));
         load.reap();
+        load.driver.core.wait_settled();
         assert_eq!(shared.is_through(), through, "{flags}");
         for (number, (content, _)) in (0u32..).zip(load.slots) {
             let sector = 8 * u64::from(number);
