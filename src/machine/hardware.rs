@@ -91,7 +91,7 @@ impl Hardware {
         devices.add(Arc::clone(&uart) as _);
         devices.add(Arc::clone(&rtc) as _);
         devices.add(finisher);
-        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus)? {
+        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut bus, None)? {
             devices.add(device);
         }
         let nodes: Vec<&dyn Device> = devices.iter().collect();
