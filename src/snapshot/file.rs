@@ -1,6 +1,6 @@
 //! The file `state` of a snapshot: its header and its sections, as bytes.
 //!
-//! docs/snapshot-format.md describes the format. [`write`] and [`read`] do not access any file.
+//! docs/snapshot-format.md describes the format. [`write()`] and [`read()`] do not access any file.
 
 use flate2::Crc;
 use thiserror::Error;
@@ -101,7 +101,7 @@ pub fn write(sections: &[Section]) -> Result<Vec<u8>, FileError> {
 /// The sections of a file with these bytes.
 ///
 /// # Errors
-/// Fails if the bytes are not exactly what [`write`] returns for some sections.
+/// Fails if the bytes are not exactly what [`write()`] returns for some sections.
 pub fn read(bytes: &[u8]) -> Result<Vec<Section>, FileError> {
     let count = read_head(bytes)?;
     let mut sections: Vec<Section> = Vec::new();

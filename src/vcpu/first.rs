@@ -21,7 +21,7 @@ pub enum First {
     /// Sleep: the guest has suspended the system.
     Sleep(Sleeper),
     /// Enter the guest, with a software interrupt pending that KVM does not know of: it was
-    /// restored from a snapshot. See [`nudge`](super::nudge).
+    /// restored from a snapshot. See `vcpu::nudge`.
     EnterNudged,
 }
 
