@@ -1,7 +1,9 @@
 //! A hypervisor for unit tests, which works on any host. It records the calls of the code under
 //! test. Tests change its behaviour by its fields.
 
-use std::collections::{BTreeMap, HashMap};
+mod aia;
+
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,11 +14,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::memslot::Memslots;
 use super::{
-    Aia, AiaConfig, AiaMode, Counter, Doorbell, Error, ExternalIrq, HartState, Hypervisor, Kicker,
-    Memslot, MsiMessage, RegId, Result, Vcpu, Vm, VmEntry, VmExit, Waiting,
+    Aia, Counter, Doorbell, Error, ExternalIrq, HartState, Hypervisor, Kicker, Memslot, MsiMessage,
+    RegId, Result, Vcpu, Vm, VmEntry, VmExit, Waiting,
 };
 use crate::util::ByteSize;
 use crate::util::sync::lock;
+pub(crate) use aia::FakeAia;
 
 /// A record of calls, in their order.
 type Steps = Arc<Mutex<Vec<String>>>;
@@ -161,6 +164,9 @@ impl Vm for FakeVm {
     }
     fn set_irq_line(&self, source: u32, high: bool) -> Result<()> {
         lock(&self.levels).push((source, high));
+        if let Some(aia) = &self.aia {
+            aia.set_input(source, high);
+        }
         Ok(())
     }
     fn connect_doorbell(&self, doorbell: Doorbell, _: &EventFd) -> Result<()> {
@@ -187,68 +193,10 @@ impl Vm for FakeVm {
         lock(&self.tables).push(routes.to_vec());
         Ok(())
     }
-}
-
-/// A fake AIA. A clone refers to the same AIA.
-#[derive(Clone, Default)]
-pub(crate) struct FakeAia {
-    /// Whether the host has guest interrupt files.
-    pub(crate) has_guest_files: bool,
-    /// Whether it loses the upper half of a value that is written to an IMSIC.
-    pub(crate) is_lossy: bool,
-    /// The registers of the IMSICs, by hart and number.
-    pub(crate) imsics: Arc<Mutex<BTreeMap<(u32, u64), u64>>>,
-    /// The registers of the APLIC, by offset.
-    pub(crate) aplic: Arc<Mutex<BTreeMap<u32, u32>>>,
-    pub(crate) steps: Steps,
-}
-
-impl FakeAia {
-    fn step(&self, step: String) -> Result<()> {
-        lock(&self.steps).push(step);
-        Ok(())
-    }
-}
-
-impl Aia for FakeAia {
-    fn set_config(&self, attr: AiaConfig, value: u32) -> Result<()> {
-        let is_auto = attr == AiaConfig::Mode && value == AiaMode::Auto as u32;
-        if is_auto && !self.has_guest_files {
-            return Err(refused("set the mode", Errno::INVAL));
-        }
-        self.step(format!("{attr:?} = {value}"))
-    }
-    fn config(&self, _: AiaConfig) -> Result<u32> {
-        Ok(255)
-    }
-    fn place_aplic(&self, base: GuestAddress) -> Result<()> {
-        self.step(format!("APLIC at {:#x}", base.0))
-    }
-    fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()> {
-        self.step(format!("IMSIC {index} at {:#x}", base.0))
-    }
-    fn init(&self) -> Result<()> {
-        self.step("init".into())
-    }
-    fn imsic(&self, hart: u32, select: u64) -> Result<u64> {
-        let value = lock(&self.imsics).get(&(hart, select)).copied();
-        Ok(value.unwrap_or_default())
-    }
-    fn set_imsic(&self, hart: u32, select: u64, value: u64) -> Result<()> {
-        let kept = if self.is_lossy {
-            value & 0xffff_ffff
-        } else {
-            value
-        };
-        lock(&self.imsics).insert((hart, select), kept);
-        Ok(())
-    }
-    fn aplic(&self, offset: u32) -> Result<u32> {
-        Ok(lock(&self.aplic).get(&offset).copied().unwrap_or_default())
-    }
-    fn set_aplic(&self, offset: u32, value: u32) -> Result<()> {
-        lock(&self.aplic).insert(offset, value);
-        Ok(())
+    fn signal_msi(&self, message: MsiMessage) -> Result<()> {
+        let aia = self.aia.as_ref();
+        let aia = aia.ok_or_else(|| refused("send a message", Errno::INVAL))?;
+        aia.receive(message)
     }
 }
 

@@ -190,6 +190,13 @@ pub trait Vm: Send + Sync {
     /// Sets the message that each interrupt number stands for (KVM_SET_GSI_ROUTING). Replaces all
     /// earlier routes. There can be at most [`MSI_ROUTES_MAX`].
     fn set_msi_routes(&self, routes: &[(u32, MsiMessage)]) -> Result<()>;
+
+    /// Delivers `message` at once, without a route (KVM_SIGNAL_MSI): the identity becomes pending
+    /// in the IMSIC of the hart at that address. Does nothing if no IMSIC is there.
+    ///
+    /// # Errors
+    /// Fails if the VM has no AIA, or if the IMSIC does not have the identity.
+    fn signal_msi(&self, message: MsiMessage) -> Result<()>;
 }
 
 /// The name of the memslot that is the guest's RAM.

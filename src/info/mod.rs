@@ -272,7 +272,7 @@ fn aia(hypervisor: &dyn Hypervisor) -> Result<(Option<AiaInfo>, Option<bool>)> {
         return Ok((None, None));
     };
     let _vcpu = vm.create_vcpu(0)?;
-    let aia = InKernelAia::start(Arc::clone(&vm), device, layout::AIA, 1, false)?;
+    let aia = InKernelAia::start(Arc::clone(&vm), device, layout::AIA, 1, false, None)?;
     let info = AiaInfo {
         guest_files: aia.has_guest_files(),
         identities: aia.identities(),

@@ -3,16 +3,29 @@
 //!
 //! The specification is RISC-V Advanced Interrupt Architecture 1.0. `arch/riscv/kvm/aia_device.c`
 //! demands the order of the set-up: the AIA is created before the vCPUs, and configured after them.
+//!
+//! A snapshot has the registers of the AIA, and what the guest was told of it ([`Promise`]).
+//! `imsic` explains what KVM does not show of an interrupt file that it emulates.
+
+mod aplic;
+mod imsic;
+mod state;
 
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 use vm_memory::GuestAddress;
 
+use self::imsic::{
+    DELIVERS, EIDELIVERY, EIE0, EIP0, EITHRESHOLD, File, LOWER_HALF, WHOLE, is_lossy,
+};
+pub use self::state::Promise;
+use self::state::{AiaState, ImsicState};
 use super::msi::MsiRouter;
 use super::{HartSide, Messages, SavedRegister, hart_intc_phandle};
 use crate::bus::{Device, FdtError, FdtWriter, IrqSink};
-use crate::hypervisor::{Aia, AiaConfig, AiaMode, Result, Vm};
+use crate::hypervisor::{Aia, AiaConfig, AiaMode, MsiMessage, Result, Vm};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::{RateLimit, guest_info, guest_warn};
 
 /// The number of wired sources of the APLIC. rvmm uses sources below 36, as QEMU's virt machine
@@ -48,16 +61,6 @@ const S_EXTERNAL: u32 = 9;
 const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
-/// Registers of an IMSIC's interrupt file, by their numbers in `siselect` (AIA 1.0, section 3.8).
-const EIDELIVERY: u64 = 0x70;
-const EITHRESHOLD: u64 = 0x72;
-/// `eip0` and `eie0` have the pending and the enabled bits of identities 0 to 63. On RV64, the
-/// register number of each further 64 identities is higher by 2.
-const EIP0: u64 = 0x80;
-const EIE0: u64 = 0xc0;
-/// The value of `eidelivery` with which interrupts of the file reach the hart.
-const DELIVERS: u64 = 1;
-
 /// The guest-physical addresses of the controllers.
 #[derive(Clone, Copy, Debug)]
 pub struct Placement {
@@ -74,11 +77,9 @@ pub struct InKernelAia {
     aia: Box<dyn Aia>,
     placement: Placement,
     harts: u32,
-    ids: u32,
+    promise: Promise,
     guest_files: bool,
     lossy: bool,
-    /// The number of wired sources that the device tree describes.
-    sources: u32,
     failures: RateLimit,
 }
 
@@ -88,6 +89,9 @@ impl InKernelAia {
     /// Uses the host's guest interrupt files if it has them (mode AUTO). Uses KVM's emulation if
     /// not, or if `emulate` is true.
     ///
+    /// `promise` is what a guest that is to be restored was told; `None` for a new guest. If this
+    /// host cannot keep the promise, [`Device::load`] says so.
+    ///
     /// # Errors
     /// Fails if KVM refuses a step.
     pub fn start(
@@ -96,6 +100,7 @@ impl InKernelAia {
         placement: Placement,
         harts: u32,
         emulate: bool,
+        promise: Option<Promise>,
     ) -> Result<Self> {
         let set_mode = |mode: AiaMode| aia.set_config(AiaConfig::Mode, mode as u32);
         // KVM accepts AUTO only if the host has guest interrupt files.
@@ -106,21 +111,53 @@ impl InKernelAia {
         aia.set_config(AiaConfig::Sources, SOURCES)?;
         aia.set_config(AiaConfig::GuestBits, 0)?;
         aia.set_config(AiaConfig::HartBits, hart_bits(harts))?;
-        let ids = aia.config(AiaConfig::Ids)?;
+        let most = aia.config(AiaConfig::Ids)?;
+        let identities = promise.map_or(most, |promise| promise.identities.min(most));
+        if identities != most {
+            aia.set_config(AiaConfig::Ids, identities)?;
+        }
         aia.place_aplic(placement.aplic)?;
         for hart in 0..harts {
             let base = placement.imsic.0 + u64::from(hart) * IMSIC_SIZE;
             aia.place_imsic(hart, GuestAddress(base))?;
         }
         aia.init()?;
-        let mode = if auto { "AUTO" } else { "EMUL" };
         let lossy = is_lossy(aia.as_ref())?;
-        let sources = if lossy { SOURCES_LOSSY } else { SOURCES };
+        let new = Promise {
+            identities,
+            sources: if lossy { SOURCES_LOSSY } else { SOURCES },
+            whole: auto || !lossy,
+        };
+        let promise = promise.map_or(new, |promise| Promise {
+            identities,
+            ..promise
+        });
+        let started = Self {
+            vm,
+            aia,
+            placement,
+            harts,
+            promise,
+            guest_files: auto,
+            lossy,
+            failures: RateLimit::named("AIA"),
+        };
+        started.log();
+        Ok(started)
+    }
+
+    fn log(&self) {
+        let mode = if self.guest_files { "AUTO" } else { "EMUL" };
+        let Promise {
+            identities,
+            sources,
+            ..
+        } = self.promise;
         guest_info!(
             RateLimit::named("PLIC or AIA"),
-            "in-kernel AIA: mode {mode}, {ids} interrupt identities, {sources} wired sources"
+            "in-kernel AIA: mode {mode}, {identities} interrupt identities, {sources} wired sources"
         );
-        if lossy {
+        if self.lossy {
             guest_info!(
                 RateLimit::named("AIA is lossy"),
                 "in-kernel AIA: this host's KVM loses the upper half of every 64 identities of an \
@@ -128,17 +165,6 @@ impl InKernelAia {
                  interrupts that 31 are enough"
             );
         }
-        Ok(Self {
-            vm,
-            aia,
-            placement,
-            harts,
-            ids,
-            guest_files: auto,
-            lossy,
-            sources,
-            failures: RateLimit::named("AIA"),
-        })
     }
 
     /// Whether messages go to the host's guest interrupt files.
@@ -148,12 +174,12 @@ impl InKernelAia {
 
     /// The number of interrupt identities of each hart's file.
     pub fn identities(&self) -> u32 {
-        self.ids
+        self.promise.identities
     }
 
     /// The number of the last wired source that the device tree describes.
     pub fn sources(&self) -> u32 {
-        self.sources
+        self.promise.sources
     }
 
     /// How messages reach the harts.
@@ -172,10 +198,10 @@ impl InKernelAia {
     /// can have a vector of its own. If there are more vCPUs than files, KVM uses the lossy
     /// emulation for the others, and messages may be lost there.
     fn message_identities(&self) -> u32 {
-        let usable = if self.lossy && !self.guest_files {
-            LOSSY_IDENTITIES
+        let usable = if self.promise.whole {
+            self.promise.identities
         } else {
-            self.ids
+            LOSSY_IDENTITIES
         };
         usable.saturating_sub(RESERVED_IDENTITIES)
     }
@@ -185,10 +211,69 @@ impl InKernelAia {
         self.lossy
     }
 
-    /// The offsets of the words of `eip` and `eie` from the first, in register numbers: 0, 2, 4 and
-    /// so on.
-    fn words(&self) -> impl Iterator<Item = u64> {
-        (0..=u64::from(self.ids) / 64).map(|word| 2 * word)
+    fn file(&self, hart: u32) -> File<'_> {
+        File {
+            aia: self.aia.as_ref(),
+            hart,
+            identities: self.promise.identities,
+        }
+    }
+
+    /// The address of the page of `hart`.
+    fn page(&self, hart: u32) -> u64 {
+        self.placement.imsic.0 + u64::from(hart) * IMSIC_SIZE
+    }
+
+    /// The bits of each word that KVM shows and changes of the file of `hart`.
+    fn shown(&self, hart: u32) -> Result<u64> {
+        match (self.lossy, self.guest_files) {
+            (false, _) => Ok(WHOLE),
+            (true, false) => Ok(LOWER_HALF),
+            (true, true) => self.file(hart).shown(),
+        }
+    }
+
+    /// The state of the file of `hart`. None if KVM does not show all of it: then the guest may
+    /// have enabled identities while the hart had a guest interrupt file of the host, which it does
+    /// not have now.
+    ///
+    /// On a host without such files nothing is hidden that a guest can find out: it cannot enable
+    /// these identities, or read whether they are pending.
+    fn save_file(&self, hart: u32) -> Result<Option<ImsicState>> {
+        let shown = self.shown(hart)?;
+        let state = self.file(hart).save(shown)?;
+        let is_hidden = self.guest_files && shown != WHOLE && !state.is_reset();
+        Ok((!is_hidden).then_some(state))
+    }
+
+    fn load_file(&self, hart: u32, state: &ImsicState) -> std::result::Result<(), LoadError> {
+        let shown = self.shown(hart)?;
+        let address = self.page(hart);
+        self.file(hart).load(state, shown, |data| {
+            self.vm.signal_msi(MsiMessage { address, data })
+        })
+    }
+
+    /// Checks that this host can give a guest with `state` what it was promised, and has used.
+    fn check_host(&self, state: &AiaState) -> std::result::Result<(), LoadError> {
+        let (asked, most) = (state.promise.identities, self.promise.identities);
+        if asked > most {
+            return Err(LoadError::Unfit(format!(
+                "the guest was given {asked} interrupt identities, and this host has {most}"
+            )));
+        }
+        if !self.lossy || self.guest_files {
+            return Ok(());
+        }
+        let is_used = state.imsics.iter().any(ImsicState::uses_upper_half);
+        if state.promise.whole || is_used {
+            return Err(LoadError::Unfit(format!(
+                "the guest may use all of {asked} interrupt identities, and only \
+                 {LOSSY_IDENTITIES} work here: it needs a host with guest interrupt files, and \
+                 --irqchip auto or aia"
+            )));
+        }
+        Ok(())
     }
 
     fn imsic_node(&self, fdt: &mut FdtWriter) -> std::result::Result<(), FdtError> {
@@ -206,7 +291,7 @@ impl InKernelAia {
         fdt.property_null("msi-controller")?;
         fdt.property_u32("#msi-cells", 0)?;
         fdt.property_array_u32("interrupts-extended", &files)?;
-        fdt.property_u32("riscv,num-ids", self.ids)?;
+        fdt.property_u32("riscv,num-ids", self.promise.identities)?;
         fdt.property_phandle(IMSIC_PHANDLE)?;
         fdt.end_node(node)
     }
@@ -220,21 +305,10 @@ impl InKernelAia {
         fdt.property_u32("#interrupt-cells", 2)?;
         fdt.property_u32("#address-cells", 0)?;
         fdt.property_u32("msi-parent", IMSIC_PHANDLE)?;
-        fdt.property_u32("riscv,num-sources", self.sources)?;
+        fdt.property_u32("riscv,num-sources", self.promise.sources)?;
         fdt.property_phandle(APLIC_PHANDLE)?;
         fdt.end_node(node)
     }
-}
-
-/// Whether KVM's emulated IMSIC file drops enable bits above bit 31 in each 64-bit word. Linux up
-/// to at least 7.2 handles them as 32-bit words. KVM uses the emulated file in mode EMUL, and in
-/// mode AUTO when no guest interrupt file is free.
-fn is_lossy(aia: &dyn Aia) -> Result<bool> {
-    const PROBE: u64 = (1 << 40) | (1 << 5);
-    aia.set_imsic(0, EIE0, PROBE)?;
-    let kept = aia.imsic(0, EIE0)?;
-    aia.set_imsic(0, EIE0, 0)?;
-    Ok(kept != PROBE)
 }
 
 /// The number of bits that are needed to number `harts` harts.
@@ -270,7 +344,7 @@ impl HartSide for InKernelAia {
             return Ok(false);
         }
         let threshold = value(EITHRESHOLD);
-        for word in self.words() {
+        for word in imsic::words(self.promise.identities) {
             let enabled = value(EIE0 + word);
             // Each register costs a system call, and most words have no enabled identity.
             if enabled == 0 {
@@ -286,7 +360,8 @@ impl HartSide for InKernelAia {
     }
 
     fn save(&self, hart: u32) -> Result<Vec<SavedRegister>> {
-        let words = self.words().flat_map(|word| [EIE0 + word, EIP0 + word]);
+        let words =
+            imsic::words(self.promise.identities).flat_map(|word| [EIE0 + word, EIP0 + word]);
         let registers = [EIDELIVERY, EITHRESHOLD].into_iter().chain(words);
         registers
             .map(|register| Ok((register, self.aia.imsic(hart, register)?)))
@@ -306,11 +381,69 @@ impl HartSide for InKernelAia {
         }
         Ok(())
     }
+
+    fn to_settle_before_save(&self) -> Result<Vec<u32>> {
+        let mut harts = Vec::new();
+        for hart in 0..self.harts {
+            if self.save_file(hart)?.is_none() {
+                harts.push(hart);
+            }
+        }
+        Ok(harts)
+    }
+
+    fn to_settle_before_load(&self, parts: &Parts) -> std::result::Result<Vec<u32>, LoadError> {
+        let AiaState { imsics, .. } = parts.peek()?;
+        let is_needed = self.lossy && self.guest_files;
+        let needs_file = |state: &ImsicState| is_needed && state.enables_upper_half();
+        let harts = (0..self.harts).zip(&imsics);
+        let harts = harts.filter(|(_, state)| needs_file(state));
+        Ok(harts.map(|(hart, _)| hart).collect())
+    }
 }
 
 impl Device for InKernelAia {
     fn id(&self) -> &str {
         "aia"
+    }
+
+    /// # Errors
+    /// Fails if KVM does not show the whole state: see [`HartSide::to_settle_before_save`].
+    fn save(&self) -> std::result::Result<Vec<Saved>, SaveError> {
+        let (delivers, wires) = aplic::save(self.aia.as_ref())?;
+        let mut imsics = Vec::new();
+        for hart in 0..self.harts {
+            let state = self.save_file(hart)?;
+            imsics.push(state.ok_or_else(|| {
+                SaveError::Other(format!(
+                    "this host has no guest interrupt file for hart {hart}, and KVM does not show \
+                     all interrupts of an emulated one: use fewer harts, or --irqchip aia-emul"
+                ))
+            })?);
+        }
+        let state = AiaState {
+            promise: self.promise,
+            delivers,
+            wires,
+            imsics,
+        };
+        Ok(vec![Saved::of(&state)?])
+    }
+
+    /// The registers of the vCPUs have to be loaded before, and all other devices. The AIA has to
+    /// be started with the promise in the state, and [`HartSide::to_settle_before_load`] names the
+    /// vCPUs that must have a guest interrupt file.
+    fn load(&self, parts: &mut Parts) -> std::result::Result<(), LoadError> {
+        let state: AiaState = parts.take()?;
+        self.check_host(&state)?;
+        state.check(self.promise, self.harts)?;
+        aplic::load(self.aia.as_ref(), &state.wires)?;
+        for (hart, imsic) in (0..).zip(&state.imsics) {
+            self.load_file(hart, imsic)?;
+        }
+        // What the APLIC sends now becomes pending in files that are loaded.
+        aplic::set_delivers(self.aia.as_ref(), state.delivers)?;
+        Ok(())
     }
 
     fn describe(&self) -> Value {
@@ -319,9 +452,9 @@ impl Device for InKernelAia {
             "aplic": self.placement.aplic.0,
             "imsic": self.placement.imsic.0,
             "harts": self.harts,
-            "identities": self.ids,
+            "identities": self.promise.identities,
             "guest_files": self.guest_files,
-            "sources": self.sources,
+            "sources": self.promise.sources,
         })
     }
 
@@ -332,13 +465,4 @@ impl Device for InKernelAia {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::hart_bits;
-
-    #[test]
-    fn hart_bits_number_every_hart() {
-        for (harts, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (512, 9)] {
-            assert_eq!(hart_bits(harts), bits, "{harts} harts");
-        }
-    }
-}
+mod tests;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use self::msi::MsiRouter;
 use crate::bus::{Device, IrqLine, IrqSink, MmioDevice};
 use crate::hypervisor::Result;
+use crate::snapshot::{LoadError, Parts};
 
 /// The interrupt controller of a machine: an AIA or a PLIC.
 pub struct IrqChip {
@@ -22,6 +23,7 @@ pub struct IrqChip {
 
 /// The state that an interrupt controller has for each hart. It is needed while the guest has
 /// suspended the system: the hart waits for an interrupt to wake it, and KVM resets the hart then.
+/// And it is needed for snapshots, which have all of it.
 /// The hart's vCPU must not be in KVM_RUN when these methods are called.
 pub trait HartSide: Send + Sync {
     /// Whether `hart` has a pending interrupt that is enabled in the controller. `saved` is the
@@ -43,6 +45,27 @@ pub trait HartSide: Send + Sync {
     /// # Errors
     /// Fails if KVM refuses to write a register, or to set the hart's external interrupt.
     fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()>;
+
+    /// The harts whose vCPUs must go through KVM_RUN before [`Device::save`], without running an
+    /// instruction: there KVM gives a vCPU a guest interrupt file of the host, if one is free. Of
+    /// the file that these harts have now, KVM does not show everything. To be called while all
+    /// vCPUs are parked. If it names a hart once more after that, the save fails.
+    ///
+    /// # Errors
+    /// Fails if a register of the controller cannot be read from KVM.
+    fn to_settle_before_save(&self) -> Result<Vec<u32>> {
+        Ok(Vec::new())
+    }
+
+    /// The harts whose vCPUs must go through KVM_RUN before [`Device::load`] of `parts`, as for
+    /// [`HartSide::to_settle_before_save`], and after their registers are loaded. To be called for
+    /// a new machine.
+    ///
+    /// # Errors
+    /// Fails if the state in `parts` is not that of this kind of controller.
+    fn to_settle_before_load(&self, _parts: &Parts) -> std::result::Result<Vec<u32>, LoadError> {
+        Ok(Vec::new())
+    }
 }
 
 /// A register's number in the interrupt controller, and its value.

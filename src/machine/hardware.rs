@@ -23,10 +23,11 @@ use crate::devices::sifive_test::{PowerSwitch, SifiveTest};
 use crate::devices::uart16550::Uart;
 use crate::devices::vmgenid::VmGenId;
 use crate::hypervisor::{Vcpu, Vm, regs};
-use crate::irqchip::IrqChip;
+use crate::irqchip::{HartSide, IrqChip};
 use crate::memory::GuestMemory;
 use crate::trace::Slot;
 use crate::vcpu::exits::Exits;
+use crate::vcpu::kicked::enter_stopped;
 use crate::vcpu::sbi::Sbi;
 
 /// The parts of a machine that survive a reset.
@@ -56,6 +57,7 @@ pub(super) struct Hardware {
     /// Where the boot files were loaded.
     pub(super) placement: Placement,
     pub(super) vm: Arc<dyn Vm>,
+    pub(super) hart_side: Arc<dyn HartSide>,
     /// The interrupt controller that the guest has: never `Auto`.
     pub(super) irqchip: IrqchipKind,
     /// Exits are recorded once this has a tracer.
@@ -71,7 +73,7 @@ impl Hardware {
     /// # Errors
     /// Fails if a file cannot be used, if the host lacks a feature that rvmm or the guest needs, or
     /// if a call to KVM or to the host fails.
-    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, mut content: Content) -> Result<Self> {
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, content: Content) -> Result<Self> {
         let Kept {
             config,
             backends,
@@ -81,13 +83,17 @@ impl Hardware {
         vm.map_ram(ram)?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
         let kind = choice.kind();
-        let vcpus = harts::create(config, vm.as_ref())?;
+        let mut vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
         let facts = harts::facts(config, &vcpus, &choice)?;
-        if let Content::Snapshot(saved) = &mut content {
-            saved.load_vcpus(&vcpus)?;
-        }
-        let irqchip = choice.start(vm, &vcpus)?;
+        let promise = match &content {
+            Content::Snapshot(saved) => {
+                saved.load_vcpus(&vcpus)?;
+                saved.promise()?
+            }
+            Content::Boot(..) => None,
+        };
+        let irqchip = choice.start(vm, &vcpus, promise)?;
         let mut board = Board::new(&irqchip, console)?;
         for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut board.bus)? {
             board.devices.add(device);
@@ -105,6 +111,10 @@ impl Hardware {
             }
             Content::Snapshot(saved) => {
                 board.devices.pause();
+                let harts = saved.to_settle(irqchip.hart_side().as_ref())?;
+                if !harts.is_empty() {
+                    vcpus = enter_stopped(vcpus, harts)?;
+                }
                 saved.load_devices(&board.devices)?;
                 saved.boot(ram)?
             }
@@ -119,6 +129,7 @@ impl Hardware {
             devices: board.devices,
             placement,
             vm: Arc::clone(vm),
+            hart_side: irqchip.hart_side(),
             irqchip: kind,
             tracer: Arc::clone(&backends.tracer),
             uart: board.uart,

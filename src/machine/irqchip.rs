@@ -9,7 +9,7 @@ use super::layout;
 use crate::config::IrqchipKind;
 use crate::hypervisor::{Aia, Vcpu, Vm};
 use crate::irqchip::IrqChip;
-use crate::irqchip::aia::InKernelAia;
+use crate::irqchip::aia::{InKernelAia, Promise};
 use crate::irqchip::plic::{self, Plic};
 use crate::util::{RateLimit, guest_info};
 
@@ -55,12 +55,19 @@ impl Choice {
         matches!(self, Choice::Aia { .. })
     }
 
-    /// Starts the controller for `vcpus`. These must be all vCPUs of `vm`.
-    pub(super) fn start(self, vm: &Arc<dyn Vm>, vcpus: &[Box<dyn Vcpu>]) -> Result<IrqChip> {
+    /// Starts the controller for `vcpus`. These must be all vCPUs of `vm`. `promise` is what a
+    /// guest that is to be restored was told of its AIA.
+    pub(super) fn start(
+        self,
+        vm: &Arc<dyn Vm>,
+        vcpus: &[Box<dyn Vcpu>],
+        promise: Option<Promise>,
+    ) -> Result<IrqChip> {
         match self {
             Choice::Aia { device, emulate } => {
                 let (vm, harts) = (Arc::clone(vm), u32::try_from(vcpus.len())?);
-                let aia = InKernelAia::start(vm, device, layout::AIA, harts, emulate)?;
+                let at = layout::AIA;
+                let aia = InKernelAia::start(vm, device, at, harts, emulate, promise)?;
                 let (sources, messages) = (aia.sources(), aia.messages());
                 Ok(IrqChip::in_kernel(aia, sources, messages))
             }

@@ -13,9 +13,11 @@ use super::devices::Devices;
 use super::frozen::FrozenTime;
 use crate::boot::placement::Placement;
 use crate::boot::saved::{BootState, renew_seed};
-use crate::config::{MemConfig, VmConfig};
+use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::devices::console::{Console, ConsoleState};
 use crate::hypervisor::Vcpu;
+use crate::irqchip::HartSide;
+use crate::irqchip::aia::Promise;
 use crate::memory::{GuestMemory, image};
 use crate::snapshot::directory::{MEMORY, Snapshot};
 use crate::snapshot::{Header, MACHINE, Parts, RamState, Saved, TimeState};
@@ -29,6 +31,9 @@ pub(super) const CONSOLES: [&str; 2] = ["console-uart", "console-virtio"];
 pub(super) fn vcpu_id(hart: usize) -> String {
     format!("vcpu{hart}")
 }
+
+/// The name under which an AIA is saved.
+const AIA: &str = "aia";
 
 /// What a guest needs and this host lacks: one line for each.
 #[derive(Debug)]
@@ -197,6 +202,27 @@ impl SavedMachine {
             loaded.with_context(|| format!("Failed to restore vCPU {hart}"))?;
         }
         Ok(())
+    }
+
+    /// What the guest was told of its AIA, if it has one.
+    pub(super) fn promise(&self) -> Result<Option<Promise>> {
+        if self.header.config.irqchip == IrqchipKind::Plic {
+            return Ok(None);
+        }
+        let promise = Promise::of(&self.aia());
+        promise.map(Some).context("Failed to restore aia")
+    }
+
+    /// The harts whose vCPUs must go through KVM_RUN before the devices are loaded: see
+    /// [`HartSide::to_settle_before_load`].
+    pub(super) fn to_settle(&self, irqchip: &dyn HartSide) -> Result<Vec<u32>> {
+        let harts = irqchip.to_settle_before_load(&self.aia());
+        harts.context("Failed to restore aia")
+    }
+
+    /// The state of the AIA, empty if there is none.
+    fn aia(&self) -> Parts {
+        Parts::new(self.parts.get(AIA).cloned().unwrap_or_default())
     }
 
     /// Gives the devices, which are paused, their state.

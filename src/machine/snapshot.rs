@@ -33,6 +33,10 @@ use crate::vcpu::saved::VcpuState;
 use crate::vcpu::settle::settle;
 use crate::vcpu::thread::Parked;
 
+/// The most times that vCPUs go through KVM_RUN because their interrupt controller needs it. Once
+/// is enough, unless the host takes a guest interrupt file away meanwhile.
+const SETTLE_TRIES: u32 = 10;
+
 /// A snapshot that is being taken.
 struct Taking {
     new: NewSnapshot,
@@ -161,11 +165,20 @@ impl Running<'_> {
 
     /// Makes the registers of the parked vCPUs complete, and returns the guest's time.
     fn settle(&mut self, vcpus: &mut Vcpus) -> Result<Result<FrozenTime>> {
-        let resets_harts = self.machine.hardware()?.resets_harts;
-        let lent = vcpus.lend();
-        let settled = self.main.while_serving(|| settle(lent, resets_harts))?;
-        // Without its vCPUs the machine cannot go on.
-        vcpus.take_back(settled.context("Failed to save the state of the vCPUs")?);
+        let hardware = self.machine.hardware()?;
+        for _ in 0..SETTLE_TRIES {
+            let harts = hardware.hart_side.to_settle_before_save()?;
+            let is_last = harts.is_empty();
+            let (lent, resets_harts) = (vcpus.lend(), hardware.resets_harts);
+            let settled = self
+                .main
+                .while_serving(|| settle(lent, resets_harts, harts))?;
+            // Without its vCPUs the machine cannot go on.
+            vcpus.take_back(settled.context("Failed to save the state of the vCPUs")?);
+            if is_last {
+                break;
+            }
+        }
         Ok(vcpus.frozen().context("the guest's time is unknown"))
     }
 

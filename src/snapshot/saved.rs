@@ -134,6 +134,15 @@ impl Parts {
         self.0.remove(at).read()
     }
 
+    /// Reads the state of type `S`, and leaves it to be taken.
+    ///
+    /// # Errors
+    /// As for [`Parts::take`].
+    pub fn peek<S: State>(&self) -> Result<S, LoadError> {
+        let saved = self.0.iter().find(|saved| saved.kind == S::KIND);
+        saved.ok_or(LoadError::Missing { kind: S::KIND })?.read()
+    }
+
     /// Checks that everything was taken.
     ///
     /// # Errors
@@ -176,9 +185,11 @@ mod tests {
     #[test]
     fn what_is_saved_is_taken_once() {
         let mut parts = Parts::new(vec![lamp()]);
+        assert_eq!(parts.peek::<Lamp>().unwrap().color, [1, 2, 3]);
         assert_eq!(parts.take::<Lamp>().unwrap().color, [1, 2, 3]);
         let missing = parts.take::<Lamp>().unwrap_err().to_string();
         assert_eq!(missing, "there is no lamp state");
+        assert!(parts.peek::<Lamp>().is_err());
         parts.finish().unwrap();
     }
 

@@ -61,7 +61,7 @@ pub(super) fn on_kicked_thread<T: Send + 'static>(
 ///
 /// # Errors
 /// Fails if KVM_RUN fails, or if KVM cannot set the hart's state.
-pub(super) fn enter_stopped(vcpu: &mut dyn Vcpu) -> Result<()> {
+pub(super) fn enter_one_stopped(vcpu: &mut dyn Vcpu) -> Result<()> {
     let before = vcpu.hart_state()?;
     vcpu.set_hart_state(HartState::Stopped)?;
     for _ in 0..TRIES {
@@ -73,17 +73,18 @@ pub(super) fn enter_stopped(vcpu: &mut dyn Vcpu) -> Result<()> {
     Err(Error::refused("run a vCPU", reason))
 }
 
-/// Lets KVM do its work for each of `vcpus`, and returns them: see `enter_stopped`. If the host has
-/// guest interrupt files, each vCPU has one then, as long as there are enough. No vCPU may run
-/// meanwhile.
+/// Lets KVM do its work for the vCPUs of these harts, and returns all vCPUs: see
+/// `enter_one_stopped`. If the host has guest interrupt files, each of these vCPUs has one then, as
+/// long as there are enough. No vCPU may run meanwhile.
 ///
 /// # Errors
 /// Fails if KVM_RUN fails, if KVM cannot set a hart's state, or if the host cannot start a thread.
-pub fn enter_all_stopped(vcpus: Vec<Box<dyn Vcpu>>) -> Result<Vec<Box<dyn Vcpu>>> {
-    on_kicked_thread(vcpus, |vcpus| {
+pub fn enter_stopped(vcpus: Vec<Box<dyn Vcpu>>, harts: Vec<u32>) -> Result<Vec<Box<dyn Vcpu>>> {
+    on_kicked_thread(vcpus, move |vcpus| {
+        let vcpus = (0u32..).zip(vcpus).filter(|(hart, _)| harts.contains(hart));
         vcpus
-            .iter_mut()
-            .try_for_each(|vcpu| enter_stopped(vcpu.as_mut()))
+            .into_iter()
+            .try_for_each(|(_, vcpu)| enter_one_stopped(vcpu.as_mut()))
     })
 }
 
@@ -121,7 +122,7 @@ mod tests {
                 ..FakeVcpu::default()
             }));
         }
-        let vcpus = enter_all_stopped(vcpus).unwrap();
+        let vcpus = enter_stopped(vcpus, vec![0, 1]).unwrap();
         assert_eq!(*lock(&seen), [HartState::Stopped; 4]);
         let after: Vec<_> = vcpus
             .iter()

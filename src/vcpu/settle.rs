@@ -2,44 +2,48 @@
 //!
 //! A hart that another hart has just started (SBI HSM) has a reset pending inside KVM, with the
 //! address to start at. No register shows that. So each started hart takes its pending reset, if
-//! there is one, before its registers are saved. It runs no instruction.
+//! there is one, before its registers are saved. It runs no instruction. An interrupt controller
+//! may need the same for some harts (`HartSide::to_settle_before_save`).
 
 use super::first::First;
-use super::kicked::{enter_stopped, on_kicked_thread};
+use super::kicked::{enter_one_stopped, on_kicked_thread};
 use super::restart::Restarts;
 use super::thread::Parked;
 use crate::hypervisor::regs::{self, CYCLE_TIME_INSTRET};
 use crate::hypervisor::{HartState, Result, VmEntry};
 
-/// Lets KVM take all resets that are pending for `vcpus`. No vCPU may run meanwhile.
-/// `host_resets_harts`: see [`restart`](super::restart).
+/// Lets KVM take all resets that are pending for `vcpus`, and do its other work for those of the
+/// harts `also`. No vCPU may run meanwhile. `host_resets_harts`: see [`restart`](super::restart).
 ///
 /// # Errors
 /// Fails if KVM_RUN fails, or if KVM cannot read or set a register or a hart's state. The vCPUs are
 /// lost then.
-pub fn settle(vcpus: Vec<Parked>, host_resets_harts: bool) -> Result<Vec<Parked>> {
+pub fn settle(vcpus: Vec<Parked>, host_resets_harts: bool, also: Vec<u32>) -> Result<Vec<Parked>> {
     // A single hart cannot be started by another one.
     let is_alone = vcpus.len() == 1 && vcpus.iter().all(|vcpu| vcpu.first == First::Enter);
-    if is_alone
-        || vcpus
-            .iter()
-            .all(|vcpu| matches!(vcpu.first, First::Sleep(_)))
-    {
+    let is_asleep = |vcpu: &Parked| matches!(vcpu.first, First::Sleep(_));
+    if also.is_empty() && (is_alone || vcpus.iter().all(is_asleep)) {
         return Ok(vcpus);
     }
     on_kicked_thread(vcpus, move |vcpus| {
-        vcpus
-            .iter_mut()
-            .try_for_each(|vcpu| take_reset(vcpu, host_resets_harts))
+        for (hart, vcpu) in (0u32..).zip(vcpus) {
+            let entered = take_reset(vcpu, host_resets_harts)?;
+            if also.contains(&hart) && !entered && !is_asleep(vcpu) {
+                enter_one_stopped(vcpu.vcpu.as_mut())?;
+            }
+        }
+        Ok(())
     })
 }
 
-fn take_reset(parked: &mut Parked, host_resets_harts: bool) -> Result<()> {
+/// Lets KVM take the reset of a started hart, if there is one. Returns whether KVM has done its
+/// work for the vCPU.
+fn take_reset(parked: &mut Parked, host_resets_harts: bool) -> Result<bool> {
     let vcpu = parked.vcpu.as_mut();
     let is_started = vcpu.hart_state()? == HartState::Started;
     match parked.first {
         // Its reset comes when it wakes up.
-        First::Sleep(_) => {}
+        First::Sleep(_) => return Ok(false),
         First::TakeReset => {
             Restarts::new_alone().take_reset(vcpu, VmEntry::Run)?;
             parked.first = First::Enter;
@@ -49,14 +53,14 @@ fn take_reset(parked: &mut Parked, host_resets_harts: bool) -> Result<()> {
             parked.first = First::Enter;
         }
         First::Enter | First::EnterNudged if is_started => {
-            enter_stopped(vcpu)?;
+            enter_one_stopped(vcpu)?;
             if host_resets_harts && vcpu.reg(regs::SCOUNTEREN)? == Some(0) {
                 vcpu.set_reg(regs::SCOUNTEREN, CYCLE_TIME_INSTRET)?;
             }
         }
-        First::Enter | First::EnterNudged | First::WaitForStart => {}
+        First::Enter | First::EnterNudged | First::WaitForStart => return Ok(false),
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -122,7 +126,11 @@ mod tests {
             ),
         ];
         let (vcpus, expected): (Vec<_>, Vec<_>) = cases.into_iter().unzip();
-        let settled: Vec<_> = settle(vcpus, true).unwrap().iter().map(seen).collect();
+        let settled: Vec<_> = settle(vcpus, true, vec![])
+            .unwrap()
+            .iter()
+            .map(seen)
+            .collect();
         assert_eq!(settled, expected);
     }
 
@@ -130,6 +138,21 @@ mod tests {
     fn a_hart_alone_does_not_run() {
         let vcpu = FakeVcpu::default();
         let (vcpu, first, stats) = (Box::new(vcpu) as Box<dyn Vcpu>, First::Enter, None);
-        settle(vec![Parked { vcpu, first, stats }], false).unwrap();
+        settle(vec![Parked { vcpu, first, stats }], false, vec![]).unwrap();
+    }
+
+    /// The interrupt controller needs it for a hart that is alone, and for a stopped one.
+    #[test]
+    fn other_work_of_kvm_is_done_too() {
+        let alone = vec![parked(HartState::Started, First::Enter, true)];
+        let settled = settle(alone, false, vec![0]).unwrap();
+        assert_eq!(seen(&settled[0]).0, ENTRY);
+        let stopped = vec![
+            parked(HartState::Stopped, First::Enter, true),
+            parked(HartState::Stopped, First::Enter, true),
+        ];
+        let settled = settle(stopped, false, vec![1]).unwrap();
+        let entries: Vec<_> = settled.iter().map(|parked| seen(parked).0).collect();
+        assert_eq!(entries, [0, ENTRY]);
     }
 }

@@ -11,6 +11,7 @@ mod fdt;
 mod gdb;
 mod guests;
 mod harts;
+mod imsic;
 mod info;
 mod irqchip;
 mod kernels;

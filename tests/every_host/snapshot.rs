@@ -230,6 +230,40 @@ fn clones_differ() {
     assert_eq!(seen[0].1, seen[1].1, "their past");
 }
 
+/// Merges `base` and the three changes after it to `whole`.
+fn merge(freezer: &Freezer) {
+    let of = |name: &str| text(&freezer.path(name));
+    let part = refused(["restore", &of("two")]);
+    assert!(
+        part[0].contains("it has only changes: make it whole"),
+        "{part:?}"
+    );
+    let (base, one, two, three) = (of("base"), of("one"), of("two"), of("three"));
+    let order = refused(["snapshot", "merge", &base, &two, "--into", &of("bad")]);
+    assert!(order[0].contains("give them in their order"), "{order:?}");
+    assert!(!freezer.path("bad").exists());
+    let into = of("whole");
+    printed([
+        "snapshot", "merge", &base, &one, &two, &three, "--into", &into,
+    ]);
+    let verified = printed(["snapshot", "verify", &into]);
+    assert!(
+        verified.starts_with("the snapshot is whole: "),
+        "{verified}"
+    );
+    let size = |name: &str| {
+        let shown = printed(["snapshot", "show", "--json", &of(name)]);
+        let shown: Value = serde_json::from_str(&shown).expect("JSON");
+        shown["memory"].as_u64().expect("a number")
+    };
+    assert!(
+        size("three") < size("base") / 4,
+        "{} of {}",
+        size("three"),
+        size("base")
+    );
+}
+
 /// A page of the guest that has become zero, a disk that is read and written, and pages that only
 /// rvmm writes.
 #[test]
@@ -265,37 +299,7 @@ fn changes_make_a_whole() {
     let before = count(&mut guest);
     kill(guest.vm);
 
-    let of = |name: &str| text(&freezer.path(name));
-    let part = refused(["restore", &of("two")]);
-    assert!(
-        part[0].contains("it has only changes: make it whole"),
-        "{part:?}"
-    );
-    let (base, one, two, three) = (of("base"), of("one"), of("two"), of("three"));
-    let order = refused(["snapshot", "merge", &base, &two, "--into", &of("bad")]);
-    assert!(order[0].contains("give them in their order"), "{order:?}");
-    assert!(!freezer.path("bad").exists());
-    let into = of("whole");
-    printed([
-        "snapshot", "merge", &base, &one, &two, &three, "--into", &into,
-    ]);
-    let verified = printed(["snapshot", "verify", &into]);
-    assert!(
-        verified.starts_with("the snapshot is whole: "),
-        "{verified}"
-    );
-    let size = |name: &str| {
-        let shown = printed(["snapshot", "show", "--json", &of(name)]);
-        let shown: Value = serde_json::from_str(&shown).expect("JSON");
-        shown["memory"].as_u64().expect("a number")
-    };
-    assert!(
-        size("three") < size("base") / 4,
-        "{} of {}",
-        size("three"),
-        size("base")
-    );
-
+    merge(&freezer);
     let mut guest = Shell::restored(freezer.thaw("whole").spawn());
     assert_eq!(guest.ok("md5sum /tmp/data /tmp/disk /tmp/last"), sums);
     let after = count(&mut guest);

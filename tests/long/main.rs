@@ -9,3 +9,4 @@ mod kexec;
 mod net;
 mod pause;
 mod report;
+mod snapshot;

@@ -22,7 +22,7 @@ use kvm_bindings::{
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY, KVMIO, KvmIrqRouting, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
     kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_RISCV_AIA, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_msi,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, NoDatamatch, VmFd};
@@ -356,6 +356,19 @@ impl Vm for KvmVm {
             .fd
             .set_gsi_routing(&table)
             .map_err(|e| Error::refused(act, e))
+    }
+
+    fn signal_msi(&self, MsiMessage { address, data }: MsiMessage) -> Result<()> {
+        let message = kvm_msi {
+            address_lo: Half::Low.of(address),
+            address_hi: Half::High.of(address),
+            data,
+            ..Default::default()
+        };
+        let sent = self.0.fd.signal_msi(message);
+        let act = || format!("send message {data} to {address:#x} (KVM_SIGNAL_MSI)");
+        sent.map_err(|e| Error::refused(act(), e))?;
+        Ok(())
     }
 }
 
