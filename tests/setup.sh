@@ -314,6 +314,7 @@ options_that_cannot_be() {
     refused build "'$dir' is no FILE" "$dir"
     refused build "'' is no FILE" ''
     refused demo "different guests" --debian --conformance
+    refused demo "different guests" --restore --debian
     refused l1 "no command, and no terminal"
     refused fuzz "a TARGET is needed"
     refused fuzz "there is no TARGET 'mars'" mars

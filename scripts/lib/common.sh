@@ -24,6 +24,8 @@ source "$RVMM_REPO/scripts/lib/env-build.sh"
 source "$RVMM_REPO/scripts/lib/rig.sh"
 # shellcheck source=scripts/lib/debian.sh
 source "$RVMM_REPO/scripts/lib/debian.sh"
+# shellcheck source=scripts/lib/frozen.sh
+source "$RVMM_REPO/scripts/lib/frozen.sh"
 
 # Make a directory for unfinished files. It is removed when this script ends. If the script was
 # killed, the next one removes it. The lock on the script's own directory, which its children

@@ -4,7 +4,8 @@
 #   rig_build            build rvmm (release, static riscv64), then the guests and L1's base
 #   rig_next KIND...     get the newer kernel that a kind of host needs; fails if there is none
 #   rig_begin KIND       start a payload for a kind of host; add files in $RIG_RUN/root/payload
-#   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are discarded
+#   rig_add_disk IMAGE   give L1 a disk, /dev/vda and so on, whose changes are discarded;
+#                        `rig_add_disk IMAGE off` keeps them
 #   rig_boot SECONDS     boot L1 with it, for SECONDS at most (0: no limit); the result is in
 #                        $RIG_RUN/result
 #   rig_status           the payload's exit status; fails if L1 reported none
@@ -123,8 +124,8 @@ rig_add_program() {
 }
 
 rig_add_disk() {
-    local id=disk$((${#RIG_DISKS[@]} / 4))
-    RIG_DISKS+=(-drive "file=$1,format=raw,if=none,snapshot=on,id=$id" -device "virtio-blk-pci,drive=$id")
+    local discard=${2:-on} id=disk$((${#RIG_DISKS[@]} / 4))
+    RIG_DISKS+=(-drive "file=$1,format=raw,if=none,snapshot=$discard,id=$id" -device "virtio-blk-pci,drive=$id")
 }
 
 # Set a variable for the payload.

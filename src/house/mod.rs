@@ -1,9 +1,11 @@
 //! The rules of the house that a compiler does not check: the order of modules, the size of what
-//! is written, and where `unsafe` may be. CONTRIBUTING.md lists them.
+//! is written, where `unsafe` may be, and that the format of snapshots is described.
+//! CONTRIBUTING.md lists them.
 //!
 //! Each rule is a function from sources to violations, one line each that begins with the place.
 //! Tests of their own show what they say of a source that breaks them.
 
+mod format;
 mod order;
 mod shape;
 mod source;
@@ -76,5 +78,13 @@ fn unsafe_is_where_contributing_says() {
     assert_none(&shape::unsafe_places(
         &read("CONTRIBUTING.md"),
         &sources(ALL),
+    ));
+}
+
+#[test]
+fn the_format_of_snapshots_is_described() {
+    assert_none(&format::undescribed(
+        &read("docs/snapshot-format.md"),
+        &sources(&["src"]),
     ));
 }
