@@ -376,67 +376,6 @@ fn lower_halves_need_no_guest_file() {
     }
 }
 
-/// A hart whose vCPU comes to a processor that has no guest interrupt file left: KVM emulates the
-/// file then, and keeps what is in its upper half, but does not show it.
-#[test]
-fn a_hart_can_lose_its_guest_file() {
-    /// More harts than a processor has guest interrupt files (KVM_RUN's VGEIN has 6 bits).
-    const HARTS: u32 = 64;
-    if has_no_aia() {
-        return;
-    }
-    if host::kind() == Kind::AiaEmul || !Guest::new(1, None).aia.is_lossy() {
-        let mut guest = Guest::new(1, None);
-        guest.write(0, EIE0, bits([40, 5]));
-        let harts = guest.aia.to_settle_before_save().expect("asked");
-        assert!(
-            harts.is_empty(),
-            "no hart had a file, or none needs one: {harts:?}"
-        );
-        return;
-    }
-    let Pinned(all) = &stay();
-    let mut first = Guest::new(HARTS, None);
-    pin(all, false);
-    let last = (0..64).find(|hart| !first.get_file(*hart));
-    let last = last.expect("a hart without a file");
-    let number = u32::try_from(last).expect("a number");
-    pin(all, true);
-    until(|| first.get_file(last));
-    first.write(last, EIE0, bits([40, 5]));
-    pin(all, false);
-    assert_eq!(first.read(last, EIE0), bits([5]), "it has lost its file");
-    assert_eq!(first.aia.to_settle_before_save().expect("asked"), [number]);
-    let refused = Device::save(&first.aia).expect_err("hidden").to_string();
-    assert!(
-        refused.contains(&format!("no guest interrupt file for hart {last},")),
-        "{refused}"
-    );
-    pin(all, true);
-    let (mut second, parts) = Guest::for_state_of(first);
-    assert_eq!(
-        second.aia.to_settle_before_load(&parts).expect("asked"),
-        [number]
-    );
-    pin(all, true);
-    until(|| second.get_file(last));
-    second.take_over(parts).expect("loaded");
-    assert_eq!(second.read(last, EIE0), bits([40, 5]));
-    // Its file is emulated once more.
-    pin(all, false);
-    for hart in 0..last {
-        second.get_file(hart);
-    }
-    assert_eq!(second.read(last, EIE0), bits([5]));
-    second.write(last, EIDELIVERY, 1);
-    second.signal(number.into(), 40);
-    assert_eq!(
-        second.claim(last),
-        40,
-        "and whole, although KVM does not show it"
-    );
-}
-
 #[test]
 fn wires_come_back() {
     if has_no_aia() {
