@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand as _};
 
 use crate::config::{ConfigError, CrashAct, VmConfig};
 use crate::machine::{harts, status};
@@ -85,6 +85,27 @@ pub struct Cli {
     pub run: RunFlags,
 }
 
+/// A command line that begins with a subcommand. It has no flags of the machine, and so it is parsed
+/// in half the time.
+#[derive(Debug, Parser)]
+#[command(name = "rvmm")]
+struct Subcommand {
+    #[command(subcommand)]
+    command: Command,
+}
+
+impl Subcommand {
+    /// The subcommand of this command line. None if there is none, or if it is not to be run: then
+    /// the whole parser says why, or prints its help.
+    fn of(args: &[OsString]) -> Option<Command> {
+        let name = args.get(1)?.to_str()?;
+        if !Command::has_subcommand(name) {
+            return None;
+        }
+        Self::try_parse_from(args).ok().map(|parsed| parsed.command)
+    }
+}
+
 /// The request that a command line makes.
 #[derive(Debug)]
 pub enum Request {
@@ -112,6 +133,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     let args: Vec<OsString> = args.into_iter().collect();
     if args.len() <= 1 {
         return Request::Print(BARE_HELP.into());
+    }
+    if let Some(command) = Subcommand::of(&args) {
+        return Request::Do(command);
     }
     let parsed = Cli::command()
         .try_get_matches_from(args)
@@ -220,6 +244,24 @@ mod tests {
     #[test]
     fn the_command_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_subcommand_is_parsed_alone_as_by_the_whole_parser() {
+        let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for line in [
+            "rvmm info --json",
+            "rvmm ctl /socket snapshot /snap --live",
+            "rvmm restore /snap -vv --ctl /a --ctl /b --pause --clock jump -d x,id=disk0",
+            "rvmm snapshot merge /a /b --into /c",
+        ] {
+            let alone = Subcommand::of(&args(line)).unwrap();
+            let whole = Cli::try_parse_from(args(line)).unwrap().command;
+            assert_eq!(format!("{alone:?}"), format!("{:?}", whole.unwrap()));
+        }
+        for line in ["rvmm -v", "rvmm restore", "rvmm ctl --help", "rvmm info -v"] {
+            assert!(Subcommand::of(&args(line)).is_none(), "{line}");
+        }
     }
 
     #[test]

@@ -11,12 +11,8 @@ impl From<Hex> for String {
     fn from(Hex(bytes): Hex) -> Self {
         let mut text = String::with_capacity(2 * bytes.len());
         for byte in bytes {
-            let digits = [byte >> 4, byte & 0xf].map(u32::from);
-            text.extend(
-                digits
-                    .into_iter()
-                    .filter_map(|digit| char::from_digit(digit, 16)),
-            );
+            text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            text.push(char::from(DIGITS[usize::from(byte & 0xf)]));
         }
         text
     }
@@ -26,19 +22,35 @@ impl TryFrom<String> for Hex {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let digits = text.as_bytes().chunks(2);
+        let pairs = text.as_bytes().chunks_exact(2);
+        let mut wrong = !pairs.remainder().is_empty();
         let byte = |pair: &[u8]| {
-            let pair = std::str::from_utf8(pair)
-                .ok()
-                .filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()))?;
-            u8::from_str_radix(pair, 16).ok()
+            let [high, low] = [pair[0], pair[1]].map(|digit| VALUES[usize::from(digit)]);
+            wrong |= high | low > 0xf;
+            (high << 4) | low
         };
-        let bytes = digits.map(byte).collect::<Option<_>>();
-        bytes
-            .map(Hex)
-            .ok_or_else(|| "not an even number of hexadecimal digits".into())
+        let bytes = pairs.map(byte).collect();
+        match wrong {
+            true => Err("not an even number of hexadecimal digits".into()),
+            false => Ok(Self(bytes)),
+        }
     }
 }
+
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
+/// The value of each digit, and 0xff for every other byte. A snapshot has thousands of digits.
+const VALUES: [u8; 256] = {
+    let mut values = [0xff; 256];
+    let mut value = 0;
+    while value < 16 {
+        let digit = DIGITS[value as usize];
+        values[digit as usize] = value;
+        values[digit.to_ascii_uppercase() as usize] = value;
+        value += 1;
+    }
+    values
+};
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@
 //! an order that works on every kernel from Linux 6.12 on (`arch/riscv/kvm/vcpu_onereg.c`,
 //! `vcpu_timer.c`, `vcpu_sbi_sta.c`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -201,7 +201,7 @@ impl VcpuState {
             }
         }
         if lacks.is_empty() {
-            let known = vcpu.reg_list()?;
+            let known = known(vcpu)?;
             let is_needed = |id: RegId, bytes: &[u8]| match id.group() {
                 group::ISA_EXT | group::SBI_EXT | group::CONFIG => false,
                 _ => bytes.iter().any(|byte| *byte != 0),
@@ -223,12 +223,12 @@ impl VcpuState {
     /// # Errors
     /// Fails if a value is not one for its register, or if KVM refuses it.
     pub fn load(&self, vcpu: &dyn Vcpu, hart: u32) -> std::result::Result<(), LoadError> {
-        let known = vcpu.reg_list()?;
+        let known = known(vcpu)?;
         let mut all: Vec<_> = self
             .registers()
             .filter(|(id, _)| known.contains(id))
             .collect();
-        all.sort_by_key(|(id, _)| order(*id));
+        all.sort_by_cached_key(|(id, _)| order(*id));
         for (id, bytes) in all {
             if order(id).is_none() || id == regs::TIMER_STATE && self.number(id) != Some(1) {
                 continue;
@@ -251,6 +251,11 @@ impl VcpuState {
             false => HartState::Stopped,
         })?)
     }
+}
+
+/// The registers that the host's KVM has. A vCPU has hundreds.
+fn known(vcpu: &dyn Vcpu) -> Result<HashSet<RegId>> {
+    Ok(vcpu.reg_list()?.into_iter().collect())
 }
 
 /// Whether a register's value is the host's, and cannot be changed for the guest.
