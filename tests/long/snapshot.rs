@@ -28,14 +28,12 @@ fn a_hundred_rounds_under_load() {
     let mut guest = Shell::of(rvmm.args(freezer.ctl("ctl")));
     guest.vm.allow_seconds(600);
     // Writes blocks with their number, reads each back, and ends when one is wrong.
-    guest.ok(
-        "echo 'n=0; while :; do n=$((n+1)); at=$((n % 1000)); \
+    guest.ok("echo 'n=0; while :; do n=$((n+1)); at=$((n % 1000)); \
          printf %08d $n | dd of=/dev/vda bs=4096 seek=$at conv=notrunc oflag=direct,sync \
          2>/dev/null; \
          back=$(dd if=/dev/vda bs=4096 skip=$at count=1 iflag=direct 2>/dev/null | head -c 8); \
          [ \"$back\" = $(printf %08d $n) ] || { echo \"$n: $back\" >/tmp/wrong; exit; }; \
-         echo $n >/tmp/blocks; done' >/tmp/load; sh /tmp/load & true",
-    );
+         echo $n >/tmp/blocks; done' >/tmp/load; sh /tmp/load & true");
     start_counting(&mut guest);
     let mut before = 0;
     for round in 0..100 {
