@@ -16,7 +16,7 @@ use rvmm::cli::{self, Act, Cli, Command, Request, Restore, RunFlags, SnapshotAct
 use rvmm::config::{ConsoleConfig, TraceConfig};
 use rvmm::control::{Reply, client};
 use rvmm::devices::console::terminal;
-use rvmm::fork::{self, Fork};
+use rvmm::fork;
 use rvmm::hypervisor::Hypervisor;
 use rvmm::info::Info;
 use rvmm::machine::{
@@ -73,28 +73,12 @@ fn main() -> ExitCode {
 
 /// `rvmm ctl`. Returns what is to be printed on standard output.
 fn ctl(path: &Path, act: &Act) -> Result<Vec<u8>> {
-    if let Act::Fork {
-        count,
-        dir,
-        net,
-        console,
-        pause,
-    } = act
-    {
-        let clones = fork::fork(&Fork {
-            socket: path.into(),
-            count: *count,
-            dir: dir.clone(),
-            net: net.clone(),
-            console: console.clone(),
-            pause: *pause,
-        })?;
-        return Ok(clones.into());
+    if let Act::Fork(fork) = act {
+        return Ok(fork::fork(path, fork)?.into());
     }
-    let command = act
-        .command()
-        .context("Failed to find the working directory")?;
-    let reply = client::ask(path, command)?;
+    let command = act.command();
+    let command = command.context("Failed to find the working directory")?;
+    let reply = client::ask(path, command.context("there is no such command")?)?;
     let json = |value: &Value| serde_json::to_string_pretty(value).map(|text| text + "\n");
     Ok(match (reply, act) {
         (Reply::Status(status), Act::Status { json: true }) => {

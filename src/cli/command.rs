@@ -7,6 +7,7 @@ use clap::Subcommand;
 
 use super::restore::{ClockFlag, Restore};
 use crate::control::{self, SnapshotOf, What};
+use crate::fork::Fork;
 
 /// What rvmm does instead of running a machine.
 #[derive(Debug, Subcommand)]
@@ -88,24 +89,8 @@ pub enum Act {
         #[arg(long)]
         disks: bool,
     },
-    /// Start N copies of the machine, which goes on itself
-    Fork {
-        /// The number of copies
-        #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
-        count: u32,
-        /// A new directory: copy 1 has its control socket, console and log in DIR/1, and so on
-        #[arg(long, value_name = "DIR")]
-        dir: PathBuf,
-        /// The tap of each copy's interface; {} stands for its number, as in tap=clone{}
-        #[arg(long, value_name = "tap=NAME[,..]")]
-        net: Vec<String>,
-        /// Where the console of each copy goes; {} stands for its number (default: to a file)
-        #[arg(long, value_name = "WHERE")]
-        console: Option<String>,
-        /// The copies start paused
-        #[arg(long)]
-        pause: bool,
-    },
+    /// Start N clones of the machine, which goes on itself
+    Fork(Fork),
     /// End the machine, as Ctrl-A X does
     Stop,
     /// Restart the guest, as if power was off for a moment
@@ -150,20 +135,19 @@ pub enum SnapshotAct {
 }
 
 impl Act {
-    /// The command that is sent to the machine.
+    /// The command that is sent to the machine. None if it takes more than one command.
     ///
     /// # Errors
     /// Fails if the working directory cannot be found, which a relative path depends on.
-    pub fn command(&self) -> io::Result<control::Command> {
-        Ok(match self {
+    pub fn command(&self) -> io::Result<Option<control::Command>> {
+        Ok(Some(match self {
             Act::Status { .. } => control::Command::Status,
             Act::Pause => control::Command::Pause,
             Act::Resume { clock } => match clock {
                 ClockFlag::Stop => control::Command::Resume,
                 ClockFlag::Jump => control::Command::ResumeAndJump,
             },
-            // It asks for a snapshot by itself.
-            Act::Fork { .. } => control::Command::Status,
+            Act::Fork(_) => return Ok(None),
             Act::Snapshot {
                 dir,
                 live,
@@ -185,6 +169,6 @@ impl Act {
             Act::Stats => control::Command::Stats,
             Act::DumpDtb { .. } => control::Command::DumpDtb,
             Act::Report => control::Command::Report,
-        })
+        }))
     }
 }

@@ -13,27 +13,30 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 
 use crate::config::{DiskConfig, DiskFormat, Mac, NetConfig, VmConfig};
 use crate::control::{self, Reply, SnapshotOf, What, client};
 use crate::machine::{SavedMachine, disk_copy, disk_name};
 use crate::util::random;
 
-/// What to start.
-#[derive(Clone, Debug)]
+/// What to start. The doc comments are the text of `--help`.
+#[derive(Args, Clone, Debug)]
 pub struct Fork {
-    /// The control socket of the machine.
-    pub socket: PathBuf,
-    /// The number of clones.
+    /// The number of clones
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub count: u32,
-    /// A new directory for everything that belongs to the clones.
+    /// A new directory: clone 1 has its control socket, console and log in DIR/1, and so on
+    #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// A value of --net for each interface. `{}` stands for the number of the clone.
+    /// The tap of each clone's interface; {} stands for its number, as in tap=clone{}
+    #[arg(long, value_name = "tap=NAME[,..]")]
     pub net: Vec<String>,
-    /// The value of --console. `{}` stands for the number of the clone. Without it, the console is
-    /// a file in the clone's directory.
+    /// Where the console of each clone goes; {} stands for its number (default: to a file)
+    #[arg(long, value_name = "WHERE")]
     pub console: Option<String>,
-    /// Whether the clones start paused.
+    /// The clones start paused
+    #[arg(long)]
     pub pause: bool,
 }
 
@@ -45,13 +48,14 @@ const POLL: Duration = Duration::from_millis(5);
 /// Stands for the number of the clone.
 const NUMBER: &str = "{}";
 
-/// Starts the clones. Each is clone 1, 2 and so on: it has a directory with that number, with its
-/// control socket `ctl` and its log. Returns the text to print: a line for each clone.
+/// Starts clones of the machine whose control socket is at `socket`. Each is clone 1, 2 and so on:
+/// it has a directory with that number, with its control socket `ctl` and its log. Returns the text
+/// to print: a line for each clone.
 ///
 /// # Errors
 /// Fails if the directory is not new, if the machine refuses the snapshot, or if a clone does not
 /// start. Then no clone runs, and the directory is removed.
-pub fn fork(fork: &Fork) -> Result<String> {
+pub fn fork(socket: &Path, fork: &Fork) -> Result<String> {
     let dir = absolute(&fork.dir).context("Failed to find the working directory")?;
     let failed = || format!("Failed to create directory {dir:?}");
     match fs::remove_dir(&dir) {
@@ -63,14 +67,14 @@ pub fn fork(fork: &Fork) -> Result<String> {
         .mode(0o700)
         .create(&dir)
         .with_context(failed)?;
-    let started = start(fork, &dir);
+    let started = start(socket, fork, &dir);
     if started.is_err() {
         let _ = fs::remove_dir_all(&dir);
     }
     started
 }
 
-fn start(fork: &Fork, dir: &Path) -> Result<String> {
+fn start(socket: &Path, fork: &Fork, dir: &Path) -> Result<String> {
     let snapshot = dir.join("snapshot");
     let of = SnapshotOf {
         dir: snapshot.clone(),
@@ -78,7 +82,7 @@ fn start(fork: &Fork, dir: &Path) -> Result<String> {
         live: true,
         disks: true,
     };
-    let reply = client::ask(&fork.socket, control::Command::Snapshot(of))?;
+    let reply = client::ask(socket, control::Command::Snapshot(of))?;
     let Reply::Snapshot(taken) = reply else {
         bail!("the machine answered, but not about the snapshot");
     };
@@ -240,7 +244,6 @@ mod tests {
 
     fn fork_of(net: &[&str], console: Option<&str>) -> Fork {
         Fork {
-            socket: "/s".into(),
             count: 2,
             dir: "/d".into(),
             net: net.iter().map(|net| (*net).into()).collect(),

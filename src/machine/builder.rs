@@ -115,6 +115,7 @@ impl Machine {
         hypervisor: Arc<dyn Hypervisor>,
     ) -> Result<Self> {
         let backends = Backends::open(&config, None)?;
+        saved.load_overlays(&backends.disks)?;
         let vm = hypervisor.create_vm()?;
         let base = GuestAddress(RAM_BASE);
         vm.check_ram(base, config.mem.size)?;

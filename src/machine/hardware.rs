@@ -86,16 +86,22 @@ impl Hardware {
         let mut vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
         let facts = harts::facts(config, &vcpus, &choice)?;
-        let promise = match &content {
+        let (promise, vectors) = match &content {
             Content::Snapshot(saved) => {
                 saved.load_vcpus(&vcpus)?;
-                saved.promise()?
+                (saved.promise()?, saved.vectors()?)
             }
-            Content::Boot(..) => None,
+            Content::Boot(..) => (None, None),
         };
         let irqchip = choice.start(vm, &vcpus, promise)?;
         let mut board = Board::new(&irqchip, console)?;
-        for device in virtio::attach(backends, config, vm, ram, &irqchip, &mut board.bus)? {
+        let place = virtio::Place {
+            vm,
+            ram,
+            irqchip: &irqchip,
+            bus: &mut board.bus,
+        };
+        for device in virtio::attach(backends, config, place, vectors.as_deref())? {
             board.devices.add(device);
         }
         let (device_tree, placement) = match content {

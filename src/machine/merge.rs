@@ -29,8 +29,8 @@ pub fn merge(paths: &[PathBuf], into: &Path) -> Result<()> {
     let failed = || format!("Failed to merge snapshots into {into:?}");
     let new = NewSnapshot::begin(into)?;
     let memory = new.create(MEMORY)?;
-    image::copy_all(&base.snapshot().file(MEMORY)?, &memory).with_context(failed)?;
     let size = base.ram().size;
+    image::copy_all(&base.snapshot().file(MEMORY)?, &memory, size).with_context(failed)?;
     for saved in &all[1..] {
         let changes = saved.ram().changes().unwrap_or_default();
         let from = saved.snapshot().file(MEMORY)?;

@@ -11,6 +11,7 @@ use vm_memory::GuestAddress;
 
 use super::devices::Devices;
 use super::frozen::FrozenTime;
+use super::virtio::{Disks, disk_name};
 use crate::boot::placement::Placement;
 use crate::boot::saved::{BootState, renew_seed};
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
@@ -19,6 +20,7 @@ use crate::hypervisor::Vcpu;
 use crate::irqchip::HartSide;
 use crate::irqchip::aia::Promise;
 use crate::memory::{GuestMemory, image};
+use crate::pci::saved_vectors;
 use crate::snapshot::directory::{MEMORY, Snapshot};
 use crate::snapshot::{Header, MACHINE, Parts, RamState, Saved, TimeState};
 use crate::vcpu::first::First;
@@ -34,6 +36,13 @@ pub(super) fn vcpu_id(hart: usize) -> String {
 
 /// The name under which an AIA is saved.
 const AIA: &str = "aia";
+/// The name under which the PCI bridge is saved.
+const PCI: &str = "pci";
+
+/// The name under which the overlay of a disk is saved, and of its file in the snapshot.
+pub(super) fn overlay_file(disk: &str) -> String {
+    format!("overlay-{disk}")
+}
 
 /// What a guest needs and this host lacks: one line for each.
 #[derive(Debug)]
@@ -211,6 +220,36 @@ impl SavedMachine {
         }
         let promise = Promise::of(&self.aia());
         promise.map(Some).context("Failed to restore aia")
+    }
+
+    /// The number of messages of each device on PCI. None if there is no PCI bus.
+    pub(super) fn vectors(&self) -> Result<Option<Vec<usize>>> {
+        let saved = self.parts.get(PCI).map(|saved| saved_vectors(saved));
+        saved.transpose().context("Failed to restore pci")
+    }
+
+    /// Gives the disks with an overlay what their guest has written.
+    pub(super) fn load_overlays(&mut self, disks: &Disks) -> Result<()> {
+        for (name, overlay) in disks.overlays() {
+            let id = overlay_file(name);
+            if !self.parts.contains_key(&id) && !self.had_overlay(name) {
+                // The overlay is the user's choice for this restore, and new.
+                continue;
+            }
+            let mut saved = Parts::new(self.parts.remove(&id).unwrap_or_default());
+            let failed = || format!("Failed to restore {name}");
+            let state = saved.take().with_context(failed)?;
+            saved.finish().with_context(failed)?;
+            let loaded = overlay.load_from(&self.snapshot.file(&id)?, &state);
+            loaded.with_context(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the disk had an overlay when the snapshot was taken.
+    fn had_overlay(&self, name: &str) -> bool {
+        let mut disks = self.header.config.disk.iter().enumerate();
+        disks.any(|(index, disk)| disk.snapshot && disk_name(index, disk) == name)
     }
 
     /// The harts whose vCPUs must go through KVM_RUN before the devices are loaded: see

@@ -18,7 +18,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::builder::Machine;
 use super::frozen::{Clock, FrozenTime};
 use super::life::Vcpus;
-use super::restore::{CONSOLES, vcpu_id};
+use super::restore::{CONSOLES, overlay_file, vcpu_id};
+use super::virtio::{Disks, disk_copy};
 use super::{Running, tracking};
 use crate::boot::saved::BootState;
 use crate::config::{ConsoleConfig, VmConfig};
@@ -41,6 +42,9 @@ const SETTLE_TRIES: u32 = 10;
 struct Taking {
     new: NewSnapshot,
     memory: File,
+    /// The other files: overlays and copies of disks.
+    others: Vec<File>,
+    copies_disks: bool,
     id: Hex,
     what: What,
     /// RAM was copied while the guest ran, and what changes since then is tracked.
@@ -71,7 +75,8 @@ impl Running<'_> {
             }
         }
         let frozen = began.elapsed();
-        let finish = || written.and_then(|taking| finish(taking, &of.dir));
+        let disks = self.machine.backends.disks.clone();
+        let finish = || written.and_then(|taking| finish(taking, &disks, &of.dir));
         let finished = self.main.while_serving(finish)?;
         if finished.is_err() && of.what != What::All {
             // The marks of pages that this snapshot should have had are cleared.
@@ -145,6 +150,8 @@ impl Running<'_> {
         Ok(Taking {
             memory: new.create(MEMORY)?,
             new,
+            others: Vec::new(),
+            copies_disks: of.disks,
             id: Hex(random::bytes::<16>()?.into()),
             what: of.what,
             is_copied: false,
@@ -198,8 +205,10 @@ impl Running<'_> {
             true => tracking::take(vm, ram).map(Some),
             false => Ok(None),
         };
+        let disks = self.machine.backends.disks.clone();
         let write = || -> Result<Taking> {
             taking.sections = sections?;
+            write_disks(&disks, &mut taking)?;
             write_ram(ram, &mut taking, changed?, path)?;
             Ok(taking)
         };
@@ -269,6 +278,7 @@ impl Machine {
             *path = absolute(&*path).context("Failed to find the working directory")?;
         }
         config.irqchip = self.hardware()?.irqchip;
+        self.backends.pin(&mut config);
         Ok(config)
     }
 }
@@ -311,13 +321,33 @@ fn write_ram(
     Ok(())
 }
 
+/// Writes the overlays of the paused machine's disks, and copies of the others if they are wanted.
+fn write_disks(disks: &Disks, taking: &mut Taking) -> Result<()> {
+    for (name, overlay) in disks.overlays() {
+        let id = overlay_file(name);
+        let file = taking.new.create(&id)?;
+        let saved = overlay.save_to(&file);
+        let saved = saved.with_context(|| format!("Failed to write the overlay of {name}"))?;
+        let saved = Saved::of(&saved)?;
+        taking.sections.push(Section { id, saved });
+        taking.others.push(file);
+    }
+    if taking.copies_disks {
+        let create = |name: &str| taking.new.create(&disk_copy(name));
+        let copies = disks.copy(create)?;
+        taking.others.extend(copies);
+    }
+    Ok(())
+}
+
 /// Makes a snapshot durable and gives it its name. Returns its id, and the number of bytes in the
 /// file `memory` that are not holes.
-fn finish(taking: Taking, path: &Path) -> Result<(Hex, u64)> {
+fn finish(taking: Taking, disks: &Disks, path: &Path) -> Result<(Hex, u64)> {
     let failed = || format!("Failed to write {:?}", path.join(MEMORY));
     let Taking {
         new,
         memory,
+        others,
         id,
         mut sections,
         mut ram,
@@ -329,6 +359,10 @@ fn finish(taking: Taking, path: &Path) -> Result<(Hex, u64)> {
     }
     sections.insert(1, of_machine(Saved::of(&ram))?);
     let bytes = image::data_bytes(&memory).with_context(failed)?;
-    new.finish(&sections, &[memory])?;
+    // The disks on stable storage must not be older than the snapshot.
+    disks.sync()?;
+    let mut files = others;
+    files.push(memory);
+    new.finish(&sections, &files)?;
     Ok((id, bytes))
 }

@@ -1,5 +1,6 @@
 //! Creates and attaches the machine's virtio devices.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -11,11 +12,11 @@ use crate::config::{ConsoleConfig, DiskConfig, Mac, NetConfig, Transport, VmConf
 use crate::devices::console::{Console, terminal};
 use crate::hypervisor::Vm;
 use crate::irqchip::IrqChip;
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 use crate::pci::HostBridge;
 use crate::trace::Slot;
-use crate::virtio::blk::Disk;
 use crate::virtio::blk::image::Image;
+use crate::virtio::blk::{Disk, Overlay};
 use crate::virtio::console::ConsolePort;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::input::{Button, PowerKey};
@@ -50,12 +51,74 @@ pub type MakeDevice = Box<dyn Fn() -> io::Result<Box<dyn VirtioDevice>> + Send>;
 pub(super) struct Backends {
     /// Functions that create the devices, in the order in which they are attached.
     make: Vec<MakeDevice>,
+    pub(super) disks: Disks,
+    /// The addresses of the interfaces.
+    macs: Vec<Mac>,
     /// The second console.
     pub(super) console: Option<Arc<Console>>,
     /// The power key, if SIGTERM is to press it.
     pub(super) button: Option<Arc<Button>>,
     /// Devices record their work once this has a tracer.
     pub(super) tracer: Slot,
+}
+
+/// A disk's open image.
+#[derive(Clone)]
+struct OpenDisk {
+    name: String,
+    image: Arc<Image>,
+    /// Whether the guest's writes go to the image itself.
+    is_written: bool,
+}
+
+/// The open images of all disks.
+#[derive(Clone)]
+pub(super) struct Disks(Vec<OpenDisk>);
+
+impl Disks {
+    /// Makes durable what the guest has written to its disks, except where that is not wanted
+    /// (`cache=unsafe`) or goes to an overlay. May wait for the host's disks.
+    ///
+    /// # Errors
+    /// Fails if the host cannot write a disk, or could not earlier. The message names the disk.
+    pub(super) fn sync(&self) -> Result<()> {
+        for OpenDisk { name, image, .. } in &self.0 {
+            let path = image.path();
+            let synced = image.flush();
+            synced.with_context(|| format!("Failed to sync {name} ({path:?})"))?;
+        }
+        Ok(())
+    }
+
+    /// The names of the disks whose image is not written (`snapshot=on`), with what their guest has
+    /// written.
+    pub(super) fn overlays(&self) -> impl Iterator<Item = (&str, &Overlay)> {
+        let disks = self.0.iter();
+        disks.filter_map(|disk| Some((disk.name.as_str(), disk.image.overlay()?)))
+    }
+
+    /// Copies the image of each disk that the guest writes to, to a new file that `create` returns
+    /// for the disk's name. The disks must be paused. Where the file system can do that, the copy
+    /// shares the image's blocks.
+    ///
+    /// # Errors
+    /// Fails if an image cannot be read, or a file cannot be written.
+    pub(super) fn copy(&self, create: impl Fn(&str) -> Result<File>) -> Result<Vec<File>> {
+        let copy = |OpenDisk { name, image, .. }: &OpenDisk| -> Result<File> {
+            let path = image.path();
+            let failed = || format!("Failed to copy {name} ({path:?})");
+            let (from, to) = (File::open(path).with_context(failed)?, create(name)?);
+            if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
+                memory::image::copy_all(&from, &to, image.len()).with_context(failed)?;
+            }
+            Ok(to)
+        };
+        self.0
+            .iter()
+            .filter(|disk| disk.is_written)
+            .map(copy)
+            .collect()
+    }
 }
 
 impl Backends {
@@ -68,18 +131,36 @@ impl Backends {
         let console: Option<Arc<Console>> = config.virtio_console.is_some().then(Arc::default);
         let button: Option<Arc<Button>> = config.on_sigterm.patience().map(|_| Arc::default());
         let tracer = Slot::default();
-        let mut make = disks(config, &tracer)?;
-        make.extend(interfaces(config)?);
+        let disks = disks(config)?;
+        let macs: Vec<Mac> = config.net.iter().map(mac).collect();
+        let mut make = Vec::new();
+        make.extend(
+            disks
+                .0
+                .iter()
+                .map(|disk| disk_device(config, disk, &tracer)),
+        );
+        make.extend(interfaces(config, &macs)?);
         make.extend(console.clone().map(|console| port(config, console)));
         make.extend(config.rng.then(rng));
         make.extend(button.clone().map(power_key));
         make.extend(other);
         Ok(Self {
             make,
+            disks,
+            macs,
             console,
             button,
             tracer,
         })
+    }
+
+    /// Writes to `config` what the host has chosen, so that a machine with that configuration looks
+    /// the same on another host: the interfaces' addresses.
+    pub(super) fn pin(&self, config: &mut VmConfig) {
+        for (net, mac) in config.net.iter_mut().zip(&self.macs) {
+            net.mac = Some(*mac);
+        }
     }
 
     /// Creates the devices in their power-on state.
@@ -89,32 +170,45 @@ impl Backends {
     }
 }
 
-fn disks(config: &VmConfig, tracer: &Slot) -> Result<Vec<MakeDevice>> {
-    let queues = config.cpus.min(DISK_QUEUES_MAX);
-    let queues = u16::try_from(queues).unwrap_or(u16::MAX);
-    let open = |(index, disk): (usize, &DiskConfig)| -> Result<MakeDevice> {
+fn disks(config: &VmConfig) -> Result<Disks> {
+    let open = |(index, disk): (usize, &DiskConfig)| {
         let name = disk_name(index, disk);
         let image = Arc::new(Image::open(disk)?);
-        let tracer = Arc::clone(tracer);
-        Ok(Box::new(move || {
-            let (image, tracer) = (Arc::clone(&image), Arc::clone(&tracer));
-            Ok(Box::new(Disk::traced(&name, image, queues, tracer)))
-        }))
+        let is_written = !disk.readonly && !disk.snapshot;
+        Ok(OpenDisk {
+            name,
+            image,
+            is_written,
+        })
     };
-    config.disk.iter().enumerate().map(open).collect()
+    let opened = config.disk.iter().enumerate().map(open);
+    Ok(Disks(opened.collect::<Result<_>>()?))
 }
 
-fn interfaces(config: &VmConfig) -> Result<Vec<MakeDevice>> {
+fn disk_device(config: &VmConfig, disk: &OpenDisk, tracer: &Slot) -> MakeDevice {
+    let queues = config.cpus.min(DISK_QUEUES_MAX);
+    let queues = u16::try_from(queues).unwrap_or(u16::MAX);
+    let (name, image, tracer) = (disk.name.clone(), disk.image.clone(), Arc::clone(tracer));
+    Box::new(move || {
+        let (image, tracer) = (Arc::clone(&image), Arc::clone(&tracer));
+        Ok(Box::new(Disk::traced(&name, image, queues, tracer)))
+    })
+}
+
+fn mac(net: &NetConfig) -> Mac {
+    net.mac.unwrap_or_else(|| default_mac(&net.tap))
+}
+
+fn interfaces(config: &VmConfig, macs: &[Mac]) -> Result<Vec<MakeDevice>> {
     let pairs = usize::try_from(config.cpus.min(NET_PAIRS_MAX))?;
-    let open = |(index, net): (usize, &NetConfig)| -> Result<MakeDevice> {
-        let NetConfig { tap, mac, vhost } = net.clone();
+    let open = |(index, (net, mac)): (usize, (&NetConfig, &Mac))| -> Result<MakeDevice> {
+        let (tap, mac, vhost) = (net.tap.clone(), *mac, net.vhost);
         if vhost {
             vhost::check()?;
         }
         let queues = TapQueue::open(&tap, pairs)?;
         let queues: Vec<_> = queues.into_iter().map(Arc::new).collect();
         let name = format!("net{index}");
-        let mac = mac.unwrap_or_else(|| default_mac(&tap));
         Ok(Box::new(move || {
             let mtu = queues.first().and_then(|queue| queue.mtu());
             Ok(Box::new(Net::new(
@@ -127,7 +221,7 @@ fn interfaces(config: &VmConfig) -> Result<Vec<MakeDevice>> {
             )))
         }))
     };
-    config.net.iter().enumerate().map(open).collect()
+    config.net.iter().zip(macs).enumerate().map(open).collect()
 }
 
 fn port(config: &VmConfig, console: Arc<Console>) -> MakeDevice {
@@ -158,17 +252,17 @@ fn default_mac(tap: &str) -> Mac {
 }
 
 /// Creates the devices and attaches them to `bus`. Returns them, after the PCI host bridge if there
-/// is one.
+/// is one. `vectors` are the numbers of messages that the devices on PCI must have, in order
+/// ([`saved_vectors`](crate::pci::saved_vectors)); without it, this decides.
 ///
 /// # Errors
-/// Fails if there are more devices than slots, or if a call to KVM or to the host fails.
+/// Fails if there are more devices than slots, if the host cannot deliver that many messages, or if
+/// a call to KVM or to the host fails.
 pub(super) fn attach(
     backends: &Backends,
     config: &VmConfig,
-    vm: &Arc<dyn Vm>,
-    ram: &Arc<GuestMemory>,
-    irqchip: &IrqChip,
-    bus: &mut Bus,
+    place: Place,
+    vectors: Option<&[usize]>,
 ) -> Result<Vec<Arc<dyn Device>>> {
     let devices = backends.devices()?;
     if devices.is_empty() {
@@ -177,24 +271,39 @@ pub(super) fn attach(
     // The transports share it. Its thread ends when the last of them is dropped.
     let starter = Starter::new().context("Failed to start the devices thread")?;
     match config.transport {
-        Transport::Mmio => attach_mmio(devices, vm, ram, irqchip, bus, &starter),
-        Transport::Pci => attach_pci(devices, vm, ram, irqchip, bus, &starter),
+        Transport::Mmio => attach_mmio(devices, place, &starter),
+        Transport::Pci => attach_pci(devices, place, &starter, vectors),
     }
+}
+
+/// Where devices are attached.
+pub(super) struct Place<'a> {
+    pub(super) vm: &'a Arc<dyn Vm>,
+    pub(super) ram: &'a Arc<GuestMemory>,
+    pub(super) irqchip: &'a IrqChip,
+    pub(super) bus: &'a mut Bus,
 }
 
 fn attach_pci(
     devices: Vec<Box<dyn VirtioDevice>>,
-    vm: &Arc<dyn Vm>,
-    ram: &Arc<GuestMemory>,
-    irqchip: &IrqChip,
-    bus: &mut Bus,
+    place: Place,
     starter: &Arc<Starter>,
+    vectors: Option<&[usize]>,
 ) -> Result<Vec<Arc<dyn Device>>> {
+    let Place {
+        vm,
+        ram,
+        irqchip,
+        bus,
+    } = place;
     let first = layout::pci_irq(irqchip.sources());
     let wires = [0, 1, 2, 3].map(|wire| irqchip.line(first + wire));
     let messages = irqchip.messages().cloned();
     let limit = messages.as_ref().map_or(0, |messages| messages.vectors);
-    let vectors = share_vectors(&devices, limit);
+    let vectors = match vectors {
+        Some(saved) => same_vectors(&devices, saved, limit)?,
+        None => share_vectors(&devices, limit),
+    };
     let (ecam, window) = (layout::PCI_ECAM, layout::PCI_WINDOW);
     let mut bridge = HostBridge::new(ecam, window, wires, messages);
     let mut transports: Vec<Arc<dyn Device>> = Vec::new();
@@ -238,14 +347,46 @@ fn share_vectors(devices: &[Box<dyn VirtioDevice>], limit: u32) -> Vec<u16> {
         .collect()
 }
 
+/// The numbers of MSI-X vectors that the devices had in a snapshot.
+///
+/// # Errors
+/// Fails if that had another number of devices, or if all vectors together are more than `limit`.
+fn same_vectors(
+    devices: &[Box<dyn VirtioDevice>],
+    saved: &[usize],
+    limit: u32,
+) -> Result<Vec<u16>> {
+    let (here, there) = (devices.len(), saved.len());
+    if here != there {
+        bail!("The snapshot has {there} devices on PCI, and this machine has {here}");
+    }
+    let all = saved
+        .iter()
+        .fold(0, |all: usize, count| all.saturating_add(*count));
+    if u32::try_from(all).is_ok_and(|all| all <= limit) {
+        Ok(saved
+            .iter()
+            .map(|count| u16::try_from(*count))
+            .collect::<Result<_, _>>()?)
+    } else {
+        bail!(
+            "The snapshot's devices on PCI have {all} interrupt messages, and this host has room \
+             for {limit}"
+        );
+    }
+}
+
 fn attach_mmio(
     devices: Vec<Box<dyn VirtioDevice>>,
-    vm: &Arc<dyn Vm>,
-    ram: &Arc<GuestMemory>,
-    irqchip: &IrqChip,
-    bus: &mut Bus,
+    place: Place,
     starter: &Arc<Starter>,
 ) -> Result<Vec<Arc<dyn Device>>> {
+    let Place {
+        vm,
+        ram,
+        irqchip,
+        bus,
+    } = place;
     let (count, slots) = (devices.len(), layout::VIRTIO_MMIO_SLOTS);
     if count > slots as usize {
         bail!("{count} virtio devices are too many: --transport mmio takes {slots}, pci takes 31");
@@ -262,3 +403,6 @@ fn attach_mmio(
     }
     Ok(attached)
 }
+
+#[cfg(test)]
+mod tests;

@@ -157,12 +157,12 @@ pub fn copy_marked(from: &File, to: &File, pages: &[u64], size: u64) -> io::Resu
     Ok(())
 }
 
-/// Copies what is not a hole in the image `from` to the image `to`, which is empty.
+/// Copies what is not a hole in the first `size` bytes of `from` to `to`, which is empty and gets
+/// that size.
 ///
 /// # Errors
 /// Fails if a file cannot be read or written.
-pub fn copy_all(from: &File, to: &File) -> io::Result<()> {
-    let size = from.metadata()?.len();
+pub fn copy_all(from: &File, to: &File, size: u64) -> io::Result<()> {
     to.set_len(size)?;
     let all = usize::try_from(size).map_err(io::Error::other)?;
     for range in data(from, 0..all)? {

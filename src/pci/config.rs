@@ -1,6 +1,10 @@
 //! The configuration space of a function (PCI Local Bus 3.0, chapter 6): its bytes, and the bits
 //! that a guest can change.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
 /// The size of the configuration space in bytes. An ECAM has room for 4096 bytes; the rest reads
 /// zero.
 const SIZE: usize = 256;
@@ -32,6 +36,14 @@ pub struct Identity {
     pub revision: u8,
     /// The subsystem id.
     pub subsystem: u16,
+}
+
+/// The saved state of a configuration space: the bits that a guest can change of each byte that has
+/// such bits, by the byte's offset.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedConfig {
+    bytes: BTreeMap<u8, u8>,
 }
 
 /// A configuration space of header type 0, with at most one BAR, which is 32-bit memory.
@@ -117,6 +129,45 @@ impl ConfigSpace {
         let to = self.bytes.iter_mut().zip(self.writable);
         for ((to, mask), from) in to.skip(start(offset)).zip(data) {
             *to = (*to & !mask) | (from & mask);
+        }
+    }
+
+    /// The state: all bits that a guest can change.
+    pub(super) fn save(&self) -> SavedConfig {
+        let all = (0..=u8::MAX).zip(self.bytes.iter().zip(self.writable));
+        let changing = all.filter(|(_, (_, mask))| *mask != 0);
+        SavedConfig {
+            bytes: changing
+                .map(|(at, (byte, mask))| (at, byte & mask))
+                .collect(),
+        }
+    }
+
+    /// Takes over `saved`.
+    ///
+    /// # Errors
+    /// Fails if that has other bytes or bits than those that a guest can change here.
+    pub(super) fn load(&mut self, saved: &SavedConfig) -> Result<(), String> {
+        let mut left = saved.bytes.clone();
+        for (at, (byte, mask)) in (0..=u8::MAX).zip(self.bytes.iter_mut().zip(self.writable)) {
+            if mask == 0 {
+                continue;
+            }
+            let value = left
+                .remove(&at)
+                .ok_or_else(|| format!("byte {at:#x} of the configuration space is missing"))?;
+            if value & !mask != 0 {
+                return Err(format!(
+                    "byte {at:#x} of the configuration space cannot be {value:#x}"
+                ));
+            }
+            *byte = (*byte & !mask) | value;
+        }
+        match left.first_key_value() {
+            Some((at, _)) => Err(format!(
+                "byte {at:#x} of the configuration space cannot change"
+            )),
+            None => Ok(()),
         }
     }
 

@@ -9,9 +9,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::config::ConfigSpace;
+use serde::{Deserialize, Serialize};
+
+use super::config::{ConfigSpace, SavedConfig};
 use super::interrupts::Interrupts;
-use super::msix;
+use super::msix::{self, Msix, SavedMessage};
 use crate::util::sync::lock;
 
 /// The size of BAR 0 in bytes.
@@ -20,6 +22,8 @@ pub const BAR_SIZE: u32 = 0x8000;
 const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const PENDING_END: u64 = 0x6000;
+/// The largest number of MSI-X vectors. Their table has an entry of 16 bytes for each.
+pub(super) const VECTORS_MAX: u16 = 256;
 
 /// The device behind BAR 0. The vCPUs' threads call the methods, several at the same time.
 pub trait BarDevice: Send + Sync {
@@ -47,6 +51,22 @@ pub struct Window {
     pub control: u16,
     /// The offset of the data.
     pub data: u16,
+}
+
+/// The saved state of a function.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedFunction {
+    config: SavedConfig,
+    /// One for each vector of MSI-X. None if the function has only its pin.
+    messages: Vec<SavedMessage>,
+}
+
+impl SavedFunction {
+    /// The number of vectors.
+    pub(super) fn vectors(&self) -> usize {
+        self.messages.len()
+    }
 }
 
 /// A function of a PCI device.
@@ -113,9 +133,14 @@ impl Function {
     /// a time. The store may have moved BAR 0, and may have changed the bus master enable bit: see
     /// [`Function::bar`] and `follow_bus_master`.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
+        lock(&self.config).write(offset, data);
+        self.follow_config();
+    }
+
+    /// Passes on what the configuration space says about interrupts.
+    fn follow_config(&self) {
         let (disabled, control) = {
-            let mut config = lock(&self.config);
-            config.write(offset, data);
+            let config = lock(&self.config);
             let control = self.msix_control.map(|at| config.word(at.into()));
             (config.is_intx_disabled(), control)
         };
@@ -145,6 +170,32 @@ impl Function {
         if allowed {
             self.device.set_bus_master(true);
         }
+    }
+
+    /// The state of configuration space and messages. The device has the rest.
+    pub(super) fn save(&self) -> SavedFunction {
+        let msix = self.interrupts.msix.as_ref();
+        SavedFunction {
+            config: lock(&self.config).save(),
+            messages: msix.map(Msix::save).unwrap_or_default(),
+        }
+    }
+
+    /// Takes over `saved`. The function must be new. This may have moved BAR 0, and may have set
+    /// the bus master enable bit, without which no message is connected: see
+    /// [`Function::write_config`].
+    ///
+    /// # Errors
+    /// Fails if the function cannot have this state.
+    pub(super) fn load(&self, saved: &SavedFunction) -> Result<(), String> {
+        match &self.interrupts.msix {
+            Some(msix) => msix.load(&saved.messages)?,
+            None if saved.messages.is_empty() => {}
+            None => return Err("it has messages in the snapshot, and only a pin now".into()),
+        }
+        lock(&self.config).load(&saved.config)?;
+        self.follow_config();
+        Ok(())
     }
 
     /// The guest-physical address of BAR 0. `None` if memory decoding is off.

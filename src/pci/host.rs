@@ -5,13 +5,15 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::config::{ConfigSpace, Identity};
-use super::function::{BAR_SIZE, Function};
+use super::config::{ConfigSpace, Identity, SavedConfig};
+use super::function::{BAR_SIZE, Function, SavedFunction, VECTORS_MAX};
 use super::interrupts::{Interrupts, SharedLine};
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::irqchip::Messages;
+use crate::snapshot::{LoadError, Parts, SaveError, Saved, State};
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_warn};
 
@@ -83,10 +85,13 @@ impl HostBridge {
     /// the machine can deliver messages.
     ///
     /// # Errors
-    /// Fails if the bus is full, if the host has no free descriptors, or KVM no free interrupt
-    /// numbers.
+    /// Fails if the bus is full, if there is no room for so many messages, if the host has no free
+    /// descriptors, or KVM no free interrupt numbers.
     pub fn interrupts(&self, vectors: u16) -> Result<Arc<Interrupts>> {
         let device = self.next_device()?;
+        if vectors > VECTORS_MAX {
+            bail!("a PCI device has room for {VECTORS_MAX} messages, not for {vectors}");
+        }
         // INTA of device n is wire n modulo 4, as bridges do it (PCI-to-PCI Bridge Architecture
         // 1.2, section 9.1).
         let line = &self.shared[device % WIRES];
@@ -211,6 +216,31 @@ impl HostBridge {
     }
 }
 
+/// The saved state of the bus: bridge and functions.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedBridge {
+    config: SavedConfig,
+    /// From device 1 on.
+    functions: Vec<SavedFunction>,
+}
+
+impl State for SavedBridge {
+    const KIND: &'static str = "pci-host";
+    const VERSION: u32 = 1;
+}
+
+/// The number of messages (MSI-X vectors) of each device on the bus, in `saved`, which is the state
+/// that [`HostBridge`] saves. A guest has seen these numbers, so its devices need the same again.
+///
+/// # Errors
+/// Fails if this is not the state of a bridge.
+pub fn saved_vectors(saved: &[Saved]) -> Result<Vec<usize>, LoadError> {
+    let saved: SavedBridge = Parts::new(saved.to_vec()).take()?;
+    let functions = saved.functions.iter();
+    Ok(functions.map(SavedFunction::vectors).collect())
+}
+
 enum Slot<'a> {
     Bridge,
     Function(&'a Arc<Function>),
@@ -280,6 +310,38 @@ impl MmioDevice for Window {
 impl Device for HostBridge {
     fn id(&self) -> &str {
         "pci"
+    }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let functions = self.functions.iter();
+        let saved = SavedBridge {
+            config: lock(&self.bridge).save(),
+            functions: functions.map(|function| function.save()).collect(),
+        };
+        Ok(vec![Saved::of(&saved)?])
+    }
+
+    /// Must come before the devices' own loads. Places their BARs with the doorbells, sets their
+    /// bus master enable, and connects their messages. No device starts by this.
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let saved: SavedBridge = parts.take()?;
+        let (here, there) = (self.functions.len(), saved.functions.len());
+        if here != there {
+            let why = format!("it has {there} devices in the snapshot, and {here} now");
+            return Err(LoadError::Unfit(why));
+        }
+        lock(&self.bridge)
+            .load(&saved.config)
+            .map_err(LoadError::Unfit)?;
+        for (device, (function, saved)) in (1..).zip(self.functions.iter().zip(&saved.functions)) {
+            let loaded = function.load(saved);
+            loaded.map_err(|why| LoadError::Unfit(format!("PCI device {device}: {why}")))?;
+        }
+        self.follow(&mut lock(&self.moving));
+        for function in &self.functions {
+            function.follow_bus_master();
+        }
+        Ok(())
     }
 
     fn describe(&self) -> Value {

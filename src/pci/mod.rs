@@ -11,5 +11,5 @@ mod msix;
 
 pub use config::{ConfigSpace, Identity};
 pub use function::{BarDevice, Function};
-pub use host::HostBridge;
+pub use host::{HostBridge, saved_vectors};
 pub use interrupts::Interrupts;

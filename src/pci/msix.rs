@@ -5,6 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::hypervisor::MsiMessage;
@@ -16,6 +17,8 @@ use crate::util::sync::lock;
 const ENTRY: u64 = 16;
 /// The mask bit of an entry's vector control.
 const MASKED: u32 = 1;
+/// The bits of a message's address that are always zero.
+const LOW_BITS: u64 = 3;
 /// Bits of the capability's message control.
 const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
@@ -24,6 +27,17 @@ const FUNCTION_MASK: u16 = 1 << 14;
 pub(super) const CAPABILITY: u8 = 0x11;
 /// Bits of the message control that a guest can change.
 pub(super) const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
+
+/// The saved state of one vector. The message control is in the configuration space.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedMessage {
+    address: u64,
+    data: u32,
+    masked: bool,
+    /// There is a signal that waits until the message may be sent.
+    pending: bool,
+}
 
 /// The messages of a function.
 pub(super) struct Msix {
@@ -116,6 +130,46 @@ impl Msix {
         table.apply();
     }
 
+    /// The state of all vectors. Their devices must not signal them meanwhile.
+    pub(super) fn save(&self) -> Vec<SavedMessage> {
+        let table = lock(&self.table);
+        let saved = table.entries.iter().map(|entry| SavedMessage {
+            address: entry.message.address,
+            data: entry.message.data,
+            masked: entry.control & MASKED != 0,
+            pending: entry.vector.is_pending(),
+        });
+        saved.collect()
+    }
+
+    /// Takes over `saved`. The vectors must be new and not enabled, so that this sends nothing.
+    ///
+    /// # Errors
+    /// Fails if the function has another number of vectors, or if an address is invalid.
+    pub(super) fn load(&self, saved: &[SavedMessage]) -> Result<(), String> {
+        let mut table = lock(&self.table);
+        let (here, there) = (table.entries.len(), saved.len());
+        if here != there {
+            return Err(format!(
+                "it has {there} messages in the snapshot, and {here} now"
+            ));
+        }
+        for (entry, saved) in table.entries.iter_mut().zip(saved) {
+            let (address, data) = (saved.address, saved.data);
+            if address & LOW_BITS != 0 {
+                return Err(format!(
+                    "the address {address:#x} of a message is not aligned"
+                ));
+            }
+            entry.message = MsiMessage { address, data };
+            entry.control = if saved.masked { MASKED } else { 0 };
+            if saved.pending {
+                entry.vector.signal();
+            }
+        }
+        Ok(())
+    }
+
     /// Serves a load from the table. Only a load of 4 or 8 bytes at a multiple of 4 reads it; any
     /// other leaves `data` zero.
     pub(super) fn read_table(&self, offset: u64, data: &mut [u8]) {
@@ -192,8 +246,7 @@ impl Entry {
     fn set_word(&mut self, offset: u64, word: u32) {
         let address = &mut self.message.address;
         match offset % ENTRY {
-            // The two lowest bits of an address are always zero.
-            0 => *address = Half::Low.set(*address, word & !3),
+            0 => *address = Half::Low.set(*address, word) & !LOW_BITS,
             4 => *address = Half::High.set(*address, word),
             8 => self.message.data = word,
             _ => self.control = word & MASKED,

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -13,6 +14,7 @@ use super::queue::{Broken, Chain, Virtq};
 use super::stop::{Stop, StopFor};
 use super::worker::{Worker, Workers};
 use crate::devices::console::{Console, Listener, OUTPUT_CAPACITY};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved, State};
 use crate::util::poll::Events;
 use crate::util::sync::lock;
 use crate::util::thread::Kind;
@@ -32,11 +34,24 @@ pub type Size = Arc<dyn Fn() -> Option<[u16; 2]> + Send + Sync>;
 /// A console of the guest.
 pub struct ConsolePort {
     console: Arc<Console>,
-    size: Size,
+    window: Arc<Window>,
     /// The state that the serving thread works on.
     progress: Arc<Mutex<Progress>>,
     workers: Workers,
     listener: Mutex<Option<Arc<Wake>>>,
+}
+
+/// The window that shows the console.
+struct Window {
+    now: Size,
+    /// The size that the driver knew before a load. It stands in for a size that is unknown here.
+    before: Mutex<Option<[u16; 2]>>,
+}
+
+impl Window {
+    fn size(&self) -> Option<[u16; 2]> {
+        (self.now)().or_else(|| *lock(&self.before))
+    }
 }
 
 /// Wakes the port's thread when the host's side of the console has changed.
@@ -54,7 +69,10 @@ impl ConsolePort {
     pub fn new(console: Arc<Console>, size: Size) -> Self {
         Self {
             console,
-            size,
+            window: Arc::new(Window {
+                now: size,
+                before: Mutex::default(),
+            }),
             progress: Arc::default(),
             workers: Workers::default(),
             listener: Mutex::default(),
@@ -72,7 +90,7 @@ impl VirtioDevice for ConsolePort {
     }
 
     fn features(&self) -> u64 {
-        match (self.size)() {
+        match self.window.size() {
             Some(_) => features(&[F_SIZE]),
             None => 0,
         }
@@ -84,7 +102,7 @@ impl VirtioDevice for ConsolePort {
 
     /// struct virtio_console_config: columns, rows, and the number of ports (1).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let [columns, rows] = (self.size)().unwrap_or_default().map(u16::to_le_bytes);
+        let [columns, rows] = self.window.size().unwrap_or_default().map(u16::to_le_bytes);
         let space = [columns[0], columns[1], rows[0], rows[1], 1, 0, 0, 0];
         read_bytes(&space, offset, data);
     }
@@ -95,13 +113,13 @@ impl VirtioDevice for ConsolePort {
         };
         if !activation.resumes {
             *lock(&self.progress) = Progress {
-                known_size: (self.size)(),
-                sending: None,
+                known_size: self.window.size(),
+                skip: 0,
             };
         }
         let port = Port {
             console: Arc::clone(&self.console),
-            size: Arc::clone(&self.size),
+            window: Arc::clone(&self.window),
             fault: activation.fault,
         };
         let kicks = Events::new()?;
@@ -132,6 +150,18 @@ impl VirtioDevice for ConsolePort {
         *lock(&self.listener) = None;
         self.workers.take_back()
     }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let Progress { known_size, skip } = *lock(&self.progress);
+        Ok(vec![Saved::of(&SavedConsole { known_size, skip })?])
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let SavedConsole { known_size, skip } = parts.take()?;
+        *lock(&self.window.before) = known_size;
+        *lock(&self.progress) = Progress { known_size, skip };
+        Ok(())
+    }
 }
 
 /// The thread's progress, which is kept through a pause.
@@ -139,14 +169,30 @@ impl VirtioDevice for ConsolePort {
 struct Progress {
     /// The size that the driver was last notified of.
     known_size: Option<[u16; 2]>,
-    /// A chain of output that the console had no room for, or not for all of it.
-    sending: Option<Chain>,
+    /// The number of bytes that the console has already taken from the next chain of output. It had
+    /// no room for more.
+    skip: usize,
+}
+
+/// The saved state: [`Progress`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedConsole {
+    // Without this, the field could be left out.
+    #[serde(deserialize_with = "Option::deserialize")]
+    known_size: Option<[u16; 2]>,
+    skip: usize,
+}
+
+impl State for SavedConsole {
+    const KIND: &'static str = "virtio-console";
+    const VERSION: u32 = 1;
 }
 
 /// What the serving thread uses.
 struct Port {
     console: Arc<Console>,
-    size: Size,
+    window: Arc<Window>,
     fault: Fault,
 }
 
@@ -202,23 +248,21 @@ impl Port {
     fn send(&self, queue: &mut Virtq, progress: &mut Progress) -> Result<bool, Broken> {
         let mut left = ROUND;
         for _ in 0..queue.size() {
-            let mut chain = match progress.sending.take() {
-                Some(chain) => chain,
-                None => match queue.pop()? {
-                    Some(chain) => chain,
-                    None => {
-                        queue.notify()?;
-                        return queue.enable_notifications();
-                    }
-                },
+            let Some(mut chain) = queue.pop()? else {
+                queue.notify()?;
+                return queue.enable_notifications();
             };
+            let whole = chain.readable.len();
+            chain.readable.advance(progress.skip);
             self.write(&mut chain, &mut left);
             if !chain.readable.is_empty() {
-                progress.sending = Some(chain);
+                progress.skip = whole - chain.readable.len();
+                queue.unpop();
                 queue.notify()?;
                 // The console's listener wakes this thread when there is room.
                 return Ok(left == 0);
             }
+            progress.skip = 0;
             queue.push(chain.head, 0)?;
         }
         queue.notify()?;
@@ -242,7 +286,7 @@ impl Port {
     }
 
     fn report_size(&self, progress: &mut Progress) {
-        let size = (self.size)();
+        let size = self.window.size();
         if size != progress.known_size {
             progress.known_size = size;
             self.fault.config_changed();
@@ -251,129 +295,4 @@ impl Port {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::virtio::testing::*;
-    use std::sync::atomic::Ordering;
-    use vm_memory::{Bytes, GuestAddress};
-
-    fn port() -> (Driver, Arc<Console>, Arc<Mutex<[u16; 2]>>) {
-        let console = Arc::new(Console::default());
-        let window = Arc::new(Mutex::new([80, 24]));
-        let seen = Arc::clone(&window);
-        let size: Size = Arc::new(move || Some(*lock(&seen)));
-        let port = ConsolePort::new(Arc::clone(&console), size);
-        (Driver::ready(Box::new(port)), console, window)
-    }
-
-    #[test]
-    fn bytes_go_both_ways() {
-        let (mut driver, console, _) = port();
-        driver
-            .ram
-            .write_slice(b"hello", GuestAddress(BUFFERS))
-            .unwrap();
-        assert_eq!(
-            driver.request(1, &[(BUFFERS, 2, 0), (BUFFERS + 2, 3, 0)]),
-            0
-        );
-        let mut output = Vec::new();
-        console.take_output(&mut output);
-        assert_eq!(output, b"hello");
-        console.type_input(b"typed");
-        assert_eq!(driver.request(0, &[(BUFFERS, 64, WRITE)]), 5);
-        let mut typed = [0; 5];
-        driver
-            .ram
-            .read_slice(&mut typed, GuestAddress(BUFFERS))
-            .unwrap();
-        assert_eq!(&typed, b"typed");
-    }
-
-    #[test]
-    fn a_slow_reader_holds_the_guest_back() {
-        let (mut driver, console, _) = port();
-        let len = u32::try_from(OUTPUT_CAPACITY).unwrap() + 100;
-        let (addr, flags, next) = (BUFFERS, 0, 0);
-        driver.describe(
-            1,
-            0,
-            Desc {
-                addr,
-                len,
-                flags,
-                next,
-            },
-        );
-        driver.offer(1, 0);
-        driver.wait_until("a full console", |_| console.output_room() == 0);
-        assert_eq!(driver.used(1), 0);
-        let (mut output, mut all) = (Vec::new(), 0);
-        while all < OUTPUT_CAPACITY + 100 {
-            console.take_output(&mut output);
-            all += output.len();
-        }
-        driver.wait_until("the rest", |d| d.used(1) == 1);
-    }
-
-    /// The machine pauses while the console has a part of a chain. The rest follows once, after the
-    /// pause.
-    #[test]
-    fn a_chain_half_sent_goes_on_after_a_pause() {
-        let (mut driver, console, window) = port();
-        let count = OUTPUT_CAPACITY + 100;
-        let sent: Vec<u8> = (0..count).map(|at| (at % 251).to_le_bytes()[0]).collect();
-        driver
-            .ram
-            .write_slice(&sent, GuestAddress(BUFFERS))
-            .unwrap();
-        let len = u32::try_from(count).unwrap();
-        driver.describe_chain(rings(1)[0], 0, &[(BUFFERS, len, 0)]);
-        driver.offer(1, 0);
-        driver.wait_until("a full console", |_| console.output_room() == 0);
-        let (mut output, mut all) = (Vec::new(), Vec::new());
-        for _ in 0..3 {
-            driver.core.pause();
-            console.type_input(b"typed");
-            assert_eq!((driver.used(0), driver.used(1)), (0, 0));
-            driver.core.resume();
-        }
-        driver.core.pause();
-        console.take_output(&mut output);
-        all.extend_from_slice(&output);
-        *lock(&window) = [100, 40];
-        console.resized();
-        let interrupts = Arc::clone(&driver.interrupts);
-        let configs = || interrupts.configs.load(Ordering::Acquire);
-        assert_eq!((console.output_room(), configs()), (0, 0));
-        driver.core.resume();
-        driver.wait_until("the window's size", |_| configs() == 1);
-        while all.len() < count {
-            console.take_output(&mut output);
-            all.extend_from_slice(&output);
-        }
-        assert!(all == sent);
-        driver.wait_until("its end", |d| d.used(1) == 1);
-        let typed = driver.request(0, &[(BUFFERS, 64, WRITE)]);
-        assert_eq!(typed, 15, "the input from during the pauses");
-        driver.core.pause();
-        driver.core.resume();
-        driver.core.pause();
-        assert_eq!(configs(), 1, "one interrupt per change");
-    }
-
-    #[test]
-    fn a_window_that_changes_is_told() {
-        let (driver, console, window) = port();
-        let mut space = [0; 4];
-        driver.core.read_config(0, &mut space);
-        assert_eq!(space, [80, 0, 24, 0]);
-        *lock(&window) = [132, 50];
-        console.resized();
-        driver.wait_until("an interrupt", |d| {
-            d.interrupts.configs.load(Ordering::Acquire) == 1
-        });
-        driver.core.read_config(0, &mut space);
-        assert_eq!(space, [132, 0, 50, 0]);
-    }
-}
+mod tests;

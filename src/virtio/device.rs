@@ -7,6 +7,7 @@ use super::notify::Fault;
 use super::queue::Virtq;
 use super::stop::StopFor;
 use crate::memory::GuestMemory;
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 
 /// A kind of virtio device (VIRTIO 1.2, chapter 5).
 ///
@@ -57,6 +58,27 @@ pub trait VirtioDevice: Send + Sync {
     /// Undoes [`VirtioDevice::activate`], and returns the queues in their present state. Called
     /// after [`VirtioDevice::stop`], with the same `why`.
     fn deactivate(&self, why: StopFor) -> Vec<Virtq>;
+
+    /// The state that the device has beside its registers and queues, which are the transport's.
+    /// Called only while the device does not serve its queues: it is paused, or was never started.
+    ///
+    /// # Errors
+    /// Fails if the host refuses to read a part of the state.
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes over what [`VirtioDevice::save`] returned in another process. Called once at most,
+    /// before the first [`VirtioDevice::activate`]. That call then has `resumes` set if the device
+    /// was paused. [`VirtioDevice::features`] may change by this; the transport asks again.
+    ///
+    /// The state may come from a stranger: see [`Device::load`](crate::bus::Device::load).
+    ///
+    /// # Errors
+    /// Fails if the state is not complete, or if this device cannot have it.
+    fn load(&self, _parts: &mut Parts) -> Result<(), LoadError> {
+        Ok(())
+    }
 }
 
 /// What a device gets when its driver is ready.
@@ -70,7 +92,8 @@ pub struct Activation {
     /// Reports later faults and configuration changes to the driver.
     pub fault: Fault,
     /// Whether the device goes on after a pause. Then these are the queues that it returned, and
-    /// the features and the state that it keeps for its driver are unchanged.
+    /// the features and the state that it keeps for its driver are unchanged. After a
+    /// [`VirtioDevice::load`], queues and features are those of the device that was saved.
     pub resumes: bool,
 }
 

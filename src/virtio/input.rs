@@ -7,6 +7,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_INPUT;
 use virtio_bindings::virtio_input::{
     virtio_input_config_select_VIRTIO_INPUT_CFG_EV_BITS as EV_BITS,
@@ -19,6 +20,7 @@ use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::{Broken, Virtq};
 use super::stop::{Stop, StopFor};
 use super::worker::{Worker, Workers};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved, State};
 use crate::util::poll::Events;
 use crate::util::sync::lock;
 use crate::util::thread::Kind;
@@ -170,6 +172,45 @@ impl VirtioDevice for PowerKey {
     fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         self.workers.take_back()
     }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let saved = SavedKey {
+            selected: *lock(&self.selected),
+            unsent: lock(&self.unsent).len(),
+            pressed: self.button.pressed.load(Ordering::Acquire),
+        };
+        Ok(vec![Saved::of(&saved)?])
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let saved: SavedKey = parts.take()?;
+        let sent = PRESS.len().checked_sub(saved.unsent);
+        let Some(unsent) = sent.and_then(|sent| PRESS.get(sent..)) else {
+            let (unsent, all) = (saved.unsent, PRESS.len());
+            let why = format!("it has {unsent} events to send, and a press has {all}");
+            return Err(LoadError::Unfit(why));
+        };
+        *lock(&self.unsent) = unsent;
+        *lock(&self.selected) = saved.selected;
+        self.button.pressed.store(saved.pressed, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// The saved state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedKey {
+    selected: [u8; 2],
+    /// The number of events at the end of a press that the driver has yet to get.
+    unsent: usize,
+    /// The key was pressed once more.
+    pressed: bool,
+}
+
+impl State for SavedKey {
+    const KIND: &'static str = "virtio-input";
+    const VERSION: u32 = 1;
 }
 
 /// A machine may end while it is paused; then `stop` was not called for a reset.
@@ -252,9 +293,16 @@ mod tests {
     }
 
     /// The machine pauses after each event of a press, and the key is pressed again during a pause.
+    /// The machine may also be restored after each pause.
     #[test]
     fn a_press_goes_on_after_a_pause() {
-        let button = Arc::new(Button::default());
+        for is_restored in [false, true] {
+            pauses_in_a_press(is_restored);
+        }
+    }
+
+    fn pauses_in_a_press(is_restored: bool) {
+        let mut button = Arc::new(Button::default());
         let mut driver = Driver::ready(Box::new(PowerKey::new(Arc::clone(&button))));
         assert!(button.press());
         for index in 0..8u16 {
@@ -265,6 +313,10 @@ mod tests {
             driver.core.pause();
             if index == 3 {
                 assert!(button.press(), "pressed during a pause");
+            }
+            if is_restored {
+                button = Arc::default();
+                driver.replace(Box::new(PowerKey::new(Arc::clone(&button))));
             }
             assert_eq!(driver.used(0), index + 1);
             driver.core.resume();
@@ -280,6 +332,33 @@ mod tests {
         driver.core.pause();
         drop(driver);
         assert!(!button.press(), "device is gone");
+    }
+
+    #[test]
+    fn what_the_driver_has_selected_is_kept() {
+        let key = || Box::new(PowerKey::new(Arc::default()));
+        let mut driver = Driver::of(key());
+        assert_eq!(select(&mut driver, 1, 0), NAME);
+        driver.replace(key());
+        let mut answer = [0; NAME.len()];
+        driver.core.read_config(8, &mut answer);
+        assert_eq!(answer, NAME);
+    }
+
+    #[test]
+    fn hostile_a_press_has_no_more_events() {
+        let key = PowerKey::new(Arc::default());
+        for (unsent, is_taken) in [(0, true), (4, true), (5, false), (usize::MAX, false)] {
+            let selected = [0, 0];
+            let pressed = false;
+            let saved = SavedKey {
+                selected,
+                unsent,
+                pressed,
+            };
+            let mut parts = Parts::new(vec![Saved::of(&saved).unwrap()]);
+            assert_eq!(key.load(&mut parts).is_ok(), is_taken, "{unsent}");
+        }
     }
 
     /// The driver offers buffers late. After its reset the key cannot be pressed.

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -69,6 +70,19 @@ impl fmt::Debug for Pieces {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes", self.len())
     }
+}
+
+/// How far a queue was served. Any values are safe: with wrong ones, the queue breaks, or its
+/// driver finds used buffers where it expects none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// The available ring's index of the next request.
+    pub next_available: u16,
+    /// The used ring's index of the next used buffer.
+    pub next_used: u16,
+    /// Whether the queue must not be served: see [`Virtq::is_broken`].
+    pub broken: bool,
 }
 
 /// One virtqueue of a running device. The thread that serves the queue owns it.
@@ -136,6 +150,22 @@ impl Virtq {
         self.queue.set_next_avail(next);
         // Cannot fail: the ring was in RAM when the queue went live, and still is.
         let _ = self.used.follow(&self.ram);
+    }
+
+    /// How far the queue was served. All used buffers must have been notified of.
+    pub(super) fn position(&self) -> Position {
+        Position {
+            next_available: self.queue.next_avail(),
+            next_used: self.used.position(),
+            broken: self.broken,
+        }
+    }
+
+    /// Goes on at `position`. The queue must be new.
+    pub(super) fn go_to(&mut self, position: Position) {
+        self.queue.set_next_avail(position.next_available);
+        self.used.go_to(position.next_used);
+        self.broken = position.broken;
     }
 
     /// Returns a function that interrupts the driver, for a thread that does not own the queue.

@@ -228,6 +228,27 @@ mod tests {
         assert_eq!(driver.request(0, &buffers), 8);
     }
 
+    /// The budget is full again in the next process, and no request is lost.
+    #[test]
+    fn a_request_is_answered_in_the_next_process() {
+        let rng = Box::<Rng>::default();
+        let budget = Arc::clone(&rng.budget);
+        let mut driver = Driver::ready(rng);
+        driver.core.pause();
+        lock(&budget).bytes = -1e12;
+        driver.core.resume();
+        let buffers = [(BUFFERS, 8, WRITE)];
+        driver.describe_chain(rings(0)[0], 0, &buffers);
+        driver.offer(0, 0);
+        driver.core.wait_settled();
+        driver.core.pause();
+        driver.replace(Box::<Rng>::default());
+        assert_eq!(driver.used(0), 0);
+        driver.core.resume();
+        driver.wait_until("the bytes", |d| d.used(0) == 1);
+        assert_eq!(driver.request(0, &buffers), 8);
+    }
+
     #[test]
     fn a_guest_in_debt_can_be_reset() {
         let mut driver = Driver::ready(Box::<Rng>::default());

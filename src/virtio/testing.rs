@@ -20,6 +20,8 @@ use super::transport::starter::Starter;
 use super::worker::{Worker, Workers, wait};
 use crate::config::MemConfig;
 use crate::memory::{self, GuestMemory};
+use crate::snapshot::testing::Part;
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::thread::Kind;
 use crate::util::{ByteSize, Half};
 
@@ -189,6 +191,18 @@ pub(crate) struct Driver {
     pub(crate) ram: Arc<GuestMemory>,
     pub(crate) interrupts: Arc<Counter>,
     avail: Vec<u16>,
+    starter: Arc<Starter>,
+}
+
+/// Lets tests save and load a device with its registers.
+impl Part for Core {
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Core::save(self)
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        Core::load(self, parts)
+    }
 }
 
 impl Driver {
@@ -214,7 +228,26 @@ impl Driver {
             ram,
             interrupts,
             avail,
+            starter: Arc::clone(starter),
         }
+    }
+
+    /// Returns `device` after power-on, over the same RAM, with the same interrupts.
+    pub(crate) fn another(&self, device: Box<dyn VirtioDevice>) -> Core {
+        let interrupt = Arc::clone(&self.interrupts) as _;
+        Core::new(device, Arc::clone(&self.ram), interrupt, &self.starter).unwrap()
+    }
+
+    /// Replaces the device, which must be paused, by `device`, as if the machine was saved and
+    /// restored. The new device is paused, too, and the driver does not notice.
+    pub(crate) fn replace(&mut self, device: Box<dyn VirtioDevice>) {
+        let saved = self.core.save().unwrap();
+        let core = self.another(device);
+        let mut parts = Parts::new(saved.clone());
+        core.load(&mut parts).unwrap();
+        parts.finish().unwrap();
+        assert_eq!(core.save().unwrap(), saved);
+        self.core = core;
     }
 
     /// Returns the device with its driver ready: every feature accepted, every queue set up.

@@ -101,6 +101,16 @@ impl UsedRing {
         })
     }
 
+    /// The index that the driver sees.
+    pub(super) fn position(&self) -> u16 {
+        self.next.0
+    }
+
+    /// Goes on at `position`, which is the index that the driver sees.
+    pub(super) fn go_to(&mut self, position: u16) {
+        self.next = Wrapping(position);
+    }
+
     /// Reads the index from RAM again, because the kernel has written the ring.
     pub(super) fn follow(&mut self, ram: &FlatRam) -> Result<(), Error> {
         let index = ram.load(GuestAddress(self.ring + INDEX), Ordering::Acquire);

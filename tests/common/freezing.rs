@@ -7,6 +7,12 @@ use std::process::{Command, Output};
 use super::files::{TempDir, rvmm};
 use super::{Rvmm, Shell, Vm};
 
+/// Linux's message when the VM generation ID has changed.
+pub(crate) const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+
+/// The command line of a Linux that runs commands.
+pub(crate) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
+
 /// Runs rvmm with these words.
 pub(crate) fn rvmm_with<I: IntoIterator<Item: AsRef<OsStr>>>(words: I) -> Output {
     let mut command = Command::new(rvmm());
@@ -91,7 +97,7 @@ pub(crate) fn kernel_is_content(guest: &mut Shell) {
         "WARNING:",
         "BUG:",
         "Oops",
-        "rcu:",
+        "rcu: INFO",
         "soft lockup",
         "I/O error",
         "blocked for more",
@@ -109,4 +115,56 @@ pub(crate) fn kill(vm: Vm) {
 /// The path as a string.
 pub(crate) fn text(path: &Path) -> String {
     path.display().to_string()
+}
+
+/// Freezes a Linux whose harts, disk and network are busy, and lets it go on in another process.
+#[cfg(target_arch = "riscv64")]
+pub(crate) fn linux_goes_on(transport: &str) {
+    let (freezer, tap) = (Freezer::new(), super::net::Tap::new(true));
+    let image = freezer.scratch.file("image", vec![0; 8 << 20]);
+    let [flag, value] = super::disk::disk(&image, "");
+    let net = format!("tap={}", tap.name);
+    let rvmm = Rvmm::virtio(CMDLINE)
+        .args([
+            &flag,
+            &value,
+            "--net",
+            &net,
+            "--rng",
+            "--transport",
+            transport,
+        ])
+        .args(["--cpus", "2", "--mem", "256M"]);
+    let mut guest = Shell::of(rvmm.args(freezer.ctl("ctl")));
+    tap.configure(&mut guest);
+    start_counting(&mut guest);
+    guest.ok("dd if=/dev/urandom of=/dev/vda bs=1M count=8 2>/dev/null; sync");
+    let sum = guest.ok("md5sum </dev/vda");
+    // A process that reads and one that writes, while the machine is frozen.
+    guest.ok("(while :; do dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null; done) &");
+    guest.ok("(while :; do dd if=/dev/vda of=/tmp/copy bs=1M count=1 2>/dev/null; sync; done) &");
+    let before = count(&mut guest);
+
+    freezer.freeze("ctl", "snap", &[]);
+    super::net::transfer(&tap, &mut guest, 1);
+    assert!(count(&mut guest) > before, "the original goes on");
+    kill(guest.vm);
+
+    let mut guest = Shell::restored(freezer.thaw("snap").spawn());
+    guest.vm.allow_seconds(120);
+    let (first, second) = (count(&mut guest), count(&mut guest));
+    assert!(
+        before <= first && first < second,
+        "{before}, {first}, {second}"
+    );
+    assert_eq!(guest.ok("md5sum </dev/vda"), sum);
+    guest.ok("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda | cmp - /dev/null | head -c 0");
+    super::net::transfer(&tap, &mut guest, 1);
+    guest.ok("head -c 64 /dev/hwrng >/dev/null");
+    guest.ok("dd if=/dev/zero of=/dev/vda bs=1M count=1 conv=fsync 2>/dev/null");
+    assert!(guest.ok("dmesg").contains(RESEEDED));
+    kernel_is_content(&mut guest);
+    let now = guest.ok("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda | cut -c1-32");
+    guest.power_off();
+    assert_eq!(super::disk::md5(&image), now);
 }

@@ -13,10 +13,13 @@ use crate::common::net::{Tap, transfer};
 use crate::common::pausing::wait_for_work;
 use crate::common::{POWERED_OFF, Rvmm, Shell};
 
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 rvmm.action=sh";
-
 /// Nanoseconds that the vCPUs run between two snapshots.
 const WORK: u64 = 300_000_000;
+
+#[test]
+fn linux_goes_on_over_mmio() {
+    linux_goes_on("mmio");
+}
 
 /// Two vCPUs and a disk are busy, and each round is a process of its own.
 #[test]
@@ -166,7 +169,7 @@ fn debian_goes_on(transport: &str) {
         "WARNING:",
         "BUG:",
         "Oops",
-        "rcu:",
+        "rcu: INFO",
         "soft lockup",
         "I/O error",
     ] {

@@ -7,5 +7,6 @@ mod common;
 mod disk;
 mod net;
 mod power;
+mod snapshot;
 mod terminal;
 mod vhost;

@@ -176,7 +176,7 @@ fn marked_pages_are_written_whatever_is_in_them() {
     save_marked(&ram, &changes, &pages[..1]).unwrap();
     assert_eq!(data_bytes(&changes).unwrap(), 2 * 4096);
     let merged = file();
-    copy_all(&base, &merged).unwrap();
+    copy_all(&base, &merged, 3 << 20).unwrap();
     assert_eq!(
         super::sums(&merged, 3 << 20).unwrap(),
         super::sums(&base, 3 << 20).unwrap()

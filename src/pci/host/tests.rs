@@ -5,6 +5,8 @@ use crate::irqchip::msi::MsiRouter;
 use crate::pci::BarDevice;
 use crate::pci::function;
 
+mod saved;
+
 const ECAM: u64 = 0x3000_0000;
 const WINDOW: u64 = 0x4000_0000;
 const WINDOW_END: u64 = 0x8000_0000;

@@ -199,6 +199,11 @@ impl Image {
         self.block_size
     }
 
+    /// What the guest has written, if the image itself is not written (`snapshot=on`).
+    pub fn overlay(&self) -> Option<&Overlay> {
+        self.overlay.as_ref()
+    }
+
     /// Whether the guest can only read.
     pub fn is_read_only(&self) -> bool {
         self.read_only
@@ -262,7 +267,8 @@ impl Image {
         }
     }
 
-    /// Makes all writes so far durable.
+    /// Makes all writes so far durable. Does nothing where that is not wanted (`cache=unsafe`), or
+    /// where the image is not written.
     ///
     /// # Errors
     /// Fails if a sync fails now, or has failed at any time before: the data that was lost then is

@@ -19,22 +19,26 @@ mod request;
 mod serve;
 
 use std::io;
+use std::iter::zip;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::image::Image;
+pub use self::overlay::{Overlay, SavedOverlay};
 use self::request::{RANGE_MAX, RANGES_MAX, SECTOR, SECTOR_BYTES};
 use super::bits::features;
 use super::device::{Activation, VirtioDevice, read_bytes};
 use super::queue::Virtq;
 use super::stop::{Stop, StopFor};
 use super::worker::{Worker, Workers};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved, State};
 use crate::trace::Slot;
-use crate::util::RateLimit;
 use crate::util::thread::Kind;
+use crate::util::{ByteSize, RateLimit};
 
 /// Entries of each queue. A request takes three descriptors, or one with an indirect table.
 const QUEUE_SIZE: u16 = 256;
@@ -85,6 +89,16 @@ impl Disk {
         }
     }
 
+    fn known(&self) -> SavedDisk {
+        let image = &self.shared.image;
+        SavedDisk {
+            size: image.len(),
+            block_size: image.block_size(),
+            queues: self.shared.queues,
+            read_only: image.is_read_only(),
+        }
+    }
+
     /// struct virtio_blk_config, up to the write-zeroes fields.
     fn config(&self) -> [u8; 60] {
         let image = &self.shared.image;
@@ -103,6 +117,53 @@ impl Disk {
         put(52, &RANGES_MAX.to_le_bytes());
         put(56, &[1]);
         space
+    }
+}
+
+/// What a driver knows about its disk, so it has to be the same after a load. A disk has no other
+/// state: its content is in the image, and in the overlay ([`Image::overlay`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedDisk {
+    /// In bytes.
+    size: u64,
+    /// In bytes.
+    block_size: u32,
+    queues: u16,
+    read_only: bool,
+}
+
+impl State for SavedDisk {
+    const KIND: &'static str = "virtio-blk";
+    const VERSION: u32 = 1;
+}
+
+impl SavedDisk {
+    /// Checks that `now` is the same disk.
+    ///
+    /// # Errors
+    /// Fails if it is not, with the first difference.
+    fn check(&self, now: &Self) -> Result<(), LoadError> {
+        let facts = |disk: &Self| {
+            let access = if disk.read_only {
+                "read-only"
+            } else {
+                "writable"
+            };
+            [
+                format!("has {} ({} bytes)", ByteSize(disk.size), disk.size),
+                format!("has blocks of {} bytes", disk.block_size),
+                format!("has {} queues", disk.queues),
+                format!("is {access}"),
+            ]
+        };
+        let mut facts = zip(facts(self), facts(now));
+        match facts.find(|(there, here)| there != here) {
+            Some((there, here)) => Err(LoadError::Unfit(format!(
+                "it {there} in the snapshot, and {here} now"
+            ))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -165,6 +226,14 @@ impl VirtioDevice for Disk {
 
     fn deactivate(&self, _: StopFor) -> Vec<Virtq> {
         self.workers.take_back()
+    }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        Ok(vec![Saved::of(&self.known())?])
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        parts.take::<SavedDisk>()?.check(&self.known())
     }
 }
 

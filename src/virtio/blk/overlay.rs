@@ -1,5 +1,7 @@
 //! What a guest writes to a disk with `snapshot=on`: kept in a temporary file without a name. The
-//! image itself is only read.
+//! image itself is only read. `saved` writes the clusters to a snapshot, and reads them back.
+
+mod saved;
 
 use std::env;
 use std::fs::{self, File};
@@ -16,13 +18,14 @@ use rustix::io::Errno;
 use super::file::{read_all, read_up_to};
 use crate::memory::Pieces;
 use crate::util::sync::lock;
+pub use saved::SavedOverlay;
 
 /// A cluster is the unit that is read either from the image or from the overlay, in bytes.
 const CLUSTER: u64 = CLUSTER_BYTES as u64;
 const CLUSTER_BYTES: usize = 4096;
 
 /// The clusters that the guest has written.
-pub(super) struct Overlay {
+pub struct Overlay {
     file: File,
     /// Size of the image in bytes.
     len: u64,

@@ -17,6 +17,7 @@ mod direct;
 mod many;
 mod open;
 mod pause;
+mod saved;
 mod stop;
 
 const MIB: u64 = 1 << 20;

@@ -1,5 +1,7 @@
 //! The control queue, by which the driver sets how many pairs of queues it uses.
 
+use std::sync::atomic::Ordering;
+
 use virtio_bindings::virtio_net::{VIRTIO_NET_ERR, VIRTIO_NET_OK};
 
 use super::Shared;
@@ -37,13 +39,16 @@ impl Shared {
     /// Makes the tap pass packets to the first `count` pairs only. False if `count` is invalid or
     /// the tap refuses.
     pub(super) fn use_pairs(&self, count: u16) -> bool {
-        let count = usize::from(count);
-        if !(1..=self.pairs.len()).contains(&count) {
+        let first = usize::from(count);
+        if !(1..=self.pairs.len()).contains(&first) {
             return false;
         }
         let mut pairs = self.pairs.iter().enumerate();
-        match pairs.try_for_each(|(index, tap)| tap.set_attached(index < count)) {
-            Ok(()) => true,
+        match pairs.try_for_each(|(index, tap)| tap.set_attached(index < first)) {
+            Ok(()) => {
+                self.pairs_in_use.store(count, Ordering::Release);
+                true
+            }
             Err(error) => {
                 self.failed(&error);
                 false

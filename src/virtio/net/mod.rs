@@ -2,17 +2,19 @@
 //!
 //! Queues come in pairs: receive and transmit. The control queue follows all pairs. `pair` is the
 //! thread that serves a pair, with `receive` and `transmit`. `control` serves the control queue.
-//! With `vhost` the host's kernel serves the pairs instead.
+//! With `vhost` the host's kernel serves the pairs instead. `saved` is the state in a snapshot.
 
 mod control;
 mod pair;
 mod receive;
+mod saved;
 pub mod tap;
 mod transmit;
 pub mod vhost;
 mod watch;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -28,7 +30,8 @@ use super::queue::{Broken, Virtq};
 use super::stop::{Stop, StopFor};
 use super::worker::{Worker, Workers};
 use crate::config::Mac;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, dirty_log};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::sync::lock;
 use crate::util::thread::Kind;
 use crate::util::{RateLimit, guest_warn};
@@ -42,8 +45,11 @@ const CONTROL_SIZE: u16 = 64;
 pub struct Net {
     shared: Arc<Shared>,
     mac: Mac,
-    mtu: Option<u16>,
+    /// 0 if it is unknown. Changes only by a load.
+    mtu: AtomicU16,
     vhost: bool,
+    /// The state was loaded, and the tap was not prepared since.
+    is_loaded: AtomicBool,
     workers: Workers,
     kernel: Mutex<InKernel>,
 }
@@ -53,6 +59,8 @@ struct Shared {
     name: String,
     tap: String,
     pairs: Vec<Arc<TapQueue>>,
+    /// The number of pairs to which the tap passes packets.
+    pairs_in_use: AtomicU16,
     /// The link goes down for good when the tap is deleted.
     link: Link,
     failures: RateLimit,
@@ -92,6 +100,15 @@ impl Link {
         }
         news
     }
+
+    /// Sets the link up, and notifies the driver if it was down.
+    fn regain(&self) {
+        let mut state = lock(&self.0);
+        let news = std::mem::take(&mut state.gone);
+        if let Some(fault) = state.fault.as_ref().filter(|_| news) {
+            fault.config_changed();
+        }
+    }
 }
 
 impl Net {
@@ -110,13 +127,15 @@ impl Net {
                 name: name.to_owned(),
                 tap: tap.to_owned(),
                 pairs,
+                pairs_in_use: AtomicU16::new(1),
                 link: Link::default(),
                 failures: RateLimit::named(name),
                 losses: RateLimit::named(format!("{name} losses")),
             }),
             mac,
-            mtu,
+            mtu: AtomicU16::new(mtu.unwrap_or(0)),
             vhost,
+            is_loaded: AtomicBool::new(false),
             workers: Workers::default(),
             kernel: Mutex::default(),
         }
@@ -139,20 +158,20 @@ impl Net {
     /// The MTU to report to the driver; `None` if it is unknown or less than a device should
     /// report.
     fn offered_mtu(&self) -> Option<u16> {
-        self.mtu.filter(|mtu| *mtu >= MTU_LEAST)
+        Some(self.mtu.load(Ordering::Acquire)).filter(|mtu| *mtu >= MTU_LEAST)
     }
 
-    /// Sets the tap's header and offloads as the driver has negotiated, and drops packets from
-    /// before. A packet that arrives meanwhile may still be made for the previous driver's
-    /// offloads; the receiver drops such packets.
-    fn prepare_tap(&self, header: usize, offloads: Offloads) {
+    /// Sets the tap's header and offloads as the driver has negotiated, and how many `pairs` get
+    /// packets. Drops packets from before. A packet that arrives meanwhile may still be made for
+    /// the previous driver's offloads; the receiver drops such packets.
+    fn prepare_tap(&self, header: usize, offloads: Offloads, pairs: u16) {
         for tap in &self.shared.pairs {
             let prepared = tap.set_header(header);
             if let Err(error) = prepared.and_then(|()| tap.set_offloads(offloads)) {
                 self.shared.failed(&error);
             }
         }
-        self.shared.use_pairs(1);
+        self.shared.use_pairs(pairs);
         for tap in &self.shared.pairs {
             tap.drain();
         }
@@ -160,7 +179,7 @@ impl Net {
 
     /// Describes the packets that the driver is prepared for.
     fn room(&self, activation: &Activation, offloads: Offloads) -> Room {
-        let mtu = self.mtu.unwrap_or(0).max(MTU_ETHERNET);
+        let mtu = self.mtu.load(Ordering::Acquire).max(MTU_ETHERNET);
         let mergeable = activation.has(VIRTIO_NET_F_MRG_RXBUF);
         // Drivers older than VIRTIO 1.0 expect `num_buffers` only with VIRTIO_NET_F_MRG_RXBUF
         // (section 5.1.6.1).
@@ -247,9 +266,16 @@ impl VirtioDevice for Net {
         };
         let room = self.room(&activation, offloads);
         // After a pause the tap is set up already, and packets that arrived meanwhile are for this
-        // driver.
+        // driver. But after a load the tap is another one.
+        let is_loaded = self.is_loaded.swap(false, Ordering::AcqRel);
+        if is_loaded && !self.shared.pairs.iter().any(|tap| tap.is_gone()) {
+            self.shared.link.regain();
+        }
         if !activation.resumes {
-            self.prepare_tap(room.header, offloads);
+            self.prepare_tap(room.header, offloads, 1);
+        } else if is_loaded {
+            let pairs = self.shared.pairs_in_use.load(Ordering::Acquire);
+            self.prepare_tap(room.header, offloads, pairs);
         }
         self.start(activation, room)
             .inspect_err(|_| drop(self.deactivate(StopFor::Reset)))
@@ -267,6 +293,14 @@ impl VirtioDevice for Net {
         queues.extend(pairs.into_iter().flat_map(|pair| pair.stop(why)));
         queues.sort_by_key(Virtq::index);
         queues
+    }
+
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        self.save_state()
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        self.load_state(parts)
     }
 }
 
@@ -293,7 +327,8 @@ impl Net {
                 continue;
             }
             match queues.next_if(|next| next.index() / 2 == pair) {
-                Some(next) if self.vhost => {
+                // What vhost writes is in no dirty log.
+                Some(next) if self.vhost && !dirty_log(&ram).is_on() => {
                     self.start_in_kernel(&ram, features, [queue, next], room)?;
                 }
                 Some(next) => self.start_pair(vec![queue, next], room)?,

@@ -13,6 +13,7 @@ use crate::util::Half;
 use crate::virtio::testing::*;
 
 mod pause;
+mod saved;
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;

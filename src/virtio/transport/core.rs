@@ -34,9 +34,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use serde_json::{Value, json};
 use virtio_bindings::virtio_ids::*;
 
-use super::registers::{Life, Registers};
+use super::registers::{Life, Registers, SavedRegisters};
 use super::starter::{Seat, Starter};
 use crate::memory::GuestMemory;
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::sync::lock;
 use crate::util::{RateLimit, guest_info};
 use crate::virtio::device::{Activation, VirtioDevice};
@@ -180,6 +181,32 @@ impl Core {
             let name = self.device.name();
             guest_info!(self.starts, "{name}: stopped: its bus master enable is off");
         }
+    }
+
+    /// The state of registers, queues and device, for a snapshot. The device must be paused.
+    ///
+    /// # Errors
+    /// Fails if the host refuses to read a part of the device's state.
+    pub fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let mut saved = vec![Saved::of(&self.registers().save()?)?];
+        saved.extend(self.device.save()?);
+        Ok(saved)
+    }
+
+    /// Takes over the state that [`Core::save`] returned in another process, before the guest runs.
+    /// The device must be new, except that bus master enable must be set as it was saved. If it was
+    /// live, it is paused when this returns. Raises no interrupt.
+    ///
+    /// # Errors
+    /// Fails if the state is not complete, or if this device cannot have it. The device must be
+    /// dropped then.
+    pub fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        // What the device loads may change the features that it can offer.
+        self.device.load(parts)?;
+        let saved: SavedRegisters = parts.take()?;
+        let possible = self.device.features();
+        let mut registers = self.registers();
+        registers.load(&saved, possible, &self.ram, &self.fault)
     }
 
     /// The state of the device for users: the part of

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,6 +13,7 @@ use super::starter::Starter;
 use crate::bus::{Device, FdtError, FdtWriter, IrqLine, MmioDevice};
 use crate::hypervisor::{self, Doorbell, Vm};
 use crate::memory::GuestMemory;
+use crate::snapshot::{LoadError, Parts, SaveError, Saved, State};
 use crate::util::Half;
 use crate::util::sync::lock;
 use crate::virtio::device::VirtioDevice;
@@ -155,6 +157,19 @@ impl Device for MmioTransport {
         self.core.resume();
     }
 
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let interrupt_status = self.interrupt.status();
+        let mut saved = vec![Saved::of(&SavedMmio { interrupt_status })?];
+        saved.extend(self.core.save()?);
+        Ok(saved)
+    }
+
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let SavedMmio { interrupt_status } = parts.take()?;
+        self.core.load(parts)?;
+        self.interrupt.load(interrupt_status)
+    }
+
     fn describe(&self) -> Value {
         let mut described = self.core.describe();
         described["transport"] = "mmio".into();
@@ -177,6 +192,18 @@ impl Device for MmioTransport {
         let is_here = (self.base..self.base + SIZE).contains(&gpa);
         is_here.then(|| self.core.name().to_owned())
     }
+}
+
+/// The state of the transport itself. The device's is saved beside it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedMmio {
+    interrupt_status: u32,
+}
+
+impl State for SavedMmio {
+    const KIND: &'static str = "virtio-mmio";
+    const VERSION: u32 = 1;
 }
 
 /// KVM's doorbells at QueueNotify. The value stored is the queue's number, and selects the eventfd.
@@ -238,6 +265,19 @@ impl WiredInterrupt {
             self.line.set_level(true);
         }
         *status |= bit;
+    }
+
+    /// Sets a new device's status, and the level of its wire.
+    fn load(&self, status: u32) -> Result<(), LoadError> {
+        const KNOWN: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
+        if status & !KNOWN != 0 {
+            let why = format!("its interrupt status is {status:#x}, with unknown bits");
+            return Err(LoadError::Unfit(why));
+        }
+        if status != 0 {
+            self.raise(status);
+        }
+        Ok(())
     }
 
     fn acknowledge(&self, bits: u32) {

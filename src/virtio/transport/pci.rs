@@ -4,8 +4,11 @@
 //! 0x0000  common configuration     0x2000  the device's configuration space
 //! 0x1000  ISR status               0x3000  notifications, 4 bytes for each queue
 //! ```
+//!
+//! `interrupt` sends the device's interrupts.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+mod interrupt;
+
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
@@ -13,25 +16,23 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::interrupt::{PciInterrupt, SavedInterrupt};
 use super::core::{Core, Ring};
 use super::starter::Starter;
 use crate::bus::{Device, FdtError, FdtWriter};
 use crate::hypervisor::{Doorbell, Vm};
 use crate::memory::GuestMemory;
 use crate::pci::function::Window;
-use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity, Interrupts};
+use crate::pci::{BarDevice, ConfigSpace, Function, HostBridge, Identity};
+use crate::snapshot::{LoadError, Parts, SaveError, Saved};
 use crate::util::sync::lock;
 use crate::util::{Half, RateLimit, guest_info, guest_warn};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::notify::Interrupt;
 
 /// The PCI vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
 /// PCI device id of a modern device, minus its virtio type.
 const DEVICE: u16 = 0x1040;
-/// The vector of a queue or event that sends no message.
-const NO_VECTOR: u16 = 0xffff;
-
 const COMMON: u32 = 0x0000;
 const ISR: u32 = 0x1000;
 const CONFIG: u32 = 0x2000;
@@ -42,10 +43,6 @@ const PART: u32 = 0x1000;
 const COMMON_SIZE: u32 = 0x40;
 /// Distance in bytes between the notification addresses of two queues.
 const NOTIFY_STEP: u32 = 4;
-
-/// Bits of the ISR status.
-const ISR_QUEUE: u8 = 1;
-const ISR_CONFIG: u8 = 2;
 
 /// Fields of the common configuration, by offset and width (section 4.1.4.3).
 mod field {
@@ -139,7 +136,7 @@ impl PciTransport {
             field::DEVICE_FEATURE => registers.device_features().into(),
             field::DRIVER_FEATURE_SELECT => registers.driver_select.into(),
             field::DRIVER_FEATURE => registers.driver_features().into(),
-            field::CONFIG_VECTOR => self.interrupt.config.load(Ordering::Acquire).into(),
+            field::CONFIG_VECTOR => self.interrupt.config_vector().into(),
             field::NUM_QUEUES => registers.queues().len() as u64,
             field::STATUS => registers.status().into(),
             field::CONFIG_GENERATION => (self.core.config_generation() & 0xff).into(),
@@ -273,6 +270,20 @@ impl Device for PciTransport {
         self.core.resume();
     }
 
+    fn save(&self) -> Result<Vec<Saved>, SaveError> {
+        let mut saved = vec![Saved::of(&self.interrupt.save())?];
+        saved.extend(self.core.save()?);
+        Ok(saved)
+    }
+
+    /// The bridge must have been loaded. That has placed the doorbells, set bus master enable, and
+    /// connected the messages.
+    fn load(&self, parts: &mut Parts) -> Result<(), LoadError> {
+        let interrupt: SavedInterrupt = parts.take()?;
+        self.core.load(parts)?;
+        self.interrupt.load(&interrupt)
+    }
+
     fn describe(&self) -> Value {
         let mut described = self.core.describe();
         described["transport"] = "pci".into();
@@ -334,105 +345,6 @@ impl Doorbells {
 impl Drop for Doorbells {
     fn drop(&mut self) {
         self.follow(None);
-    }
-}
-
-/// Sends MSI-X messages if the driver has enabled them. Otherwise uses the ISR status and the pin,
-/// which is high while a bit of the ISR status is set.
-struct PciInterrupt {
-    interrupts: Arc<Interrupts>,
-    isr: Mutex<u8>,
-    config: AtomicU16,
-    queues: Vec<AtomicU16>,
-}
-
-impl PciInterrupt {
-    fn new(interrupts: Arc<Interrupts>, queues: usize) -> Self {
-        Self {
-            interrupts,
-            isr: Mutex::new(0),
-            config: AtomicU16::new(NO_VECTOR),
-            queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-        }
-    }
-
-    fn queue_vector(&self, queue: u16) -> u16 {
-        let vector = self.queues.get(usize::from(queue));
-        vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
-    }
-
-    /// Returns `vector`, or NO_VECTOR if there is no such vector (section 4.1.5.1.2.1).
-    fn known(&self, vector: u16) -> u16 {
-        if vector < self.interrupts.vectors() {
-            vector
-        } else {
-            NO_VECTOR
-        }
-    }
-
-    fn set_queue_vector(&self, queue: u16, vector: u16) {
-        if let Some(known) = self.queues.get(usize::from(queue)) {
-            known.store(self.known(vector), Ordering::Release);
-        }
-    }
-
-    fn set_config_vector(&self, vector: u16) {
-        self.config.store(self.known(vector), Ordering::Release);
-    }
-
-    fn raise(&self, bit: u8) {
-        let mut isr = lock(&self.isr);
-        if *isr == 0 {
-            self.interrupts.set_pin(true);
-        }
-        *isr |= bit;
-    }
-
-    /// Reads the ISR status without clearing it.
-    fn status(&self) -> u8 {
-        *lock(&self.isr)
-    }
-
-    /// Reads and clears the ISR status, and lowers the pin.
-    fn take(&self) -> u8 {
-        let mut isr = lock(&self.isr);
-        if *isr != 0 {
-            self.interrupts.set_pin(false);
-        }
-        std::mem::take(&mut isr)
-    }
-}
-
-impl Interrupt for PciInterrupt {
-    fn queue(&self, index: u16) {
-        if self.interrupts.uses_messages() {
-            self.interrupts.message(self.queue_vector(index));
-        } else {
-            self.raise(ISR_QUEUE);
-        }
-    }
-
-    fn config(&self) {
-        if self.interrupts.uses_messages() {
-            self.interrupts.message(self.config.load(Ordering::Acquire));
-        } else {
-            self.raise(ISR_CONFIG);
-        }
-    }
-
-    fn queue_fd(&self, index: u16) -> Option<EventFd> {
-        if !self.interrupts.uses_messages() {
-            return None;
-        }
-        self.interrupts.message_fd(self.queue_vector(index))
-    }
-
-    fn reset(&self) {
-        self.take();
-        self.config.store(NO_VECTOR, Ordering::Release);
-        for queue in &self.queues {
-            queue.store(NO_VECTOR, Ordering::Release);
-        }
     }
 }
 

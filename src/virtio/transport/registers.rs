@@ -1,6 +1,8 @@
 //! The state that a driver sets up in the registers of any transport.
 //!
-//! Nothing here starts, stops or waits: `core` does that.
+//! Nothing here starts, stops or waits: `core` does that. `saved` is their state in a snapshot.
+
+mod saved;
 
 use std::io;
 use std::mem::size_of;
@@ -24,10 +26,13 @@ use crate::virtio::bits::features;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::notify::{DRIVER_OK, Fault, NEEDS_RESET, Shared, status_bit};
 use crate::virtio::queue::Virtq;
+pub(super) use saved::SavedRegisters;
 
 const ACKNOWLEDGE: u8 = status_bit(VIRTIO_CONFIG_S_ACKNOWLEDGE);
 const DRIVER: u8 = status_bit(VIRTIO_CONFIG_S_DRIVER);
 const FEATURES_OK: u8 = status_bit(VIRTIO_CONFIG_S_FEATURES_OK);
+/// The status of a driver that is ready.
+const READY: u8 = FEATURES_OK | DRIVER_OK;
 const FAILED: u8 = status_bit(VIRTIO_CONFIG_S_FAILED);
 /// The status bits that a driver may set.
 const DRIVERS: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
@@ -194,7 +199,6 @@ impl Registers {
 
     /// Whether the driver is ready, and the device does not need a reset.
     pub(super) fn is_ready(&self) -> bool {
-        const READY: u8 = FEATURES_OK | DRIVER_OK;
         self.status() & (READY | NEEDS_RESET) == READY
     }
 
@@ -232,7 +236,7 @@ impl Registers {
     /// Sets the size of the selected queue. An invalid size has no effect.
     pub fn set_queue_size(&mut self, size: u16) {
         if let Some(queue) = self.queue_mut() {
-            if size.is_power_of_two() && size <= queue.max_size {
+            if queue.may_have(size) {
                 queue.size = size;
             }
         }
@@ -314,6 +318,11 @@ impl QueueSetup {
         self.size = self.max_size;
         self.enabled = false;
         self.rings = [0; 3];
+    }
+
+    /// Whether the queue may have `size` entries.
+    fn may_have(&self, size: u16) -> bool {
+        size.is_power_of_two() && size <= self.max_size
     }
 
     /// The used ring's index in RAM.

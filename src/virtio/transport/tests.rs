@@ -2,6 +2,7 @@
 
 mod bus_master;
 mod pause;
+mod saved;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -107,17 +108,18 @@ struct Guest {
     ram: Arc<GuestMemory>,
     base: u64,
     map: &'static Map,
+    /// The number of MSI-X vectors.
+    vectors: u16,
+    starter: Arc<Starter>,
     /// The transport as the machine sees it.
     device: Option<Arc<dyn Device>>,
+    bridge: Option<Arc<HostBridge>>,
 }
 
 impl Guest {
     fn new(base: u64, map: &'static Map) -> Self {
-        let ram = memory::create(
-            GuestAddress(RAM),
-            MemConfig::new(ByteSize::mib(4)),
-            memory::Backing::Private,
-        );
+        let config = MemConfig::new(ByteSize::mib(4));
+        let ram = memory::create(GuestAddress(RAM), config, memory::Backing::Private);
         Self {
             bus: Bus::default(),
             vm: Arc::default(),
@@ -125,20 +127,29 @@ impl Guest {
             ram: ram.unwrap(),
             base,
             map,
+            vectors: 0,
+            starter: Starter::new().unwrap(),
             device: None,
+            bridge: None,
+        }
+    }
+
+    /// A guest on another host, without a device. It has the same RAM.
+    fn moved(&self) -> Self {
+        Self {
+            bus: Bus::default(),
+            vm: Arc::default(),
+            wire: Arc::default(),
+            ram: Arc::clone(&self.ram),
+            starter: Arc::clone(&self.starter),
+            device: None,
+            bridge: None,
+            ..*self
         }
     }
 
     fn mmio() -> Self {
-        let mut guest = Self::new(MMIO, &MMIO_MAP);
-        let line = IrqLine::new(Arc::clone(&guest.wire) as _, 8);
-        let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        let starter = Starter::new().unwrap();
-        let transport = MmioTransport::new(echo(), &guest.ram, &vm, MMIO, line, &starter).unwrap();
-        guest.device = Some(Arc::clone(&transport) as _);
-        let registers = MMIO..MMIO + mmio::SIZE;
-        guest.bus.insert(registers, transport).unwrap();
-        guest
+        Self::new(MMIO, &MMIO_MAP).with(echo())
     }
 
     /// Returns a guest with [`Echo`] on PCI, with `vectors` MSI-X vectors and its BAR placed.
@@ -148,24 +159,50 @@ impl Guest {
 
     fn pci_of(device: Box<dyn VirtioDevice>, vectors: u16) -> Self {
         let mut guest = Self::new(BAR, &PCI_MAP);
-        let wires = [32, 33, 34, 35].map(|n| IrqLine::new(Arc::clone(&guest.wire) as _, n));
+        guest.vectors = vectors;
+        let guest = guest.with(device);
+        guest.place(BAR);
+        guest
+    }
+
+    /// Attaches `device`.
+    fn with(self, device: Box<dyn VirtioDevice>) -> Self {
+        match self.base {
+            MMIO => self.with_mmio(device),
+            _ => self.with_pci(device),
+        }
+    }
+
+    fn with_mmio(mut self, device: Box<dyn VirtioDevice>) -> Self {
+        let line = IrqLine::new(Arc::clone(&self.wire) as _, 8);
+        let vm: Arc<dyn Vm> = Arc::clone(&self.vm) as _;
+        let transport = MmioTransport::new(device, &self.ram, &vm, MMIO, line, &self.starter);
+        let transport = transport.unwrap();
+        self.device = Some(Arc::clone(&transport) as _);
+        let registers = MMIO..MMIO + mmio::SIZE;
+        self.bus.insert(registers, transport).unwrap();
+        self
+    }
+
+    fn with_pci(mut self, device: Box<dyn VirtioDevice>) -> Self {
+        let wires = [32, 33, 34, 35].map(|n| IrqLine::new(Arc::clone(&self.wire) as _, n));
         let messages = Messages {
-            router: MsiRouter::new(Arc::clone(&guest.vm) as _),
+            router: MsiRouter::new(Arc::clone(&self.vm) as _),
             phandle: 1,
             vectors: 8,
         };
         let window = 0x4000_0000..0x5000_0000;
         let mut bridge = HostBridge::new(ECAM..ECAM + ECAM_SIZE, window, wires, Some(messages));
-        let vm: Arc<dyn Vm> = Arc::clone(&guest.vm) as _;
-        let starter = Starter::new().unwrap();
-        let ram = &guest.ram;
-        let transport = PciTransport::attach(device, ram, &vm, &mut bridge, vectors, &starter);
-        guest.device = Some(transport.unwrap());
-        for (range, device) in Arc::new(bridge).on_bus() {
-            guest.bus.insert(range, device).unwrap();
+        let vm: Arc<dyn Vm> = Arc::clone(&self.vm) as _;
+        let (ram, vectors, starter) = (&self.ram, self.vectors, &self.starter);
+        let transport = PciTransport::attach(device, ram, &vm, &mut bridge, vectors, starter);
+        self.device = Some(transport.unwrap());
+        let bridge = Arc::new(bridge);
+        for (range, device) in bridge.on_bus() {
+            self.bus.insert(range, device).unwrap();
         }
-        guest.place(BAR);
-        guest
+        self.bridge = Some(bridge);
+        self
     }
 
     /// Returns a guest for each transport; the one on PCI uses its pin.
@@ -202,15 +239,25 @@ impl Guest {
 
     /// Accepts all features, sets both queues up as in [`rings`], and sets DRIVER_OK.
     fn make_ready(&self) {
+        self.make_ready_with(u64::MAX, 2);
+    }
+
+    /// As [`Guest::make_ready`], but accepts only those of `features` that are offered, and sets up
+    /// this number of `queues`.
+    fn make_ready_with(&self, features: u64, queues: usize) {
         let map = self.map;
         self.set_status(3);
         for half in [0, 1] {
             self.set(map.device_select, half);
             self.set(map.driver_select, half);
-            self.set(map.driver_features, self.get(map.device_features));
+            let features = (features >> (32 * half)) & 0xffff_ffff;
+            self.set(
+                map.driver_features,
+                self.get(map.device_features) & features,
+            );
         }
         self.set_status(NEGOTIATED);
-        for queue in [0, 1] {
+        for queue in 0..queues {
             self.set_up(queue);
         }
         self.set_status(READY);
@@ -278,6 +325,11 @@ impl Guest {
         self.set((entry, 4), 0x2800_0000);
         self.set((entry + 8, 4), 1 + vector);
         self.set((entry + 12, 4), 0);
+    }
+
+    /// Sets the mask bit of `vector`'s entry.
+    fn mask(&self, vector: u64) {
+        self.set((0x4000 + 16 * vector + 12, 4), 1);
     }
 
     /// Enables MSI-X, with the function mask set or cleared.

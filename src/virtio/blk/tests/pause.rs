@@ -75,6 +75,16 @@ fn status(slot: u64) -> GuestAddress {
 
 #[test]
 fn a_thousand_pauses_under_load() {
+    pauses_under_load(1000, false);
+}
+
+/// The machine is saved and restored at any moment.
+#[test]
+fn a_hundred_processes_one_after_another() {
+    pauses_under_load(100, true);
+}
+
+fn pauses_under_load(rounds: u32, is_restored: bool) {
     for (flags, features) in [
         ("", u64::MAX),
         // Each write is synced.
@@ -82,27 +92,34 @@ fn a_thousand_pauses_under_load() {
         (",snapshot=on", u64::MAX),
         (",direct", u64::MAX),
     ] {
-        let image = TempImage::new(MIB);
-        let disk = Disk::new("disk0", image.open(flags).unwrap(), 1);
-        let shared = Arc::clone(&disk.shared);
-        let mut driver = Driver::of(Box::new(disk));
+        let image = TempImage::new(MIB).open(flags).unwrap();
+        let disk = || Box::new(Disk::new("disk0", Arc::clone(&image), 1));
+        let first = disk();
+        let mut shared = Arc::clone(&first.shared);
+        let mut driver = Driver::of(first);
         driver.negotiate(features);
         driver.set_up(0, rings(0));
         driver.become_ready();
         let through = shared.is_through();
         let mut load = Load::on(driver);
-        for round in 0..1000u32 {
+        for round in 0..rounds {
             load.submit(round.to_le_bytes()[0]);
             load.driver.core.pause();
             load.reap();
             let used = load.driver.used(0);
             let queue = &load.driver.core.describe()["queues"][0];
             assert_eq!(queue["next_available"], used, "{flags}: incomplete request");
+            if is_restored {
+                let next = disk();
+                shared = Arc::clone(&next.shared);
+                load.driver.replace(next);
+            }
             load.driver.core.resume();
         }
         load.driver
             .wait_until("the rest", |d| d.used(0) == d.next_offer(0));
         load.reap();
+        load.driver.core.wait_settled();
         assert_eq!(shared.is_through(), through, "{flags}");
         for (number, (content, _)) in (0u32..).zip(load.slots) {
             let sector = 8 * u64::from(number);

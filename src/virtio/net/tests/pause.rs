@@ -76,12 +76,19 @@ fn packets_that_come_meanwhile_are_the_drivers() {
     assert_eq!(lengths, [72, 73, 74]);
 }
 
-/// Sends numbered packets in both directions, while the machine pauses at any moment.
+/// Sends numbered packets in both directions, while the machine pauses at any moment, and may be
+/// restored.
 #[test]
 fn a_thousand_pauses_under_load() {
-    let (device, peers) = net(1);
-    let peer = &peers[0];
-    let mut driver = driver(device, NO_SEGMENTS);
+    for is_restored in [false, true] {
+        pauses_under_load(is_restored);
+    }
+}
+
+fn pauses_under_load(is_restored: bool) {
+    let (tap, peer) = tap();
+    let device = || net_on(vec![Arc::clone(&tap)], None);
+    let mut driver = driver(device(), NO_SEGMENTS);
     let number_at = |driver: &Driver, addr: u64| {
         let number: u16 = driver.ram.read_obj(GuestAddress(addr)).unwrap();
         number
@@ -98,16 +105,29 @@ fn a_thousand_pauses_under_load() {
         driver.ram.write_obj(round, payload).unwrap();
         driver.describe_chain(rings(TRANSMIT)[0], 0, &[(out, 112, 0)]);
         driver.offer(TRANSMIT, 0);
-        for part in 0..2 {
-            let mut bytes = packet(60);
-            let number = (2 * round + part).to_le_bytes();
-            bytes[HEADER..HEADER + 2].copy_from_slice(&number);
-            peer.send(&bytes).unwrap();
+        let send = || {
+            for part in 0..2 {
+                let mut bytes = packet(60);
+                let number = (2 * round + part).to_le_bytes();
+                bytes[HEADER..HEADER + 2].copy_from_slice(&number);
+                peer.send(&bytes).unwrap();
+            }
+        };
+        if !is_restored {
+            send();
         }
         driver.core.pause();
         let used = [RECEIVE, TRANSMIT].map(|queue| driver.used(queue));
         assert_eq!([0, 1].map(|queue| next_available(&driver, queue)), used);
+        if is_restored {
+            driver.replace(device());
+        }
         driver.core.resume();
+        if is_restored {
+            // What the new tap has before that is not for the guest.
+            driver.core.wait_settled();
+            send();
+        }
         driver.wait_until("both", |d| d.used(RECEIVE) == 2 * round + 2);
         for number in 2 * round..2 * round + 2 {
             let head = u32::from(number % SIZE);

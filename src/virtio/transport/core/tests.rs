@@ -8,6 +8,7 @@ use crate::virtio::stop::{Stop, StopFor};
 use crate::virtio::testing::*;
 
 mod pause;
+mod saved;
 mod starts;
 
 /// Sends a valid request of 12 bytes on `queue`.

@@ -32,9 +32,16 @@ fn outstanding(driver: &Driver) -> u16 {
     driver.next_offer(0).wrapping_sub(driver.used(0))
 }
 
-/// The driver offers as many requests as it may, and the machine pauses at any moment.
+/// The driver offers as many requests as it may, and the machine pauses at any moment. It may also
+/// be saved then, and go on in another process.
 #[test]
 fn a_thousand_pauses_lose_no_request() {
+    for is_restored in [false, true] {
+        a_thousand_pauses(is_restored);
+    }
+}
+
+fn a_thousand_pauses(is_restored: bool) {
     let mut driver = Driver::ready(echo());
     for round in 0u16..1000 {
         for _ in 0..=round % 7 {
@@ -48,6 +55,9 @@ fn a_thousand_pauses_lose_no_request() {
         assert_eq!(described["paused"], true);
         let next = &described["queues"][0]["next_available"];
         assert_eq!(*next, stands.0, "all requests taken were returned");
+        if is_restored {
+            driver.replace(echo());
+        }
         if outstanding(&driver) < SIZE {
             offer(&mut driver);
         }
