@@ -11,6 +11,9 @@
 //! rvmm.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "riscv64")]
+mod aia;
+
 #[cfg(not(target_arch = "riscv64"))]
 fn main() {
     eprintln!("floor: runs on riscv64 only");
@@ -29,13 +32,15 @@ mod floor {
 
     use anyhow::{Context, Result, bail, ensure};
     use kvm_bindings::*;
-    use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd};
+    use kvm_ioctls::{Kvm, VcpuFd, VmFd};
     use rvmm::boot::files::BootFile;
     use rvmm::boot::placement::{Placement, fdt_room};
     use rvmm::config::KernelFormat;
     use rvmm::hypervisor::regs;
-    use rvmm::machine::layout::{APLIC, IMSIC, RAM_BASE, SIFIVE_TEST, UART};
+    use rvmm::machine::layout::{RAM_BASE, SIFIVE_TEST, UART};
     use rvmm::util::ByteSize;
+
+    use super::aia;
 
     /// KVM_RUN, `_IO(KVMIO, 0x80)`.
     const KVM_RUN: libc::Ioctl = 0xae80;
@@ -79,10 +84,10 @@ mod floor {
         let size = ByteSize::mib(options.mem);
         let vm = Kvm::new()?.create_vm()?;
         let ram = map_ram(&vm, usize::try_from(size.bytes())?, options.hugepages)?;
-        let aia = options.aia.then(|| create_aia(&vm)).transpose()?;
+        let aia = options.aia.then(|| aia::create(&vm)).transpose()?;
         let vcpu = vm.create_vcpu(0)?;
         if let Some(aia) = aia {
-            start_aia(&aia)?;
+            aia::start(&aia)?;
         }
         let entry = load(ram, size, &options)?;
         for (register, value) in [
@@ -154,42 +159,6 @@ mod floor {
             read(path, at.fdt.start)?;
         }
         Ok((at.kernel.start, at.fdt.start))
-    }
-
-    fn create_aia(vm: &VmFd) -> Result<DeviceFd> {
-        let mut device = kvm_create_device {
-            type_: kvm_device_type_KVM_DEV_TYPE_RISCV_AIA,
-            fd: 0,
-            flags: 0,
-        };
-        Ok(vm.create_device(&mut device)?)
-    }
-
-    fn start_aia(aia: &DeviceFd) -> Result<()> {
-        let set = |group: u32, attr: u32, value: u64| {
-            let request = kvm_device_attr {
-                flags: 0,
-                group,
-                attr: attr.into(),
-                addr: std::ptr::from_ref(&value) as u64,
-            };
-            aia.set_device_attr(&request)
-        };
-        let config = KVM_DEV_RISCV_AIA_GRP_CONFIG;
-        let mode = KVM_DEV_RISCV_AIA_CONFIG_MODE;
-        set(config, mode, KVM_DEV_RISCV_AIA_MODE_AUTO.into())
-            .or_else(|_| set(config, mode, KVM_DEV_RISCV_AIA_MODE_EMUL.into()))?;
-        set(
-            config,
-            KVM_DEV_RISCV_AIA_CONFIG_SRCS,
-            rvmm::irqchip::aia::SOURCES.into(),
-        )?;
-        set(config, KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, 0)?;
-        let addr = KVM_DEV_RISCV_AIA_GRP_ADDR;
-        set(addr, KVM_DEV_RISCV_AIA_ADDR_APLIC, APLIC.start)?;
-        set(addr, 1, IMSIC.start)?;
-        set(KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_CTRL_INIT, 0)?;
-        Ok(())
     }
 
     /// The loop. Work that belongs to no exit is outside.

@@ -45,8 +45,9 @@ enum Kind {
     Traced(String),
     /// With this machine type.
     Qemu(&'static str),
-    /// With the in-kernel AIA, and with a device tree for that.
-    Floor { aia: bool, dtb: String },
+    /// With the in-kernel AIA, and with a device tree for that. `own` if the host's guests have the
+    /// same interrupt controller by default.
+    Floor { aia: bool, own: bool, dtb: String },
     /// A command with placeholders for kernel, initrd, command line and RAM.
     Peer(Vec<String>),
 }
@@ -89,7 +90,8 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
     }
     let floor = |name, aia, irqchip| -> Contestant {
         let dtb = dir.join(format!("{irqchip}.dtb")).display().to_string();
-        contestant(name, Kind::Floor { aia, dtb })
+        let own = aia == host.aia;
+        contestant(name, Kind::Floor { aia, own, dtb })
     };
     let machine = if host.aia {
         "virt,aia=aplic-imsic"
@@ -124,7 +126,10 @@ impl Contestant {
         match self.kind {
             Kind::Rvmm { mmio: true, .. } => ["blk", "net"].contains(&group),
             Kind::Traced(_) => group == "exits",
-            _ => true,
+            Kind::Rvmm { .. } => true,
+            // Its guests are those of rvmm's snapshots.
+            Kind::Floor { own, .. } if group == "snapshot" => own,
+            _ => !["snapshot", "clones"].contains(&group),
         }
     }
 
@@ -164,10 +169,56 @@ impl Contestant {
             }
             Kind::Qemu(machine) => qemu(machine, job),
             Kind::Floor { aia, .. } if job.disk.is_some() => disk_floor(*aia, job),
-            Kind::Floor { aia, dtb } => floor(*aia, dtb, job)?,
+            Kind::Floor { aia, dtb, .. } => floor(*aia, dtb, job)?,
             Kind::Peer(words) => peer(words, job)?,
         })
     }
+
+    /// The name of the snapshot that it restores: its own, or rvmm's.
+    pub(crate) fn snapshot(&self) -> String {
+        let taker = match self.kind {
+            Kind::Floor { .. } => "rvmm",
+            _ => &self.name,
+        };
+        format!("snapshot-{taker}")
+    }
+
+    /// The command that restores the snapshot in `dir`, with the guest's console on standard input
+    /// and output.
+    pub(crate) fn restore(&self, dir: &Path) -> Result<Command> {
+        Ok(match &self.kind {
+            Kind::Rvmm { program, .. } => {
+                let mut command = Command::new(program);
+                command.arg("restore").arg(dir);
+                command
+            }
+            Kind::Floor { aia, .. } => restore_floor(*aia, dir)?,
+            _ => bail!("it has no snapshots"),
+        })
+    }
+
+    /// The command that gives `words` to the machine with the control socket `socket`.
+    pub(crate) fn control(&self, socket: &Path, words: &[&str]) -> Result<Command> {
+        let Kind::Rvmm { program, .. } = &self.kind else {
+            bail!("it has no control socket");
+        };
+        let mut command = Command::new(program);
+        command.arg("ctl").arg(socket).args(words);
+        Ok(command)
+    }
+}
+
+/// The floor of a restore, with its own form of the snapshot's state.
+fn restore_floor(aia: bool, dir: &Path) -> Result<Command> {
+    let state = dir.join("floor");
+    let mut prepare = Command::new("restore-floor");
+    let prepared = prepare.arg("--prepare").arg(dir).arg(&state).status();
+    let prepared = prepared.context("cannot run restore-floor")?;
+    anyhow::ensure!(prepared.success(), "restore-floor --prepare: {prepared}");
+    let mut command = Command::new("restore-floor");
+    command.arg(state).arg(dir.join("memory"));
+    command.args(aia.then_some("--aia"));
+    Ok(command)
 }
 
 fn rvmm(program: &str, job: &Job) -> Command {

@@ -6,6 +6,7 @@
 //! contestants  how each VMM is started              memory   a process's memory beside guest RAM
 //! figures      samples, medians, ratios             report   the table and the JSON
 //! attribution  where rvmm's boot spends its time    wire     disks and networks
+//! snapshot     snapshots, restores and clones
 //! ```
 
 mod attribution;
@@ -14,6 +15,7 @@ mod figures;
 mod measure;
 mod memory;
 mod report;
+mod snapshot;
 mod wire;
 
 use std::env;
@@ -68,7 +70,7 @@ fn words(name: &str) -> Vec<String> {
 type Measure = fn(&Lab, &Contestant, &mut Figures) -> Result<()>;
 
 /// The groups, how often each is measured in a round, and how.
-const MEASUREMENTS: [(&str, usize, Measure); 11] = [
+const MEASUREMENTS: [(&str, usize, Measure); 13] = [
     ("boot", 1, measure::boot),
     ("hugeboot", 1, measure::boot_in_hugepages),
     ("log", 1, measure::boot_with_log),
@@ -81,11 +83,13 @@ const MEASUREMENTS: [(&str, usize, Measure); 11] = [
     ("memory", 1, measure::memory_and_term),
     ("blk", 1, wire::blk),
     ("net", 1, wire::net),
+    ("snapshot", 1, snapshot::snapshot),
+    ("clones", 1, snapshot::clones),
 ];
 
 fn main() -> Result<()> {
     let plan = Plan::from_env()?;
-    let lab = Lab::set_up()?;
+    let lab = Lab::set_up(plan.repetitions == 1)?;
     let contestants = contestants::all(&Host::of(&plan.host)?, lab.dir())?;
     let mut figures = Figures::default();
     // The first round only fills L1's caches, unless it is the only one.

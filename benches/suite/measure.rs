@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -35,10 +35,13 @@ pub(crate) struct Lab {
     padded: PathBuf,
     /// Ticks per second of the guests' timer, which is the host's.
     timebase: f64,
+    /// Number of guests that are restored at once.
+    pub(crate) clones: u32,
 }
 
 impl Lab {
-    pub(crate) fn set_up() -> Result<Self> {
+    /// If `quick`, what is measured may be smaller than usual.
+    pub(crate) fn set_up(quick: bool) -> Result<Self> {
         let dir = PathBuf::from("/tmp/bench");
         fs::create_dir_all(&dir)?;
         let guests = PathBuf::from(std::env::var("RVMM_TEST_GUESTS")?);
@@ -48,6 +51,7 @@ impl Lab {
             io_initrd: guests.join("io.cpio.gz"),
             padded: dir.join("padded.img"),
             timebase: timebase()?,
+            clones: if quick { 5 } else { 100 },
             guests,
             dir,
         };
@@ -68,7 +72,8 @@ impl Lab {
         Ok(())
     }
 
-    fn linux<'a>(&'a self, cmdline: &'a str) -> Job<'a> {
+    /// Linux with this command line.
+    pub(crate) fn linux<'a>(&'a self, cmdline: &'a str) -> Job<'a> {
         Job {
             kernel: &self.linux,
             initrd: Some(&self.initrd),
@@ -116,7 +121,7 @@ fn pad(from: &Path, to: &Path) -> Result<()> {
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A running contestant. It is killed if it still runs when dropped, or after [`LIMIT`].
-struct Running {
+pub(crate) struct Running {
     child: Child,
     began: Instant,
     /// Dropped, it ends the watch.
@@ -125,11 +130,12 @@ struct Running {
 
 impl Running {
     fn start(contestant: &Contestant, job: &Job) -> Result<Self> {
-        let mut command: Command = contestant.command(job)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit());
+        Self::spawn(contestant.command(job)?.stdin(Stdio::null()))
+    }
+
+    /// Starts `command`, with its output to be read.
+    pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         let began = Instant::now();
         let child = command
             .spawn()
@@ -148,7 +154,25 @@ impl Running {
         })
     }
 
-    fn stdout(&mut self) -> Result<std::process::ChildStdout> {
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_there(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Milliseconds since its start.
+    pub(crate) fn millis(&self) -> f64 {
+        millis(self.began.elapsed())
+    }
+
+    pub(crate) fn stdin(&mut self) -> Result<ChildStdin> {
+        self.child.stdin.take().context("no stdin")
+    }
+
+    pub(crate) fn stdout(&mut self) -> Result<ChildStdout> {
         self.child.stdout.take().context("no stdout")
     }
 
@@ -157,7 +181,7 @@ impl Running {
         let mut output = Vec::new();
         self.stdout()?.read_to_end(&mut output)?;
         let status = self.child.wait()?;
-        let took = millis(self.began.elapsed());
+        let took = self.millis();
         Ok((took, String::from_utf8_lossy(&output).into_owned(), status))
     }
 }
@@ -169,7 +193,7 @@ impl Drop for Running {
     }
 }
 
-fn millis(time: Duration) -> f64 {
+pub(crate) fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
@@ -300,7 +324,7 @@ pub(crate) fn first_byte(lab: &Lab, contestant: &Contestant, figures: &mut Figur
     while byte[0] != b'!' {
         stdout.read_exact(&mut byte).context("no byte came")?;
     }
-    let took = millis(running.began.elapsed());
+    let took = running.millis();
     let status = running.child.wait()?;
     ensure!(status.success(), "{status}");
     figures.add("start to first byte", "ms", &contestant.name, took);
@@ -384,7 +408,7 @@ pub(crate) fn memory_and_term(
             break;
         }
     }
-    let kib = memory::beside_ram(running.child.id())?;
+    let kib = memory::beside_ram(running.id())?;
     figures.add(
         "memory beside guest RAM",
         "MB",

@@ -1,4 +1,4 @@
-//! The memory of a process beside guest RAM.
+//! The memory of a process, all or beside guest RAM, and of the host.
 
 use std::fs;
 
@@ -24,6 +24,24 @@ pub(crate) fn beside_ram(pid: u32) -> Result<u64> {
     let ram = find_ram(&mappings).context("no mapping is as large as guest RAM")?;
     let beside = mappings.iter().filter(|m| !ram.contains(&m.start));
     Ok(beside.map(|m| m.pss).sum())
+}
+
+/// KiB of all mappings.
+pub(crate) fn all(pid: u32) -> Result<u64> {
+    kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")
+}
+
+/// KiB of this host's memory that are free, or can be freed at once.
+pub(crate) fn available() -> Result<u64> {
+    kib("/proc/meminfo", "MemAvailable:")
+}
+
+/// The number in the line of `path` that starts with `name`.
+fn kib(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path)?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name));
+    let value = value.and_then(|value| value.trim().strip_suffix(" kB"));
+    Ok(value.with_context(|| format!("{path}: {name}"))?.parse()?)
 }
 
 fn find_ram(mappings: &[Mapping]) -> Option<std::ops::Range<u64>> {

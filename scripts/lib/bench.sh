@@ -5,7 +5,9 @@
 BENCH_CLOCK=(-icount "shift=0,sleep=off")
 BENCH_HARTS=1
 BENCH_L1='1 hart'
-readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net)
+# A hundred guests have room.
+readonly BENCH_MEM=3G
+readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net snapshot clones)
 readonly BENCH_LIMIT=5400
 # The user's directory: the scripts work in the repository.
 BENCH_CALLER=$OLDPWD
@@ -34,12 +36,13 @@ bench_build() {
 bench_begin() {
     local kind=$1 repetitions=$2 only=$3 root bare=
     rig_begin "$kind"
-    # shellcheck disable=SC2034 # rig_boot reads both
-    RIG_CPUS=$BENCH_HARTS RIG_QEMU=("${BENCH_CLOCK[@]}")
+    # shellcheck disable=SC2034 # rig_boot reads them
+    RIG_CPUS=$BENCH_HARTS RIG_MEM=$BENCH_MEM RIG_QEMU=("${BENCH_CLOCK[@]}")
     root=$RIG_RUN/root
     env_run cp -r /opt/rvmm/qemu/. "$root"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/disk-floor"
+    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/restore-floor"
     rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
     must "Pack the guest that measures disks and networks" bench_pack_io
     if [[ -z $only || ,$only, == *,init,* ]]; then

@@ -19,8 +19,9 @@ readonly RIG_NEXT_KINDS=(aia-next none-next)
 readonly RIG_GUESTS=$RVMM_TARGET/guests
 readonly RIG_RVMM=$RVMM_TARGET/$RVMM_TRIPLE/release/rvmm
 
-# L1's harts, and more arguments for its QEMU.
+# L1's harts and memory, and more arguments for its QEMU.
 RIG_CPUS=2
+RIG_MEM=2G
 RIG_QEMU=()
 RIG_DISKS=()
 # Kill QEMU as soon as its console has this line. If empty, let it end.
@@ -154,7 +155,7 @@ rig_boot() {
     rig_pack
     # shellcheck disable=SC2054 # the commas are QEMU's
     command=(
-        qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m 2G -no-reboot
+        qemu-system-riscv64 -M "$(rig_machine "$RIG_KIND")" -cpu rv64,h=true -smp "$RIG_CPUS" -m "$RIG_MEM" -no-reboot
         -nodefaults -display none -monitor none "${RIG_QEMU[@]}" "${RIG_DISKS[@]}"
         -kernel "$(rig_l1)/Image" -initrd "$RIG_RUN/initrd" -append "console=ttyS0 panic=-1"
         -serial "file:$RIG_RUN/l1.log"

@@ -28,7 +28,7 @@ pub(crate) const VMGENID: Range<u64> = range(0x0010_2000, vmgenid::SIZE);
 /// The APLIC's supervisor domain.
 pub const APLIC: Range<u64> = range(0x0d00_0000, aia::APLIC_SIZE);
 /// The PLIC.
-pub(crate) const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
+pub const PLIC: Range<u64> = range(0x0c00_0000, plic::SIZE);
 /// The UART.
 pub const UART: Range<u64> = range(0x1000_0000, uart16550::SIZE);
 /// The IMSIC pages, for up to `MAX_HARTS` harts.
@@ -56,7 +56,7 @@ pub(crate) const MAX_HARTS: u32 = 512;
 /// The wired interrupt of the first virtio-mmio slot. Those of the other slots follow.
 pub(crate) const VIRTIO_MMIO_IRQ: u32 = 1;
 /// The UART's wired interrupt.
-pub(crate) const UART_IRQ: u32 = 10;
+pub const UART_IRQ: u32 = 10;
 /// The RTC's wired interrupt.
 pub(crate) const RTC_IRQ: u32 = 11;
 /// The generation ID's wired interrupt. QEMU's virt machine does not use this source.
