@@ -191,12 +191,8 @@ impl Watcher {
             let verdict = match vcpu.take_sample() {
                 Some(hart) => {
                     let in_panic = self.panic.as_ref().is_some_and(|panic| {
-                        // A return address can be behind the function's last instruction.
-                        let mut frames = backtrace(&hart, &self.ram).into_iter().enumerate();
-                        frames.any(|(index, address)| {
-                            let call = address.wrapping_sub(u64::from(index > 0));
-                            panic.contains(hart.stvec, call)
-                        })
+                        let mut trace = backtrace(&hart, &self.ram).into_iter();
+                        trace.any(|place| panic.contains(hart.stvec, place.inside()))
                     });
                     samples.add(hart, in_panic)
                 }

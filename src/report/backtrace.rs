@@ -3,58 +3,163 @@
 //! A function that keeps a frame pointer has its caller's return address 8 bytes below the address
 //! in `s0`, and its caller's `s0` 16 bytes below (RISC-V ELF psABI, section "Frame Pointer
 //! Convention"). Linux keeps frame pointers. A kernel without them gets a short or wrong trace.
+//!
+//! In a trap handler, the trace goes on with what the trap interrupted, if the kernel saves the
+//! registers as Linux does: `struct pt_regs` of arch/riscv/include/asm/ptrace.h, right above the
+//! frame of the function that the trap vector calls.
 
 use crate::memory::GuestMemory;
 use crate::vcpu::hart::{FP, Hart, RA, SP};
 
-/// The most frames of a trace.
-const FRAMES: usize = 32;
+/// The most addresses of a trace.
+const LENGTH: usize = 64;
 /// A frame of more bytes than this is no frame.
 const FRAME_MAX: u64 = 1 << 20;
+/// The most changes of the stack in a trace. Linux handles interrupts on a stack of their own.
+const SWITCHES: usize = 2;
 
-/// The addresses from `pc` outward: first `pc` itself, then the return address of each caller.
-pub fn backtrace(hart: &Hart, ram: &GuestMemory) -> Vec<u64> {
-    let mut trace = vec![hart.pc];
-    let (mut frame, mut stack) = (hart.x[FP], hart.x[SP]);
-    while trace.len() < FRAMES {
-        let is_frame = frame % 8 == 0 && frame > stack && frame - stack <= FRAME_MAX;
-        if !is_frame {
-            break;
-        }
-        let Some(back) = hart.word(ram, frame.wrapping_sub(8)) else {
-            break;
-        };
-        let Some(next) = hart.word(ram, frame.wrapping_sub(16)) else {
-            break;
-        };
-        // The innermost function may not have saved `ra` yet. Then the frame is its caller's, and
-        // `ra` is missing in the trace.
-        if trace.len() == 1 && back != hart.x[RA] && is_leaf(hart, ram) {
-            trace.push(hart.x[RA]);
-        }
-        if back == 0 {
-            break;
-        }
-        trace.push(back);
-        (stack, frame) = (frame, next);
-    }
-    if trace.len() == 1 && hart.x[RA] != 0 {
-        trace.push(hart.x[RA]);
-    }
-    trace
+/// An address of a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The hart is here, or was when a trap interrupted it.
+    At(u64),
+    /// A call returns to here. The call is in front of it, maybe in another function.
+    Return(u64),
 }
 
-/// Whether `ra` is in code and still the return address of the function at `pc`: it points behind
-/// a call.
-fn is_leaf(hart: &Hart, ram: &GuestMemory) -> bool {
-    /// Opcodes of `jal` and `jalr`, and their register `ra`.
-    const JAL: u32 = 0x6f;
-    const JALR: u32 = 0x67;
-    let Some((call, 4)) = hart.instruction(ram, hart.x[RA].wrapping_sub(4)) else {
-        return false;
+impl Place {
+    /// An address in the function that the hart is in.
+    pub fn inside(self) -> u64 {
+        match self {
+            Place::At(address) => address,
+            Place::Return(address) => address.wrapping_sub(1),
+        }
+    }
+}
+
+/// The places from `pc` outward: first `pc` itself, then the return address of each caller.
+pub fn backtrace(hart: &Hart, ram: &GuestMemory) -> Vec<Place> {
+    let mut walk = Walk {
+        hart,
+        ram,
+        trace: Vec::new(),
+        switches: 0,
     };
-    let (opcode, to) = (call & 0x7f, (call >> 7) & 0x1f);
-    [JAL, JALR].contains(&opcode) && to == 1
+    let now = Registers {
+        pc: hart.pc,
+        ra: hart.x[RA],
+        sp: hart.x[SP],
+        fp: hart.x[FP],
+    };
+    if let Some(interrupted) = walk.follow(now) {
+        walk.follow(interrupted);
+    }
+    walk.trace.truncate(LENGTH);
+    walk.trace
+}
+
+/// The registers of a hart that a trace follows.
+struct Registers {
+    pc: u64,
+    ra: u64,
+    sp: u64,
+    fp: u64,
+}
+
+struct Walk<'a> {
+    hart: &'a Hart,
+    ram: &'a GuestMemory,
+    trace: Vec<Place>,
+    switches: usize,
+}
+
+impl Walk<'_> {
+    /// Adds `pc` and its callers. Returns the registers of the last trap, if its frame is met.
+    fn follow(&mut self, Registers { pc, ra, sp, fp }: Registers) -> Option<Registers> {
+        self.trace.push(Place::At(pc));
+        let first = self.trace.len();
+        let (mut frame, mut stack) = (fp, sp);
+        while self.trace.len() < LENGTH {
+            let Some((back, next)) = self.frame(frame, stack) else {
+                break;
+            };
+            // The innermost function may not have saved `ra` yet. Then the frame is its caller's,
+            // and `ra` is missing in the trace.
+            if self.trace.len() == first && back != ra && self.is_behind_call(ra) {
+                self.trace.push(Place::Return(ra));
+            }
+            if back == 0 {
+                break;
+            }
+            self.trace.push(Place::Return(back));
+            if let Some(interrupted) = self.interrupted(frame) {
+                return Some(interrupted);
+            }
+            (stack, frame) = (frame, next);
+        }
+        if self.trace.len() == first && ra != 0 {
+            self.trace.push(Place::Return(ra));
+        }
+        None
+    }
+
+    /// The return address and the caller's frame of the frame at `frame`. `stack` is the end of the
+    /// frame before it.
+    fn frame(&mut self, frame: u64, stack: u64) -> Option<(u64, u64)> {
+        if frame % 8 != 0 {
+            return None;
+        }
+        let back = self.word(frame.wrapping_sub(8))?;
+        let next = self.word(frame.wrapping_sub(16))?;
+        let is_above = frame > stack && frame - stack <= FRAME_MAX;
+        if !is_above {
+            if self.switches == SWITCHES || !self.is_behind_call(back) {
+                return None;
+            }
+            self.switches += 1;
+        }
+        Some((back, next))
+    }
+
+    /// The registers that the last trap saved right above the frame at `frame`, if it did.
+    fn interrupted(&self, frame: u64) -> Option<Registers> {
+        /// Where `struct pt_regs` has them, in bytes.
+        const EPC: u64 = 0;
+        const RA: u64 = 8;
+        const SP: u64 = 16;
+        const FP: u64 = 64;
+        let saved = |offset| self.word(frame.wrapping_add(offset));
+        let pc = saved(EPC).filter(|pc| self.hart.has_trapped() && *pc == self.hart.sepc)?;
+        Some(Registers {
+            pc,
+            ra: saved(RA)?,
+            sp: saved(SP)?,
+            fp: saved(FP)?,
+        })
+    }
+
+    /// Whether `address` is behind a call: an instruction that puts it into `ra`.
+    fn is_behind_call(&self, address: u64) -> bool {
+        /// Opcodes of `jal` and `jalr`, and their register `ra`.
+        const JAL: u32 = 0x6f;
+        const JALR: u32 = 0x67;
+        /// `c.jalr`: its fixed bits, and their mask. The register is not x0.
+        const SHORT: (u32, u32) = (0x9002, 0xf07f);
+        const SHORT_REGISTER: u32 = 0xf80;
+        let before = |bytes| self.hart.instruction(self.ram, address.wrapping_sub(bytes));
+        let is_long = before(4).is_some_and(|(call, length)| {
+            let (opcode, to) = (call & 0x7f, (call >> 7) & 0x1f);
+            length == 4 && [JAL, JALR].contains(&opcode) && to == 1
+        });
+        let is_short = before(2).is_some_and(|(call, length)| {
+            length == 2 && call & SHORT.1 == SHORT.0 && call & SHORT_REGISTER != 0
+        });
+        is_long || is_short
+    }
+
+    fn word(&self, address: u64) -> Option<u64> {
+        self.hart.word(self.ram, address)
+    }
 }
 
 #[cfg(test)]
@@ -86,6 +191,17 @@ mod tests {
         hart
     }
 
+    /// The addresses of a trace, all but the first of callers.
+    fn callers(hart: &Hart, ram: &GuestMemory) -> Vec<u64> {
+        let trace = backtrace(hart, ram);
+        let address = |(index, place): (usize, &Place)| match *place {
+            Place::At(address) if index == 0 => address,
+            Place::Return(address) if index > 0 => address,
+            place => panic!("{place:?} at {index}"),
+        };
+        trace.iter().enumerate().map(address).collect()
+    }
+
     #[test]
     fn each_frame_leads_to_its_caller() {
         let (first, second) = (RAM + 0x8020, RAM + 0x8060);
@@ -95,7 +211,7 @@ mod tests {
             (second - 8, RAM + 0x300),
             (second - 16, 0),
         ]);
-        let trace = backtrace(&hart(RAM + 0x8000, first, RAM + 0x200), &ram);
+        let trace = callers(&hart(RAM + 0x8000, first, RAM + 0x200), &ram);
         assert_eq!(trace, [RAM + 0x100, RAM + 0x200, RAM + 0x300]);
     }
 
@@ -105,16 +221,16 @@ mod tests {
         // To itself, backward, far away, odd, outside RAM.
         for next in [fp, fp - 16, fp + FRAME_MAX + 8, fp + 12, u64::MAX - 7] {
             let ram = ram(&[(fp - 8, RAM + 0x200), (fp - 16, next)]);
-            let trace = backtrace(&hart(RAM + 0x8000, fp, RAM + 0x200), &ram);
+            let trace = callers(&hart(RAM + 0x8000, fp, RAM + 0x200), &ram);
             assert_eq!(trace, [RAM + 0x100, RAM + 0x200], "{next:#x}");
         }
     }
 
     #[test]
     fn without_frames_there_is_ra() {
-        let trace = backtrace(&hart(0, 0, RAM + 0x500), &ram(&[]));
+        let trace = callers(&hart(0, 0, RAM + 0x500), &ram(&[]));
         assert_eq!(trace, [RAM + 0x100, RAM + 0x500]);
-        assert_eq!(backtrace(&hart(0, 8, 0), &ram(&[])), [RAM + 0x100]);
+        assert_eq!(callers(&hart(0, 8, 0), &ram(&[])), [RAM + 0x100]);
     }
 
     /// A function that has not saved `ra`: it is the caller's frame that `s0` points to.
@@ -123,7 +239,58 @@ mod tests {
         const CALL: u64 = 0x1000_00ef;
         let (fp, back) = (RAM + 0x8020, RAM + 0x204);
         let ram = ram(&[(fp - 8, RAM + 0x300), (fp - 16, 0), (RAM + 0x200, CALL)]);
-        let trace = backtrace(&hart(RAM + 0x8000, fp, back), &ram);
+        let trace = callers(&hart(RAM + 0x8000, fp, back), &ram);
         assert_eq!(trace, [RAM + 0x100, back, RAM + 0x300]);
+    }
+
+    /// An interrupt handler on a stack of its own.
+    #[test]
+    fn a_trap_leads_to_what_it_interrupted() {
+        const CALL: u64 = 0x1000_00ef;
+        const SHORT_CALL: u64 = 0x9582 << 48;
+        let (irq, switch, trap, below) = (RAM + 0x8020, RAM + 0x4020, RAM + 0x4100, RAM + 0x4400);
+        let (handler, vector, leaf) = (RAM + 0x600, RAM + 0x700, RAM + 0x800);
+        let words = [
+            (RAM + 0x300 - 8, SHORT_CALL),
+            (irq - 8, handler),
+            (irq - 16, switch),
+            (switch - 8, RAM + 0x300),
+            (switch - 16, trap),
+            (trap - 8, vector),
+            // The vector does not keep the frame pointer.
+            (trap - 16, below - 0x20),
+            // What was interrupted, with its `ra`, `sp` and `s0`.
+            (trap, RAM + 0x400),
+            (trap + 8, leaf),
+            (leaf - 4, CALL),
+            (trap + 16, below - 0x20),
+            (trap + 64, below),
+            (below - 8, RAM + 0x500),
+            (below - 16, 0),
+        ];
+        let ram = ram(&words);
+        let mut hart = hart(RAM + 0x8000, irq, handler);
+        hart.sepc = RAM + 0x400;
+        let trace = backtrace(&hart, &ram);
+        let (at, back) = (Place::At, Place::Return);
+        let expected = [
+            at(RAM + 0x100),
+            back(handler),
+            back(RAM + 0x300),
+            back(vector),
+            at(RAM + 0x400),
+            back(leaf),
+            back(RAM + 0x500),
+        ];
+        assert_eq!(trace, expected);
+    }
+
+    #[test]
+    fn frames_in_a_circle_end() {
+        const CALL: u64 = 0x1000_00ef;
+        let fp = RAM + 0x8020;
+        let ram = ram(&[(fp - 8, RAM + 0x204), (fp - 16, fp), (RAM + 0x200, CALL)]);
+        let trace = backtrace(&hart(RAM + 0x8000, fp, RAM + 0x204), &ram);
+        assert_eq!(trace.len(), 2 + SWITCHES);
     }
 }

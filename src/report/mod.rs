@@ -15,7 +15,7 @@ use disc_v::{Isa, decode};
 use crate::memory::GuestMemory;
 use crate::vcpu::hart::{Hart, NAMES};
 use crate::vcpu::paging::{Step, Walk, entry_bits, mode_name, walk_with};
-use backtrace::backtrace;
+use backtrace::{Place, backtrace};
 use hint::hint;
 use symbols::{Name, Symbols};
 
@@ -153,10 +153,10 @@ impl Report<'_> {
 
     fn callers(&self, f: &mut fmt::Formatter) -> fmt::Result {
         writeln!(f, "  called from:")?;
-        for (index, address) in backtrace(self.hart, self.ram).into_iter().enumerate() {
-            let text = match index {
-                0 => self.named(address),
-                _ => self.named_return(address),
+        for place in backtrace(self.hart, self.ram) {
+            let text = match place {
+                Place::At(address) => self.named(address),
+                Place::Return(address) => self.named_return(address),
             };
             writeln!(f, "    {text}")?;
         }

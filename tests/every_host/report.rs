@@ -156,7 +156,8 @@ fn a_panic_of_linux() {
     let mut shell = Shell::of(vm);
     shell.vm.send("echo c >/proc/sysrq-trigger\n");
     shell.vm.wait_for_log(PANIC);
-    // The last of these lines: the log gets the report line by line.
+    // Behind panic: the log gets the report line by line. The hart may be in a timer interrupt,
+    // on another stack.
     shell.vm.wait_for_log("(sysrq_handle_crash+0x");
     has_lines(&report(&shell.vm), &["in supervisor mode", "(panic+0x"]);
     kill(shell.vm);
