@@ -84,8 +84,9 @@ impl Walk<'_> {
                 break;
             };
             // The innermost function may not have saved `ra` yet. Then the frame is its caller's,
-            // and `ra` is missing in the trace.
-            if self.trace.len() == first && back != ra && self.is_behind_call(ra) {
+            // and `ra` is missing in the trace. `ra` is `pc` where a call has just returned.
+            let is_missing = ra != back && ra != pc && self.is_behind_call(ra);
+            if self.trace.len() == first && is_missing {
                 self.trace.push(Place::Return(ra));
             }
             if back == 0 {
@@ -128,10 +129,21 @@ impl Walk<'_> {
         const RA: u64 = 8;
         const SP: u64 = 16;
         const FP: u64 = 64;
+        const BADADDR: u64 = 264;
+        const CAUSE: u64 = 272;
         let saved = |offset| self.word(frame.wrapping_add(offset));
-        let pc = saved(EPC).filter(|pc| self.hart.has_trapped() && *pc == self.hart.sepc)?;
+        let trap = (saved(EPC)?, saved(BADADDR)?, saved(CAUSE)?);
+        let Hart {
+            sepc,
+            stval,
+            scause,
+            ..
+        } = *self.hart;
+        if !self.hart.has_trapped() || trap != (sepc, stval, scause) {
+            return None;
+        }
         Some(Registers {
-            pc,
+            pc: sepc,
             ra: saved(RA)?,
             sp: saved(SP)?,
             fp: saved(FP)?,
@@ -248,6 +260,7 @@ mod tests {
     fn a_trap_leads_to_what_it_interrupted() {
         const CALL: u64 = 0x1000_00ef;
         const SHORT_CALL: u64 = 0x9582 << 48;
+        const TIMER: u64 = (1 << 63) | 5;
         let (irq, switch, trap, below) = (RAM + 0x8020, RAM + 0x4020, RAM + 0x4100, RAM + 0x4400);
         let (handler, vector, leaf) = (RAM + 0x600, RAM + 0x700, RAM + 0x800);
         let words = [
@@ -256,6 +269,8 @@ mod tests {
             (irq - 16, switch),
             (switch - 8, RAM + 0x300),
             (switch - 16, trap),
+            // Linux' vector leaves `sepc` in a register, which the function it calls saves.
+            (switch, RAM + 0x400),
             (trap - 8, vector),
             // The vector does not keep the frame pointer.
             (trap - 16, below - 0x20),
@@ -265,12 +280,14 @@ mod tests {
             (leaf - 4, CALL),
             (trap + 16, below - 0x20),
             (trap + 64, below),
+            (trap + 264, 0),
+            (trap + 272, TIMER),
             (below - 8, RAM + 0x500),
             (below - 16, 0),
         ];
         let ram = ram(&words);
         let mut hart = hart(RAM + 0x8000, irq, handler);
-        hart.sepc = RAM + 0x400;
+        (hart.sepc, hart.scause) = (RAM + 0x400, TIMER);
         let trace = backtrace(&hart, &ram);
         let (at, back) = (Place::At, Place::Return);
         let expected = [
