@@ -81,7 +81,15 @@ impl SavedMachine {
     /// # Errors
     /// Fails if there is no snapshot, if it is damaged, or if this rvmm does not know its format.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut snapshot = Snapshot::open(path)?;
+        Self::of(Snapshot::open(path)?)
+    }
+
+    /// Reads the state in `snapshot`.
+    ///
+    /// # Errors
+    /// Fails if something is missing or is not a state, or if this rvmm does not know its format.
+    pub fn of(mut snapshot: Snapshot) -> Result<Self> {
+        let path = snapshot.path().to_owned();
         let sections = take(&mut snapshot.sections);
         let mut parts = BTreeMap::<String, Vec<Saved>>::new();
         for section in sections {
@@ -100,8 +108,10 @@ impl SavedMachine {
                 break;
             };
             let mut saved = Parts::new(saved);
-            vcpus.push(saved.take().with_context(failed)?);
+            let vcpu: VcpuState = saved.take().with_context(failed)?;
+            vcpu.check().with_context(failed)?;
             saved.finish().with_context(failed)?;
+            vcpus.push(vcpu);
         }
         let config = &header.config;
         let valid = config.validate().map_err(|error| anyhow!(error));

@@ -12,7 +12,7 @@ use crate::config::VmConfig;
 use crate::hypervisor::regs;
 use crate::memory::image;
 use crate::snapshot::directory::MEMORY;
-use crate::util::ByteSize;
+use crate::util::{ByteSize, on_one_line};
 
 /// What a snapshot has in it.
 #[derive(Debug, Serialize)]
@@ -88,7 +88,8 @@ impl fmt::Display for Shown {
         let taken = std::time::Duration::from_nanos(self.taken_ns);
         let taken = humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + taken);
         writeln!(f, "snapshot {}, taken {taken}", self.id)?;
-        writeln!(f, "by rvmm {} on Linux {}", self.rvmm, self.host_kernel)?;
+        let (rvmm, kernel) = (on_one_line(&self.rvmm), on_one_line(&self.host_kernel));
+        writeln!(f, "by rvmm {rvmm} on Linux {kernel}")?;
         let (ram, memory) = (ByteSize(self.ram), ByteSize(self.memory));
         writeln!(f, "RAM: {ram}, of which {memory} are not zero")?;
         for (hart, vcpu) in self.vcpus.iter().enumerate() {

@@ -198,7 +198,10 @@ impl Running<'_> {
         time: &FrozenTime,
         path: &Path,
     ) -> Result<Result<Taking>> {
-        let sections = self.machine.state(vcpus.parked(), time, &taking);
+        let parent = self.machine.parent.clone();
+        let parent = parent.filter(|_| taking.what == What::Diff);
+        let id = taking.id.clone();
+        let sections = self.machine.state(vcpus.parked(), time, id, parent);
         let vm = self.machine.hardware()?.vm.as_ref();
         let ram = self.machine.ram();
         let changed = match taking.is_copied || taking.what == What::Diff {
@@ -223,15 +226,22 @@ impl Running<'_> {
 }
 
 impl Machine {
-    /// The state of all parts of the paused machine but RAM.
-    fn state(&self, vcpus: &[Parked], time: &FrozenTime, of: &Taking) -> Result<Vec<Section>> {
+    /// The state of all parts of the paused machine but RAM. `id` is that of the snapshot, and
+    /// `parent` that of the one since which it has the changes, if it is a diff.
+    pub(super) fn state(
+        &self,
+        vcpus: &[Parked],
+        time: &FrozenTime,
+        id: Hex,
+        parent: Option<Hex>,
+    ) -> Result<Vec<Section>> {
         let (time, taken_ns) = time.saved();
         let header = Header {
             rvmm: env!("CARGO_PKG_VERSION").into(),
             host_kernel: kernel_release(),
-            id: of.id.clone(),
+            id,
             taken_ns,
-            parent: self.parent.clone().filter(|_| of.what == What::Diff),
+            parent,
             config: self.pinned_config()?,
         };
         let mut sections = vec![
@@ -284,7 +294,7 @@ impl Machine {
 }
 
 /// A section of the whole machine.
-fn of_machine(saved: Result<Saved, SaveError>) -> Result<Section> {
+pub(super) fn of_machine(saved: Result<Saved, SaveError>) -> Result<Section> {
     Ok(Section {
         id: MACHINE.into(),
         saved: saved?,

@@ -1,6 +1,7 @@
 //! Builds machines on a fake hypervisor that only records its calls.
 
 mod lives;
+mod restored;
 
 use std::io::Write;
 use std::sync::Mutex;

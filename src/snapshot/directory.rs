@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 
-use super::file::{self, MAGIC, Section};
+use super::file::{self, FileError, MAGIC, Section};
 
 /// The name of the file with the state of all parts but RAM.
 pub const STATE: &str = "state";
@@ -203,19 +203,27 @@ impl Snapshot {
     pub fn open(path: &Path) -> Result<Self> {
         let at = path.join(STATE);
         let failed = || format!("Failed to read snapshot {at:?}");
-        let file = File::open(&at).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => anyhow::anyhow!(
+        let file = match open_regular(&at) {
+            Err(error) if is_missing(&error) => bail!(
                 "Failed to read snapshot {path:?}: there is no file {STATE:?}: give a directory \
                  that rvmm ctl snapshot has written"
             ),
-            _ => anyhow::Error::from(error).context(failed()),
-        })?;
+            opened => opened.with_context(failed)?,
+        };
         let mut bytes = Vec::new();
         let read = file.take(STATE_MAX).read_to_end(&mut bytes);
         read.with_context(failed)?;
+        Self::of(path, &bytes).with_context(failed)
+    }
+
+    /// The snapshot at `path` whose file `state` has these bytes.
+    ///
+    /// # Errors
+    /// Fails if the state is not whole.
+    pub fn of(path: &Path, state: &[u8]) -> Result<Self, FileError> {
         Ok(Self {
             path: path.to_owned(),
-            sections: file::read(&bytes).with_context(failed)?,
+            sections: file::read(state)?,
         })
     }
 
@@ -230,13 +238,24 @@ impl Snapshot {
     /// Fails if it is missing, or not a regular file.
     pub fn file(&self, name: &str) -> Result<File> {
         let path = self.path.join(name);
-        let failed = || format!("Failed to open {path:?} of the snapshot");
-        // Check the kind before opening: opening a pipe could block for ever.
-        if !fs::metadata(&path).with_context(failed)?.is_file() {
-            bail!("{}: it is not a regular file", failed());
-        }
-        File::open(&path).with_context(failed)
+        let opened = open_regular(&path);
+        opened.with_context(|| format!("Failed to open {path:?} of the snapshot"))
     }
+}
+
+/// Opens a regular file for reading. Its kind is checked first: to open a pipe could block for
+/// ever.
+fn open_regular(path: &Path) -> io::Result<File> {
+    match fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::other("it is not a regular file")),
+    }
+}
+
+/// Whether there is nothing at the path whose opening failed.
+fn is_missing(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory)
 }
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ fn text(saved: &[Saved]) -> Vec<String> {
 
 /// Adds the paths (RFC 6901) of all numbers, truth values, strings and lists in `value`, which is
 /// at `path`.
-fn collect(value: &Value, path: String, paths: &mut Vec<String>) {
+pub(crate) fn collect(value: &Value, path: String, paths: &mut Vec<String>) {
     match value {
         Value::Object(map) => {
             for (key, value) in map {
@@ -161,7 +161,7 @@ fn number(before: Option<u64>, dice: &mut Dice) -> u64 {
 }
 
 /// Changes `value`, and returns whether it is another one now.
-fn change(value: &mut Value, dice: &mut Dice) -> bool {
+pub(crate) fn change(value: &mut Value, dice: &mut Dice) -> bool {
     let before = value.clone();
     match value {
         Value::Bool(on) => *on = !*on,
