@@ -5,7 +5,7 @@
 BENCH_CLOCK=(-icount "shift=0,sleep=off")
 BENCH_HARTS=1
 BENCH_L1='1 hart'
-# A hundred guests have room.
+# L1's memory: enough for a hundred guests.
 readonly BENCH_MEM=3G
 readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net snapshot clones)
 readonly BENCH_LIMIT=5400

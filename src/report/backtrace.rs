@@ -23,7 +23,8 @@ const SWITCHES: usize = 2;
 pub enum Place {
     /// The hart is here, or was when a trap interrupted it.
     At(u64),
-    /// A call returns to here. The call is in front of it, maybe in another function.
+    /// A call returns to here. The call is the instruction before, which may be the last one of its
+    /// function.
     Return(u64),
 }
 
@@ -74,7 +75,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Adds `pc` and its callers. Returns the registers of the last trap, if its frame is met.
+    /// Adds `pc` and its callers. Returns the registers that the last trap saved, if the
+    /// trace comes to them.
     fn follow(&mut self, Registers { pc, ra, sp, fp }: Registers) -> Option<Registers> {
         self.trace.push(Place::At(pc));
         let first = self.trace.len();
@@ -132,18 +134,16 @@ impl Walk<'_> {
         const BADADDR: u64 = 264;
         const CAUSE: u64 = 272;
         let saved = |offset| self.word(frame.wrapping_add(offset));
-        let trap = (saved(EPC)?, saved(BADADDR)?, saved(CAUSE)?);
-        let Hart {
-            sepc,
-            stval,
-            scause,
-            ..
-        } = *self.hart;
-        if !self.hart.has_trapped() || trap != (sepc, stval, scause) {
+        let hart = self.hart;
+        let is_last = hart.has_trapped()
+            && saved(EPC)? == hart.sepc
+            && saved(BADADDR)? == hart.stval
+            && saved(CAUSE)? == hart.scause;
+        if !is_last {
             return None;
         }
         Some(Registers {
-            pc: sepc,
+            pc: hart.sepc,
             ra: saved(RA)?,
             sp: saved(SP)?,
             fp: saved(FP)?,

@@ -156,8 +156,7 @@ fn a_panic_of_linux() {
     let mut shell = Shell::of(vm);
     shell.vm.send("echo c >/proc/sysrq-trigger\n");
     shell.vm.wait_for_log(PANIC);
-    // Behind panic: the log gets the report line by line. The hart may be in a timer interrupt,
-    // on another stack.
+    // The log gets the report line by line, and this line comes after the one of panic().
     shell.vm.wait_for_log("(sysrq_handle_crash+0x");
     has_lines(&report(&shell.vm), &["in supervisor mode", "(panic+0x"]);
     kill(shell.vm);

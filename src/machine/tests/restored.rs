@@ -136,7 +136,7 @@ fn a_restored_machine_saves_what_it_was_restored_from() {
         let sections = new(&files, has_aia, transport);
         let mut machine = restore(&files, has_aia, &sections).unwrap();
         for (before, after) in sections.iter().zip(save(&mut machine)) {
-            // These two have the time of the snapshot, and an id that each restore renews.
+            // "machine" has the time of the snapshot, and each restore renews "vmgenid".
             if !["machine", "vmgenid"].contains(&before.saved.kind.as_str()) {
                 assert_eq!(text(before), text(&after));
             }
