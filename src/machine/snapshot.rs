@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::path::{Path, absolute};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use log::info;
@@ -49,6 +49,8 @@ struct Taking {
     what: What,
     /// RAM was copied while the guest ran, and what changes since then is tracked.
     is_copied: bool,
+    /// How long the guest was frozen for that.
+    frozen: Duration,
     sections: Vec<Section>,
     ram: RamState,
 }
@@ -61,6 +63,9 @@ impl Running<'_> {
     pub(super) fn snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Reply> {
         let runs = vcpus.state() == State::Running;
         let begun = self.begin_snapshot(of, vcpus)?;
+        let frozen_before = begun
+            .as_ref()
+            .map_or(Duration::ZERO, |taking| taking.frozen);
         let began = Instant::now();
         self.pause(vcpus)?;
         vcpus.freeze()?;
@@ -74,7 +79,7 @@ impl Running<'_> {
                 return Ok(super::command::stays_paused(error));
             }
         }
-        let frozen = began.elapsed();
+        let frozen = frozen_before + began.elapsed();
         let disks = self.machine.backends.disks.clone();
         let finish = || written.and_then(|taking| finish(taking, &disks, &of.dir));
         let finished = self.main.while_serving(finish)?;
@@ -129,11 +134,13 @@ impl Running<'_> {
             return Ok(Ok(taking));
         }
         // The devices go on without vhost, whose writes are not tracked.
+        let began = Instant::now();
         self.pause(vcpus)?;
         let tracked = self.track(true);
         if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
             return Ok(Err(error.into()));
         }
+        taking.frozen = began.elapsed();
         let ram = self.machine.ram();
         let copy = || tracked.and_then(|()| copy(ram, &taking.memory, &of.dir));
         let copied = self.main.while_serving(copy)?;
@@ -155,6 +162,7 @@ impl Running<'_> {
             id: Hex(random::bytes::<16>()?.into()),
             what: of.what,
             is_copied: false,
+            frozen: Duration::ZERO,
             sections: Vec::new(),
             ram: RamState::unsummed(region.start_addr().0, region.len()),
         })
