@@ -85,6 +85,28 @@ pub struct Cli {
     pub run: RunFlags,
 }
 
+/// The parser of `rvmm restore` alone. clap makes all parts of a parser before it looks at the
+/// first word, and the whole parser has ten times as many.
+#[derive(Debug, Parser)]
+#[command(args_override_self = true)]
+struct RestoreAlone {
+    #[command(flatten)]
+    restore: Restore,
+}
+
+impl RestoreAlone {
+    /// The command, if this is a valid `rvmm restore`. If not, the whole parser says why, or prints
+    /// its help.
+    fn of(args: &[OsString]) -> Option<Command> {
+        let words = args.get(1..)?;
+        if words.first()? != "restore" {
+            return None;
+        }
+        let parsed = Self::try_parse_from(words).ok()?;
+        Some(Command::Restore(Box::new(parsed.restore)))
+    }
+}
+
 /// The request that a command line makes.
 #[derive(Debug)]
 pub enum Request {
@@ -112,6 +134,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Request {
     let args: Vec<OsString> = args.into_iter().collect();
     if args.len() <= 1 {
         return Request::Print(BARE_HELP.into());
+    }
+    if let Some(command) = RestoreAlone::of(&args) {
+        return Request::Do(command);
     }
     let parsed = Cli::command()
         .try_get_matches_from(args)
@@ -220,6 +245,31 @@ mod tests {
     #[test]
     fn the_command_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_restore_is_parsed_alone_as_by_the_whole_parser() {
+        let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        RestoreAlone::command().debug_assert();
+        for line in [
+            "rvmm restore /snap",
+            "rvmm restore /snap -vv --ctl /a --ctl /b --pause --clock jump -d x,id=disk0",
+            "rvmm restore --stats -n tap=a -n tap=b --console=none -- --snap",
+        ] {
+            let alone = RestoreAlone::of(&args(line)).unwrap();
+            let whole = Cli::try_parse_from(args(line)).unwrap().command;
+            assert_eq!(format!("{alone:?}"), format!("{:?}", whole.unwrap()));
+        }
+        for line in [
+            "rvmm",
+            "rvmm -v",
+            "rvmm restore",
+            "rvmm restore --help",
+            "rvmm restore /snap --pause",
+            "rvmm info",
+        ] {
+            assert!(RestoreAlone::of(&args(line)).is_none(), "{line}");
+        }
     }
 
     #[test]
