@@ -73,7 +73,7 @@ impl Hardware {
     /// # Errors
     /// Fails if a file cannot be used, if the host lacks a feature that rvmm or the guest needs, or
     /// if a call to KVM or to the host fails.
-    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, content: Content) -> Result<Self> {
+    pub(super) fn assemble(kept: Kept, vm: &Arc<dyn Vm>, mut content: Content) -> Result<Self> {
         let Kept {
             config,
             backends,
@@ -82,11 +82,11 @@ impl Hardware {
         } = kept;
         vm.map_ram(ram)?;
         let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
-        let kind = choice.kind();
+        let (kind, is_aia) = (choice.kind(), choice.is_aia());
         let mut vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);
-        let facts = harts::facts(config, &vcpus, &choice)?;
-        let (promise, vectors) = match &content {
+        harts::check_for_aia(config, is_aia)?;
+        let (promise, vectors) = match &mut content {
             Content::Snapshot(saved) => {
                 saved.load_vcpus(&vcpus)?;
                 (saved.promise()?, saved.vectors()?)
@@ -106,6 +106,7 @@ impl Hardware {
         }
         let (device_tree, placement) = match content {
             Content::Boot(files, plan) => {
+                let facts = harts::facts(config, &vcpus, is_aia)?;
                 let nodes: Vec<&dyn Device> = board.devices.iter().collect();
                 let board = load::Board {
                     stdout_path: layout::UART_PATH,

@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Error, Result, bail};
 
-use super::irqchip::Choice;
 use super::layout::MAX_HARTS;
 use crate::boot::isa::HartFacts;
 use crate::config::{Hex, IsaSwitch, VmConfig};
@@ -131,23 +130,28 @@ fn switch_off(config: &VmConfig, vcpu: &dyn Vcpu) -> Result<()> {
 
 /// The features that the device tree shows. Without an AIA in this machine, they do not include
 /// Ssaia.
-pub(super) fn facts(
-    config: &VmConfig,
-    vcpus: &[Box<dyn Vcpu>],
-    choice: &Choice,
-) -> Result<HartFacts> {
+pub(super) fn facts(config: &VmConfig, vcpus: &[Box<dyn Vcpu>], is_aia: bool) -> Result<HartFacts> {
     let mut facts = HartFacts::of(first(vcpus)?)?;
-    if !choice.is_aia() {
+    if !is_aia {
         facts.hide("ssaia");
     }
-    for name in config.cpu.iter().flat_map(|cpu| cpu.extensions.keys()) {
-        // A guest uses the IMSIC only if it sees Ssaia.
-        if name == "ssaia" && choice.is_aia() {
-            bail!("--cpu {name}: the guest needs it to use the AIA: add --irqchip plic");
-        }
-        facts.hide(name);
-    }
+    hidden(config).for_each(|name| facts.hide(name));
     Ok(facts)
+}
+
+/// Checks that a guest that has an AIA, if `is_aia`, can use it.
+pub(super) fn check_for_aia(config: &VmConfig, is_aia: bool) -> Result<()> {
+    // A guest uses the IMSIC only if it sees Ssaia.
+    if is_aia && hidden(config).any(|name| name == "ssaia") {
+        bail!("--cpu ssaia: the guest needs it to use the AIA: add --irqchip plic");
+    }
+    Ok(())
+}
+
+/// The extensions that the user has turned off.
+fn hidden(config: &VmConfig) -> impl Iterator<Item = &str> {
+    let extensions = config.cpu.iter().flat_map(|cpu| cpu.extensions.keys());
+    extensions.map(String::as_str)
 }
 
 /// The vCPU of the boot hart.
