@@ -392,11 +392,11 @@ impl HartSide for InKernelAia {
         Ok(harts)
     }
 
-    fn to_settle_before_load(&self, parts: &Parts) -> std::result::Result<Vec<u32>, LoadError> {
+    fn to_settle_before_load(&self, parts: &mut Parts) -> std::result::Result<Vec<u32>, LoadError> {
         let AiaState { imsics, .. } = parts.peek()?;
         let is_needed = self.lossy && self.guest_files;
         let needs_file = |state: &ImsicState| is_needed && state.enables_upper_half();
-        let harts = (0..self.harts).zip(&imsics);
+        let harts = (0..self.harts).zip(imsics);
         let harts = harts.filter(|(_, state)| needs_file(state));
         Ok(harts.map(|(hart, _)| hart).collect())
     }

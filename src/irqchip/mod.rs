@@ -63,7 +63,10 @@ pub trait HartSide: Send + Sync {
     ///
     /// # Errors
     /// Fails if the state in `parts` is not that of this kind of controller.
-    fn to_settle_before_load(&self, _parts: &Parts) -> std::result::Result<Vec<u32>, LoadError> {
+    fn to_settle_before_load(
+        &self,
+        _parts: &mut Parts,
+    ) -> std::result::Result<Vec<u32>, LoadError> {
         Ok(Vec::new())
     }
 }

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
 use crate::bus::Device;
+use crate::snapshot::Parts;
 use crate::snapshot::file::Section;
-use crate::snapshot::{Parts, Saved};
 
 /// All devices. Each comes after the devices that it needs; the interrupt controller is the first.
 #[derive(Default)]
@@ -63,11 +63,11 @@ impl Devices {
     ///
     /// # Errors
     /// Fails if the state of a device is missing or not complete, or if the device cannot have it.
-    pub(super) fn load(&self, states: &mut BTreeMap<String, Vec<Saved>>) -> Result<()> {
+    pub(super) fn load(&self, states: &mut BTreeMap<String, Parts>) -> Result<()> {
         let irqchip = self.0.len().min(1);
         let (first, rest) = self.0.split_at(irqchip);
         for (id, device) in rest.iter().chain(first) {
-            let mut parts = Parts::new(states.remove(id).unwrap_or_default());
+            let mut parts = states.remove(id).unwrap_or_default();
             let loaded = device.load(&mut parts).and_then(|()| parts.finish());
             loaded.with_context(|| format!("Failed to restore {id}"))?;
         }
@@ -90,7 +90,7 @@ impl Devices {
 mod tests {
     use super::*;
     use crate::bus::{FdtError, FdtWriter};
-    use crate::snapshot::{LoadError, SaveError, State};
+    use crate::snapshot::{LoadError, SaveError, Saved, State};
     use crate::util::sync::lock;
     use serde::{Deserialize, Serialize};
     use std::sync::Mutex;
@@ -138,11 +138,11 @@ mod tests {
         for name in ["irqchip", "uart", "disk0"] {
             devices.add(Arc::new(Probe(name, Arc::clone(&steps))));
         }
-        let mut states = BTreeMap::<String, Vec<Saved>>::new();
+        let mut states = BTreeMap::<String, Parts>::new();
         for Section { id, saved } in devices.save().unwrap() {
-            states.entry(id).or_default().push(saved);
+            states.entry(id).or_default().add(saved);
         }
-        states.insert("other".into(), Vec::new());
+        states.insert("other".into(), Parts::default());
         devices.load(&mut states).unwrap();
         let steps = lock(&steps).join(", ");
         assert_eq!(

@@ -118,7 +118,7 @@ impl Hardware {
             }
             Content::Snapshot(saved) => {
                 board.devices.pause();
-                let harts = saved.to_settle(irqchip.hart_side().as_ref())?;
+                let harts = saved.harts_to_settle(irqchip.hart_side().as_ref())?;
                 if !harts.is_empty() {
                     vcpus = enter_stopped(vcpus, harts)?;
                 }

@@ -65,7 +65,7 @@ pub struct SavedMachine {
     boot: BootState,
     vcpus: Vec<VcpuState>,
     /// The state of devices and consoles, by name. Each takes its own out.
-    parts: BTreeMap<String, Vec<Saved>>,
+    parts: BTreeMap<String, Parts>,
 }
 
 /// How the guest goes on after a restore.
@@ -91,12 +91,12 @@ impl SavedMachine {
     pub fn of(mut snapshot: Snapshot) -> Result<Self> {
         let path = snapshot.path().to_owned();
         let sections = take(&mut snapshot.sections);
-        let mut parts = BTreeMap::<String, Vec<Saved>>::new();
+        let mut parts = BTreeMap::<String, Parts>::new();
         for section in sections {
-            parts.entry(section.id).or_default().push(section.saved);
+            parts.entry(section.id).or_default().add(section.saved);
         }
         let failed = || format!("Failed to read snapshot {path:?}");
-        let mut machine = Parts::new(parts.remove(MACHINE).unwrap_or_default());
+        let mut machine = parts.remove(MACHINE).unwrap_or_default();
         let header: Header = machine.take().with_context(failed)?;
         let time = machine.take().with_context(failed)?;
         let ram: RamState = machine.take().with_context(failed)?;
@@ -104,10 +104,9 @@ impl SavedMachine {
         machine.finish().with_context(failed)?;
         let mut vcpus = Vec::new();
         for hart in 0.. {
-            let Some(saved) = parts.remove(&vcpu_id(hart)) else {
+            let Some(mut saved) = parts.remove(&vcpu_id(hart)) else {
                 break;
             };
-            let mut saved = Parts::new(saved);
             let vcpu: VcpuState = saved.take().with_context(failed)?;
             vcpu.check().with_context(failed)?;
             saved.finish().with_context(failed)?;
@@ -194,7 +193,7 @@ impl SavedMachine {
     pub(super) fn load_consoles(&mut self, uart: &Console, virtio: Option<&Console>) -> Result<()> {
         for (console, id) in [Some(uart), virtio].into_iter().zip(CONSOLES) {
             let Some(console) = console else { continue };
-            let mut saved = Parts::new(self.parts.remove(id).unwrap_or_default());
+            let mut saved = self.parts.remove(id).unwrap_or_default();
             let loaded = saved.take::<ConsoleState>();
             let loaded = loaded.and_then(|state| console.load(state));
             let loaded = loaded.and_then(|()| saved.finish());
@@ -224,17 +223,17 @@ impl SavedMachine {
     }
 
     /// What the guest was told of its AIA, if it has one.
-    pub(super) fn promise(&self) -> Result<Option<Promise>> {
+    pub(super) fn promise(&mut self) -> Result<Option<Promise>> {
         if self.header.config.irqchip == IrqchipKind::Plic {
             return Ok(None);
         }
-        let promise = Promise::of(&self.aia());
+        let promise = Promise::of(self.parts.entry(AIA.into()).or_default());
         promise.map(Some).context("Failed to restore aia")
     }
 
     /// The number of messages of each device on PCI. None if there is no PCI bus.
-    pub(super) fn vectors(&self) -> Result<Option<Vec<usize>>> {
-        let saved = self.parts.get(PCI).map(|saved| saved_vectors(saved));
+    pub(super) fn vectors(&mut self) -> Result<Option<Vec<usize>>> {
+        let saved = self.parts.get_mut(PCI).map(saved_vectors);
         saved.transpose().context("Failed to restore pci")
     }
 
@@ -246,7 +245,7 @@ impl SavedMachine {
                 // The overlay is the user's choice for this restore, and new.
                 continue;
             }
-            let mut saved = Parts::new(self.parts.remove(&id).unwrap_or_default());
+            let mut saved = self.parts.remove(&id).unwrap_or_default();
             let failed = || format!("Failed to restore {name}");
             let state = saved.take().with_context(failed)?;
             saved.finish().with_context(failed)?;
@@ -264,14 +263,12 @@ impl SavedMachine {
 
     /// The harts whose vCPUs must go through KVM_RUN before the devices are loaded: see
     /// [`HartSide::to_settle_before_load`].
-    pub(super) fn to_settle(&self, irqchip: &dyn HartSide) -> Result<Vec<u32>> {
-        let harts = irqchip.to_settle_before_load(&self.aia());
+    pub(super) fn harts_to_settle(&mut self, irqchip: &dyn HartSide) -> Result<Vec<u32>> {
+        let Some(aia) = self.parts.get_mut(AIA) else {
+            return Ok(Vec::new());
+        };
+        let harts = irqchip.to_settle_before_load(aia);
         harts.context("Failed to restore aia")
-    }
-
-    /// The state of the AIA, empty if there is none.
-    fn aia(&self) -> Parts {
-        Parts::new(self.parts.get(AIA).cloned().unwrap_or_default())
     }
 
     /// Gives the devices, which are paused, their state.

@@ -235,8 +235,8 @@ impl State for SavedBridge {
 ///
 /// # Errors
 /// Fails if this is not the state of a bridge.
-pub fn saved_vectors(saved: &[Saved]) -> Result<Vec<usize>, LoadError> {
-    let saved: SavedBridge = Parts::new(saved.to_vec()).take()?;
+pub fn saved_vectors(saved: &mut Parts) -> Result<Vec<usize>, LoadError> {
+    let saved: &SavedBridge = saved.peek()?;
     let functions = saved.functions.iter();
     Ok(functions.map(SavedFunction::vectors).collect())
 }

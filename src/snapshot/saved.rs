@@ -3,6 +3,8 @@
 //! A part's saved state is a type of its own, beside the struct that it saves, and never that
 //! struct itself. So a change of the struct does not change the format.
 
+use std::any::Any;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -11,7 +13,7 @@ use crate::hypervisor;
 
 /// A type of saved state. Types that implement this should deny unknown fields, and have no
 /// optional ones: what is saved is restored, or the snapshot is refused.
-pub trait State: Serialize + DeserializeOwned {
+pub trait State: Serialize + DeserializeOwned + 'static {
     /// What the state is of, such as `uart16550`. At most 31 bytes.
     const KIND: &'static str;
     /// The version of the type. It changes whenever the type changes.
@@ -116,12 +118,31 @@ impl Saved {
 
 /// The saved state of one part of a machine, of several kinds. The part takes all of it.
 #[derive(Debug, Default)]
-pub struct Parts(Vec<Saved>);
+pub struct Parts(Vec<Part>);
+
+#[derive(Debug)]
+struct Part {
+    saved: Saved,
+    /// The state, if it was read already.
+    read: Option<Box<dyn Any>>,
+}
 
 impl Parts {
     /// The parts that were saved.
     pub fn new(saved: Vec<Saved>) -> Self {
-        Self(saved)
+        let mut parts = Self::default();
+        saved.into_iter().for_each(|saved| parts.add(saved));
+        parts
+    }
+
+    /// Adds a part.
+    pub fn add(&mut self, saved: Saved) {
+        self.0.push(Part { saved, read: None });
+    }
+
+    /// What is not taken yet.
+    pub fn iter(&self) -> impl Iterator<Item = &Saved> {
+        self.0.iter().map(|part| &part.saved)
     }
 
     /// Takes the state of type `S`.
@@ -129,18 +150,30 @@ impl Parts {
     /// # Errors
     /// Fails if there is none, or if it has another version or is not an `S`.
     pub fn take<S: State>(&mut self) -> Result<S, LoadError> {
-        let at = self.0.iter().position(|saved| saved.kind == S::KIND);
+        let at = self.0.iter().position(|part| part.saved.kind == S::KIND);
         let at = at.ok_or(LoadError::Missing { kind: S::KIND })?;
-        self.0.remove(at).read()
+        let Part { saved, read } = self.0.remove(at);
+        match read.map(|read| read.downcast()) {
+            Some(Ok(read)) => Ok(*read),
+            _ => saved.read(),
+        }
     }
 
-    /// Reads the state of type `S`, and leaves it to be taken.
+    /// Reads the state of type `S`, and leaves it to be taken, which does not read it again.
     ///
     /// # Errors
     /// As for [`Parts::take`].
-    pub fn peek<S: State>(&self) -> Result<S, LoadError> {
-        let saved = self.0.iter().find(|saved| saved.kind == S::KIND);
-        saved.ok_or(LoadError::Missing { kind: S::KIND })?.read()
+    pub fn peek<S: State>(&mut self) -> Result<&S, LoadError> {
+        let missing = LoadError::Missing { kind: S::KIND };
+        let part = self.0.iter_mut().find(|part| part.saved.kind == S::KIND);
+        let Some(Part { saved, read }) = part else {
+            return Err(missing);
+        };
+        let read = match read {
+            Some(read) => read,
+            None => read.insert(Box::new(saved.read::<S>()?)),
+        };
+        read.downcast_ref().ok_or(missing)
     }
 
     /// Checks that everything was taken.
@@ -149,7 +182,7 @@ impl Parts {
     /// Fails if something is left.
     pub fn finish(self) -> Result<(), LoadError> {
         match self.0.into_iter().next() {
-            Some(Saved { kind, .. }) => Err(LoadError::Unknown { kind }),
+            Some(Part { saved, .. }) => Err(LoadError::Unknown { kind: saved.kind }),
             None => Ok(()),
         }
     }
@@ -185,6 +218,7 @@ mod tests {
     #[test]
     fn what_is_saved_is_taken_once() {
         let mut parts = Parts::new(vec![lamp()]);
+        assert_eq!(parts.iter().count(), 1);
         assert_eq!(parts.peek::<Lamp>().unwrap().color, [1, 2, 3]);
         assert_eq!(parts.take::<Lamp>().unwrap().color, [1, 2, 3]);
         let missing = parts.take::<Lamp>().unwrap_err().to_string();

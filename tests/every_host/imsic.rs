@@ -111,11 +111,11 @@ impl Guest {
     /// A new guest with as many harts as `from` has, for the state that it has saved.
     fn for_state_of(mut from: Self) -> (Self, Parts) {
         until(|| from.settled_to_save());
-        let parts = from.save();
+        let mut parts = from.save();
         let harts = u32::try_from(from.vcpus.len()).expect("a number");
         // Gives its interrupt files back.
         drop(from);
-        let promise = Promise::of(&parts).expect("a promise");
+        let promise = Promise::of(&mut parts).expect("a promise");
         (Self::new(harts, Some(promise)), parts)
     }
 
@@ -304,14 +304,14 @@ fn both_halves_come_back() {
     }
     let needs_file = first.aia.has_guest_files() && first.aia.is_lossy();
     if needs_file {
-        let parts = first.save();
-        let hasty = Guest::new(1, Some(Promise::of(&parts).expect("a promise")));
+        let mut parts = first.save();
+        let hasty = Guest::new(1, Some(Promise::of(&mut parts).expect("a promise")));
         let line = hasty.take_over(parts).expect_err("no file").to_string();
         let expected = "cannot enable interrupt identity 40 of hart 0: it has no guest";
         assert!(line.contains(expected), "{line}");
     }
-    let (mut second, parts) = Guest::for_state_of(first);
-    let harts = second.aia.to_settle_before_load(&parts).expect("asked");
+    let (mut second, mut parts) = Guest::for_state_of(first);
+    let harts = second.aia.to_settle_before_load(&mut parts).expect("asked");
     assert_eq!(harts, if needs_file { vec![0] } else { vec![] });
     if needs_file {
         // With a pending interrupt, the AIA can be asked whether the hart has a file.
@@ -352,8 +352,8 @@ fn lower_halves_need_no_guest_file() {
         for identity in [31, 40, 69] {
             first.signal(0, identity);
         }
-        let (mut second, parts) = Guest::for_state_of(first);
-        let harts = second.aia.to_settle_before_load(&parts).expect("asked");
+        let (mut second, mut parts) = Guest::for_state_of(first);
+        let harts = second.aia.to_settle_before_load(&mut parts).expect("asked");
         assert!(harts.is_empty(), "{harts:?}");
         for hart in [0, 1] {
             second.vcpu(hart).set_reg(regs::SIP, EXTERNAL).expect("sip");

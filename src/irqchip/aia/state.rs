@@ -23,10 +23,10 @@ impl Promise {
     ///
     /// # Errors
     /// Fails if there is no such state, or if no AIA of rvmm makes this promise.
-    pub fn of(parts: &Parts) -> Result<Self, LoadError> {
+    pub fn of(parts: &mut Parts) -> Result<Self, LoadError> {
         let AiaState { promise, .. } = parts.peek()?;
         promise.check()?;
-        Ok(promise)
+        Ok(*promise)
     }
 
     fn check(self) -> Result<(), LoadError> {

@@ -118,8 +118,8 @@ impl Rig {
     }
 
     fn to_settle(&self, state: &AiaState) -> Vec<u32> {
-        let parts = Parts::new(vec![Saved::of(state).unwrap()]);
-        self.aia.to_settle_before_load(&parts).unwrap()
+        let mut parts = Parts::new(vec![Saved::of(state).unwrap()]);
+        self.aia.to_settle_before_load(&mut parts).unwrap()
     }
 }
 
@@ -162,8 +162,8 @@ fn what_the_guest_set_comes_back() {
     ] {
         let first = Rig::new(from, None).set_up();
         first.run();
-        let parts = first.save();
-        let second = Rig::new(to, Some(Promise::of(&parts).unwrap()));
+        let mut parts = first.save();
+        let second = Rig::new(to, Some(Promise::of(&mut parts).unwrap()));
         // The device of source 11 sets its line before the AIA is loaded.
         second.aia.set_level(11, true);
         lock(&second.fake.steps).clear();
@@ -346,7 +346,8 @@ fn state_of_no_aia_is_refused() {
         assert!(found.contains(line), "{found}");
     };
     for identities in [0, 62, 64, 2111, u32::MAX] {
-        let promised = |state: &AiaState| Promise::of(&Parts::new(vec![Saved::of(state).unwrap()]));
+        let parts = |state: &AiaState| Parts::new(vec![Saved::of(state).unwrap()]);
+        let promised = |state: &AiaState| Promise::of(&mut parts(state));
         let mut state = rig.state();
         state.promise.identities = identities;
         let line = promised(&state).unwrap_err().to_string();
