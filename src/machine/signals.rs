@@ -22,7 +22,6 @@
 //! A signal that would end or stop rvmm stays ignored if rvmm was started with it ignored, as by
 //! nohup. Once the machine has ended, a signal that ends rvmm does so at once.
 
-use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -45,6 +44,7 @@ use super::Outcome;
 use super::ending::Ending;
 use super::mainloop::watch;
 use crate::devices::console::terminal;
+use crate::util::signal::is_ignored;
 use crate::util::sync::lock;
 
 /// Signals that end rvmm in order.
@@ -71,7 +71,8 @@ const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 const STOPPING: usize = 1;
 const GOING: usize = 0;
 
-/// A flag that is true while no machine runs. Signals end the process at once then.
+/// A flag that is true while no machine runs. Signals end the process at once then. None before the
+/// first machine has ended: until one runs, signals have their default actions.
 static OVER: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
 
 /// Sets the process's signal mask according to the table, whatever mask it was started with. Must
@@ -97,7 +98,8 @@ pub(super) struct Signals<F> {
     presses: bool,
     on_resize: F,
     stopping: Arc<AtomicUsize>,
-    over: Arc<AtomicBool>,
+    /// The signals that end or stop rvmm.
+    wanted: Vec<i32>,
 }
 
 impl<F: Fn()> Signals<F> {
@@ -108,25 +110,25 @@ impl<F: Fn()> Signals<F> {
     /// # Errors
     /// Fails if the host has no descriptors left, or if a handler cannot be set.
     pub(super) fn new(ending: Ending, presses: bool, on_resize: F) -> io::Result<Self> {
-        let ignored = ignored_signals();
         let wanted = ENDS.into_iter().chain([SIGTSTP]);
-        let wanted = wanted.filter(|signal| !ignored.contains(signal));
-        let over = over(wanted.clone())?;
+        let wanted: Vec<i32> = wanted.filter(|signal| !is_ignored(*signal)).collect();
         let stopping = Arc::new(AtomicUsize::new(GOING));
         register_usize(SIGCONT, Arc::clone(&stopping), GOING)?;
         register_usize(SIGTSTP, Arc::clone(&stopping), STOPPING)?;
         let (read, write) = UnixStream::pair()?;
-        let wanted = wanted.chain([SIGCONT, SIGWINCH]);
-        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, wanted)?;
+        let heard = wanted.iter().copied().chain([SIGCONT, SIGWINCH]);
+        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, heard)?;
         // From here on the main loop handles signals.
-        over.store(false, Ordering::Release);
+        if let Some(over) = &*lock(&OVER) {
+            over.store(false, Ordering::Release);
+        }
         Ok(Self {
             delivery,
             ending,
             presses,
             on_resize,
             stopping,
-            over,
+            wanted,
         })
     }
 }
@@ -149,17 +151,17 @@ impl<F: Fn()> MutEventSubscriber for Signals<F> {
     }
 }
 
-/// Returns the flag that makes `signals` end the process at once, and SIGTSTP stop it. Without it,
-/// signals would be lost while no main loop handles them. The process exits with the status that a
-/// shell shows for a signal, 128+n, because signal-hook does not know the default actions of SIGPWR
-/// and SIGSTKFLT.
-fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
+/// Makes `signals` end the process at once, and SIGTSTP stop it. Without that, signals would be
+/// lost while no main loop handles them. The process exits with the status that a shell shows for a
+/// signal, 128+n, because signal-hook does not know the default actions of SIGPWR and SIGSTKFLT.
+fn end_at_once(signals: &[i32]) -> io::Result<()> {
     let mut known = lock(&OVER);
     if let Some(over) = &*known {
-        return Ok(Arc::clone(over));
+        over.store(true, Ordering::Release);
+        return Ok(());
     }
     let over = Arc::new(AtomicBool::new(true));
-    for signal in signals {
+    for signal in signals.iter().copied() {
         let over = Arc::clone(&over);
         if signal == SIGTSTP {
             register_conditional_default(signal, over)?;
@@ -167,19 +169,8 @@ fn over(signals: impl Iterator<Item = i32>) -> io::Result<Arc<AtomicBool>> {
             register_conditional_shutdown(signal, 128 + signal, over)?;
         }
     }
-    *known = Some(Arc::clone(&over));
-    Ok(over)
-}
-
-/// The signals that were ignored when rvmm was started.
-fn ignored_signals() -> Vec<i32> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let mask = mask.unwrap_or(0);
-    (1..=64)
-        .filter(|signal| (mask >> (signal - 1)) & 1 == 1)
-        .collect()
+    *known = Some(over);
+    Ok(())
 }
 
 /// Stops the whole process, vCPUs too, after restoring the terminal's mode. Does nothing if SIGCONT
@@ -196,7 +187,9 @@ fn suspend(stopping: &AtomicUsize) {
 
 impl<F> Drop for Signals<F> {
     fn drop(&mut self) {
-        self.over.store(true, Ordering::Release);
+        // Not at the start, where it would delay the guest. It fails only for invalid signals:
+        // their handlers are set already.
+        let _ = end_at_once(&self.wanted);
         self.delivery.handle().close();
     }
 }

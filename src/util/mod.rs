@@ -12,6 +12,7 @@ pub mod output;
 pub mod poll;
 pub mod random;
 pub mod ratelimit;
+pub mod signal;
 pub mod socket;
 pub mod stderr;
 pub mod sync;
