@@ -25,6 +25,9 @@ pub const LOW_ROOM: usize = 16;
 /// Time between two writes to the host while the guest writes continuously. The first byte after a
 /// silence is written at once.
 const PACE: Duration = Duration::from_millis(1);
+/// The number of lines after a silence of [`PACE`] that are written at once when they end: the
+/// answer to a command does not wait, and a guest that writes continuously gains nothing.
+const PROMPT_LINES: u8 = 4;
 /// Capacity of the input queue in bytes.
 pub const INPUT_CAPACITY: usize = 64 << 10;
 
@@ -59,6 +62,8 @@ struct Queues {
     /// Number of completed writes, so that [`Console::drain`] can see progress.
     writes: u64,
     writer: Writer,
+    /// Lines since the last silence that were written at once.
+    prompt_lines: u8,
     /// Somebody waits in [`Console::drain`] until all output is written.
     draining: bool,
     closed: bool,
@@ -86,7 +91,10 @@ impl Console {
         queues.output.extend(&bytes[..count]);
         let wake = match queues.writer {
             Writer::Idle => count > 0,
-            Writer::Pacing => queues.output.len() >= OUTPUT_CAPACITY / 2,
+            Writer::Pacing => {
+                let has_line = bytes[..count].contains(&b'\n');
+                has_line && queues.takes_line() || queues.output.len() >= OUTPUT_CAPACITY / 2
+            }
             Writer::Busy => false,
         };
         if wake {
@@ -181,10 +189,13 @@ impl Console {
             self.notify_listener();
             queues = lock(&self.queues);
         }
-        if has_written && !queues.is_urgent() {
+        if has_written && !queues.is_urgent() && !queues.has_prompt_line() {
             queues.writer = Writer::Pacing;
             let wait = self.output_ready.wait_timeout(queues, PACE);
             (queues, _) = wait.unwrap_or_else(PoisonError::into_inner);
+            if queues.output.is_empty() {
+                queues.prompt_lines = 0;
+            }
         }
         while queues.output.is_empty() && !queues.closed {
             queues.writer = Writer::Idle;
@@ -256,6 +267,18 @@ impl Queues {
     /// Whether output should be written without waiting for more.
     fn is_urgent(&self) -> bool {
         self.draining || self.closed || self.output.len() >= OUTPUT_CAPACITY / 2
+    }
+
+    /// Whether another line may be written at once. Counts it.
+    fn takes_line(&mut self) -> bool {
+        let is_prompt = self.prompt_lines < PROMPT_LINES;
+        self.prompt_lines += u8::from(is_prompt);
+        is_prompt
+    }
+
+    /// Whether a line has come while the writer was busy that is to be written at once. Counts it.
+    fn has_prompt_line(&mut self) -> bool {
+        self.output.contains(&b'\n') && self.takes_line()
     }
 
     /// The room in the output queue. Bytes that the writer has taken count until they are written;

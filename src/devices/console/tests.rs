@@ -39,6 +39,37 @@ fn output_is_bounded_and_the_guest_never_waits() {
     assert_eq!(console.write(b"y"), 0);
 }
 
+/// The lines after a silence end the wait for more output, and then no more.
+#[test]
+fn the_first_lines_are_written_at_once() {
+    let console = Console::default();
+    let pacing = || lock(&console.queues).writer == Writer::Pacing;
+    let pace = || lock(&console.queues).writer = Writer::Pacing;
+    for _ in 0..PROMPT_LINES {
+        pace();
+        console.write(b"x");
+        assert!(pacing(), "a line is not complete");
+        console.write(b"\r\n");
+        assert!(!pacing());
+    }
+    pace();
+    console.write(b"x\n");
+    assert!(pacing());
+    // Nothing comes in the time between two writes.
+    let mut taken = Vec::new();
+    console.take_output(&mut taken);
+    let console = Arc::new(console);
+    let taker = Arc::clone(&console);
+    let take = thread::spawn(move || taker.take_output(&mut Vec::new()));
+    while lock(&console.queues).writer != Writer::Idle {
+        thread::yield_now();
+    }
+    lock(&console.queues).writer = Writer::Pacing;
+    console.write(b"x\n");
+    assert_ne!(lock(&console.queues).writer, Writer::Pacing);
+    assert!(take.join().unwrap());
+}
+
 #[test]
 fn room_is_told_when_a_full_queue_was_written() {
     let (console, calls) = listened();
