@@ -116,12 +116,13 @@ mod prepare {
         let mut records = Vec::new();
         let mut enabled = [0; 2];
         for wire in list(&aia["wires"])? {
-            let source = number(&wire["source"])?;
-            ensure!(bit(&wire["pending"])? == 0, "a source is pending");
-            enabled[usize::from(source >= 32)] |= bit(&wire["enabled"])? << (source % 32);
+            // Source, mode, target, enabled, pending: docs/snapshot-format.md.
+            let source = number(&wire[0])?;
+            ensure!(bit(&wire[4])? == 0, "a source is pending");
+            enabled[usize::from(source >= 32)] |= bit(&wire[3])? << (source % 32);
             let at = 4 * (source - 1);
-            records.push([APLIC, 0x4 + at, number(&wire["mode"])?]);
-            records.push([APLIC, 0x3004 + at, number(&wire["target"])?]);
+            records.push([APLIC, 0x4 + at, number(&wire[1])?]);
+            records.push([APLIC, 0x3004 + at, number(&wire[2])?]);
         }
         records.push([APLIC, 0x1e00, enabled[0]]);
         records.push([APLIC, 0x1e04, enabled[1]]);

@@ -67,7 +67,7 @@ pub struct RamState {
 
 impl State for RamState {
     const KIND: &'static str = "ram";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 }
 
 impl RamState {

@@ -24,13 +24,12 @@ pub struct VcpuState {
     started: bool,
     /// If the guest has suspended the system: what wakes the hart.
     sleeps: Option<SleepState>,
-    /// The value of each register, in little-endian bytes, by KVM's id of the register.
-    registers: BTreeMap<Id, Hex>,
+    registers: Registers,
 }
 
 impl State for VcpuState {
     const KIND: &'static str = "vcpu";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 }
 
 /// State of a hart that sleeps until an interrupt comes (SBI SUSP).
@@ -45,26 +44,42 @@ struct SleepState {
     irqchip: Vec<(u64, u64)>,
 }
 
-/// The id of a register. As text, it has 16 hexadecimal digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct Id(u64);
+/// The value of each register, in little-endian bytes, by KVM's id of the register.
+///
+/// In the snapshot they are one string of bytes: for each register its id, in 8 bytes, and its
+/// value, as long as the id says. A vCPU has hundreds, and each start of a restored guest reads
+/// them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Hex", into = "Hex")]
+struct Registers(BTreeMap<u64, Vec<u8>>);
 
-impl TryFrom<String> for Id {
-    type Error = String;
+impl TryFrom<Hex> for Registers {
+    type Error = &'static str;
 
-    fn try_from(text: String) -> std::result::Result<Self, String> {
-        let is_id = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        let number = u64::from_str_radix(&text, 16).ok().filter(|_| is_id);
-        number
-            .map(Self)
-            .ok_or_else(|| format!("{text:?} is not the id of a register"))
+    fn try_from(Hex(bytes): Hex) -> std::result::Result<Self, &'static str> {
+        let mut registers = Vec::new();
+        let (mut rest, mut last) = (bytes.as_slice(), None);
+        while let Some((id, behind)) = rest.split_first_chunk() {
+            let id = u64::from_le_bytes(*id);
+            let value = RegId(id).width().and_then(|width| behind.get(..width));
+            let value = value.ok_or("a register has no value")?;
+            if last.replace(id) >= Some(id) {
+                return Err("the registers are not in ascending order");
+            }
+            registers.push((id, value.to_vec()));
+            rest = &behind[value.len()..];
+        }
+        match rest {
+            [] => Ok(Self(registers.into_iter().collect())),
+            _ => Err("a register has no number"),
+        }
     }
 }
 
-impl From<Id> for String {
-    fn from(Id(id): Id) -> Self {
-        format!("{id:016x}")
+impl From<Registers> for Hex {
+    fn from(Registers(registers): Registers) -> Self {
+        let one = |(id, value): (u64, Vec<u8>)| [&id.to_le_bytes(), value.as_slice()].concat();
+        Self(registers.into_iter().flat_map(one).collect())
     }
 }
 
@@ -83,14 +98,14 @@ impl VcpuState {
     /// Fails if KVM cannot read a register.
     pub fn save(parked: &Parked) -> Result<Self> {
         let vcpu = parked.vcpu.as_ref();
-        let mut registers = BTreeMap::new();
+        let mut registers = Registers::default();
         let list = vcpu.reg_list()?;
         let has_doubles = list.iter().any(|id| id.group() == group::FP_D);
         for id in list {
             // The time is that of the machine.
             let is_saved = id != regs::TIMER_TIME && !(has_doubles && id.group() == group::FP_F);
             if let Some(bytes) = vcpu.reg_bytes(id)?.filter(|_| is_saved) {
-                registers.insert(Id(id.0), Hex(bytes));
+                registers.0.insert(id.0, bytes);
             }
         }
         let mut state = Self {
@@ -124,8 +139,7 @@ impl VcpuState {
             (regs::SSTATUS, 0),
             (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
         ] {
-            self.registers
-                .insert(Id(id.0), Hex(value.to_le_bytes().into()));
+            self.registers.0.insert(id.0, value.to_le_bytes().into());
         }
     }
 
@@ -150,7 +164,7 @@ impl VcpuState {
 
     /// The value of a register of at most 64 bits.
     pub fn number(&self, id: RegId) -> Option<u64> {
-        let Hex(bytes) = self.registers.get(&Id(id.0))?;
+        let bytes = self.registers.0.get(&id.0)?;
         let mut value = [0; 8];
         value.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(u64::from_le_bytes(value))
@@ -158,8 +172,8 @@ impl VcpuState {
 
     /// All registers and their values, in little-endian bytes.
     pub fn registers(&self) -> impl Iterator<Item = (RegId, &[u8])> {
-        let all = self.registers.iter();
-        all.map(|(Id(id), Hex(bytes))| (RegId(*id), bytes.as_slice()))
+        let all = self.registers.0.iter();
+        all.map(|(id, bytes)| (RegId(*id), bytes.as_slice()))
     }
 
     /// Whether the hart is started.
@@ -215,14 +229,14 @@ impl VcpuState {
             }
         }
         if lacks.is_empty() {
-            let known = vcpu.reg_list()?;
+            let known = known(vcpu)?;
             let is_needed = |id: RegId, bytes: &[u8]| match id.group() {
                 group::ISA_EXT | group::SBI_EXT | group::CONFIG => false,
                 _ => bytes.iter().any(|byte| *byte != 0),
             };
             let missing = self
                 .registers()
-                .filter(|(id, bytes)| is_needed(*id, bytes) && !known.contains(id));
+                .filter(|(id, bytes)| is_needed(*id, bytes) && !has(&known, *id));
             lacks.extend(missing.map(|(id, _)| {
                 format!("the guest has a register {id}, and this host's KVM does not have it")
             }));
@@ -235,26 +249,23 @@ impl VcpuState {
     /// this, for one vCPU, and the interrupt controller's state too.
     ///
     /// # Errors
-    /// Fails if a value is not one for its register, or if KVM refuses it.
+    /// Fails if KVM refuses a value.
     pub fn load(&self, vcpu: &dyn Vcpu, hart: u32) -> std::result::Result<(), LoadError> {
-        let known = vcpu.reg_list()?;
+        let known = known(vcpu)?;
         let mut all: Vec<_> = self
             .registers()
-            .filter(|(id, _)| known.contains(id))
+            .filter(|(id, _)| has(&known, *id))
             .collect();
-        all.sort_by_key(|(id, _)| order(*id));
+        all.sort_by_cached_key(|(id, _)| order(*id));
         for (id, bytes) in all {
             if order(id).is_none() || id == regs::TIMER_STATE && self.number(id) != Some(1) {
                 continue;
             }
-            if id.width() != Some(bytes.len()) {
-                let found = bytes.len();
-                let why = format!("register {id} cannot have {found} bytes");
-                return Err(LoadError::Unfit(why));
-            }
-            match self.number(id) {
-                Some(value) if id == regs::SIP => vcpu.set_reg(id, value & !EXTERNAL)?,
-                _ => vcpu.set_reg_bytes(id, bytes)?,
+            if id == regs::SIP {
+                let value = self.number(id).unwrap_or_default();
+                vcpu.set_reg(id, value & !EXTERNAL)?;
+            } else {
+                vcpu.set_reg_bytes(id, bytes)?;
             }
         }
         if self.sleeps.is_some() {
@@ -265,6 +276,18 @@ impl VcpuState {
             false => HartState::Stopped,
         })?)
     }
+}
+
+/// The registers that the host's KVM has, sorted: a vCPU has hundreds.
+fn known(vcpu: &dyn Vcpu) -> Result<Vec<RegId>> {
+    let mut known = vcpu.reg_list()?;
+    known.sort_unstable_by_key(|id| id.0);
+    Ok(known)
+}
+
+/// Whether `known` has the register.
+fn has(known: &[RegId], id: RegId) -> bool {
+    known.binary_search_by_key(&id.0, |known| known.0).is_ok()
 }
 
 /// Whether a register's value is the host's, and cannot be changed for the guest.

@@ -63,13 +63,16 @@ pub(super) struct AiaState {
 
 impl State for AiaState {
     const KIND: &'static str = "aia";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 }
 
 /// The state of one wired source of the APLIC (AIA 1.0, section 4.5). The level of its input is
-/// state of the device.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// state of the device. In the snapshot it is a list, because most machines have dozens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    from = "(u32, u32, u32, bool, bool)",
+    into = "(u32, u32, u32, bool, bool)"
+)]
 pub(super) struct WireState {
     /// The number of the source, from 1.
     pub(super) source: u32,
@@ -79,6 +82,31 @@ pub(super) struct WireState {
     pub(super) target: u32,
     pub(super) enabled: bool,
     pub(super) pending: bool,
+}
+
+impl From<(u32, u32, u32, bool, bool)> for WireState {
+    fn from((source, mode, target, enabled, pending): (u32, u32, u32, bool, bool)) -> Self {
+        Self {
+            source,
+            mode,
+            target,
+            enabled,
+            pending,
+        }
+    }
+}
+
+impl From<WireState> for (u32, u32, u32, bool, bool) {
+    fn from(wire: WireState) -> Self {
+        let WireState {
+            source,
+            mode,
+            target,
+            enabled,
+            pending,
+        } = wire;
+        (source, mode, target, enabled, pending)
+    }
 }
 
 /// The state of one hart's IMSIC (AIA 1.0, section 3.8).

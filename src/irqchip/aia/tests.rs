@@ -147,7 +147,9 @@ fn all_values_survive() {
             Box::new(rig.aia)
         };
         let promise = ["/identities", "/sources", "/whole"];
-        survives(make, &[&promise[..], &["/imsics"]].concat());
+        // The list of a wire has one length.
+        let lists = ["/imsics", "/wires/0", "/wires/1", "/wires/2", "/wires/3"];
+        survives(make, &[&promise[..], &lists].concat());
     }
 }
 

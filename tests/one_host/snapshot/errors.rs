@@ -126,7 +126,7 @@ fn damaged_memory(snap: &Path) {
     let lines = refused(["snapshot", "verify", &dir]);
     assert!(
         lines[0]
-            .ends_with("its memory is damaged: the checksum is wrong for the 1 MiB at 0x200000"),
+            .ends_with("its memory is damaged: the checksum is wrong for the 2 MiB at 0x200000"),
         "{lines:?}"
     );
     fs::write(&memory, &good[..good.len() - 4096]).expect("write");
