@@ -248,6 +248,9 @@ mod floor {
         /// The typed bytes, the last one first.
         input: Vec<u8>,
         output: Vec<u8>,
+        /// The first byte of the output was written at once, as by rvmm. Then it is written line by
+        /// line.
+        has_written: bool,
         /// The interrupt of the empty transmitter is pending.
         sent: bool,
     }
@@ -275,9 +278,12 @@ mod floor {
                 0 => {
                     self.sent = true;
                     self.output.push(byte);
-                    if byte == b'\n' {
-                        std::io::stdout().write_all(&self.output)?;
+                    if byte == b'\n' || !self.has_written {
+                        let mut stdout = std::io::stdout();
+                        stdout.write_all(&self.output)?;
+                        stdout.flush()?;
                         self.output.clear();
+                        self.has_written = true;
                     }
                 }
                 1 => {

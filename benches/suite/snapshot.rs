@@ -75,12 +75,19 @@ pub(crate) fn snapshot(lab: &Lab, contestant: &Contestant, figures: &mut Figures
     if contestant.is_machine() {
         take(lab, contestant, &dir, Some(figures))?;
     }
-    // A line was typed, and waits.
+    // A line was typed, and waits. The guest's terminal echoes it, and then the shell answers.
     let mut guest = Guest::start(contestant.restore(&dir)?)?;
     guest.ask()?;
+    guest.output.fill_buf()?;
+    let to_byte = guest.running.millis();
     guest.wait_for_answer()?;
-    let took = guest.running.millis();
-    figures.add("restore to the next line", "ms", &contestant.name, took);
+    let to_line = guest.running.millis();
+    for (name, took) in [
+        ("restore to the first byte", to_byte),
+        ("restore to the answer", to_line),
+    ] {
+        figures.add(name, "ms", &contestant.name, took);
+    }
     Ok(())
 }
 
@@ -167,7 +174,7 @@ pub(crate) fn clones(lab: &Lab, contestant: &Contestant, figures: &mut Figures) 
     for guest in &mut guests {
         guest.wait_for_answer()?;
     }
-    add("a clone's next line", "ms", millis(began.elapsed()) / count);
+    add("a clone's answer", "ms", millis(began.elapsed()) / count);
     sleep(IDLE);
     let of_each = |before: u64, guests: &[Guest]| -> Result<[f64; 2]> {
         let of_host = before.saturating_sub(memory::available()?);
