@@ -89,19 +89,22 @@ pub(crate) fn start_counting(guest: &mut Shell) {
     while count(guest) == 0 {}
 }
 
+/// Parts of the lines with which a kernel warns.
+pub(crate) const WARNINGS: [&str; 7] = [
+    "WARNING:",
+    "BUG:",
+    "Oops",
+    "rcu: INFO",
+    "soft lockup",
+    "I/O error",
+    "blocked for more",
+];
+
 /// Checks that the guest's kernel has warned of nothing.
 #[track_caller]
 pub(crate) fn kernel_is_content(guest: &mut Shell) {
     let log = guest.ok("dmesg");
-    for bad in [
-        "WARNING:",
-        "BUG:",
-        "Oops",
-        "rcu: INFO",
-        "soft lockup",
-        "I/O error",
-        "blocked for more",
-    ] {
+    for bad in WARNINGS {
         let line = log.lines().find(|line| line.contains(bad));
         assert_eq!(line, None, "the guest's kernel complains");
     }

@@ -29,9 +29,13 @@ pub(crate) mod gdb;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod host;
 #[cfg(target_arch = "riscv64")]
+pub(crate) mod hugepages;
+#[cfg(target_arch = "riscv64")]
 pub(crate) mod net;
 #[cfg(target_arch = "riscv64")]
 pub(crate) mod pausing;
+#[cfg(target_arch = "riscv64")]
+pub(crate) mod programs;
 mod shell;
 mod vm;
 
@@ -54,6 +58,13 @@ pub(crate) const TIMED_OUT: i32 = 124;
 pub(crate) const USAGE: i32 = 125;
 /// Exit status: ended by SIGTERM (128 + 15).
 pub(crate) const TERMINATED: i32 = 143;
+
+/// Writes a measured figure to the log of the tests, also if the case passes.
+pub(crate) fn measured(text: &str) {
+    use std::io::Write;
+    // libtest captures only what the macros print.
+    let _ = writeln!(std::io::stderr(), "measured: {}", text.trim_end());
+}
 
 /// A text that no earlier run has seen.
 pub(crate) fn nonce() -> String {

@@ -7,6 +7,7 @@ use std::net::{Shutdown, TcpListener};
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::Shell;
 
@@ -125,6 +126,9 @@ impl Md5 {
 
 const CHUNK: usize = 1 << 20;
 
+/// How long a guest may take no byte.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// Sends `chunks` MiB to the guest, and as many back. Checks that no byte is lost, added or
 /// changed.
 pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
@@ -140,7 +144,7 @@ pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
     };
     program(guest, "md5sum >/tmp/sum");
     std::thread::scope(|scope| {
-        let sent = scope.spawn(|| send(&listener, chunks));
+        let sent = scope.spawn(|| send(&listener, |number| number < chunks));
         let received = guest.ok(&format!("{connect}; cut -c1-32 /tmp/sum"));
         assert_eq!(received, sent.join().expect("the sender"), "host to guest");
     });
@@ -156,14 +160,16 @@ pub(crate) fn transfer(tap: &Tap, guest: &mut Shell, chunks: usize) {
     });
 }
 
-/// Sends chunks of the same random bytes, each with its number at the start. Returns their sum.
-fn send(listener: &TcpListener, chunks: usize) -> String {
+/// Sends chunks of the same random bytes, each with its number at the start, as long as `goes_on`
+/// says for the next number. Returns their sum.
+pub(crate) fn send(listener: &TcpListener, goes_on: impl Fn(usize) -> bool) -> String {
     let (mut stream, _) = listener.accept().expect("the guest's connection");
+    stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
     let mut chunk = vec![0; CHUNK];
     let mut random = File::open("/dev/urandom").expect("/dev/urandom");
     random.read_exact(&mut chunk).expect("random bytes");
     let mut sum = Md5::new();
-    for number in 0..chunks {
+    for number in (0..).take_while(|number| goes_on(*number)) {
         chunk[..8].copy_from_slice(&number.to_le_bytes());
         sum.add(&chunk);
         stream.write_all(&chunk).expect("send");

@@ -1,28 +1,8 @@
 //! What backs guest RAM.
 #![cfg(target_arch = "riscv64")]
 
+use crate::common::hugepages::HugePages;
 use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, USAGE};
-
-const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-/// Reserves huge pages. Dropped, it restores the number from before.
-struct HugePages(String);
-
-impl HugePages {
-    fn reserve(count: u64) -> Self {
-        let before = std::fs::read_to_string(RESERVED).expect("a host with hugetlb");
-        std::fs::write(RESERVED, count.to_string()).expect("root reserves huge pages");
-        let got = std::fs::read_to_string(RESERVED).expect("the number of pages");
-        assert_eq!(got.trim(), count.to_string(), "the host has the memory");
-        Self(before)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(RESERVED, self.0.trim());
-    }
-}
 
 /// One case for all of this, because huge pages belong to the whole host.
 #[test]

@@ -13,6 +13,7 @@ use rvmm::report::symbols::Symbols;
 
 use crate::common::files::{TempDir, guest_elf};
 use crate::common::gdb::Gdb;
+use crate::common::programs::Programs;
 use crate::common::{POWERED_OFF, Rvmm, Shell};
 
 /// A variable that scripts/test sets.
@@ -68,35 +69,24 @@ fn steps_are_what_an_emulator_logs() {
         .assert_console(POWERED_OFF, &["stepping", "sum 12100"]);
 }
 
-/// The directory of a disk with GDB and its packages, which stays mounted.
-fn packages() -> &'static Path {
-    static ROOT: OnceLock<TempDir> = OnceLock::new();
-    let root = ROOT.get_or_init(|| {
-        let root = TempDir::new();
-        let mut mount = Command::new("mount");
-        mount
-            .args(["-t", "ext4", "-o", "ro"])
-            .arg(given("RVMM_TEST_GDB"));
-        let status = mount.arg(root.path()).status().expect("run mount");
-        assert!(status.success(), "{status}");
-        root
-    });
-    root.path()
+/// A disk with GDB and its packages, which stays mounted.
+fn packages() -> &'static Programs {
+    static ROOT: OnceLock<Programs> = OnceLock::new();
+    ROOT.get_or_init(|| Programs::of(given("RVMM_TEST_GDB").as_ref()))
 }
 
 /// Runs GDB with these commands on `elf`. Calls `ready` when GDB has printed `READY`. Returns its
 /// output.
 fn gdb(elf: &Path, commands: &str, ready: impl FnOnce()) -> String {
-    let usr = packages().join("usr");
+    let usr = packages().usr();
     let script = TempDir::new();
     let script = script.file("commands", commands);
+    let program = packages().command("gdb-multiarch");
     // Warnings are a part of the output.
     let mut child = Command::new("sh")
         .args(["-c", "exec \"$@\" 2>&1", "gdb"])
-        .arg(usr.join("lib/ld-linux-riscv64-lp64d.so.1"))
-        .arg("--library-path")
-        .arg(usr.join("lib/riscv64-linux-gnu"))
-        .arg(usr.join("bin/gdb-multiarch"))
+        .arg(program.get_program())
+        .args(program.get_args())
         .arg("--data-directory")
         .arg(usr.join("share/gdb"))
         .args(["-nx", "-batch", "-x"])

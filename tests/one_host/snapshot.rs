@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::common::disk::{MIB, disk};
 use crate::common::freezing::*;
 use crate::common::net::Tap;
-use crate::common::{POWERED_OFF, Rvmm, Shell};
+use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell};
 
 /// Frozen and thawed again and again: each snapshot is of a restored machine.
 #[test]
@@ -245,4 +245,35 @@ fn a_fork_has_its_own_disks() {
             .expect("the image")
             .starts_with(b"parent\n")
     );
+}
+
+/// The copy of its disk has moved, and belongs to the restored guest.
+#[test]
+fn a_restored_guest_gets_another_disk() {
+    let freezer = Freezer::new();
+    let image = freezer.scratch.file("image", vec![7; 4 * MIB]);
+    let [flag, value] = disk(&image, ",id=data");
+    let rvmm = Rvmm::virtio(CMDLINE).args([&flag, &value]);
+    let mut guest = Shell::of(rvmm.args(freezer.ctl("ctl")));
+    guest.ok("echo before | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null");
+    freezer.freeze("ctl", "snap", &["--disks"]);
+    guest.ok("echo after_ | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null");
+    guest.power_off();
+    let other = freezer.path("other");
+    fs::rename(freezer.path("snap/disk-data"), &other).expect("the copy");
+    let thaw = |disk: &str| freezer.thaw("snap").args(["--disk", disk]);
+    let wrong = thaw(&format!("path={},id=dat", other.display())).run();
+    wrong.assert_refused(HOST_FAILED, &["dat"]);
+    let mut guest = Shell::restored(thaw(&format!("path={},id=data", other.display())).spawn());
+    let first = "dd if=/dev/vda bs=4096 count=1 iflag=direct 2>/dev/null | head -n 1";
+    assert_eq!(guest.ok(first), "before");
+    guest.ok("echo latest | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null");
+    kernel_is_content(&mut guest);
+    guest.power_off();
+    for (path, line) in [(&image, "after_\n"), (&other, "latest\n")] {
+        assert!(
+            fs::read(path).expect("a disk").starts_with(line.as_bytes()),
+            "{line}"
+        );
+    }
 }
