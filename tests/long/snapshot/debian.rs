@@ -80,8 +80,9 @@ impl Debian {
         self.vm.wait_for_times(IS, self.counts);
         let console = self.vm.console();
         let before = console.rsplit_once(IS).expect("the count").0;
-        let count = before.rsplit('\n').next().expect("a line");
-        count.trim().parse().expect("a number")
+        // The shell writes escapes before it.
+        let count = before.rsplit(|c: char| !c.is_ascii_digit()).next();
+        count.expect("a part").parse().expect("a number")
     }
 }
 
@@ -139,7 +140,6 @@ fn start_load(vm: &mut Vm, tap: &Tap, partner: &Partner) {
     }
     vm.send(format!(
         "ip addr add {guest}/24 dev eth0; ip link set eth0 up\n\
-         until ping -c 1 -W 9 {host}; do :; done\n\
          (i=0; while :; do i=$((i+1)); echo $i >/run/count; done) &\n\
          for n in fio iperf3 stream; do bash /run/$n.sh & done; echo \"$n started\"\n"
     ));
