@@ -21,7 +21,10 @@ use crate::common::{POWERED_OFF, Rvmm, Shell, Vm, measured};
 /// Time between two looks at something that does not tell that it changes.
 const POLL: Duration = Duration::from_millis(20);
 /// The time limit of such a wait, and for a guest under load.
-const PATIENCE: Duration = Duration::from_secs(900);
+const PATIENCE: Duration = Duration::from_secs(400);
+
+/// Time between two MiB of a stream.
+const BETWEEN: Duration = Duration::from_millis(400);
 
 #[track_caller]
 fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
@@ -84,12 +87,35 @@ impl Debian {
         let count = before.rsplit(|c: char| !c.is_ascii_digit()).next();
         count.expect("a part").parse().expect("a number")
     }
+
+    /// Waits for the end of a load, which must be successful.
+    fn ended(&mut self, name: &str) {
+        let end = format!(" of {name}\r");
+        self.vm.wait_for(&end);
+        if !self.vm.console().contains(&format!("status 0{end}")) {
+            // The failed case shows the console.
+            self.vm
+                .send(format!("cat /run/{name}; echo \"$((1 + 1)) shown\"\n"));
+            self.vm.wait_for("2 shown");
+            panic!("{name} failed");
+        }
+    }
+}
+
+/// A process, which is killed if a case fails.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// What the host does on the network for a guest: a server of iperf3, and a stream that the guest
 /// sums up.
 struct Partner {
-    server: Child,
+    server: Server,
     port: u16,
     stream: JoinHandle<String>,
     is_over: Arc<AtomicBool>,
@@ -100,12 +126,17 @@ impl Partner {
         let mut server = programs.command("iperf3");
         // Each case has its own address.
         server.args(["--server", "--one-off", "--bind", &tap.address(1)]);
-        let server = server.stdout(Stdio::piped()).spawn().expect("iperf3");
+        let server = Server(server.stdout(Stdio::null()).spawn().expect("iperf3"));
         let listener = TcpListener::bind((tap.address(1), 0)).expect("listen");
         let port = listener.local_addr().expect("its address").port();
         let is_over = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&is_over);
-        let stream = thread::spawn(move || send(&listener, |_| !over.load(Ordering::Acquire)));
+        // Slow enough to leave the guest time for its disk.
+        let goes_on = move |_| {
+            thread::sleep(BETWEEN);
+            !over.load(Ordering::Acquire)
+        };
+        let stream = thread::spawn(move || send(&listener, goes_on));
         Self {
             server,
             port,
@@ -115,12 +146,11 @@ impl Partner {
     }
 
     /// Ends the stream, and returns its sum.
-    fn sum(self) -> String {
+    fn sum(mut self) -> String {
         self.is_over.store(true, Ordering::Release);
         let sum = self.stream.join().expect("the sender");
-        let output = self.server.wait_with_output().expect("iperf3");
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "{text}");
+        let status = self.server.0.wait().expect("iperf3");
+        assert!(status.success(), "iperf3: {status}");
         sum
     }
 }
@@ -128,13 +158,13 @@ impl Partner {
 /// Starts everything that the guest does, as processes behind the shell.
 fn start_load(vm: &mut Vm, tap: &Tap, partner: &Partner) {
     let (host, guest, port) = (tap.address(1), tap.address(2), partner.port);
-    let iperf = format!("iperf3 --client {host} --bitrate 40M --bytes 100M");
+    let iperf = format!("iperf3 --client {host} --bitrate 10M --bytes 60M");
     for (name, command) in [
         ("fio", fio("/dev/vdb", 8)),
         ("iperf3", iperf),
         ("stream", format!("md5sum </dev/tcp/{host}/{port}")),
     ] {
-        let script = format!("{command} >/run/{name} 2>&1; echo \"{name} ended with $?\"");
+        let script = format!("{command} >/run/{name} 2>&1; echo \"status $? of {name}\"");
         let script = script.replace('"', "\\\"").replace('$', "\\$");
         vm.send(format!("echo \"{script}\" >/run/{name}.sh\n"));
     }
@@ -155,7 +185,7 @@ fn debian_goes_on(transport: &str) {
     let root = format!("{},snapshot=on", debian().display());
     let data = format!("{},id=data", image.display());
     let net = format!("tap={}", tap.name);
-    let mut vm = Rvmm::virtio("console=ttyS0 quiet panic=-1 root=/dev/vda")
+    let mut vm = Rvmm::virtio("console=ttyS0 quiet panic=-1 root=/dev/vda net.ifnames=0")
         .args(["--mem", "512M", "--cpus", "4", "--transport", transport])
         .args(["--disk", &root, "--disk", &data, "--net", &net])
         .args(freezer.ctl("ctl"))
@@ -173,17 +203,21 @@ fn debian_goes_on(transport: &str) {
     let said = freezer.freeze("ctl", "snap", &[]);
     measured(&format!("Debian with four vCPUs over {transport}: {said}"));
     let console = guest.vm.console();
-    assert!(!console.contains(" ended with 0"), "a load was over before");
+    assert!(
+        ["fio", "iperf3", "stream"].map(|name| console.contains(&format!(" of {name}\r")))
+            == [false; 3],
+        "a load was over before the snapshot"
+    );
     kill(guest.vm);
 
     let mut guest = Debian::of(freezer.thaw("snap").spawn());
     guest.vm.allow_seconds(PATIENCE.as_secs());
     let first = guest.count();
     assert!(first >= before, "{first} after {before}");
-    guest.vm.wait_for("fio ended with 0\r");
-    guest.vm.wait_for("iperf3 ended with 0\r");
+    guest.ended("fio");
+    guest.ended("iperf3");
     let sum = partner.sum();
-    guest.vm.wait_for("stream ended with 0\r");
+    guest.ended("stream");
     assert!(guest.count() > first);
     all_is_well(guest.vm, &sum, &image);
 }
