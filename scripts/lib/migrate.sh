@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Moves a guest to another host: freezes a Debian under load, to a disk that outlives L1, and goes on
-# with it after L1 was rebooted, and in an L1 of another QEMU. resources/rig/migrate is what L1 does.
+# Moves a guest to another host: freezes a Debian under load, to a disk that outlives L1. The guest
+# goes on after L1 was rebooted, and in an L1 of another QEMU. resources/rig/migrate is what L1 does.
 #
 #   migrate_disk          make the disk, $MIGRATE_DISK
 #   migrate_reboot KIND   freeze the guest, reboot L1, and go on
 #   migrate_again KIND    go on in a new QEMU, from the same snapshot
 
-readonly MIGRATE_LIMIT=1500
+readonly MIGRATE_LIMIT=900
 MIGRATE_DISK=
 
 migrate_disk() {
