@@ -394,11 +394,14 @@ impl HartSide for InKernelAia {
 
     fn to_settle_before_load(&self, parts: &mut Parts) -> std::result::Result<Vec<u32>, LoadError> {
         let AiaState { imsics, .. } = parts.peek()?;
-        let is_needed = self.lossy && self.guest_files;
-        let needs_file = |state: &ImsicState| is_needed && state.enables_upper_half();
-        let harts = (0..self.harts).zip(imsics);
-        let harts = harts.filter(|(_, state)| needs_file(state));
-        Ok(harts.map(|(hart, _)| hart).collect())
+        let mut harts = Vec::new();
+        for (hart, state) in (0..self.harts).zip(imsics) {
+            let may_get_file = self.lossy && self.guest_files;
+            if may_get_file && state.enables_upper_half() && self.shown(hart)? != WHOLE {
+                harts.push(hart);
+            }
+        }
+        Ok(harts)
     }
 }
 

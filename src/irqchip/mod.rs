@@ -47,9 +47,9 @@ pub trait HartSide: Send + Sync {
     fn restore(&self, hart: u32, saved: &[SavedRegister]) -> Result<()>;
 
     /// The harts whose vCPUs must go through KVM_RUN before [`Device::save`], without running an
-    /// instruction: there KVM gives a vCPU a guest interrupt file of the host, if one is free. Of
-    /// the file that these harts have now, KVM does not show everything. To be called while all
-    /// vCPUs are parked. If it names a hart once more after that, the save fails.
+    /// instruction: there KVM gives a vCPU a guest interrupt file of the host, if one is free. KVM
+    /// does not show everything of the file that these harts have now. To be called while all vCPUs
+    /// are parked, and before their registers are saved. The save fails if it still names a hart.
     ///
     /// # Errors
     /// Fails if a register of the controller cannot be read from KVM.
@@ -58,11 +58,13 @@ pub trait HartSide: Send + Sync {
     }
 
     /// The harts whose vCPUs must go through KVM_RUN before [`Device::load`] of `parts`, as for
-    /// [`HartSide::to_settle_before_save`], and after their registers are loaded. To be called for
-    /// a new machine.
+    /// [`HartSide::to_settle_before_save`]. To be called for a new machine whose vCPUs have their
+    /// registers: `sip` has to be written before a hart gets a guest interrupt file. The load fails
+    /// if this still names a hart.
     ///
     /// # Errors
-    /// Fails if the state in `parts` is not that of this kind of controller.
+    /// Fails if the state in `parts` is not that of this kind of controller, or if a register of
+    /// the controller cannot be read from KVM or written.
     fn to_settle_before_load(
         &self,
         _parts: &mut Parts,

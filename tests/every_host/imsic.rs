@@ -16,9 +16,13 @@ use rvmm::irqchip::aia::{IMSIC_SIZE, InKernelAia, Placement, Promise};
 use rvmm::memory::{self, Backing};
 use rvmm::snapshot::{LoadError, Parts};
 use rvmm::util::ByteSize;
+use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::common::Shell;
+use crate::common::disk::{disk, md5, random};
+use crate::common::freezing::{Freezer, kernel_is_content, kill, printed, text};
 use crate::common::host::{self, Kind};
 
 const RAM: u64 = 0x8000_0000;
@@ -434,4 +438,41 @@ fn wires_come_back() {
     second.store(SETIE, 1 << 11);
     second.store(SETIE + 4, 1 << 1);
     assert_eq!([0; 3].map(|_| second.claim(0)), [10, 11, 0]);
+}
+
+/// A Linux whose one hart has more interrupts than 31, if the host has guest interrupt files. Each
+/// of them works after a restore.
+#[test]
+fn linux_with_many_messages_goes_on() {
+    const DISKS: usize = 20;
+    let freezer = Freezer::new();
+    let mut flags: Vec<String> = freezer.ctl("ctl").into();
+    for number in 0..DISKS {
+        let name = format!("d{number}");
+        let image = freezer.scratch.file(&name, random(64 << 10));
+        flags.extend(disk(&image, &format!(",id={name}")));
+    }
+    let mut guest = Shell::start(&flags);
+    guest.ok("head -c 4096 /dev/vda >/dev/null");
+    freezer.freeze("ctl", "snap", &[]);
+    kill(guest.vm);
+    let shown = printed(["snapshot", "show", "--json", &text(&freezer.path("snap"))]);
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    let enabled = &shown["devices"]["aia"]["aia"]["imsics"][0]["enabled"];
+    let enabled = enabled.as_array().into_iter().flatten();
+    let upper = enabled
+        .filter_map(Value::as_u64)
+        .filter(|identity| identity % 64 > 31);
+    assert_eq!(upper.count() > 0, host::kind() == Kind::Aia, "{shown}");
+
+    let mut guest = Shell::restored(freezer.thaw("snap").spawn());
+    for number in 0..DISKS {
+        let sum = md5(&freezer.path(&format!("d{number}")));
+        let find = format!("$(grep -lx d{number} /sys/block/*/serial | cut -d/ -f4)");
+        let read =
+            format!("dd if=/dev/{find} bs=4k iflag=direct 2>/dev/null | md5sum | cut -c1-32");
+        assert_eq!(guest.ok(&read), sum, "disk d{number}");
+    }
+    kernel_is_content(&mut guest);
+    guest.power_off();
 }
