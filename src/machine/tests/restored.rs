@@ -227,3 +227,31 @@ fn make_pipe(path: &Path) {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     mknodat(CWD, path, FileType::Fifo, Mode::RUSR, 0).unwrap();
 }
+
+/// The fuzz target `snapshot` starts with this state. It gets no further than the versions if they
+/// are old.
+#[test]
+fn the_fuzz_corpus_is_a_snapshot() {
+    let lines = include_str!("../../../fuzz/corpus/snapshot/plic-lines").lines();
+    let sections: Vec<Section> = lines
+        .map(|line| {
+            let [id, kind, version, json] = line.splitn(4, ' ').collect::<Vec<_>>()[..] else {
+                panic!("{line}");
+            };
+            let (kind, version, json) = (kind.into(), version.parse().unwrap(), json.into());
+            let saved = Saved {
+                kind,
+                version,
+                json,
+            };
+            Section {
+                id: id.into(),
+                saved,
+            }
+        })
+        .collect();
+    let state = file::write(&sections).unwrap();
+    let snapshot = Snapshot::of(Path::new("corpus"), &state).unwrap();
+    let machine = SavedMachine::of(snapshot).unwrap();
+    assert_eq!(machine.vcpus().len(), 1);
+}
