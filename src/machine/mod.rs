@@ -39,8 +39,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use libc::SIGTERM;
 use log::{debug, info, warn};
-use signal_hook::consts::SIGTERM;
 
 use crate::config::{ConsoleConfig, GdbConfig};
 use crate::control::server::{Client, Server};

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
+use super::signal::Blocked;
+
 /// The purpose of a thread. It is the first part of the thread's name. A sandbox could be chosen by
 /// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +40,8 @@ impl Kind {
     }
 }
 
-/// Starts a thread with the name `<kind>-<name>`, of which Linux shows the first 15 bytes.
+/// Starts a thread with the name `<kind>-<name>`, of which Linux shows the first 15 bytes. The
+/// thread blocks all signals, because the main thread handles them.
 ///
 /// # Errors
 /// Fails if the host has no resources for another thread.
@@ -47,6 +50,7 @@ where
     T: Send + 'static,
     F: FnOnce() -> T + Send + 'static,
 {
+    let _blocked = Blocked::all();
     Builder::new()
         .name(format!("{}-{name}", kind.prefix()))
         .spawn(body)
@@ -67,6 +71,7 @@ where
     F: FnOnce() -> T + Send + 'scope,
 {
     let name = format!("{}-{name}", kind.prefix());
+    let _blocked = Blocked::all();
     Builder::new().name(name).spawn_scoped(scope, body)
 }
 

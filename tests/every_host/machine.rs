@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
@@ -73,7 +74,37 @@ fn a_signal_after_the_machine_has_ended_ends_rvmm() {
     }
     let end = vm.finish();
     fs::remove_file(&path).expect("remove it");
-    end.assert_status(TERMINATED);
+    let (code, signal) = (end.status.code(), end.status.signal());
+    let is_killed = code == Some(TERMINATED) || signal == Some(libc::SIGTERM);
+    assert!(is_killed, "exit status: {}", end.status);
+}
+
+/// The threads that start before the main loop waits for signals, and the others.
+#[test]
+fn no_other_thread_takes_a_signal() {
+    let path = temporary("trace");
+    let trace = format!("--trace={}", path.display());
+    let vm = Rvmm::guest("spin")
+        .args(["--timeout", "1000s", "--cpus", "2"])
+        .arg(trace)
+        .spawn();
+    vm.wait_for("spinning\n");
+    let tasks = fs::read_dir(format!("/proc/{}/task", vm.pid())).expect("its threads");
+    let mut count = 0;
+    for task in tasks {
+        let status = task.expect("a thread").path().join("status");
+        let status = fs::read_to_string(status).expect("its status");
+        let blocked = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigBlk:\t"));
+        let blocked = u64::from_str_radix(blocked.expect("a mask"), 16).expect("a number");
+        assert!(blocked & 1 << (libc::SIGTERM - 1) != 0, "{status}");
+        count += 1;
+    }
+    vm.terminate();
+    vm.finish().assert_status(TERMINATED);
+    fs::remove_file(&path).expect("remove it");
+    assert!(count >= 6, "{count} threads");
 }
 
 /// SIGXFSZ, SIGTTIN, SIGTTOU: the read or write fails with an error instead.

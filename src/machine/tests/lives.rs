@@ -7,7 +7,6 @@ use log::{Log, Metadata, Record as Line};
 
 use super::*;
 use crate::config::Transport;
-use crate::machine::signals::tests::ALONE;
 use crate::util::ratelimit::{BURST, PERIOD};
 use crate::vcpu::Stop;
 
@@ -97,7 +96,6 @@ fn a_guest_that_resets_for_ever_logs_no_more_than_one_that_does_not() {
         gdb: None,
     };
     std::fs::remove_file(image).unwrap();
-    let _alone = lock(&ALONE);
     let (outcome, _) = machine.unwrap().run(&how).unwrap();
     assert_eq!(outcome, Outcome::Guest(Stop::PowerOff));
     let periods = began.elapsed().as_secs() / PERIOD.as_secs() + 2;
