@@ -98,7 +98,7 @@ fn no_other_thread_takes_a_signal() {
             .lines()
             .find_map(|line| line.strip_prefix("SigBlk:\t"));
         let blocked = u64::from_str_radix(blocked.expect("a mask"), 16).expect("a number");
-        assert!(blocked & 1 << (libc::SIGTERM - 1) != 0, "{status}");
+        assert!(blocked & (1 << (libc::SIGTERM - 1)) != 0, "{status}");
         count += 1;
     }
     vm.terminate();
