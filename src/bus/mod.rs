@@ -62,6 +62,9 @@ pub trait Device: Send + Sync {
     /// reports that to its driver (DEVICE_NEEDS_RESET), or logs it.
     fn resume(&self) {}
 
+    /// Waits until the device has done what [`Device::resume`] began: a thread may start.
+    fn settle(&self) {}
+
     /// The device's state for a snapshot. Called only while the device is paused. A device that has
     /// no state returns nothing.
     ///

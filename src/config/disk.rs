@@ -112,15 +112,29 @@ impl fmt::Display for DiskConfig {
     }
 }
 
+impl DiskConfig {
+    /// The name of the disk if it is number `index` of the machine's disks, beginning with 0: its
+    /// id, or diskN.
+    pub fn name(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
+}
+
 /// Checks everything that does not depend on the host.
 pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
     let ids = || disks.iter().filter_map(|disk| disk.id.as_ref());
+    let names = || {
+        disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| disk.name(index))
+    };
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     for id in ids() {
         if !(1..=ID_MAX).contains(&id.len()) || !id.chars().all(is_plain) {
             return Err(ConfigError::DiskId(id.clone()));
         }
-        if ids().filter(|other| *other == id).count() > 1 {
+        if names().filter(|other| other == id).count() > 1 {
             return Err(ConfigError::DiskIdTwice(id.clone()));
         }
     }
@@ -150,6 +164,13 @@ mod tests {
 
     fn disk(text: &str) -> DiskConfig {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn two_disks_have_two_names() {
+        let of = |texts: [&str; 2]| validate(&texts.map(disk)).is_ok();
+        assert!(of(["a", "b"]) && of(["a,id=disk1", "b,id=disk0"]));
+        assert!(!of(["a", "b,id=disk0"]) && !of(["a,id=x", "b,id=x"]));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use clap::Args;
 
 use crate::config::{DiskConfig, DiskFormat, Mac, NetConfig, VmConfig};
 use crate::control::{self, Reply, SnapshotOf, What, client};
-use crate::machine::{SavedMachine, disk_copy, disk_name};
+use crate::machine::{SavedMachine, disk_copy};
 use crate::util::random;
 
 /// What to start. The doc comments are the text of `--help`.
@@ -186,7 +186,7 @@ fn flags(
         .enumerate()
         .filter(|(_, disk)| is_copied(disk))
     {
-        let name = disk_name(index, disk);
+        let name = disk.name(index);
         let disk = DiskConfig {
             path: snapshot.join(disk_copy(&name)),
             id: Some(name),

@@ -269,8 +269,7 @@ impl InKernelAia {
         if state.promise.whole || is_used {
             return Err(LoadError::Unfit(format!(
                 "the guest may use all of {asked} interrupt identities, and only \
-                 {LOSSY_IDENTITIES} work here: it needs a host with guest interrupt files, and \
-                 --irqchip auto or aia"
+                 {LOSSY_IDENTITIES} work here: it needs a host with guest interrupt files"
             )));
         }
         Ok(())

@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 
 use super::hardware::{Content, Hardware, Kept};
 use super::layout::RAM_BASE;
+use super::requirements;
 use super::restore::{Restored, SavedMachine};
 use super::virtio::{Backends, MakeDevice};
 use super::watcher::Watcher;
@@ -101,17 +102,18 @@ impl Machine {
     /// ([`Unfit`](super::Unfit)), or if a part of the machine cannot take its state over.
     pub fn restore(
         config: VmConfig,
-        saved: SavedMachine,
+        mut saved: SavedMachine,
         hypervisor: Arc<dyn Hypervisor>,
     ) -> Result<Self> {
         let path = saved.snapshot().path().to_owned();
-        let machine = Self::of_snapshot(config, saved, hypervisor);
+        let machine = Self::of_snapshot(config.clone(), &mut saved, Arc::clone(&hypervisor));
+        let machine = machine.map_err(|e| requirements::complete(e, &config, &saved, &hypervisor));
         machine.with_context(|| format!("Failed to restore snapshot {path:?}"))
     }
 
     fn of_snapshot(
         config: VmConfig,
-        mut saved: SavedMachine,
+        saved: &mut SavedMachine,
         hypervisor: Arc<dyn Hypervisor>,
     ) -> Result<Self> {
         let backends = Backends::open(&config, None)?;
@@ -133,7 +135,7 @@ impl Machine {
             parent: None,
         };
         saved.load_consoles(&machine.console, machine.backends.console.as_deref())?;
-        machine.assemble(&vm, Content::Snapshot(&mut saved))?;
+        machine.assemble(&vm, Content::Snapshot(saved))?;
         let resets_harts = machine.hardware()?.resets_harts;
         machine.restored = Some(saved.finish(resets_harts)?);
         machine.find_panic()?;

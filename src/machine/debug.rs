@@ -16,6 +16,7 @@ use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
 use log::{info, warn};
 
 use super::command::stays_paused;
+use super::frozen::Clock;
 use super::life::Vcpus;
 use super::mainloop::Event;
 use super::{End, Outcome, Running};
@@ -200,6 +201,7 @@ impl Running<'_> {
     /// Stops the guest for GDB. If it is paused, only GDB keeps it stopped from now on.
     fn halt(&mut self, vcpus: &mut Vcpus) -> Result<()> {
         if vcpus.state() == State::Paused && !self.is_held() {
+            vcpus.thaw(Clock::Stop)?;
             self.machine.hardware()?.devices.resume();
             self.count_time(State::Paused);
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
+use super::names::is_no_device;
 use crate::bus::Device;
 use crate::snapshot::Parts;
 use crate::snapshot::file::Section;
@@ -16,11 +17,15 @@ pub(super) struct Devices(Vec<(String, Arc<dyn Device>)>);
 
 impl Devices {
     /// Adds `device` at the end. Its name is its id. If another device has that name already (users
-    /// choose the ids of disks), a number is appended.
+    /// choose the ids of disks), a number is appended. If a part that is no device has it in a
+    /// snapshot, it gets another beginning.
     pub(super) fn add(&mut self, device: Arc<dyn Device>) {
-        let id = device.id();
+        let id = match device.id() {
+            id if is_no_device(id) => format!("device-{id}"),
+            id => id.to_owned(),
+        };
         let numbered = (2..).map(|number| format!("{id}-{number}"));
-        let mut names = std::iter::once(id.to_owned()).chain(numbered);
+        let mut names = std::iter::once(id.clone()).chain(numbered);
         let is_free = |name: &String| self.0.iter().all(|(known, _)| known != name);
         let name = names.find(is_free).unwrap_or_default();
         self.0.push((name, device));
@@ -39,6 +44,11 @@ impl Devices {
     /// Resumes all devices, the first one first.
     pub(super) fn resume(&self) {
         self.iter().for_each(Device::resume);
+    }
+
+    /// Waits until the devices have done what [`Devices::resume`] began.
+    pub(super) fn settle(&self) {
+        self.iter().for_each(Device::settle);
     }
 
     /// The sections of a snapshot with the state of all devices, which are paused.
@@ -181,5 +191,15 @@ mod tests {
         }
         let names: Vec<_> = devices.describe().keys().cloned().collect();
         assert_eq!(names, ["uart", "uart-2", "uart-3"]);
+    }
+
+    #[test]
+    fn a_disk_does_not_get_the_name_of_a_vcpu() {
+        let mut devices = Devices::default();
+        for name in ["vcpu0", "overlay-disk0"] {
+            devices.add(Arc::new(Probe(name, Arc::default())));
+        }
+        let names: Vec<_> = devices.describe().keys().cloned().collect();
+        assert_eq!(names, ["device-overlay-disk0", "device-vcpu0"]);
     }
 }

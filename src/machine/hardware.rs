@@ -46,6 +46,12 @@ pub(super) enum Content<'a> {
     Snapshot(&'a mut SavedMachine),
 }
 
+impl Content<'_> {
+    fn is_saved(&self) -> bool {
+        matches!(self, Content::Snapshot(_))
+    }
+}
+
 /// The parts of a machine that each reset creates again, ready to run the first instruction.
 pub(super) struct Hardware {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
@@ -81,7 +87,7 @@ impl Hardware {
             console,
         } = kept;
         vm.map_ram(ram)?;
-        let choice = irqchip::choose(config.irqchip, vm.as_ref())?;
+        let choice = irqchip::choose(config.irqchip, vm.as_ref(), content.is_saved())?;
         let (kind, is_aia) = (choice.kind(), choice.is_aia());
         let mut vcpus = harts::create(config, vm.as_ref())?;
         let resets_harts = harts::first(&vcpus)?.reg(regs::SCOUNTEREN)? == Some(0);

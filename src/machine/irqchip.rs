@@ -22,8 +22,11 @@ pub(super) enum Choice {
     Plic,
 }
 
-/// Chooses the controller that `kind` requests. Fails if this host does not have it.
-pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm) -> Result<Choice> {
+/// Chooses the controller that `kind` requests, or that a guest which is to be restored has.
+///
+/// # Errors
+/// Fails if this host does not have it.
+pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm, is_restored: bool) -> Result<Choice> {
     if kind == IrqchipKind::Plic {
         return Ok(Choice::Plic);
     }
@@ -33,6 +36,10 @@ pub(super) fn choose(kind: IrqchipKind, vm: &dyn Vm) -> Result<Choice> {
             emulate: kind == IrqchipKind::AiaEmul,
         }),
         (None, IrqchipKind::Auto) => Ok(Choice::Plic),
+        (None, _) if is_restored => bail!(
+            "the guest has an AIA, and this host has none (its KVM has no in-kernel interrupt \
+             controller)"
+        ),
         (None, _) => bail!(
             "this host has no AIA (its KVM has no in-kernel interrupt controller): use --irqchip \
              plic or auto"

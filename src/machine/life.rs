@@ -136,14 +136,29 @@ impl Vcpus {
         post: &Post,
         clock: Clock,
     ) -> hypervisor::Result<()> {
-        if let (Some(time), Some(parked)) = (self.frozen, self.parked.first()) {
-            // The threads are not there yet, so the time goes on a little before a vCPU runs. But
-            // only here can the resume still fail.
-            time.thaw(parked.vcpu.as_ref(), clock)?;
-        }
+        // The threads are not there yet, so the time goes on a little before a vCPU runs. But only
+        // here can the resume still fail.
+        self.set_time(clock)?;
         self.start_after(hardware, post, || hardware.devices.resume())?;
         self.frozen = None;
         Ok(())
+    }
+
+    /// Lets the guest's time go on, if it was frozen, while the vCPUs stay parked.
+    ///
+    /// # Errors
+    /// Fails if KVM cannot write a register.
+    pub(super) fn thaw(&mut self, clock: Clock) -> hypervisor::Result<()> {
+        self.set_time(clock)?;
+        self.frozen = None;
+        Ok(())
+    }
+
+    fn set_time(&self, clock: Clock) -> hypervisor::Result<()> {
+        match (self.frozen, self.parked.first()) {
+            (Some(time), Some(parked)) => time.thaw(parked.vcpu.as_ref(), clock),
+            _ => Ok(()),
+        }
     }
 
     /// Makes a thread for each vCPU, calls `first`, and then lets the vCPUs run.

@@ -216,6 +216,13 @@ impl MainLoop {
         first
     }
 
+    /// Whether a vCPU has stopped by itself, and nobody has taken that event yet.
+    pub(super) fn has_vcpu_stopped(&mut self) -> bool {
+        self.deferred.extend(self.arrived.try_iter());
+        let mut events = self.deferred.iter();
+        events.any(|event| matches!(event, Event::Vcpu(..)))
+    }
+
     /// Drops the events of vCPUs that have reached a breakpoint. Other events stay, in their order.
     pub(super) fn drop_breakpoints(&mut self) {
         while let Ok(event) = self.arrived.try_recv() {

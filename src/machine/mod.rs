@@ -23,7 +23,9 @@ mod life;
 mod mainloop;
 mod meantime;
 pub mod merge;
+mod names;
 mod outcome;
+mod requirements;
 mod restore;
 pub mod show;
 pub mod signals;
@@ -59,7 +61,7 @@ pub use outcome::Outcome;
 pub use restore::{SavedMachine, Unfit};
 use signals::Signals;
 pub use stats::Stats;
-pub use virtio::{MakeDevice, disk_copy, disk_name};
+pub use virtio::{MakeDevice, disk_copy};
 
 /// How long the console's reader may pause after somebody has requested the end. Without such a
 /// request rvmm waits for the reader without a limit, like any program that writes to a pipe.
@@ -352,7 +354,10 @@ impl Running<'_> {
                 vcpus.start(hardware, &self.post)?;
                 guest_info!(RateLimit::named("lives"), "the guest runs");
             }
-            (false, true) if self.is_held() => hardware.devices.resume(),
+            (false, true) if self.is_held() => {
+                vcpus.thaw(self.how.clock)?;
+                hardware.devices.resume();
+            }
             (false, false) if !self.is_held() => hardware.devices.pause(),
             (false, _) => {}
         }
@@ -425,6 +430,9 @@ impl Running<'_> {
         if let Some(at) = self.deadline.at {
             self.ending.expect(self.deadline.outcome, at);
         }
+        // The devices of a machine that was paused may still be starting.
+        let devices = &machine.hardware()?.devices;
+        self.main.while_serving(|| devices.settle())?;
         if machine.backends.button.iter().any(|button| button.press()) {
             info!("SIGTERM: pressed the guest's power key");
         } else {

@@ -11,12 +11,13 @@ use vm_memory::GuestAddress;
 
 use super::devices::Devices;
 use super::frozen::FrozenTime;
-use super::virtio::{Disks, disk_name};
+use super::names::{CONSOLES, overlay_file, overlay_of, vcpu_id};
+use super::virtio::Disks;
 use crate::boot::placement::Placement;
 use crate::boot::saved::{BootState, renew_seed};
 use crate::config::{IrqchipKind, MemConfig, VmConfig};
 use crate::devices::console::{Console, ConsoleState};
-use crate::hypervisor::Vcpu;
+use crate::hypervisor::{Vcpu, regs};
 use crate::irqchip::HartSide;
 use crate::irqchip::aia::Promise;
 use crate::memory::{GuestMemory, image};
@@ -26,23 +27,10 @@ use crate::snapshot::{Header, MACHINE, Parts, RamState, Saved, TimeState};
 use crate::vcpu::first::First;
 use crate::vcpu::saved::VcpuState;
 
-/// The names under which the consoles' queues are saved.
-pub(super) const CONSOLES: [&str; 2] = ["console-uart", "console-virtio"];
-
-/// The name under which the vCPU of hart `hart` is saved.
-pub(super) fn vcpu_id(hart: usize) -> String {
-    format!("vcpu{hart}")
-}
-
 /// The name under which an AIA is saved.
 const AIA: &str = "aia";
 /// The name under which the PCI bridge is saved.
 const PCI: &str = "pci";
-
-/// The name under which the overlay of a disk is saved, and of its file in the snapshot.
-pub(super) fn overlay_file(disk: &str) -> String {
-    format!("overlay-{disk}")
-}
 
 /// What a guest needs and this host lacks: one line for each.
 #[derive(Debug)]
@@ -204,22 +192,33 @@ impl SavedMachine {
 
     /// Gives the vCPUs, which have never run, their registers.
     pub(super) fn load_vcpus(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<()> {
-        let mut lacks = Vec::new();
-        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
-            for line in state.fit(vcpu.as_ref())? {
-                if !lacks.contains(&line) {
-                    lacks.push(line);
-                }
-            }
-        }
+        let lacks = self.lacks(vcpus)?;
         if !lacks.is_empty() {
             return Err(Unfit(lacks).into());
+        }
+        // Before the timers: KVM may start one of its own for each, for the time that is left.
+        if let Some(vcpu) = vcpus.first() {
+            vcpu.set_reg(regs::TIMER_TIME, self.time.time)?;
         }
         for ((hart, vcpu), state) in (0u32..).zip(vcpus).zip(&self.vcpus) {
             let loaded = state.load(vcpu.as_ref(), hart);
             loaded.with_context(|| format!("Failed to restore vCPU {hart}"))?;
         }
         Ok(())
+    }
+
+    /// What the guest uses and `vcpus`, which have never run, do not have.
+    pub(super) fn lacks(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<Vec<String>> {
+        let mut lacks = Vec::new();
+        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
+            for line in state.fit(vcpu.as_ref())? {
+                // Most harts are alike.
+                if lacks.last() != Some(&line) && !lacks.contains(&line) {
+                    lacks.push(line);
+                }
+            }
+        }
+        Ok(lacks)
     }
 
     /// What the guest was told of its AIA, if it has one.
@@ -258,7 +257,7 @@ impl SavedMachine {
     /// Whether the disk had an overlay when the snapshot was taken.
     fn had_overlay(&self, name: &str) -> bool {
         let mut disks = self.header.config.disk.iter().enumerate();
-        disks.any(|(index, disk)| disk.snapshot && disk_name(index, disk) == name)
+        disks.any(|(index, disk)| disk.snapshot && disk.name(index) == name)
     }
 
     /// The harts whose vCPUs must go through KVM_RUN before the devices are loaded: see
@@ -285,8 +284,11 @@ impl SavedMachine {
     }
 
     /// Checks that all state was restored. `resets_harts`: see `vcpu::restart`.
-    pub(super) fn finish(self, resets_harts: bool) -> Result<Restored> {
+    pub(super) fn finish(&self, resets_harts: bool) -> Result<Restored> {
         if let Some((id, _)) = self.parts.first_key_value() {
+            if let Some(disk) = overlay_of(id) {
+                bail!("{disk} has snapshot=on in the snapshot: add that to its --disk");
+            }
             bail!("the snapshot has state of {id}, which this machine does not have");
         }
         let firsts = self.vcpus.iter().map(|vcpu| vcpu.first(resets_harts));

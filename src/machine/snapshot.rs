@@ -8,17 +8,18 @@
 //! meanwhile is copied in the pause.
 
 use std::fs::File;
-use std::path::{Path, absolute};
+use std::path::{Path, PathBuf, absolute};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use log::info;
+use log::{info, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::builder::Machine;
 use super::frozen::{Clock, FrozenTime};
 use super::life::Vcpus;
-use super::restore::{CONSOLES, overlay_file, vcpu_id};
+use super::names::{CONSOLES, overlay_file, vcpu_id};
 use super::virtio::{Disks, disk_copy};
 use super::{Running, tracking};
 use crate::boot::saved::BootState;
@@ -26,7 +27,7 @@ use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::{Reply, SnapshotOf, State, Taken, What};
 use crate::hypervisor::host::kernel_release;
 use crate::memory::{GuestMemory, dirty_log, image};
-use crate::snapshot::directory::{MEMORY, NewSnapshot};
+use crate::snapshot::directory::{MEMORY, NewSnapshot, STATE};
 use crate::snapshot::file::Section;
 use crate::snapshot::{Header, MACHINE, RamState, SaveError, Saved};
 use crate::util::{Hex, random};
@@ -37,6 +38,10 @@ use crate::vcpu::thread::Parked;
 /// The most times that vCPUs go through KVM_RUN because their interrupt controller needs it. Once
 /// is enough, unless the host takes a guest interrupt file away meanwhile.
 const SETTLE_TRIES: u32 = 10;
+
+/// The reply if there is nothing to freeze.
+const STOPPED: &str = "the guest has just stopped by itself: it has powered off, wants a reset, or \
+                       cannot go on";
 
 /// A snapshot that is being taken.
 struct Taking {
@@ -69,6 +74,12 @@ impl Running<'_> {
         let began = Instant::now();
         self.pause(vcpus)?;
         vcpus.freeze()?;
+        if self.main.has_vcpu_stopped() {
+            // The main loop handles that next. The guest does not go on before.
+            drop(begun);
+            self.end_tracking(vcpus)?;
+            return Ok(Reply::Refused(STOPPED.into()));
+        }
         let settled = self.settle(vcpus)?;
         let written = match (begun, settled) {
             (Ok(taking), Ok(time)) => self.write(taking, vcpus, &time, &of.dir)?,
@@ -76,18 +87,14 @@ impl Running<'_> {
         };
         if runs {
             if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
+                self.end_tracking(vcpus)?;
                 return Ok(super::command::stays_paused(error));
             }
         }
         let frozen = frozen_before + began.elapsed();
         let disks = self.machine.backends.disks.clone();
         let finish = || written.and_then(|taking| finish(taking, &disks, &of.dir));
-        let finished = self.main.while_serving(finish)?;
-        if finished.is_err() && of.what != What::All {
-            // The marks of pages that this snapshot should have had are cleared.
-            self.machine.parent = None;
-        }
-        let reply = match finished {
+        let reply = match self.main.while_serving(finish)? {
             Ok((id, memory)) => {
                 if of.what != What::All {
                     self.machine.parent = Some(id);
@@ -103,28 +110,34 @@ impl Running<'_> {
             }
             Err(error) => Reply::Refused(format!("{error:#}")),
         };
-        if self.machine.parent.is_none() && dirty_log(self.machine.ram()).is_on() {
-            self.track(false)?;
-        }
+        self.end_tracking(vcpus)?;
         Ok(reply)
+    }
+
+    /// Ends the tracking of changes that no later snapshot can use.
+    fn end_tracking(&mut self, vcpus: &mut Vcpus) -> Result<()> {
+        if self.machine.parent.is_some() || !dirty_log(self.machine.ram()).is_on() {
+            return Ok(());
+        }
+        let runs = vcpus.state() == State::Running;
+        // Devices use vhost again after the pause.
+        self.pause(vcpus)?;
+        if let Err(error) = self.track(false) {
+            warn!("{error:#}");
+        }
+        if runs {
+            if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
+                super::command::stays_paused(error);
+            }
+        }
+        Ok(())
     }
 
     /// Prepares the directory. With `--live`, also copies RAM while the guest runs. The inner
     /// result is that of the snapshot, and the outer one that of the machine.
     fn begin_snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Result<Taking>> {
-        let is_tracked = self.machine.parent.is_some();
-        let refused = match of.what {
-            What::Diff if !is_tracked => {
-                "there is no snapshot to compare with: take one with --track before"
-            }
-            What::Diff if of.live => "--diff and --live exclude each other: leave one out",
-            What::All if of.live && is_tracked => {
-                "the changes of RAM are tracked for --diff: leave out --live, or add --track"
-            }
-            _ => "",
-        };
-        if !refused.is_empty() {
-            return Ok(Err(anyhow!(refused)));
+        if let Some(reason) = self.refusal(of) {
+            return Ok(Err(anyhow!(reason)));
         }
         let mut taking = match self.new_snapshot(of) {
             Ok(taking) => taking,
@@ -150,6 +163,35 @@ impl Running<'_> {
         }))
     }
 
+    /// Why there can be no such snapshot. None if nothing is against it.
+    fn refusal(&self, of: &SnapshotOf) -> Option<String> {
+        let (dir, is_tracked) = (&of.dir, self.machine.parent.is_some());
+        let reason = match of.what {
+            What::Diff if !is_tracked => {
+                "there is no snapshot to compare with: take one with --track before"
+            }
+            What::Diff if of.live => "--diff and --live exclude each other: leave one out",
+            What::All if of.live && is_tracked => {
+                "the changes of RAM are tracked for --diff, and --live needs that for itself: \
+                 leave out --live, or begin again with --track"
+            }
+            What::Diff if dir.join(STATE).exists() => {
+                return Some(format!(
+                    "snapshot {dir:?} is there already, and the changes may be those since then: \
+                     choose another name"
+                ));
+            }
+            _ => {
+                let file = file_inside(&self.machine.config, dir)?;
+                return Some(format!(
+                    "snapshot {dir:?} would be replaced, but this machine uses {file:?} in it: \
+                     choose another name"
+                ));
+            }
+        };
+        Some(reason.into())
+    }
+
     fn new_snapshot(&self, of: &SnapshotOf) -> Result<Taking> {
         let new = NewSnapshot::begin(&of.dir)?;
         let region = self.machine.ram().iter().next();
@@ -168,8 +210,10 @@ impl Running<'_> {
         })
     }
 
-    /// Starts or stops to track the changes of RAM. The machine must be paused.
-    fn track(&self, on: bool) -> Result<()> {
+    /// Starts or stops to track the changes of RAM. The machine must be paused. After this there can
+    /// be no diff to an earlier snapshot.
+    fn track(&mut self, on: bool) -> Result<()> {
+        self.machine.parent = None;
         let vm = self.machine.hardware()?.vm.as_ref();
         let ram = self.machine.ram();
         match on {
@@ -210,17 +254,21 @@ impl Running<'_> {
         let parent = parent.filter(|_| taking.what == What::Diff);
         let id = taking.id.clone();
         let sections = self.machine.state(vcpus.parked(), time, id, parent);
-        let vm = self.machine.hardware()?.vm.as_ref();
-        let ram = self.machine.ram();
+        let vm = Arc::clone(&self.machine.hardware()?.vm);
+        let ram = Arc::clone(self.machine.ram());
         let changed = match taking.is_copied || taking.what == What::Diff {
-            true => tracking::take(vm, ram).map(Some),
+            true => {
+                // Nobody else gets the marks that this takes.
+                self.machine.parent = None;
+                tracking::take(vm.as_ref(), &ram).map(Some)
+            }
             false => Ok(None),
         };
         let disks = self.machine.backends.disks.clone();
         let write = || -> Result<Taking> {
             taking.sections = sections?;
             write_disks(&disks, &mut taking)?;
-            write_ram(ram, &mut taking, changed?, path)?;
+            write_ram(&ram, &mut taking, changed?, path)?;
             Ok(taking)
         };
         let written = self.main.while_serving(write)?;
@@ -280,25 +328,39 @@ impl Machine {
     /// has chosen by itself is filled in.
     fn pinned_config(&self) -> Result<VmConfig> {
         let mut config = self.config.clone();
-        let files = [&mut config.kernel, &mut config.initrd, &mut config.symbols];
-        let mut paths: Vec<_> = files.into_iter().flatten().collect();
-        for disk in &mut config.disk {
-            paths.push(&mut disk.path);
-            paths.extend(&mut disk.snapshot_dir);
-        }
-        let consoles = [Some(&mut config.console), config.virtio_console.as_mut()];
-        for console in consoles.into_iter().flatten() {
-            if let ConsoleConfig::File(path) | ConsoleConfig::Socket(path) = console {
-                paths.push(path);
-            }
-        }
-        for path in paths {
+        for path in paths(&mut config) {
             *path = absolute(&*path).context("Failed to find the working directory")?;
         }
         config.irqchip = self.hardware()?.irqchip;
         self.backends.pin(&mut config);
         Ok(config)
     }
+}
+
+/// The paths of files in `config`.
+fn paths(config: &mut VmConfig) -> Vec<&mut PathBuf> {
+    let files = [&mut config.kernel, &mut config.initrd, &mut config.symbols];
+    let mut paths: Vec<_> = files.into_iter().flatten().collect();
+    for disk in &mut config.disk {
+        paths.push(&mut disk.path);
+        paths.extend(&mut disk.snapshot_dir);
+    }
+    let consoles = [Some(&mut config.console), config.virtio_console.as_mut()];
+    for console in consoles.into_iter().flatten() {
+        if let ConsoleConfig::File(path) | ConsoleConfig::Socket(path) = console {
+            paths.push(path);
+        }
+    }
+    paths
+}
+
+/// A file of the machine that is in the directory `dir`, whose content a new snapshot replaces.
+pub(super) fn file_inside(config: &VmConfig, dir: &Path) -> Option<PathBuf> {
+    let dir = dir.canonicalize().ok()?;
+    let mut config = config.clone();
+    let mut paths = paths(&mut config).into_iter();
+    let is_inside = |path: &&mut PathBuf| path.canonicalize().is_ok_and(|at| at.starts_with(&dir));
+    paths.find(is_inside).cloned()
 }
 
 /// A section of the whole machine.

@@ -33,11 +33,6 @@ const DISK_QUEUES_MAX: u32 = 16;
 /// More pairs of queues than this do not make an interface faster.
 const NET_PAIRS_MAX: u32 = 8;
 
-/// The name of the disk that is number `index` in the configuration.
-pub fn disk_name(index: usize, disk: &DiskConfig) -> String {
-    disk.id.clone().unwrap_or_else(|| format!("disk{index}"))
-}
-
 /// The name of the copy of a disk's image in a snapshot.
 pub fn disk_copy(name: &str) -> String {
     format!("disk-{name}")
@@ -107,7 +102,7 @@ impl Disks {
         let copy = |OpenDisk { name, image, .. }: &OpenDisk| -> Result<File> {
             let path = image.path();
             let failed = || format!("Failed to copy {name} ({path:?})");
-            let (from, to) = (File::open(path).with_context(failed)?, create(name)?);
+            let (from, to) = (image.open_again().with_context(failed)?, create(name)?);
             if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
                 memory::image::copy_all(&from, &to, image.len()).with_context(failed)?;
             }
@@ -172,7 +167,7 @@ impl Backends {
 
 fn disks(config: &VmConfig) -> Result<Disks> {
     let open = |(index, disk): (usize, &DiskConfig)| {
-        let name = disk_name(index, disk);
+        let name = disk.name(index);
         let image = Arc::new(Image::open(disk)?);
         let is_written = !disk.readonly && !disk.snapshot;
         Ok(OpenDisk {

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::first::First;
 use super::restart::Shared;
 use crate::hypervisor::{Result, Vcpu, regs};
 
@@ -31,6 +32,14 @@ impl Nudge {
         self.left = MOST;
         shared.wants_kick.store(true, Ordering::Release);
         call();
+    }
+
+    /// How the vCPU goes on after a pause: the kicks that are left are not lost.
+    pub(super) fn first(&self) -> First {
+        match self.left {
+            0 => First::Enter,
+            _ => First::EnterNudged,
+        }
     }
 
     /// To be called when a kick has interrupted KVM_RUN. Ends the kicks if the interrupt is not
@@ -75,10 +84,12 @@ mod tests {
         for _ in 0..3 {
             nudge.look(&vcpu, &shared).unwrap();
             assert!(wants(&shared));
+            assert_eq!(nudge.first(), First::EnterNudged);
         }
         vcpu.set_reg(regs::SIP, 1 << 5).unwrap();
         nudge.look(&vcpu, &shared).unwrap();
         assert!(!wants(&shared));
+        assert_eq!(nudge.first(), First::Enter);
         // Another part may want kicks now.
         shared.wants_kick.store(true, Ordering::Release);
         nudge.look(&vcpu, &shared).unwrap();

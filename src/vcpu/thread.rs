@@ -387,7 +387,7 @@ impl Hart {
         }
         // Let KVM complete a pending load, SBI call or CSR access.
         vcpu.as_vcpu().complete(entry)?;
-        Ok(Leave::Park(First::Enter))
+        Ok(Leave::Park(self.nudge.first()))
     }
 
     fn begin(&mut self, vcpu: &mut dyn Vcpu, first: First) -> Result<Settled> {

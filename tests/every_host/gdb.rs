@@ -8,6 +8,7 @@ use rvmm::report::symbols::Symbols;
 
 use crate::common::ctl::Ctl;
 use crate::common::files::{TempDir, guest_elf};
+use crate::common::freezing::{CMDLINE, Freezer, kill};
 use crate::common::gdb::{Gdb, hex, stop_of};
 use crate::common::{HOST_FAILED, POWERED_OFF, Rvmm, Shell, TERMINATED, Vm};
 
@@ -410,4 +411,48 @@ fn a_pause_and_gdb() {
     assert_eq!(ctl.status()["state"], "paused");
     ctl.done("resume");
     team_ends(session.vm);
+}
+
+/// GDB stops a guest whose time is frozen: one that is restored, and one that is paused.
+#[test]
+fn the_guests_time_never_goes_back() {
+    let freezer = Freezer::new();
+    let gdb_at = freezer.path("gdb");
+    let mut guest = Shell::of(Rvmm::virtio(CMDLINE).args(freezer.ctl("ctl")));
+    let frozen = uptime(&mut guest);
+    freezer.freeze("ctl", "snap", &[]);
+    kill(guest.vm);
+
+    let at = format!("unix:{},wait", gdb_at.display());
+    let rvmm = freezer.thaw("snap").args(["--gdb", &at]);
+    let vm = rvmm.args(freezer.ctl("restored")).spawn();
+    vm.wait_for_log("the guest waits for GDB: target remote ");
+    let mut gdb = Gdb::connect(&gdb_at);
+    gdb.go();
+    let mut guest = Shell::restored(vm);
+    guest.ok("sleep 1");
+    let restored = uptime(&mut guest);
+    assert!(restored >= frozen + 1.0, "{frozen}, {restored}");
+
+    let mut ctl = Ctl::connect(&freezer.path("restored"));
+    ctl.done("pause");
+    gdb.interrupt();
+    assert_eq!(stop_of(&gdb.reply()).0, SIGINT);
+    gdb.go();
+    guest.ok("sleep 1");
+    let before = uptime(&mut guest);
+    ctl.done("pause");
+    ctl.done("resume");
+    let after = uptime(&mut guest);
+    assert!(
+        after >= before && before >= restored + 1.0,
+        "{restored}, {before}, {after}"
+    );
+    guest.power_off();
+}
+
+/// In seconds.
+fn uptime(guest: &mut Shell) -> f64 {
+    let text = guest.ok("cut -d' ' -f1 /proc/uptime");
+    text.trim().parse().expect("a number")
 }

@@ -154,15 +154,17 @@ fn merge(freezer: &Freezer) {
     );
 }
 
-/// A page of the guest that has become zero, a disk that is read and written, and pages that only
-/// rvmm writes.
+/// A page of the guest that has become zero, a disk that is read and written, a disk with an
+/// overlay, and pages that only rvmm writes.
 #[test]
 fn changes_make_a_whole() {
     let freezer = Freezer::new();
     let image = freezer.scratch.file("image", vec![7; 4 * MIB]);
+    let base = freezer.scratch.file("base.img", vec![7; 4 * MIB]);
     let [flag, value] = disk(&image, "");
     let rvmm = Rvmm::virtio(CMDLINE)
         .args([&flag, &value])
+        .args(disk(&base, ",snapshot=on"))
         .args(freezer.ctl("ctl"));
     let mut guest = Shell::of(rvmm);
     start_counting(&mut guest);
@@ -181,17 +183,29 @@ fn changes_make_a_whole() {
     freezer.freeze("ctl", "base", &["--track"]);
     guest.ok("dd if=/dev/zero of=/tmp/data bs=1M count=1 conv=notrunc 2>/dev/null");
     freezer.freeze("ctl", "one", &["--diff"]);
+    // What is refused does not end the chain.
+    for name in ["base", "one"] {
+        let (socket, there) = (text(&freezer.path("ctl")), text(&freezer.path(name)));
+        let twice = refused(["ctl", &socket, "snapshot", &there, "--diff"]);
+        assert!(twice[0].contains("is there already"), "{twice:?}");
+    }
+    guest.ok("echo overlay | dd of=/dev/vdb conv=fsync,notrunc 2>/dev/null");
     guest.ok("dd if=/dev/vda of=/tmp/disk bs=1M iflag=direct 2>/dev/null");
     freezer.freeze("ctl", "two", &["--diff"]);
     guest.ok("echo last >/tmp/last");
     freezer.freeze("ctl", "three", &["--diff"]);
-    let sums = guest.ok("md5sum /tmp/data /tmp/disk /tmp/last");
+    guest.ok("echo 3 >/proc/sys/vm/drop_caches");
+    let sums = guest.ok("md5sum /tmp/data /tmp/disk /tmp/last /dev/vdb");
     let before = count(&mut guest);
     kill(guest.vm);
 
     merge(&freezer);
     let mut guest = Shell::restored(freezer.thaw("whole").spawn());
-    assert_eq!(guest.ok("md5sum /tmp/data /tmp/disk /tmp/last"), sums);
+    guest.ok("echo 3 >/proc/sys/vm/drop_caches");
+    assert_eq!(
+        guest.ok("md5sum /tmp/data /tmp/disk /tmp/last /dev/vdb"),
+        sums
+    );
     let after = count(&mut guest);
     assert!(
         after > 0 && after.abs_diff(before) < before.max(1000),

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::*;
-use crate::config::Transport;
+use crate::config::{DiskConfig, Transport};
 use crate::machine::frozen::FrozenTime;
 use crate::machine::show::Shown;
-use crate::machine::snapshot::of_machine;
+use crate::machine::snapshot::{file_inside, of_machine};
 use crate::snapshot::directory::{MEMORY, Snapshot};
 use crate::snapshot::file::{self, Section};
 use crate::snapshot::testing::{Dice, change, collect};
@@ -70,8 +70,13 @@ fn save(machine: &mut Machine) -> Vec<Section> {
 
 /// A machine with a disk, and what it saves before its guest runs.
 fn new(files: &Files, has_aia: bool, transport: Transport) -> Vec<Section> {
+    let disk = files.disk.to_str().unwrap().parse().unwrap();
+    of_disk(files, disk, has_aia, transport)
+}
+
+fn of_disk(files: &Files, disk: DiskConfig, has_aia: bool, transport: Transport) -> Vec<Section> {
     let config = VmConfig {
-        disk: vec![files.disk.to_str().unwrap().parse().unwrap()],
+        disk: vec![disk],
         transport,
         virtio_console: Some(ConsoleConfig::None),
         ..VmConfig::default()
@@ -142,6 +147,50 @@ fn a_restored_machine_saves_what_it_was_restored_from() {
             }
         }
     }
+}
+
+/// A host without an AIA, and without the disk.
+#[test]
+fn all_that_is_missing_is_named() {
+    let files = Files::new("missing");
+    let sections = new(&files, true, Transport::Pci);
+    restore(&files, true, &sections).unwrap();
+    std::fs::remove_file(&files.disk).unwrap();
+    let error = restore(&files, false, &sections).map(drop).unwrap_err();
+    let Some(Unfit(lines)) = error.downcast_ref() else {
+        panic!("{error:#}");
+    };
+    let parts = ["missing-disk", "this host has none"];
+    assert_eq!(lines.len(), parts.len(), "{lines:#?}");
+    for (line, part) in lines.iter().zip(parts) {
+        assert!(line.contains(part), "{line}");
+    }
+    let error = restore(&files, true, &sections).map(drop).unwrap_err();
+    assert!(!error.is::<Unfit>(), "one reason is one line: {error:#}");
+}
+
+#[test]
+fn a_disk_may_have_the_name_of_another_part() {
+    let files = Files::new("names");
+    for name in ["machine", "vcpu0", "console-uart", "overlay-disk0"] {
+        let disk = format!("{},id={name}", files.disk.display());
+        let sections = of_disk(&files, disk.parse().unwrap(), false, Transport::Pci);
+        restore(&files, false, &sections).unwrap();
+    }
+}
+
+#[test]
+fn a_snapshot_does_not_replace_what_the_machine_uses() {
+    let files = Files::new("inside");
+    let disk = files.snapshot.join("disk-disk0");
+    let config = VmConfig {
+        disk: vec![disk.to_str().unwrap().parse().unwrap()],
+        ..VmConfig::default()
+    };
+    assert_eq!(file_inside(&config, &files.snapshot), None);
+    File::create(&disk).unwrap();
+    assert_eq!(file_inside(&config, &files.snapshot), Some(disk));
+    assert_eq!(file_inside(&config, &files.snapshot.join("other")), None);
 }
 
 fn text(section: &Section) -> String {

@@ -179,6 +179,14 @@ impl Image {
         })
     }
 
+    /// Opens the image once more, to read it.
+    ///
+    /// # Errors
+    /// Fails if the host refuses.
+    pub fn open_again(&self) -> io::Result<File> {
+        reopen(&self.file, &self.path, OpenOptions::new().read(true))
+    }
+
     /// The path, for messages.
     pub fn path(&self) -> &Path {
         &self.path

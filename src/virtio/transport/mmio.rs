@@ -157,6 +157,10 @@ impl Device for MmioTransport {
         self.core.resume();
     }
 
+    fn settle(&self) {
+        self.core.wait_settled();
+    }
+
     fn save(&self) -> Result<Vec<Saved>, SaveError> {
         let interrupt_status = self.interrupt.status();
         let mut saved = vec![Saved::of(&SavedMmio { interrupt_status })?];

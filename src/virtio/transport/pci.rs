@@ -270,6 +270,10 @@ impl Device for PciTransport {
         self.core.resume();
     }
 
+    fn settle(&self) {
+        self.core.wait_settled();
+    }
+
     fn save(&self) -> Result<Vec<Saved>, SaveError> {
         let mut saved = vec![Saved::of(&self.interrupt.save())?];
         saved.extend(self.core.save()?);

@@ -1,0 +1,60 @@
+//! Why a machine cannot be restored on this host: all reasons at once.
+//!
+//! A restore ends at the first thing that is missing. To name the others too, their checks are
+//! repeated one by one. That costs time only if the restore fails.
+
+use std::sync::Arc;
+
+use anyhow::{Error, Result};
+
+use super::restore::{SavedMachine, Unfit};
+use super::{harts, irqchip};
+use crate::config::VmConfig;
+use crate::hypervisor::Hypervisor;
+use crate::virtio::blk::image::Image;
+
+/// Adds to `error`, with which the restore of `saved` has ended, what else the guest needs and this
+/// host does not have. Nothing of the failed restore may be left, because a host may have guest
+/// interrupt files for one VM only.
+pub(super) fn complete(
+    error: Error,
+    config: &VmConfig,
+    saved: &SavedMachine,
+    hypervisor: &Arc<dyn Hypervisor>,
+) -> Error {
+    let mut lines = disks(config);
+    // If the host refuses a VM, there is no more to know.
+    lines.extend(hardware(config, saved, hypervisor.as_ref()).unwrap_or_default());
+    let first = format!("{error:#}");
+    if error.is::<Unfit>() {
+        return Unfit(lines).into();
+    }
+    lines.retain(|line| !first.ends_with(line));
+    if lines.is_empty() {
+        return error;
+    }
+    lines.insert(0, first);
+    Unfit(lines).into()
+}
+
+/// The disks that cannot be used.
+fn disks(config: &VmConfig) -> Vec<String> {
+    let refused = |disk| Some(Error::from(Image::open(disk).err()?));
+    let refused = config.disk.iter().filter_map(refused);
+    refused.map(|error| format!("{error:#}")).collect()
+}
+
+/// What KVM does not have.
+fn hardware(
+    config: &VmConfig,
+    saved: &SavedMachine,
+    hypervisor: &dyn Hypervisor,
+) -> Result<Vec<String>> {
+    let vm = hypervisor.create_vm()?;
+    // KVM wants the interrupt controller before the vCPUs.
+    let choice = irqchip::choose(config.irqchip, vm.as_ref(), true);
+    let vcpus = harts::create(config, vm.as_ref())?;
+    let mut lines = saved.lacks(&vcpus)?;
+    lines.extend(choice.err().map(|error| format!("{error:#}")));
+    Ok(lines)
+}
