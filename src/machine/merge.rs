@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::restore::SavedMachine;
 use crate::memory::image;
-use crate::snapshot::directory::{MEMORY, NewSnapshot, Snapshot};
+use crate::snapshot::directory::{MEMORY, NewSnapshot};
 use crate::snapshot::file::Section;
 use crate::snapshot::{Header, MACHINE, RamState, Saved, State};
 use crate::util::{Hex, random};
@@ -43,7 +43,7 @@ pub fn merge(paths: &[PathBuf], into: &Path) -> Result<()> {
         parent: None,
         ..last.header().clone()
     };
-    let mut sections = Snapshot::open(last.snapshot().path())?.sections;
+    let mut sections = last.snapshot().read()?;
     replace(&mut sections, &header)?;
     replace(&mut sections, &ram)?;
     new.finish(&sections, &[memory])

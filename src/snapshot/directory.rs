@@ -3,15 +3,20 @@
 //! [`NewSnapshot`] collects the files in a hidden directory beside the final one, and gives it its
 //! name when all bytes are on stable storage. A process that is killed before leaves the hidden
 //! directory behind; the next snapshot with that name removes it.
+//!
+//! [`Snapshot`] reads the files of one directory, also if another one gets its name meanwhile.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::{
+    CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, open, openat, renameat_with,
+};
 use rustix::io::Errno;
 
 use super::file::{self, FileError, MAGIC, Section};
@@ -140,7 +145,8 @@ fn check_replaceable(path: &Path) -> Result<()> {
     let mut entries = fs::read_dir(path).with_context(failed)?;
     let is_empty = entries.next().is_none();
     let mut magic = [0; MAGIC.len()];
-    let read = File::open(path.join(STATE)).and_then(|mut file| file.read_exact(&mut magic));
+    let state = open_directory(path).and_then(|directory| open_regular(directory, STATE));
+    let read = state.and_then(|mut file| file.read_exact(&mut magic));
     if !is_empty && (read.is_err() || magic != MAGIC) {
         bail!(
             "{}: the directory has other content: remove it, or choose another name",
@@ -191,6 +197,9 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 /// A snapshot that is there.
 pub struct Snapshot {
     path: PathBuf,
+    /// The directory, which stays the same one if another snapshot takes its name. None if there is
+    /// no directory, and so no file.
+    directory: Option<OwnedFd>,
     /// The sections of `state`.
     pub sections: Vec<Section>,
 }
@@ -201,19 +210,17 @@ impl Snapshot {
     /// # Errors
     /// Fails if there is no snapshot, or if its state is not whole.
     pub fn open(path: &Path) -> Result<Self> {
-        let at = path.join(STATE);
-        let failed = || format!("Failed to read snapshot {at:?}");
-        let file = match open_regular(&at) {
-            Err(error) if is_missing(&error) => bail!(
-                "Failed to read snapshot {path:?}: there is no file {STATE:?}: give a directory \
-                 that rvmm ctl snapshot has written"
-            ),
-            opened => opened.with_context(failed)?,
+        let directory = match open_directory(path) {
+            Err(error) if is_missing(&error) => return Err(no_snapshot(path)),
+            opened => opened.with_context(|| format!("Failed to read snapshot {path:?}"))?,
         };
-        let mut bytes = Vec::new();
-        let read = file.take(STATE_MAX).read_to_end(&mut bytes);
-        read.with_context(failed)?;
-        Self::of(path, &bytes).with_context(failed)
+        let mut snapshot = Self {
+            path: path.to_owned(),
+            directory: Some(directory),
+            sections: Vec::new(),
+        };
+        snapshot.sections = snapshot.read()?;
+        Ok(snapshot)
     }
 
     /// The snapshot at `path` whose file `state` has these bytes.
@@ -223,6 +230,7 @@ impl Snapshot {
     pub fn of(path: &Path, state: &[u8]) -> Result<Self, FileError> {
         Ok(Self {
             path: path.to_owned(),
+            directory: open_directory(path).ok(),
             sections: file::read(state)?,
         })
     }
@@ -232,22 +240,55 @@ impl Snapshot {
         &self.path
     }
 
+    /// Reads the sections of the file `state`.
+    ///
+    /// # Errors
+    /// Fails if it is missing, or not whole.
+    pub fn read(&self) -> Result<Vec<Section>> {
+        let failed = || format!("Failed to read snapshot {:?}", self.path.join(STATE));
+        let file = match self.open_file(STATE) {
+            Err(error) if is_missing(&error) => return Err(no_snapshot(&self.path)),
+            opened => opened.with_context(failed)?,
+        };
+        let mut bytes = Vec::new();
+        let read = file.take(STATE_MAX).read_to_end(&mut bytes);
+        read.with_context(failed)?;
+        file::read(&bytes).with_context(failed)
+    }
+
     /// Opens the file `name` of the snapshot for reading.
     ///
     /// # Errors
     /// Fails if it is missing, or not a regular file.
     pub fn file(&self, name: &str) -> Result<File> {
-        let path = self.path.join(name);
-        let opened = open_regular(&path);
-        opened.with_context(|| format!("Failed to open {path:?} of the snapshot"))
+        let opened = self.open_file(name);
+        opened.with_context(|| format!("Failed to open {:?} of the snapshot", self.path.join(name)))
+    }
+
+    fn open_file(&self, name: &str) -> io::Result<File> {
+        let directory = self.directory.as_ref();
+        open_regular(directory.ok_or(io::ErrorKind::NotFound)?, name)
     }
 }
 
-/// Opens a regular file for reading. Its kind is checked first: to open a pipe could block for
-/// ever.
-fn open_regular(path: &Path) -> io::Result<File> {
-    match fs::metadata(path)?.is_file() {
-        true => File::open(path),
+fn no_snapshot(path: &Path) -> anyhow::Error {
+    anyhow!(
+        "Failed to read snapshot {path:?}: there is no file {STATE:?}: give a directory that rvmm \
+         ctl snapshot has written"
+    )
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
+/// Opens a regular file of the directory for reading. A pipe in its place does not block.
+fn open_regular(directory: impl AsFd, name: &str) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(openat(directory, name, flags, Mode::empty())?);
+    match file.metadata()?.is_file() {
+        true => Ok(file),
         false => Err(io::Error::other("it is not a regular file")),
     }
 }

@@ -144,3 +144,43 @@ fn what_is_no_snapshot_is_one_line() {
     let line = format!("{:#}", snapshot.file(MEMORY).err().unwrap());
     assert!(line.ends_with("not a regular file"), "{line}");
 }
+
+fn make_pipe(path: &Path) {
+    use rustix::fs::{FileType, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+}
+
+#[test]
+fn a_snapshot_has_its_own_files() {
+    let scratch = Scratch::new("own");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let there = Snapshot::open(&path).unwrap();
+    let moved = scratch.0.join("moved");
+    fs::rename(&path, &moved).unwrap();
+    write(&path, "second").unwrap();
+    let mut memory = String::new();
+    let mut file = there.file(MEMORY).unwrap();
+    file.read_to_string(&mut memory).unwrap();
+    assert_eq!(memory, "first");
+    assert_eq!(there.read().unwrap(), sections("first"));
+    fs::remove_dir_all(&moved).unwrap();
+    let line = format!("{:#}", there.file(MEMORY).err().unwrap());
+    assert!(line.ends_with("No such file or directory (os error 2)"));
+}
+
+#[test]
+fn a_pipe_does_not_block() {
+    let scratch = Scratch::new("pipes");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let there = Snapshot::open(&path).unwrap();
+    for name in [STATE, MEMORY] {
+        fs::remove_file(path.join(name)).unwrap();
+        make_pipe(&path.join(name));
+        let line = format!("{:#}", there.file(name).err().unwrap());
+        assert!(line.ends_with("it is not a regular file"), "{line}");
+    }
+    let line = format!("{:#}", write(&path, "second").unwrap_err());
+    assert!(line.contains("other content"), "{line}");
+}
