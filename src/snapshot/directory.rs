@@ -10,12 +10,13 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::{
-    CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, open, openat, renameat_with,
+    AtFlags, CWD, Dir, DirEntry, FileType, FlockOperation, Mode, OFlags, RenameFlags,
+    StatxAttributes, StatxFlags, flock, open, openat, renameat_with, statx,
 };
 use rustix::io::Errno;
 
@@ -37,7 +38,10 @@ pub struct NewSnapshot {
     hidden: PathBuf,
     /// The hidden directory. Its lock shows others that this process uses it.
     directory: File,
-    is_done: bool,
+    /// The directory with both names.
+    parent: File,
+    /// Whether what has the hidden name is not needed.
+    is_to_remove: bool,
 }
 
 impl NewSnapshot {
@@ -46,26 +50,25 @@ impl NewSnapshot {
     ///
     /// # Errors
     /// Fails if `path` is something else, if another process writes a snapshot there, or if the
-    /// host refuses to create the directory.
+    /// host cannot give the new snapshot this name or refuses to create the directory.
     pub fn begin(path: &Path) -> Result<Self> {
-        check_replaceable(path)?;
+        let failed = || format!("Failed to write snapshot {path:?}");
+        let earlier = check_replaceable(path).with_context(failed)?;
         let hidden = hidden_beside(path)?;
-        let failed = || format!("Failed to create directory {hidden:?}");
-        match DirBuilder::new().mode(0o700).create(&hidden) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                clear_leftover(&hidden).with_context(failed)?;
-            }
-            created => created.with_context(failed)?,
-        }
-        let directory = File::open(&hidden).with_context(failed)?;
-        lock(&directory, path)?;
-        let path = path.to_owned();
-        Ok(Self {
-            path,
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        let parent = File::open(parent)
+            .with_context(|| format!("{}: cannot open {parent:?} to sync it", failed()))?;
+        let new = Self {
+            directory: own_directory(&hidden).with_context(failed)?,
+            path: path.to_owned(),
             hidden,
-            directory,
-            is_done: false,
-        })
+            parent,
+            is_to_remove: true,
+        };
+        if earlier.is_some_and(|earlier| !earlier.is_empty) {
+            new.check_exchange().with_context(failed)?;
+        }
+        Ok(new)
     }
 
     /// Creates the file `name` in the snapshot.
@@ -86,74 +89,125 @@ impl NewSnapshot {
     /// Fails if the host refuses, such as without room. Then there is no new snapshot, and an
     /// earlier one is unchanged.
     pub fn finish(mut self, sections: &[Section], files: &[File]) -> Result<()> {
-        let failed = || format!("Failed to write snapshot {:?}", self.path);
+        let path = self.path.clone();
+        let failed = || format!("Failed to write snapshot {path:?}");
         let mut state = self.create(STATE)?;
         let bytes = file::write(sections).with_context(failed)?;
         state.write_all(&bytes).with_context(failed)?;
         for file in files.iter().chain([&state, &self.directory]) {
             file.sync_all().with_context(failed)?;
         }
-        self.publish().with_context(failed)?;
-        self.is_done = true;
-        Ok(())
+        self.publish().with_context(failed)
     }
 
     /// Gives the hidden directory its final name. An earlier snapshot is removed after that.
-    fn publish(&self) -> io::Result<()> {
-        let (from, to) = (&self.hidden, &self.path);
-        let renamed = renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE);
-        match renamed {
-            Ok(()) => sync_parent(to),
-            Err(Errno::EXIST) => {
-                renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE)?;
-                sync_parent(to)?;
-                // The earlier snapshot has the hidden name now. If it cannot be removed, the next
-                // snapshot does it.
-                let _ = fs::remove_dir_all(from);
-                Ok(())
-            }
+    fn publish(&mut self) -> Result<()> {
+        match self.rename(RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => {}
             // Some file systems cannot rename with flags. To replace an empty directory needs none.
-            Err(Errno::INVAL) => {
-                fs::rename(from, to)?;
-                sync_parent(to)
+            Err(Errno::INVAL) => return self.replace_empty(),
+            renamed => {
+                renamed?;
+                return self.make_durable(RenameFlags::NOREPLACE);
             }
-            Err(error) => Err(error.into()),
         }
+        // From the exchange on, the earlier snapshot has the hidden name. Its lock shows others
+        // that this process removes it.
+        let earlier = check_replaceable(&self.path)?;
+        let earlier = earlier.context("its name was taken away: try again")?;
+        lock(&earlier.directory)?;
+        match self.rename(RenameFlags::EXCHANGE) {
+            Err(Errno::INVAL) => return self.replace_empty(),
+            renamed => renamed?,
+        }
+        self.make_durable(RenameFlags::EXCHANGE)?;
+        // If it cannot be removed, the next snapshot does it.
+        let _ = fs::remove_dir_all(&self.hidden);
+        Ok(())
+    }
+
+    fn replace_empty(&mut self) -> Result<()> {
+        self.rename(RenameFlags::empty())?;
+        self.make_durable(RenameFlags::empty())
+    }
+
+    fn rename(&self, flags: RenameFlags) -> Result<(), Errno> {
+        renameat_with(CWD, &self.hidden, CWD, &self.path, flags)
+    }
+
+    /// Syncs the new names, which came about with `flags`. If that fails, they are as before.
+    fn make_durable(&mut self, flags: RenameFlags) -> Result<()> {
+        self.is_to_remove = false;
+        let Err(error) = self.parent.sync_all() else {
+            return Ok(());
+        };
+        let undone = renameat_with(CWD, &self.path, CWD, &self.hidden, flags);
+        undone.with_context(|| {
+            let (path, hidden) = (&self.path, &self.hidden);
+            format!("{error}: the new snapshot is at {path:?}, an earlier one at {hidden:?}")
+        })?;
+        self.is_to_remove = true;
+        Err(error.into())
+    }
+
+    /// Checks that the file system can exchange two names, with files in the hidden directory.
+    fn check_exchange(&self) -> Result<()> {
+        let [one, other] = ["one", "other"].map(|name| self.hidden.join(name));
+        for path in [&one, &other] {
+            File::create(path)?;
+        }
+        renameat_with(CWD, &one, CWD, &other, RenameFlags::EXCHANGE).context(
+            "the file system cannot exchange two names: remove the earlier snapshot, or choose \
+             another name",
+        )?;
+        for path in [&one, &other] {
+            fs::remove_file(path)?;
+        }
+        Ok(())
     }
 }
 
 /// A snapshot that was not finished leaves nothing behind.
 impl Drop for NewSnapshot {
     fn drop(&mut self) {
-        if !self.is_done {
+        if self.is_to_remove {
             let _ = fs::remove_dir_all(&self.hidden);
         }
     }
 }
 
+/// A directory that a new snapshot can replace.
+struct Earlier {
+    directory: File,
+    is_empty: bool,
+}
+
 /// Checks that `path` is free, an empty directory, or an earlier snapshot.
-fn check_replaceable(path: &Path) -> Result<()> {
-    let failed = || format!("Failed to write snapshot {path:?}");
-    let there = match fs::symlink_metadata(path) {
-        Ok(there) => there,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(failed),
+fn check_replaceable(path: &Path) -> Result<Option<Earlier>> {
+    let there = match statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE) {
+        Err(Errno::NOENT) => return Ok(None),
+        there => there?,
     };
-    if !there.is_dir() {
-        bail!("{}: it is not a directory: choose another name", failed());
+    if FileType::from_raw_mode(there.stx_mode.into()) != FileType::Directory {
+        bail!("it is not a directory: choose another name");
     }
-    let mut entries = fs::read_dir(path).with_context(failed)?;
-    let is_empty = entries.next().is_none();
+    if there.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+        bail!("it is a mount point, which cannot be replaced: give a directory in it");
+    }
+    let directory = open_to_lock(path)?;
+    let is_entry = |entry: &DirEntry| ![c".", c".."].contains(&entry.file_name());
+    let mut entries = Dir::read_from(&directory)?;
+    let is_empty = !entries.any(|entry| entry.is_ok_and(|entry| is_entry(&entry)));
     let mut magic = [0; MAGIC.len()];
-    let state = open_directory(path).and_then(|directory| open_regular(directory, STATE));
+    let state = open_regular(&directory, STATE);
     let read = state.and_then(|mut file| file.read_exact(&mut magic));
     if !is_empty && (read.is_err() || magic != MAGIC) {
-        bail!(
-            "{}: the directory has other content: remove it, or choose another name",
-            failed()
-        );
+        bail!("the directory has other content: remove it, or choose another name");
     }
-    Ok(())
+    Ok(Some(Earlier {
+        directory,
+        is_empty,
+    }))
 }
 
 /// The hidden name beside `path`.
@@ -168,30 +222,47 @@ fn hidden_beside(path: &Path) -> Result<PathBuf> {
     Ok(path.with_file_name(hidden))
 }
 
-/// Empties the hidden directory that a killed process has left.
-fn clear_leftover(hidden: &Path) -> Result<()> {
-    let directory = File::open(hidden)?;
-    lock(&directory, hidden)?;
-    for entry in fs::read_dir(hidden)? {
-        fs::remove_file(entry?.path())?;
+/// Creates the hidden directory, or empties the one that a killed process has left. Nobody else
+/// uses it until the result is closed.
+fn own_directory(hidden: &Path) -> Result<File> {
+    let failed = || format!("Failed to create directory {hidden:?}");
+    match DirBuilder::new().mode(0o700).create(hidden) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        created => created.with_context(failed)?,
     }
-    Ok(())
+    let directory = open_to_lock(hidden).with_context(failed)?;
+    lock(&directory)?;
+    let (locked, there) = (directory.metadata(), fs::symlink_metadata(hidden));
+    let (locked, there) = (locked?, there.with_context(failed)?);
+    if (locked.dev(), locked.ino()) != (there.dev(), there.ino()) {
+        // It got its final name before it was locked here.
+        bail!(IN_USE);
+    }
+    for entry in fs::read_dir(hidden).with_context(failed)? {
+        let entry = entry.with_context(failed)?;
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let removed = match is_directory {
+            true => fs::remove_dir_all(entry.path()),
+            false => fs::remove_file(entry.path()),
+        };
+        removed.with_context(|| format!("Failed to remove {:?}", entry.path()))?;
+    }
+    Ok(directory)
 }
 
-/// Locks the hidden directory, until `directory` is closed.
-fn lock(directory: &File, path: &Path) -> Result<()> {
+const IN_USE: &str = "another process writes to it now: wait for it, or choose another name";
+
+/// Locks a directory, until it is closed.
+fn lock(directory: &File) -> Result<()> {
     match flock(directory, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => {
-            bail!("Failed to write snapshot {path:?}: another process writes to it now")
-        }
+        Err(Errno::WOULDBLOCK) => bail!(IN_USE),
         locked => Ok(locked?),
     }
 }
 
-/// Makes the names in the directory of `path` durable.
-fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    File::open(parent)?.sync_all()
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?.into())
 }
 
 /// A snapshot that is there.
