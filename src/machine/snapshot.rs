@@ -210,8 +210,8 @@ impl Running<'_> {
         })
     }
 
-    /// Starts or stops to track the changes of RAM. The machine must be paused. After this there can
-    /// be no diff to an earlier snapshot.
+    /// Starts or stops to track the changes of RAM. The machine must be paused. After this, there
+    /// can be no diff to an earlier snapshot.
     fn track(&mut self, on: bool) -> Result<()> {
         self.machine.parent = None;
         let vm = self.machine.hardware()?.vm.as_ref();

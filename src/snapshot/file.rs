@@ -2,6 +2,8 @@
 //!
 //! docs/snapshot-format.md describes the format. [`write()`] and [`read()`] do not access any file.
 
+use std::collections::BTreeSet;
+
 use flate2::Crc;
 use thiserror::Error;
 
@@ -11,6 +13,9 @@ use super::Saved;
 pub const MAGIC: [u8; 8] = *b"RVMMSNAP";
 /// The version of the format: how the file is divided into sections.
 pub const VERSION: u32 = 1;
+
+/// The most sections that a file may have. A machine with 512 harts has fewer than 1000.
+const SECTIONS_MAX: usize = 4096;
 
 /// Size of the file's head: magic, version, number of sections, size of the file, CRC.
 const HEAD: usize = 28;
@@ -55,6 +60,9 @@ pub enum FileError {
     /// The head promises fewer bytes than there are.
     #[error("it has {0} bytes too many at its end")]
     Long(u64),
+    /// There are more sections than any machine has.
+    #[error("it has {0} sections, and a snapshot has {SECTIONS_MAX} at most")]
+    Many(usize),
     /// A section's CRC is wrong.
     #[error("section {number} ({name}) is damaged: the checksum is wrong")]
     Damaged {
@@ -74,8 +82,11 @@ pub enum FileError {
 /// The bytes of a file with these sections.
 ///
 /// # Errors
-/// Fails if an id or a kind is longer than 31 bytes, or empty.
+/// Fails if an id or a kind is longer than 31 bytes, or empty, or if there are too many sections.
 pub fn write(sections: &[Section]) -> Result<Vec<u8>, FileError> {
+    if sections.len() > SECTIONS_MAX {
+        return Err(FileError::Many(sections.len()));
+    }
     let mut bytes = vec![0; HEAD];
     for Section { id, saved } in sections {
         let start = bytes.len();
@@ -105,12 +116,11 @@ pub fn write(sections: &[Section]) -> Result<Vec<u8>, FileError> {
 pub fn read(bytes: &[u8]) -> Result<Vec<Section>, FileError> {
     let count = read_head(bytes)?;
     let mut sections: Vec<Section> = Vec::new();
+    let mut names = BTreeSet::new();
     let mut rest = &bytes[HEAD..];
     for number in 1..=count {
         let (section, behind) = read_section(rest, number)?;
-        let is_same =
-            |other: &Section| other.id == section.id && other.saved.kind == section.saved.kind;
-        if sections.iter().any(is_same) {
+        if !names.insert((section.id.clone(), section.saved.kind.clone())) {
             return Err(FileError::Twice(label(&section.id, &section.saved.kind)));
         }
         sections.push(section);
@@ -143,8 +153,13 @@ fn read_head(bytes: &[u8]) -> Result<u32, FileError> {
     let size = u64_at(head, 16);
     match found.cmp(&size) {
         std::cmp::Ordering::Less => Err(FileError::Short { found, size }),
-        std::cmp::Ordering::Equal => Ok(u32_at(head, 12)),
+        std::cmp::Ordering::Equal => Ok(()),
         std::cmp::Ordering::Greater => Err(FileError::Long(found - size)),
+    }?;
+    let count = u32_at(head, 12);
+    match usize::try_from(count) {
+        Ok(few) if few <= SECTIONS_MAX => Ok(count),
+        many => Err(FileError::Many(many.unwrap_or(usize::MAX))),
     }
 }
 
@@ -309,6 +324,21 @@ mod tests {
             error,
             "section 2 (disk0, virtio-pci) is damaged: the checksum is wrong"
         );
+    }
+
+    #[test]
+    fn the_sections_of_a_stranger_are_counted_first() {
+        let many = |count| (0..count).map(|n: usize| section(&n.to_string(), "x", ""));
+        let most: Vec<Section> = many(4096).collect();
+        let mut bytes = write(&most).unwrap();
+        assert_eq!(read(&bytes).unwrap(), most);
+        let line = "it has 4097 sections, and a snapshot has 4096 at most";
+        let more: Vec<Section> = many(4097).collect();
+        assert_eq!(write(&more).unwrap_err().to_string(), line);
+        bytes[12..16].copy_from_slice(&4097u32.to_le_bytes());
+        let crc = crc(&[&bytes[..HEAD_CHECKED]]);
+        bytes[HEAD_CHECKED..HEAD].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(read(&bytes).unwrap_err().to_string(), line);
     }
 
     #[test]

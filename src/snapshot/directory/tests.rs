@@ -144,3 +144,119 @@ fn what_is_no_snapshot_is_one_line() {
     let line = format!("{:#}", snapshot.file(MEMORY).err().unwrap());
     assert!(line.ends_with("not a regular file"), "{line}");
 }
+
+fn make_pipe(path: &Path) {
+    use rustix::fs::{FileType, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+}
+
+#[test]
+fn a_snapshot_has_its_own_files() {
+    let scratch = Scratch::new("own");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let there = Snapshot::open(&path).unwrap();
+    let moved = scratch.0.join("moved");
+    fs::rename(&path, &moved).unwrap();
+    write(&path, "second").unwrap();
+    let mut memory = String::new();
+    let mut file = there.file(MEMORY).unwrap();
+    file.read_to_string(&mut memory).unwrap();
+    assert_eq!(memory, "first");
+    assert_eq!(there.read().unwrap(), sections("first"));
+    fs::remove_dir_all(&moved).unwrap();
+    let line = format!("{:#}", there.file(MEMORY).err().unwrap());
+    assert!(line.ends_with("No such file or directory (os error 2)"));
+}
+
+#[test]
+fn a_pipe_does_not_block() {
+    let scratch = Scratch::new("pipes");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let there = Snapshot::open(&path).unwrap();
+    for name in [STATE, MEMORY] {
+        fs::remove_file(path.join(name)).unwrap();
+        make_pipe(&path.join(name));
+        let line = format!("{:#}", there.file(name).err().unwrap());
+        assert!(line.ends_with("it is not a regular file"), "{line}");
+    }
+    let line = format!("{:#}", write(&path, "second").unwrap_err());
+    assert!(line.contains("other content"), "{line}");
+}
+
+/// A descriptor with which fsync(2) fails.
+fn unsyncable(path: &Path) -> File {
+    open_directory(path).unwrap().into()
+}
+
+#[test]
+fn what_cannot_be_synced_is_undone() {
+    let scratch = Scratch::new("unsynced");
+    let path = scratch.0.join("one");
+    let refused = || {
+        let mut new = NewSnapshot::begin(&path).unwrap();
+        new.parent = unsyncable(&scratch.0);
+        let memory = new.create(MEMORY).unwrap();
+        let error = new.finish(&sections("second"), &[memory]).unwrap_err();
+        let line = format!("{error:#}");
+        assert!(line.contains("Bad file descriptor"), "{line}");
+    };
+    refused();
+    assert!(scratch.names().is_empty(), "{:?}", scratch.names());
+    write(&path, "first").unwrap();
+    refused();
+    assert_is(&path, "first");
+    assert_eq!(scratch.names(), ["one"]);
+}
+
+#[test]
+fn the_earlier_snapshot_is_locked_before_it_is_hidden() {
+    let scratch = Scratch::new("locked");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let other = File::open(&path).unwrap();
+    lock(&other).unwrap();
+    let line = format!("{:#}", write(&path, "second").unwrap_err());
+    assert!(line.contains("another process writes"), "{line}");
+    assert_is(&path, "first");
+    drop(other);
+    write(&path, "second").unwrap();
+    assert_is(&path, "second");
+    assert_eq!(scratch.names(), ["one"]);
+}
+
+#[test]
+fn a_leftover_may_have_any_content() {
+    let scratch = Scratch::new("leftover");
+    let hidden = scratch.0.join(".one.unfinished");
+    fs::create_dir_all(hidden.join("a/b")).unwrap();
+    fs::write(hidden.join("a/c"), "x").unwrap();
+    std::os::unix::fs::symlink("..", hidden.join("up")).unwrap();
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    assert_is(&path, "first");
+    assert_eq!(scratch.names(), ["one"]);
+    std::os::unix::fs::symlink(&path, &hidden).unwrap();
+    assert!(NewSnapshot::begin(&path).is_err());
+    assert_is(&path, "first");
+}
+
+/// It fails before the guest is frozen.
+#[test]
+fn a_mount_point_is_refused_first() {
+    let line = format!(
+        "{:#}",
+        NewSnapshot::begin(Path::new("/proc")).err().unwrap()
+    );
+    assert!(line.contains("it is a mount point"), "{line}");
+}
+
+#[test]
+fn a_trial_exchange_leaves_nothing() {
+    let scratch = Scratch::new("trial");
+    let path = scratch.0.join("one");
+    write(&path, "first").unwrap();
+    let new = NewSnapshot::begin(&path).unwrap();
+    assert_eq!(fs::read_dir(&new.hidden).unwrap().count(), 0);
+}
