@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::config::DiskConfig;
-use crate::machine::restore::{SavedMachine, overlay_file};
-use crate::machine::virtio::{disk_copy, disk_name};
+use crate::machine::names::overlay_file;
+use crate::machine::restore::SavedMachine;
+use crate::machine::virtio::disk_copy;
 use crate::memory::image;
 use crate::snapshot::directory::MEMORY;
 use crate::snapshot::{Parts, State};
@@ -45,10 +46,10 @@ pub(in crate::machine) fn memory(saved: &SavedMachine) -> Result<File> {
 pub(in crate::machine) fn disks(saved: &SavedMachine) -> Result<Vec<(String, File)>> {
     let mut files = Vec::new();
     for (index, disk) in saved.config().disk.iter().enumerate() {
-        let name = disk_name(index, disk);
+        let name = disk.name(index);
         if disk.snapshot {
             let id = overlay_file(&name);
-            let state: SavedOverlay = state(saved, &id).with_context(|| format!("{id}"))?;
+            let state: SavedOverlay = state(saved, &id).with_context(|| id.clone())?;
             let file = saved.snapshot().file(&id)?;
             let checked = state.check(&file);
             checked.with_context(|| format!("{id:?} is damaged"))?;
