@@ -1,10 +1,12 @@
 //! `rvmm snapshot merge`: makes a whole snapshot of one and the changes after it.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
 use super::restore::SavedMachine;
+use super::show::check;
 use crate::memory::image;
 use crate::snapshot::directory::{MEMORY, NewSnapshot};
 use crate::snapshot::file::Section;
@@ -30,12 +32,18 @@ pub fn merge(paths: &[PathBuf], into: &Path) -> Result<()> {
     let new = NewSnapshot::begin(into)?;
     let memory = new.create(MEMORY)?;
     let size = base.ram().size;
-    image::copy_all(&base.snapshot().file(MEMORY)?, &memory, size).with_context(failed)?;
-    for saved in &all[1..] {
-        let changes = saved.ram().changes().unwrap_or_default();
-        let from = saved.snapshot().file(MEMORY)?;
-        image::copy_marked(&from, &memory, &changes, size).with_context(failed)?;
+    for saved in &all {
+        // The checksums of the result are new, so they would not show the damage.
+        let path = saved.snapshot().path();
+        let from = check::memory(saved).with_context(|| format!("{}: {path:?}", failed()))?;
+        let changes = saved.ram().changes();
+        match changes.filter(|_| saved.header().parent.is_some()) {
+            None => image::copy_all(&from, &memory, size),
+            Some(changes) => image::copy_marked(&from, &memory, &changes, size),
+        }
+        .with_context(failed)?;
     }
+    let mut files = copy_disks(last, &new).with_context(failed)?;
     let sums = image::sums(&memory, size).with_context(failed)?;
     let ram = RamState::new(base.ram().base, size, &sums);
     let header = Header {
@@ -46,7 +54,24 @@ pub fn merge(paths: &[PathBuf], into: &Path) -> Result<()> {
     let mut sections = last.snapshot().read()?;
     replace(&mut sections, &header)?;
     replace(&mut sections, &ram)?;
-    new.finish(&sections, &[memory])
+    files.push(memory);
+    new.finish(&sections, &files)
+}
+
+/// Copies the overlays and the images of disks, which each snapshot has as a whole.
+fn copy_disks(last: &SavedMachine, new: &NewSnapshot) -> Result<Vec<File>> {
+    let path = last.snapshot().path();
+    let disks = check::disks(last).with_context(|| format!("{path:?}"))?;
+    let copy = |(name, from): (String, File)| {
+        let to = new.create(&name)?;
+        let failed = || format!("Failed to copy {:?}", path.join(&name));
+        if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
+            let size = from.metadata().with_context(failed)?.len();
+            image::copy_all(&from, &to, size).with_context(failed)?;
+        }
+        Ok(to)
+    };
+    disks.into_iter().map(copy).collect()
 }
 
 /// Checks that the first snapshot is whole, and that each other one has the changes since the one

@@ -1,9 +1,11 @@
 //! `rvmm snapshot show` and `verify`: what is in a snapshot, for people and for scripts.
 
-use std::collections::BTreeMap;
-use std::fmt::{self, Write};
+pub(super) mod check;
 
-use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -13,6 +15,8 @@ use crate::hypervisor::regs;
 use crate::memory::image;
 use crate::snapshot::directory::MEMORY;
 use crate::util::{ByteSize, on_one_line};
+
+pub use check::verify;
 
 /// What a snapshot has in it.
 #[derive(Debug, Serialize)]
@@ -110,32 +114,4 @@ impl fmt::Display for Shown {
         let config = serde_json::to_string_pretty(&self.config).map_err(|_| fmt::Error)?;
         writeln!(f, "configuration: {config}")
     }
-}
-
-/// Reads all of the snapshot's memory, and compares it with its checksums. The state was checked
-/// when it was read. Returns the text to print.
-///
-/// # Errors
-/// Fails if the memory cannot be read, or is not what was saved.
-pub fn verify(saved: &SavedMachine) -> Result<String> {
-    let path = saved.snapshot().path();
-    let failed = || format!("Failed to verify snapshot {path:?}");
-    let memory = saved.snapshot().file(MEMORY)?;
-    let sums = image::sums(&memory, saved.ram().size).with_context(failed)?;
-    let bad = saved.ram().differing(&sums);
-    if let Some(first) = bad.first() {
-        bail!(
-            "{}: its memory is damaged: the checksum is wrong for the {} at {first:#x}{}",
-            failed(),
-            ByteSize(saved.ram().chunk),
-            match bad.len() {
-                1 => String::new(),
-                more => format!(", and for {} other places", more - 1),
-            }
-        );
-    }
-    let mut text = String::new();
-    let bytes = ByteSize(image::data_bytes(&memory).with_context(failed)?);
-    writeln!(text, "the snapshot is whole: {bytes} of memory read")?;
-    Ok(text)
 }

@@ -1,6 +1,7 @@
 //! Builds machines on a fake hypervisor that only records its calls.
 
 mod lives;
+mod merged;
 mod restored;
 
 use std::io::Write;

@@ -336,6 +336,17 @@ impl Snapshot {
         opened.with_context(|| format!("Failed to open {:?} of the snapshot", self.path.join(name)))
     }
 
+    /// As [`Snapshot::file`]. None if there is no such file.
+    ///
+    /// # Errors
+    /// Fails if it cannot be opened, or is not a regular file.
+    pub fn file_if_there(&self, name: &str) -> Result<Option<File>> {
+        match self.open_file(name) {
+            Err(error) if is_missing(&error) => Ok(None),
+            _ => self.file(name).map(Some),
+        }
+    }
+
     fn open_file(&self, name: &str) -> io::Result<File> {
         let directory = self.directory.as_ref();
         open_regular(directory.ok_or(io::ErrorKind::NotFound)?, name)

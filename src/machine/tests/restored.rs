@@ -19,16 +19,16 @@ use crate::util::Hex;
 use crate::vcpu::exits::{Exits, Next};
 use crate::vcpu::thread::Parked;
 
-const RAM: ByteSize = ByteSize::mib(16);
+pub(super) const RAM: ByteSize = ByteSize::mib(16);
 
 /// The files of a test: a disk, and a directory with the RAM of a snapshot.
-struct Files {
+pub(super) struct Files {
     disk: PathBuf,
-    snapshot: PathBuf,
+    pub(super) snapshot: PathBuf,
 }
 
 impl Files {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let disk = file(&format!("{name}-disk"), &[0; 8192]);
         let snapshot = disk.with_extension("snapshot");
         std::fs::create_dir_all(&snapshot).unwrap();
@@ -69,7 +69,7 @@ fn save(machine: &mut Machine) -> Vec<Section> {
 }
 
 /// A machine with a disk, and what it saves before its guest runs.
-fn new(files: &Files, has_aia: bool, transport: Transport) -> Vec<Section> {
+pub(super) fn new(files: &Files, has_aia: bool, transport: Transport) -> Vec<Section> {
     let config = VmConfig {
         disk: vec![files.disk.to_str().unwrap().parse().unwrap()],
         transport,
@@ -83,7 +83,7 @@ fn new(files: &Files, has_aia: bool, transport: Transport) -> Vec<Section> {
     save(&mut machine)
 }
 
-fn open(files: &Files, sections: &[Section]) -> Result<SavedMachine> {
+pub(super) fn open(files: &Files, sections: &[Section]) -> Result<SavedMachine> {
     let bytes = file::write(sections)?;
     SavedMachine::of(Snapshot::of(&files.snapshot, &bytes)?)
 }

@@ -38,6 +38,52 @@ impl State for SavedOverlay {
     const VERSION: u32 = 1;
 }
 
+impl SavedOverlay {
+    /// Checks that `file` may be of this overlay: its size, and the number of its clusters.
+    ///
+    /// # Errors
+    /// Fails if it is not, or if it cannot be read.
+    pub fn check(&self, file: &File) -> io::Result<()> {
+        let clusters = self.size.div_ceil(CLUSTER);
+        let words = clusters.div_ceil(64);
+        let end = clusters.saturating_mul(CLUSTER);
+        let (wanted, found) = (end.saturating_add(words * WORD), file.metadata()?.len());
+        if wanted != found {
+            return Err(io::Error::other(format!(
+                "the file has {found} bytes, and {wanted} are expected"
+            )));
+        }
+        let (mut count, mut bytes) = (0u64, vec![0; WORDS * size_of::<u64>()]);
+        let mut at = end;
+        while at < wanted {
+            let left = usize::try_from(wanted - at).unwrap_or(usize::MAX);
+            let bytes = &mut bytes[..left.min(WORDS * size_of::<u64>())];
+            file.read_exact_at(bytes, at)?;
+            count += bytes
+                .iter()
+                .map(|byte| u64::from(byte.count_ones()))
+                .sum::<u64>();
+            at += bytes.len() as u64;
+        }
+        if count != self.clusters {
+            let wanted = self.clusters;
+            return Err(io::Error::other(format!(
+                "the file has {count} clusters, and {wanted} are expected"
+            )));
+        }
+        let mut last = [0; size_of::<u64>()];
+        if clusters % 64 != 0 {
+            file.read_exact_at(&mut last, wanted - WORD)?;
+        }
+        match u64::from_le_bytes(last) >> (clusters % 64) {
+            0 => Ok(()),
+            _ => Err(io::Error::other(
+                "the file has a cluster behind the disk's end",
+            )),
+        }
+    }
+}
+
 /// Bytes that the host copies at a time.
 const STEP: usize = 1 << 30;
 /// Bytes that are copied at a time where the host does not copy between files itself.
