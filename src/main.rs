@@ -175,7 +175,7 @@ fn snapshot(act: &SnapshotAct) -> Result<String> {
         SnapshotAct::Show { dir, json } => {
             let shown = show::Shown::of(&SavedMachine::open(dir)?)?;
             Ok(match json {
-                true => serde_json::to_string_pretty(&shown)? + "\n",
+                true => shown.json()?,
                 false => shown.to_string(),
             })
         }

@@ -25,7 +25,7 @@ fuzz_engine::fuzz_target!(|data: &[u8]| {
         }
     }
     if let Ok(text) = std::str::from_utf8(data) {
-        if let Ok(hex) = Hex::try_from(text.to_owned()) {
+        if let Ok(hex) = Hex::try_from(text) {
             assert_eq!(String::from(hex), text.to_ascii_lowercase());
         }
     }

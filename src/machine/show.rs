@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use super::restore::SavedMachine;
 use crate::config::VmConfig;
 use crate::hypervisor::regs;
-use crate::memory::image;
+use crate::memory::{PAGE_SIZE, image, pages_of};
 use crate::snapshot::directory::MEMORY;
-use crate::util::{ByteSize, on_one_line};
+use crate::util::{ByteSize, in_json, on_one_line};
 
 pub use check::verify;
 
@@ -29,6 +29,8 @@ pub struct Shown {
     id: String,
     /// Nanoseconds since 1970 by the host's clock.
     taken_ns: u64,
+    /// The id of the snapshot that it has the changes since. None if it is whole.
+    parent: Option<String>,
     config: VmConfig,
     /// Bytes of RAM, and those of them that are in the file `memory`.
     ram: u64,
@@ -46,8 +48,11 @@ impl Shown {
     /// Fails if the file `memory` is missing, or if a device's state is not JSON.
     pub fn of(saved: &SavedMachine) -> Result<Self> {
         let memory = saved.snapshot().file(MEMORY)?;
-        let memory = image::data_bytes(&memory).context("Failed to read the snapshot's memory")?;
+        let data = image::data_bytes(&memory).context("Failed to read the snapshot's memory")?;
         let header = saved.header().clone();
+        // Pages that have become zeros are changes, too.
+        let changes = saved.ram().changes().filter(|_| header.parent.is_some());
+        let changes = changes.map(|pages| pages_of(&pages).count() as u64 * PAGE_SIZE);
         let vcpus = saved.vcpus().iter().map(|vcpu| {
             let registers = vcpu.registers().map(|(id, bytes)| {
                 let digits = bytes.iter().rev().map(|byte| format!("{byte:02x}"));
@@ -72,12 +77,21 @@ impl Shown {
             host_kernel: header.host_kernel,
             id: header.id.into(),
             taken_ns: header.taken_ns,
+            parent: header.parent.map(String::from),
             config: header.config,
             ram: saved.ram().size,
-            memory,
+            memory: changes.unwrap_or(data),
             vcpus: vcpus.collect(),
             devices,
         })
+    }
+
+    /// The same as JSON, with a newline at the end.
+    ///
+    /// # Errors
+    /// Fails if something is no JSON, which is a bug.
+    pub fn json(&self) -> Result<String> {
+        Ok(in_json(&serde_json::to_string_pretty(self)?) + "\n")
     }
 
     fn pc(vcpu: &Value) -> &str {
@@ -95,7 +109,13 @@ impl fmt::Display for Shown {
         let (rvmm, kernel) = (on_one_line(&self.rvmm), on_one_line(&self.host_kernel));
         writeln!(f, "by rvmm {rvmm} on Linux {kernel}")?;
         let (ram, memory) = (ByteSize(self.ram), ByteSize(self.memory));
-        writeln!(f, "RAM: {ram}, of which {memory} are not zero")?;
+        match &self.parent {
+            None => writeln!(f, "RAM: {ram}, of which {memory} are not zero")?,
+            Some(parent) => {
+                writeln!(f, "changes since {parent}")?;
+                writeln!(f, "RAM: {ram}, of which {memory} have changed since then")?;
+            }
+        }
         for (hart, vcpu) in self.vcpus.iter().enumerate() {
             let state = match vcpu["started"].as_bool() {
                 Some(true) => format!("started, pc {}", Self::pc(vcpu)),
@@ -107,11 +127,11 @@ impl fmt::Display for Shown {
             let kinds: Vec<&str> = kinds.keys().map(String::as_str).collect();
             let kinds = match kinds[..] {
                 [] => "no state".into(),
-                _ => kinds.join(", "),
+                _ => on_one_line(&kinds.join(", ")),
             };
-            writeln!(f, "{id}: {kinds}")?;
+            writeln!(f, "{}: {kinds}", on_one_line(id))?;
         }
         let config = serde_json::to_string_pretty(&self.config).map_err(|_| fmt::Error)?;
-        writeln!(f, "configuration: {config}")
+        writeln!(f, "configuration: {}", in_json(&config))
     }
 }

@@ -22,6 +22,6 @@ pub mod thread;
 pub use bytesize::ByteSize;
 pub use half::Half;
 pub use hex::Hex;
-pub use line::on_one_line;
+pub use line::{in_json, on_one_line};
 pub use ratelimit::RateLimit;
 pub(crate) use ratelimit::{guest_debug, guest_info, guest_log, guest_warn};

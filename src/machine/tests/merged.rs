@@ -10,7 +10,7 @@ use super::restored::{Files, RAM, new};
 use super::*;
 use crate::config::Transport;
 use crate::machine::merge::merge;
-use crate::machine::show::verify;
+use crate::machine::show::{Shown, verify};
 use crate::memory::image;
 use crate::snapshot::directory::{MEMORY, NewSnapshot};
 use crate::snapshot::file::Section;
@@ -169,4 +169,15 @@ fn changes_are_called_so() {
     let expected = format!("not checked: snapshot {parent}");
     assert!(text.starts_with("the changes are whole: 4 KiB"), "{text}");
     assert!(text.contains(&expected), "{text}");
+    let shown = Shown::of(&SavedMachine::open(&path).unwrap()).unwrap();
+    let text = shown.to_string();
+    assert!(
+        text.contains(&format!("changes since {parent}\n")),
+        "{text}"
+    );
+    let ram = "RAM: 16 MiB, of which 4 KiB have changed since then\n";
+    assert!(text.contains(ram), "{text}");
+    let json: Value = serde_json::from_str(&shown.json().unwrap()).unwrap();
+    assert_eq!(json["parent"], parent);
+    assert_eq!(json["memory"], 4096);
 }

@@ -250,7 +250,7 @@ fn what_is_shown_has_no_control_characters() {
     let mut state: Value = serde_json::from_slice(&header.json).unwrap();
     state["host_kernel"] = "6.12\u{1b}[2J\n".into();
     state["rvmm"] = "\u{7}1".into();
-    state["config"]["cmdline"] = "console=\u{1b}c".into();
+    state["config"]["cmdline"] = "console=\u{1b}c\u{9b}2J\u{202e}".into();
     header.json = serde_json::to_vec(&state).unwrap();
     let shown = Shown::of(&open(&files, &sections).unwrap()).unwrap();
     let text = shown.to_string();
@@ -258,8 +258,11 @@ fn what_is_shown_has_no_control_characters() {
         text.contains(r"by rvmm \u{7}1 on Linux 6.12\u{1b}[2J\n"),
         "{text}"
     );
-    let controls = text.chars().filter(|c| c.is_control() && *c != '\n');
-    assert_eq!(controls.count(), 0, "{text:?}");
+    for text in [text, shown.json().unwrap()] {
+        let bad = |c: &char| (c.is_control() && *c != '\n') || *c == '\u{202e}';
+        assert_eq!(text.chars().filter(bad).count(), 0, "{text:?}");
+        assert!(text.contains(r"console=\u001bc\u009b2J\u202e"), "{text:?}");
+    }
 }
 
 #[test]
