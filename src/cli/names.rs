@@ -94,7 +94,7 @@ fn names(cli: &Cli) -> Vec<Named<'_>> {
     named.extend(vm.disk.iter().map(|disk| Named {
         flag: "--disk",
         path: &disk.path,
-        is_written: !disk.readonly && !disk.snapshot,
+        is_written: disk.is_written(),
     }));
     named
 }

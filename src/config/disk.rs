@@ -118,6 +118,11 @@ impl DiskConfig {
     pub fn name(&self, index: usize) -> String {
         self.id.clone().unwrap_or_else(|| format!("disk{index}"))
     }
+
+    /// Whether the guest's writes go to the image itself.
+    pub fn is_written(&self) -> bool {
+        !self.readonly && !self.snapshot
+    }
 }
 
 /// Checks everything that does not depend on the host.

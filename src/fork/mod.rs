@@ -184,7 +184,7 @@ fn flags(
         .disk
         .iter()
         .enumerate()
-        .filter(|(_, disk)| is_copied(disk))
+        .filter(|(_, disk)| disk.is_written())
     {
         let name = disk.name(index);
         let disk = DiskConfig {
@@ -225,11 +225,6 @@ fn flags(
         flags.push("--pause".into());
     }
     Ok(flags)
-}
-
-/// Whether the image of this disk is copied for clones: the guest writes to it.
-pub fn is_copied(disk: &DiskConfig) -> bool {
-    !disk.readonly && !disk.snapshot
 }
 
 /// A random address that is locally administered, with the first bytes of QEMU's addresses.

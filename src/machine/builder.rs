@@ -106,9 +106,11 @@ impl Machine {
         hypervisor: Arc<dyn Hypervisor>,
     ) -> Result<Self> {
         let path = saved.snapshot().path().to_owned();
+        let failed = || format!("Failed to restore snapshot {path:?}");
+        saved.check_whole().with_context(failed)?;
         let machine = Self::of_snapshot(config.clone(), &mut saved, Arc::clone(&hypervisor));
         let machine = machine.map_err(|e| requirements::complete(e, &config, &saved, &hypervisor));
-        machine.with_context(|| format!("Failed to restore snapshot {path:?}"))
+        machine.with_context(failed)
     }
 
     fn of_snapshot(

@@ -1,17 +1,17 @@
 //! Why a machine cannot be restored on this host: all reasons at once.
 //!
-//! A restore ends at the first thing that is missing. To name the others too, their checks are
-//! repeated one by one. That costs time only if the restore fails.
+//! A restore ends at the first thing that is missing. What else is missing is looked for only then.
 
+use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Error, Result};
 
 use super::restore::{SavedMachine, Unfit};
 use super::{harts, irqchip};
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::hypervisor::Hypervisor;
-use crate::virtio::blk::image::Image;
+use crate::virtio::blk::image::OpenError;
 
 /// Adds to `error`, with which the restore of `saved` has ended, what else the guest needs and this
 /// host does not have. Nothing of the failed restore may be left, because a host may have guest
@@ -37,11 +37,19 @@ pub(super) fn complete(
     Unfit(lines).into()
 }
 
-/// The disks that cannot be used.
+/// The disks that are missing.
 fn disks(config: &VmConfig) -> Vec<String> {
-    let refused = |disk| Some(Error::from(Image::open(disk).err()?));
-    let refused = config.disk.iter().filter_map(refused);
-    refused.map(|error| format!("{error:#}")).collect()
+    let missing = |disk: &DiskConfig| {
+        let error = fs::metadata(&disk.path).err()?;
+        let (path, writes) = (disk.path.clone(), disk.is_written());
+        let open = OpenError::Open {
+            path,
+            writes,
+            error,
+        };
+        Some(open.to_string())
+    };
+    config.disk.iter().filter_map(missing).collect()
 }
 
 /// What KVM does not have.

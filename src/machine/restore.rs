@@ -157,22 +157,29 @@ impl SavedMachine {
         parts.map(|(id, saved)| (id.as_str(), saved.iter()))
     }
 
-    /// Maps guest RAM copy-on-write from the snapshot.
+    /// Checks that the snapshot has all of RAM.
     ///
     /// # Errors
-    /// Fails if the snapshot has only the changes since another one, or if the file cannot be
-    /// mapped.
-    pub(super) fn open_ram(
-        &self,
-        base: GuestAddress,
-        config: MemConfig,
-    ) -> Result<Arc<GuestMemory>> {
+    /// Fails if it has only the changes since another one.
+    pub(super) fn check_whole(&self) -> Result<()> {
         if self.header.parent.is_some() {
             bail!(
                 "it has only changes: make it whole with rvmm snapshot merge --into NEW BASE {:?}",
                 self.snapshot.path()
             );
         }
+        Ok(())
+    }
+
+    /// Maps guest RAM copy-on-write from the snapshot, which is whole.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be mapped.
+    pub(super) fn open_ram(
+        &self,
+        base: GuestAddress,
+        config: MemConfig,
+    ) -> Result<Arc<GuestMemory>> {
         let file = self.snapshot.file(MEMORY)?;
         Ok(image::open(base, config, file)?)
     }

@@ -169,7 +169,7 @@ fn disks(config: &VmConfig) -> Result<Disks> {
     let open = |(index, disk): (usize, &DiskConfig)| {
         let name = disk.name(index);
         let image = Arc::new(Image::open(disk)?);
-        let is_written = !disk.readonly && !disk.snapshot;
+        let is_written = disk.is_written();
         Ok(OpenDisk {
             name,
             image,

@@ -117,7 +117,7 @@ impl Image {
     /// Fails with an [`OpenError`], whose message is one line.
     pub fn open(config: &DiskConfig) -> Result<Self, OpenError> {
         let path = config.path.as_path();
-        let writes = !config.readonly && !config.snapshot;
+        let writes = config.is_written();
         let failed = |error| OpenError::Open {
             path: path.to_owned(),
             writes,
