@@ -13,6 +13,8 @@
 
 #[cfg(target_arch = "riscv64")]
 mod aia;
+#[cfg(target_arch = "riscv64")]
+mod guest;
 
 #[cfg(not(target_arch = "riscv64"))]
 fn main() {
@@ -28,7 +30,6 @@ fn main() -> anyhow::Result<()> {
 mod floor {
     use std::fs::File;
     use std::io::{Read, Write};
-    use std::os::fd::{AsRawFd, RawFd};
 
     use anyhow::{Context, Result, bail, ensure};
     use kvm_bindings::*;
@@ -41,9 +42,8 @@ mod floor {
     use rvmm::util::ByteSize;
 
     use super::aia;
+    use super::guest::{self, Cpu};
 
-    /// KVM_RUN, `_IO(KVMIO, 0x80)`.
-    const KVM_RUN: libc::Ioctl = 0xae80;
     /// The value of every load: the UART's line status with an empty transmitter.
     const READY: u64 = 0x60;
     const HUGE_PAGE: usize = 2 << 20;
@@ -112,26 +112,9 @@ mod floor {
             !hugepages || size % HUGE_PAGE == 0,
             "--mem in whole huge pages"
         );
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses, never unmapped.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
-        ensure!(
-            at != libc::MAP_FAILED,
-            "no RAM: {}",
-            std::io::Error::last_os_error()
-        );
-        let slot = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: RAM_BASE,
-            memory_size: size as u64,
-            userspace_addr: at as u64,
-        };
-        // SAFETY: the mapping exists as long as the process.
-        unsafe { vm.set_user_memory_region(slot) }?;
-        // SAFETY: as above; the guest does not run before the last use.
-        Ok(unsafe { std::slice::from_raw_parts_mut(at.cast(), size) })
+        let at = guest::map_ram(vm, size, -1, libc::MAP_ANONYMOUS | huge)?;
+        // SAFETY: the mapping is never unmapped, and the guest does not run before the last use.
+        Ok(unsafe { std::slice::from_raw_parts_mut(at, size) })
     }
 
     /// Reads the files to the addresses that rvmm would choose. Returns those of the kernel and of
@@ -162,18 +145,11 @@ mod floor {
     }
 
     /// The loop. Work that belongs to no exit is outside.
-    fn exits(mut vcpu: VcpuFd) -> Result<()> {
-        let fd: RawFd = vcpu.as_raw_fd();
-        let run: *mut kvm_run = vcpu.get_kvm_run();
+    fn exits(vcpu: VcpuFd) -> Result<()> {
+        let mut cpu = Cpu::new(vcpu);
         let mut stdout = std::io::stdout();
         loop {
-            // SAFETY: `vcpu` is alive, and KVM_RUN takes no argument.
-            if unsafe { libc::ioctl(fd, KVM_RUN, 0) } < 0 {
-                bail!("KVM_RUN: {}", std::io::Error::last_os_error());
-            }
-            // SAFETY: the page is mapped as long as `vcpu` lives, and KVM writes it only in
-            // KVM_RUN.
-            let run = unsafe { &mut *run };
+            let run = cpu.run()?;
             let exit = &mut run.__bindgen_anon_1;
             match run.exit_reason {
                 KVM_EXIT_MMIO => {

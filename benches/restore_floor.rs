@@ -15,6 +15,8 @@
 
 #[cfg(target_arch = "riscv64")]
 mod aia;
+#[cfg(target_arch = "riscv64")]
+mod guest;
 
 #[cfg(not(target_arch = "riscv64"))]
 fn main() {
@@ -153,12 +155,11 @@ mod floor {
     use kvm_bindings::*;
     use kvm_ioctls::{Kvm, VmFd};
     use rvmm::hypervisor::RegId;
-    use rvmm::machine::layout::{PLIC, RAM_BASE, UART, UART_IRQ};
+    use rvmm::machine::layout::{PLIC, UART, UART_IRQ};
 
+    use super::guest::{self, Cpu};
     use super::{APLIC, IER, IMSIC, REGISTER, aia};
 
-    /// KVM_RUN, `_IO(KVMIO, 0x80)`.
-    const KVM_RUN: libc::Ioctl = 0xae80;
     /// KVM_INTERRUPT, `_IOW(KVMIO, 0x86, struct kvm_interrupt)`.
     const KVM_INTERRUPT: libc::Ioctl = 0x4004_ae86;
     /// The PLIC's claim register of hart 0 in supervisor mode.
@@ -168,8 +169,10 @@ mod floor {
         let records = fs::read(state)?;
         let vm = Kvm::new()?.create_vm()?;
         let aia = with_aia.then(|| aia::create(&vm)).transpose()?;
-        map_ram(&vm, &File::open(memory)?)?;
-        let mut vcpu = vm.create_vcpu(0)?;
+        let memory = File::open(memory)?;
+        let size = usize::try_from(memory.metadata()?.len())?;
+        guest::map_ram(&vm, size, memory.as_raw_fd(), 0)?;
+        let cpu = Cpu::new(vm.create_vcpu(0)?);
         if let Some(aia) = &aia {
             aia::start(aia)?;
         }
@@ -180,7 +183,7 @@ mod floor {
             match number(0) {
                 REGISTER => {
                     let width = RegId(id).width().unwrap_or_default();
-                    vcpu.set_one_reg(id, &value.to_le_bytes()[..width])?;
+                    cpu.fd.set_one_reg(id, &value.to_le_bytes()[..width])?;
                 }
                 IER => uart.ier = value,
                 kind @ (APLIC | IMSIC) => {
@@ -197,48 +200,15 @@ mod floor {
         let mut line = [0; 64];
         let length = std::io::stdin().read(&mut line)?;
         uart.input = line[..length].iter().rev().copied().collect();
-        let run: *mut kvm_run = vcpu.get_kvm_run();
         let mut machine = Machine {
-            vcpu: vcpu.as_raw_fd(),
+            vcpu: cpu.fd.as_raw_fd(),
             vm: with_aia.then_some(&vm),
             uart,
             level: false,
             claimed: false,
         };
         machine.update()?;
-        machine.exits(run)
-    }
-
-    /// Maps the snapshot's RAM, and gives it to the VM.
-    fn map_ram(vm: &VmFd, memory: &File) -> Result<()> {
-        let size = usize::try_from(memory.metadata()?.len())?;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address that the kernel chooses, never unmapped.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                access,
-                flags,
-                memory.as_raw_fd(),
-                0,
-            )
-        };
-        ensure!(
-            at != libc::MAP_FAILED,
-            "no RAM: {}",
-            std::io::Error::last_os_error()
-        );
-        let slot = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: RAM_BASE,
-            memory_size: size as u64,
-            userspace_addr: at as u64,
-        };
-        // SAFETY: the mapping exists as long as the process.
-        Ok(unsafe { vm.set_user_memory_region(slot) }?)
+        machine.exits(cpu)
     }
 
     /// A UART as Linux uses it.
@@ -363,15 +333,9 @@ mod floor {
             self.update()
         }
 
-        fn exits(&mut self, run: *mut kvm_run) -> Result<()> {
+        fn exits(&mut self, mut cpu: Cpu) -> Result<()> {
             loop {
-                // SAFETY: the vCPU is alive, and KVM_RUN takes no argument.
-                if unsafe { libc::ioctl(self.vcpu, KVM_RUN, 0) } < 0 {
-                    bail!("KVM_RUN: {}", std::io::Error::last_os_error());
-                }
-                // SAFETY: the page is mapped as long as the vCPU lives, and KVM writes it only in
-                // KVM_RUN.
-                let run = unsafe { &mut *run };
+                let run = cpu.run()?;
                 let exit = &mut run.__bindgen_anon_1;
                 match run.exit_reason {
                     KVM_EXIT_MMIO => {

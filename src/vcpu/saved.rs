@@ -5,6 +5,7 @@
 //! `vcpu_timer.c`, `vcpu_sbi_sta.c`).
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -44,43 +45,80 @@ struct SleepState {
     irqchip: Vec<(u64, u64)>,
 }
 
-/// The value of each register, in little-endian bytes, by KVM's id of the register.
+/// The value of each register, in little-endian bytes, and KVM's id of the register.
 ///
 /// In the snapshot they are one string of bytes: for each register its id, in 8 bytes, and its
 /// value, as long as the id says. A vCPU has hundreds, and each start of a restored guest reads
-/// them.
+/// them, so they stay where they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Hex", into = "Hex")]
-struct Registers(BTreeMap<u64, Vec<u8>>);
+struct Registers {
+    bytes: Vec<u8>,
+    /// Where the value of each register is, in the order of their ids.
+    places: Vec<(u64, Range<usize>)>,
+}
+
+impl Registers {
+    fn iter(&self) -> impl Iterator<Item = (RegId, &[u8])> {
+        let places = self.places.iter();
+        places.map(|(id, place)| (RegId(*id), &self.bytes[place.clone()]))
+    }
+
+    fn get(&self, id: RegId) -> Option<&[u8]> {
+        let found = self.places.binary_search_by_key(&id.0, |(id, _)| *id);
+        let (_, place) = &self.places[found.ok()?];
+        Some(&self.bytes[place.clone()])
+    }
+}
 
 impl TryFrom<Hex> for Registers {
     type Error = &'static str;
 
     fn try_from(Hex(bytes): Hex) -> std::result::Result<Self, &'static str> {
-        let mut registers = Vec::new();
+        let mut places = Vec::new();
         let (mut rest, mut last) = (bytes.as_slice(), None);
         while let Some((id, behind)) = rest.split_first_chunk() {
             let id = u64::from_le_bytes(*id);
-            let value = RegId(id).width().and_then(|width| behind.get(..width));
-            let value = value.ok_or("a register has no value")?;
+            let width = RegId(id).width().filter(|width| *width <= behind.len());
+            let width = width.ok_or("a register has no value")?;
             if last.replace(id) >= Some(id) {
                 return Err("the registers are not in ascending order");
             }
-            registers.push((id, value.to_vec()));
-            rest = &behind[value.len()..];
+            let at = bytes.len() - behind.len();
+            places.push((id, at..at + width));
+            rest = &behind[width..];
         }
         match rest {
-            [] => Ok(Self(registers.into_iter().collect())),
+            [] => Ok(Self { bytes, places }),
             _ => Err("a register has no number"),
         }
     }
 }
 
 impl From<Registers> for Hex {
-    fn from(Registers(registers): Registers) -> Self {
-        let one = |(id, value): (u64, Vec<u8>)| [&id.to_le_bytes(), value.as_slice()].concat();
-        Self(registers.into_iter().flat_map(one).collect())
+    fn from(registers: Registers) -> Self {
+        Self(registers.bytes)
     }
+}
+
+impl From<BTreeMap<u64, Vec<u8>>> for Registers {
+    fn from(values: BTreeMap<u64, Vec<u8>>) -> Self {
+        let mut registers = Self::default();
+        for (id, value) in values {
+            registers.bytes.extend(id.to_le_bytes());
+            let at = registers.bytes.len();
+            registers.bytes.extend(value);
+            registers.places.push((id, at..registers.bytes.len()));
+        }
+        registers
+    }
+}
+
+/// The number in a value of at most 64 bits.
+fn number(value: &[u8]) -> Option<u64> {
+    let mut bytes = [0; 8];
+    bytes.get_mut(..value.len())?.copy_from_slice(value);
+    Some(u64::from_le_bytes(bytes))
 }
 
 /// SEIP: the bit of the external interrupt in `sip`. The interrupt controller sets it.
@@ -98,49 +136,32 @@ impl VcpuState {
     /// Fails if KVM cannot read a register.
     pub fn save(parked: &Parked) -> Result<Self> {
         let vcpu = parked.vcpu.as_ref();
-        let mut registers = Registers::default();
+        let mut registers = BTreeMap::new();
         let list = vcpu.reg_list()?;
         let has_doubles = list.iter().any(|id| id.group() == group::FP_D);
         for id in list {
             // The time is that of the machine.
             let is_saved = id != regs::TIMER_TIME && !(has_doubles && id.group() == group::FP_F);
             if let Some(bytes) = vcpu.reg_bytes(id)?.filter(|_| is_saved) {
-                registers.0.insert(id.0, bytes);
+                registers.insert(id.0, bytes);
             }
         }
-        let mut state = Self {
-            started: vcpu.hart_state()? == HartState::Started,
-            sleeps: None,
-            registers,
+        let sleeper = match &parked.first {
+            First::Sleep(sleeper) => Some(sleeper),
+            _ => None,
         };
-        if let First::Sleep(sleeper) = &parked.first {
-            if !sleeper.is_reset {
-                state.resume_after_sleep();
-            }
-            state.started = true;
-            state.sleeps = Some(SleepState {
+        if sleeper.is_some_and(|sleeper| !sleeper.is_reset) {
+            resume_after_sleep(&mut registers);
+        }
+        Ok(Self {
+            started: sleeper.is_some() || vcpu.hart_state()? == HartState::Started,
+            sleeps: sleeper.map(|sleeper| SleepState {
                 enabled: sleeper.enabled,
                 compare: sleeper.compare,
                 irqchip: sleeper.saved.clone(),
-            });
-        }
-        Ok(state)
-    }
-
-    /// Makes the registers those with which a suspended hart resumes (SBI 3.0, "System Suspend
-    /// Extension"). The hart has made the call: a1 is the address, and a2 the value for a1. KVM has
-    /// the rest of the reset pending, which shows in no register.
-    fn resume_after_sleep(&mut self) {
-        let [address, opaque] = [regs::A1, regs::A2].map(|id| self.number(id).unwrap_or_default());
-        for (id, value) in [
-            (regs::PC, address),
-            (regs::A1, opaque),
-            (regs::SATP, 0),
-            (regs::SSTATUS, 0),
-            (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
-        ] {
-            self.registers.0.insert(id.0, value.to_le_bytes().into());
-        }
+            }),
+            registers: registers.into(),
+        })
     }
 
     /// What the first thread of the restored vCPU does. `hart` is the number of its hart.
@@ -164,16 +185,12 @@ impl VcpuState {
 
     /// The value of a register of at most 64 bits.
     pub fn number(&self, id: RegId) -> Option<u64> {
-        let bytes = self.registers.0.get(&id.0)?;
-        let mut value = [0; 8];
-        value.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        Some(u64::from_le_bytes(value))
+        number(self.registers.get(id)?)
     }
 
     /// All registers and their values, in little-endian bytes.
     pub fn registers(&self) -> impl Iterator<Item = (RegId, &[u8])> {
-        let all = self.registers.0.iter();
-        all.map(|(id, bytes)| (RegId(*id), bytes.as_slice()))
+        self.registers.iter()
     }
 
     /// Whether the hart is started.
@@ -206,10 +223,10 @@ impl VcpuState {
     pub fn fit(&self, vcpu: &dyn Vcpu) -> Result<Vec<String>> {
         let mut lacks = Vec::new();
         for (id, bytes) in self.registers() {
-            let saved = self.number(id).unwrap_or_default();
             if !matches!(id.group(), group::ISA_EXT | group::SBI_EXT) || id.subgroup() != 0 {
                 continue;
             }
+            let saved = number(bytes).unwrap_or_default();
             let now = vcpu.reg(id)?.unwrap_or_default();
             let is_set = saved == now || vcpu.set_reg_bytes(id, bytes).is_ok();
             if saved != 0 && !is_set {
@@ -218,8 +235,8 @@ impl VcpuState {
                 ));
             }
         }
-        for (id, _) in self.registers().filter(|(id, _)| must_be_equal(*id)) {
-            let saved = self.number(id).unwrap_or_default();
+        for (id, bytes) in self.registers().filter(|(id, _)| must_be_equal(*id)) {
+            let saved = number(bytes).unwrap_or_default();
             let now = vcpu.reg(id)?;
             if now != Some(saved) {
                 let now = now.map_or("missing".into(), |now| now.to_string());
@@ -258,11 +275,11 @@ impl VcpuState {
             .collect();
         all.sort_by_cached_key(|(id, _)| order(*id));
         for (id, bytes) in all {
-            if order(id).is_none() || id == regs::TIMER_STATE && self.number(id) != Some(1) {
+            if order(id).is_none() || id == regs::TIMER_STATE && number(bytes) != Some(1) {
                 continue;
             }
             if id == regs::SIP {
-                let value = self.number(id).unwrap_or_default();
+                let value = number(bytes).unwrap_or_default();
                 vcpu.set_reg(id, value & !EXTERNAL)?;
             } else {
                 vcpu.set_reg_bytes(id, bytes)?;
@@ -275,6 +292,23 @@ impl VcpuState {
             true => HartState::Started,
             false => HartState::Stopped,
         })?)
+    }
+}
+
+/// Makes the registers those with which a suspended hart resumes (SBI 3.0, "System Suspend
+/// Extension"). The hart has made the call: a1 is the address, and a2 the value for a1. KVM has the
+/// rest of the reset pending, which shows in no register.
+fn resume_after_sleep(registers: &mut BTreeMap<u64, Vec<u8>>) {
+    let value = |id: RegId| registers.get(&id.0).and_then(|bytes| number(bytes));
+    let [address, opaque] = [regs::A1, regs::A2].map(|id| value(id).unwrap_or_default());
+    for (id, value) in [
+        (regs::PC, address),
+        (regs::A1, opaque),
+        (regs::SATP, 0),
+        (regs::SSTATUS, 0),
+        (regs::SCOUNTEREN, CYCLE_TIME_INSTRET),
+    ] {
+        registers.insert(id.0, value.to_le_bytes().into());
     }
 }
 

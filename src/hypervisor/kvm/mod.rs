@@ -379,7 +379,7 @@ struct KvmAia {
 impl KvmAia {
     /// Sets an attribute. KVM reads its value from memory as a `T`, which has to be u32 for the
     /// groups CONFIG and APLIC, and u64 for ADDR and IMSIC.
-    fn set<T>(&self, group: u32, attr: u64, value: &T, act: &str) -> Result<()> {
+    fn set<T>(&self, group: u32, attr: u64, value: &T, act: impl Fn() -> String) -> Result<()> {
         let attr = kvm_device_attr {
             flags: 0,
             group,
@@ -388,14 +388,14 @@ impl KvmAia {
         };
         self.fd
             .set_device_attr(&attr)
-            .map_err(|e| Error::refused(act, e))
+            .map_err(|e| Error::refused(act(), e))
     }
 
     /// Reads an attribute.
     ///
     /// # Safety
     /// `T` has to be the type that KVM writes for this attribute.
-    unsafe fn get<T: Default>(&self, group: u32, attr: u64, act: &str) -> Result<T> {
+    unsafe fn get<T: Default>(&self, group: u32, attr: u64, act: impl Fn() -> String) -> Result<T> {
         let mut value = T::default();
         let mut request = kvm_device_attr {
             flags: 0,
@@ -404,7 +404,7 @@ impl KvmAia {
             addr: std::ptr::from_mut(&mut value) as u64,
         };
         // SAFETY: the caller guarantees that KVM writes a `T`, and `value` is one.
-        unsafe { self.fd.get_device_attr(&mut request) }.map_err(|e| Error::refused(act, e))?;
+        unsafe { self.fd.get_device_attr(&mut request) }.map_err(|e| Error::refused(act(), e))?;
         Ok(value)
     }
 }
@@ -416,55 +416,57 @@ fn imsic_attr(hart: u32, select: u64) -> u64 {
 
 impl Aia for KvmAia {
     fn set_config(&self, attr: AiaConfig, value: u32) -> Result<()> {
-        let act = format!("set the AIA's {attr:?} to {value}");
-        self.set(KVM_DEV_RISCV_AIA_GRP_CONFIG, attr as u64, &value, &act)
+        let act = || format!("set the AIA's {attr:?} to {value}");
+        self.set(KVM_DEV_RISCV_AIA_GRP_CONFIG, attr as u64, &value, act)
     }
 
     fn config(&self, attr: AiaConfig) -> Result<u32> {
-        let act = format!("read the AIA's {attr:?}");
+        let act = || format!("read the AIA's {attr:?}");
         // SAFETY: attributes of group CONFIG are a u32 (aia_get_attr).
-        unsafe { self.get(KVM_DEV_RISCV_AIA_GRP_CONFIG, attr as u64, &act) }
+        unsafe { self.get(KVM_DEV_RISCV_AIA_GRP_CONFIG, attr as u64, act) }
     }
 
     fn place_aplic(&self, base: GuestAddress) -> Result<()> {
         let (group, attr) = (KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_ADDR_APLIC);
-        let act = format!("place the APLIC at {:#x}", base.0);
-        self.set(group, attr.into(), &base.0, &act)
+        let act = || format!("place the APLIC at {:#x}", base.0);
+        self.set(group, attr.into(), &base.0, act)
     }
 
     fn place_imsic(&self, index: u32, base: GuestAddress) -> Result<()> {
         // KVM_DEV_RISCV_AIA_ADDR_IMSIC(i), a macro that the bindings do not have.
         let attr = 1 + u64::from(index);
-        let act = format!("place the IMSIC of vCPU {index} at {:#x}", base.0);
-        self.set(KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &base.0, &act)
+        let act = || format!("place the IMSIC of vCPU {index} at {:#x}", base.0);
+        self.set(KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &base.0, act)
     }
 
     fn init(&self) -> Result<()> {
         let (group, attr) = (KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_CTRL_INIT);
-        self.set(group, attr.into(), &0u64, "initialise the in-kernel AIA")
+        self.set(group, attr.into(), &0u64, || {
+            "initialise the in-kernel AIA".into()
+        })
     }
 
     fn imsic(&self, hart: u32, select: u64) -> Result<u64> {
-        let act = format!("read register {select:#x} of the IMSIC of hart {hart}");
+        let act = || format!("read register {select:#x} of the IMSIC of hart {hart}");
         let (group, attr) = (KVM_DEV_RISCV_AIA_GRP_IMSIC, imsic_attr(hart, select));
         // SAFETY: attributes of group IMSIC are an unsigned long (aia_imsic.c).
-        unsafe { self.get(group, attr, &act) }
+        unsafe { self.get(group, attr, act) }
     }
 
     fn set_imsic(&self, hart: u32, select: u64, value: u64) -> Result<()> {
-        let act = format!("write register {select:#x} of the IMSIC of hart {hart}");
+        let act = || format!("write register {select:#x} of the IMSIC of hart {hart}");
         let attr = imsic_attr(hart, select);
-        self.set(KVM_DEV_RISCV_AIA_GRP_IMSIC, attr, &value, &act)
+        self.set(KVM_DEV_RISCV_AIA_GRP_IMSIC, attr, &value, act)
     }
 
     fn aplic(&self, offset: u32) -> Result<u32> {
-        let act = format!("read register {offset:#x} of the APLIC");
+        let act = || format!("read register {offset:#x} of the APLIC");
         // SAFETY: attributes of group APLIC are a u32 (aia_get_attr).
-        unsafe { self.get(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), &act) }
+        unsafe { self.get(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), act) }
     }
 
     fn set_aplic(&self, offset: u32, value: u32) -> Result<()> {
-        let act = format!("write register {offset:#x} of the APLIC");
-        self.set(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), &value, &act)
+        let act = || format!("write register {offset:#x} of the APLIC");
+        self.set(KVM_DEV_RISCV_AIA_GRP_APLIC, offset.into(), &value, act)
     }
 }

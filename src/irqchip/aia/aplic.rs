@@ -93,7 +93,10 @@ pub(super) fn load(aia: &dyn Aia, wires: &[WireState]) -> Result<()> {
     }
     Bits::of(pending()).write(aia, SETIP)?;
     for wire in wires {
-        aia.set_aplic(register(SOURCECFG, wire.source), wire.mode)?;
+        // Linux sets the target of every source, and the mode of a few.
+        if wire.mode != 0 || wire.pending {
+            aia.set_aplic(register(SOURCECFG, wire.source), wire.mode)?;
+        }
         aia.set_aplic(register(TARGET, wire.source), wire.target)?;
     }
     let enabled = wires.iter().filter(|wire| wire.enabled);

@@ -58,6 +58,13 @@ fn new() -> FakeVcpu {
     FakeVcpu::with(&values().iter().map(value).collect::<Vec<_>>())
 }
 
+/// The same registers, but for one.
+fn with(registers: &Registers, id: RegId, value: &[u8]) -> Registers {
+    let all = registers.iter().chain([(id, value)]);
+    let all = all.map(|(id, value)| (id.0, value.to_vec()));
+    all.collect::<BTreeMap<_, _>>().into()
+}
+
 #[test]
 fn all_registers_come_back() {
     let state = VcpuState::save(&parked(First::Enter)).unwrap();
@@ -160,8 +167,7 @@ fn the_first_action_depends_on_the_host() {
     assert_eq!(state.first(false), First::Enter);
     assert_eq!(state.first(true), First::WaitForStart);
     state.started = true;
-    let pending = 2u64.to_le_bytes().into();
-    state.registers.0.insert(regs::SIP.0, pending);
+    state.registers = with(&state.registers, regs::SIP, &2u64.to_le_bytes());
     assert_eq!(state.first(true), First::EnterNudged);
 }
 
@@ -170,7 +176,7 @@ fn hostile_registers_are_refused() {
     let good = VcpuState::save(&parked(First::Enter)).unwrap();
     // Registers that no host has are never written.
     let mut state = good.clone();
-    state.registers.0.insert(u64::MAX, vec![1; 1 << 15]);
+    state.registers = with(&state.registers, RegId(u64::MAX), &[1; 1 << 15]);
     assert!(!state.fit(&new()).unwrap().is_empty());
     let Hex(bytes) = good.registers.clone().into();
     assert_eq!(Registers::try_from(Hex(bytes.clone())), Ok(good.registers));
