@@ -172,8 +172,8 @@ impl Running<'_> {
             }
             What::Diff if of.live => "--diff and --live exclude each other: leave one out",
             What::All if of.live && is_tracked => {
-                "the changes of RAM are tracked for --diff, and --live needs that for itself: \
-                 leave out --live, or begin again with --track"
+                "the changes of RAM are tracked for --diff, and --live and fork need that for \
+                 themselves: leave out --live, or begin again with --track"
             }
             What::Diff if dir.join(STATE).exists() => {
                 return Some(format!(
