@@ -72,7 +72,8 @@ fn what_is_saved_and_not_described() {
                 pub(super) struct Lamp {\n    /// Text: a comment.\n    on: bool,\n    \
                 #[serde(deserialize_with = \"x\")]\n    pub(super) color: [u8; 3],\n}\n\n\
                 #[derive(Debug)]\nstruct Other {\n    third: u8,\n}\n\n\
-                #[derive(Serialize)]\n#[serde(into = \"Hex\")]\nstruct Raw {\n    fourth: u8,\n}\n\n\
+                #[derive(Serialize)]\n#[serde(into = \"Hex\")]\nstruct Raw {\n    \
+                fourth: u8,\n}\n\n\
                 impl State for Lamp {\n    const KIND: &'static str = \"lamp\";\n    \
                 const VERSION: u32 = 2;\n}";
     let of = |page| undescribed(page, &[Source::new("src/lamp.rs", text)]);
