@@ -2,9 +2,11 @@
 //! prints a line `io: NAME UNIT VALUE` for each figure.
 //!
 //! ```text
-//! guest-io blk DEVICE          reads and writes, past the guest's page cache
-//! guest-io net ADDRESS PORT    TCP to the driver in L1 (benches/suite/wire.rs)
+//! guest-io PART blk DEVICE          reads and writes, past the guest's page cache
+//! guest-io PART net ADDRESS PORT    TCP to the driver in L1 (benches/suite/wire.rs)
 //! ```
+//!
+//! It does one PART-th of the work below.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -30,9 +32,9 @@ const TRIPS: u32 = 2000;
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["blk", device] => blk(device),
-        ["net", address, port] => net(address, port.parse()?),
-        _ => bail!("guest-io blk DEVICE | net ADDRESS PORT"),
+        [part, "blk", device] => blk(device, part.parse()?),
+        [part, "net", address, port] => net(address, port.parse()?, part.parse()?),
+        _ => bail!("guest-io PART blk DEVICE | net ADDRESS PORT"),
     }
 }
 
@@ -106,7 +108,9 @@ impl Iterator for Places {
     }
 }
 
-fn blk(device: &str) -> Result<()> {
+fn blk(device: &str, part: u64) -> Result<()> {
+    let (alone, all) = (ALONE / part, TOGETHER / part);
+    let passes = (PASSES / part).max(1);
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_DIRECT);
     let disk = options.open(device).context("open the disk")?;
@@ -120,46 +124,46 @@ fn blk(device: &str) -> Result<()> {
     };
     let mut block = aligned(BLOCK);
     let began = Instant::now();
-    for at in places().take(usize::try_from(ALONE)?) {
+    for at in places().take(usize::try_from(alone)?) {
         disk.read_exact_at(bytes(&mut block), at)?;
     }
-    report("4K read, depth 1", "us", micros_each(began, ALONE));
+    report("4K read, depth 1", "us", micros_each(began, alone));
     let began = Instant::now();
-    for at in places().take(usize::try_from(ALONE)?) {
+    for at in places().take(usize::try_from(alone)?) {
         disk.write_all_at(bytes(&mut block), at)?;
     }
-    report("4K write, depth 1", "us", micros_each(began, ALONE));
+    report("4K write, depth 1", "us", micros_each(began, alone));
     for (name, write) in [("4K read, depth 32", false), ("4K write, depth 32", true)] {
         let began = Instant::now();
-        together(&disk, places(), write)?;
-        report(name, "us", micros_each(began, TOGETHER));
+        together(&disk, places(), write, all)?;
+        report(name, "us", micros_each(began, all));
     }
     let mut large = Box::new(Huge([0x5a; 2 << 20]));
     let large = &mut large.0[..LARGE];
     for (name, write) in [("1M sequential read", false), ("1M sequential write", true)] {
         let began = Instant::now();
-        for at in (0..PASSES).flat_map(|_| (0..size).step_by(LARGE)) {
+        for at in (0..passes).flat_map(|_| (0..size).step_by(LARGE)) {
             match write {
                 true => disk.write_all_at(large, at)?,
                 false => disk.read_exact_at(large, at)?,
             }
         }
-        report(name, "MB/s", megabytes_per_second(began, PASSES * size));
+        report(name, "MB/s", megabytes_per_second(began, passes * size));
     }
     Ok(())
 }
 
-/// Keeps [`DEPTH`] requests in flight.
+/// Makes `all` requests, of which [`DEPTH`] are in flight.
 #[allow(unsafe_code)]
-fn together(disk: &File, mut places: Places, write: bool) -> Result<()> {
+fn together(disk: &File, mut places: Places, write: bool, all: u64) -> Result<()> {
     let mut ring = IoUring::new(u32::try_from(DEPTH)?)?;
     let mut buffers = aligned(DEPTH * BLOCK);
     let fd = types::Fd(disk.as_raw_fd());
     let length = u32::try_from(BLOCK)?;
     let (mut begun, mut ended) = (0, 0);
     let mut free: Vec<usize> = (0..DEPTH).collect();
-    while ended < TOGETHER {
-        while begun < TOGETHER {
+    while ended < all {
+        while begun < all {
             let Some(slot) = free.pop() else { break };
             let at = places.next().context("places do not end")?;
             let buffer = buffers[slot].0.as_mut_ptr();
@@ -185,24 +189,26 @@ fn together(disk: &File, mut places: Places, write: bool) -> Result<()> {
     Ok(())
 }
 
-fn net(address: &str, port: u16) -> Result<()> {
+fn net(address: &str, port: u16, part: u32) -> Result<()> {
+    let bytes = STREAM / usize::try_from(part)?;
+    let trips = TRIPS / part;
     let mut stream = TcpStream::connect((address, port)).context("connect")?;
     stream.set_nodelay(true)?;
     let mut chunk = vec![0x5a; LARGE];
     let mut byte = [0];
     let began = Instant::now();
-    for _ in 0..STREAM / LARGE {
+    for _ in 0..bytes / LARGE {
         stream.write_all(&chunk)?;
     }
     stream.read_exact(&mut byte)?;
     report(
         "TCP guest to host",
         "MB/s",
-        megabytes_per_second(began, STREAM as u64),
+        megabytes_per_second(began, bytes as u64),
     );
     let began = Instant::now();
     stream.write_all(&byte)?;
-    let mut left = STREAM;
+    let mut left = bytes;
     while left > 0 {
         let count = stream.read(&mut chunk[..left.min(LARGE)])?;
         ensure!(count > 0, "the stream ended");
@@ -211,17 +217,17 @@ fn net(address: &str, port: u16) -> Result<()> {
     report(
         "TCP host to guest",
         "MB/s",
-        megabytes_per_second(began, STREAM as u64),
+        megabytes_per_second(began, bytes as u64),
     );
     let began = Instant::now();
-    for _ in 0..TRIPS {
+    for _ in 0..trips {
         stream.write_all(&byte)?;
         stream.read_exact(&mut byte)?;
     }
     report(
         "TCP round trip of a byte",
         "us",
-        micros_each(began, TRIPS.into()),
+        micros_each(began, trips.into()),
     );
     Ok(())
 }

@@ -78,8 +78,9 @@ fn build(name: &str, program: &str, mmio: bool) -> Contestant {
     contestant(name, Kind::Rvmm { program, mmio })
 }
 
-/// All contestants for this host. `dir` is for their files.
-pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
+/// All contestants for this host. If `quick`, rvmm only with its default transport, and only the
+/// floor with the host's interrupt controller. `dir` is for their files.
+pub(crate) fn all(host: &Host, dir: &Path, quick: bool) -> Result<Vec<Contestant>> {
     let before = env::var("RVMM_BENCH_BEFORE").unwrap_or_default();
     if !before.is_empty() {
         return Ok(vec![
@@ -98,18 +99,23 @@ pub(crate) fn all(host: &Host, dir: &Path) -> Result<Vec<Contestant>> {
     } else {
         "virt"
     };
+    let trace = dir.join("trace").display().to_string();
     let mut all = vec![
         build("rvmm", "rvmm", false),
         build("rvmm/mmio", "rvmm", true),
-        contestant(
-            "rvmm/trace",
-            Kind::Traced(dir.join("trace").display().to_string()),
-        ),
+        contestant("rvmm/trace", Kind::Traced(trace)),
         contestant("qemu", Kind::Qemu(machine)),
         floor("floor", false, "plic"),
     ];
     if host.aia {
         all.push(floor("floor+aia", true, "aia"));
+    }
+    if quick {
+        all.retain(|contestant| match contestant.kind {
+            Kind::Rvmm { mmio, .. } => !mmio,
+            Kind::Floor { own, .. } => own,
+            _ => true,
+        });
     }
     let peers = env::var("RVMM_BENCH_PEERS").unwrap_or_default();
     for line in peers.lines() {

@@ -89,11 +89,12 @@ const MEASUREMENTS: [(&str, usize, Measure); 13] = [
 
 fn main() -> Result<()> {
     let plan = Plan::from_env()?;
-    let lab = Lab::set_up(plan.repetitions == 1)?;
-    let contestants = contestants::all(&Host::of(&plan.host)?, lab.dir())?;
+    let quick = plan.repetitions == 1;
+    let lab = Lab::set_up(quick)?;
+    let contestants = contestants::all(&Host::of(&plan.host)?, lab.dir(), quick)?;
     let mut figures = Figures::default();
     // The first round only fills L1's caches, unless it is the only one.
-    let first = usize::from(plan.repetitions == 1);
+    let first = usize::from(quick);
     for repetition in first..=plan.repetitions {
         for (group, times, measurement) in MEASUREMENTS {
             let times = if repetition > first { times } else { 1 };

@@ -37,6 +37,10 @@ pub(crate) struct Lab {
     timebase: f64,
     /// Number of guests that are restored at once.
     pub(crate) clones: u32,
+    /// Disks and networks do one of so many parts of the usual work.
+    pub(crate) part: u32,
+    /// The number of short processes.
+    processes: u32,
 }
 
 impl Lab {
@@ -52,6 +56,8 @@ impl Lab {
             padded: dir.join("padded.img"),
             timebase: timebase()?,
             clones: if quick { 5 } else { 100 },
+            part: if quick { 16 } else { 1 },
+            processes: if quick { 25 } else { 250 },
             guests,
             dir,
         };
@@ -284,9 +290,10 @@ fn init_stamp(output: &str) -> Option<f64> {
 
 /// Short processes, one after the other, in a guest of four vCPUs, by its own clock.
 pub(crate) fn processes(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let cmdline = format!("{PROCESSES} rvmm.processes={}", lab.processes);
     let job = Job {
         cpus: 4,
-        ..lab.linux(PROCESSES)
+        ..lab.linux(&cmdline)
     };
     if !contestant.is_machine() || !contestant.can(&job) {
         return Ok(());

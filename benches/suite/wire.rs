@@ -25,8 +25,10 @@ const PORT: u16 = 9999;
 pub(crate) fn blk(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
     let image = lab.dir().join("disk.img");
     write_image(&image)?;
-    let cmdline = "console=ttyS0 quiet panic=-1 rvmm.action=io rvmm.io=blk,/dev/vda";
-    let mut job = lab.io(cmdline);
+    let part = lab.part;
+    let cmdline =
+        format!("console=ttyS0 quiet panic=-1 rvmm.action=io rvmm.io={part},blk,/dev/vda");
+    let mut job = lab.io(&cmdline);
     job.disk = Some(&image);
     if !contestant.can(&job) {
         return Ok(());
@@ -44,17 +46,18 @@ fn write_image(path: &Path) -> Result<()> {
 }
 
 pub(crate) fn net(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> Result<()> {
+    let part = lab.part;
     for (vhost, suffix) in [(false, ""), (true, ", vhost")] {
-        let cmdline = format!(
-            "console=ttyS0 quiet panic=-1 rvmm.action=io rvmm.net={GUEST} rvmm.io=net,{HOST},{PORT}"
-        );
+        let words = format!("{part},net,{HOST},{PORT}");
+        let cmdline =
+            format!("console=ttyS0 quiet panic=-1 rvmm.action=io rvmm.net={GUEST} rvmm.io={words}");
         let mut job = lab.io(&cmdline);
         job.link = Some(Link { tap: TAP, vhost });
         if !contestant.can(&job) {
             return Ok(());
         }
         let listener = TcpListener::bind((HOST, PORT)).context("listen on the tap")?;
-        let serving = std::thread::spawn(move || serve(&listener));
+        let serving = std::thread::spawn(move || serve(&listener, part));
         let (_, output) = run(contestant, &job)?;
         add(figures, contestant, &output, suffix)?;
         serving.join().expect("the server does not panic")?;
@@ -63,11 +66,12 @@ pub(crate) fn net(lab: &Lab, contestant: &Contestant, figures: &mut Figures) -> 
 }
 
 /// The other end of the guest's streams.
-fn serve(listener: &TcpListener) -> Result<()> {
+fn serve(listener: &TcpListener, part: u32) -> Result<()> {
+    let bytes = STREAM / usize::try_from(part)?;
     let (mut stream, _) = listener.accept()?;
     stream.set_nodelay(true)?;
     let mut chunk = vec![0; 1 << 20];
-    let mut left = STREAM;
+    let mut left = bytes;
     while left > 0 {
         let count = stream.read(&mut chunk)?;
         ensure!(count > 0 && count <= left, "the guest's stream");
@@ -75,11 +79,11 @@ fn serve(listener: &TcpListener) -> Result<()> {
     }
     stream.write_all(&[1])?;
     stream.read_exact(&mut [0])?;
-    for _ in 0..STREAM / chunk.len() {
+    for _ in 0..bytes / chunk.len() {
         stream.write_all(&chunk)?;
     }
     let mut byte = [0];
-    for _ in 0..TRIPS {
+    for _ in 0..TRIPS / part {
         stream.read_exact(&mut byte)?;
         stream.write_all(&byte)?;
     }

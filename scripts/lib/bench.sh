@@ -9,6 +9,7 @@ BENCH_L1='1 hart'
 readonly BENCH_MEM=3G
 readonly BENCH_GROUPS=(boot hugeboot log init firstbyte exits pages processes memory blk net snapshot clones)
 readonly BENCH_LIMIT=5400
+readonly BENCH_PROGRAMS=(floor disk-floor restore-floor bench-suite guest-io)
 # The user's directory: the scripts work in the repository.
 BENCH_CALLER=$OLDPWD
 
@@ -29,21 +30,20 @@ bench_check_groups() {
 bench_build() {
     rig_build
     must "Build the floor and the driver" \
-        env_run cargo build --release --locked --examples --target "$RVMM_TRIPLE"
+        env_run cargo build --release --locked "${BENCH_PROGRAMS[@]/#/--example=}" --target "$RVMM_TRIPLE"
 }
 
 # A payload with the contestants, and the measurements outside L1.
 bench_begin() {
-    local kind=$1 repetitions=$2 only=$3 root bare=
+    local kind=$1 repetitions=$2 only=$3 program root bare=
     rig_begin "$kind"
     # shellcheck disable=SC2034 # rig_boot reads them
     RIG_CPUS=$BENCH_HARTS RIG_MEM=$BENCH_MEM RIG_QEMU=("${BENCH_CLOCK[@]}")
     root=$RIG_RUN/root
     env_run cp -r /opt/rvmm/qemu/. "$root"
-    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/floor"
-    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/disk-floor"
-    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/restore-floor"
-    rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/bench-suite"
+    for program in "${BENCH_PROGRAMS[@]}"; do
+        rig_add_program "$RVMM_TARGET/$RVMM_TRIPLE/release/examples/$program"
+    done
     must "Pack the guest that measures disks and networks" bench_pack_io
     if [[ -z $only || ,$only, == *,init,* ]]; then
         must "Boot without a hypervisor" bench_bare "$kind" "$repetitions"

@@ -45,14 +45,15 @@ fn kinds(source: &Source) -> Vec<(&str, &str)> {
     found
 }
 
-/// The fields of the structs that are saved. One that is saved as bytes has none.
+/// The fields of the structs that are saved.
 fn fields(source: &Source) -> Vec<&str> {
     let (mut found, mut is_saved, mut is_inside) = (Vec::new(), false, false);
     for line in source.code() {
         match line {
             "}" => (is_saved, is_inside) = (false, false),
             _ if line.starts_with("#[derive(") => is_saved = line.contains("Serialize"),
-            _ if line.contains("into = \"Hex\"") => is_saved = false,
+            // It is saved as another type.
+            _ if line.starts_with("#[serde(try_from") => is_saved = false,
             _ if line.ends_with(" {") && !line.starts_with(' ') => {
                 is_inside = is_saved && line.contains("struct ");
             }
@@ -72,8 +73,8 @@ fn what_is_saved_and_not_described() {
                 pub(super) struct Lamp {\n    /// Text: a comment.\n    on: bool,\n    \
                 #[serde(deserialize_with = \"x\")]\n    pub(super) color: [u8; 3],\n}\n\n\
                 #[derive(Debug)]\nstruct Other {\n    third: u8,\n}\n\n\
-                #[derive(Serialize)]\n#[serde(into = \"Hex\")]\nstruct Raw {\n    \
-                fourth: u8,\n}\n\n\
+                #[derive(Serialize, Deserialize)]\n#[serde(try_from = \"Hex\")]\n\
+                struct Packed {\n    fourth: u8,\n}\n\n\
                 impl State for Lamp {\n    const KIND: &'static str = \"lamp\";\n    \
                 const VERSION: u32 = 2;\n}";
     let of = |page| undescribed(page, &[Source::new("src/lamp.rs", text)]);
