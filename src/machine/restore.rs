@@ -95,10 +95,8 @@ impl SavedMachine {
             let Some(mut saved) = parts.remove(&vcpu_id(hart)) else {
                 break;
             };
-            let vcpu: VcpuState = saved.take().with_context(failed)?;
-            vcpu.check().with_context(failed)?;
+            vcpus.push(saved.take().with_context(failed)?);
             saved.finish().with_context(failed)?;
-            vcpus.push(vcpu);
         }
         let config = &header.config;
         let valid = config.validate().map_err(|error| anyhow!(error));

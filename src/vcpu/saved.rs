@@ -198,20 +198,6 @@ impl VcpuState {
         self.started
     }
 
-    /// Checks that each value has as many bytes as its register.
-    ///
-    /// # Errors
-    /// Fails for the first one that has not.
-    pub fn check(&self) -> std::result::Result<(), LoadError> {
-        let mut all = self.registers();
-        let wrong = all.find(|(id, bytes)| id.width() != Some(bytes.len()));
-        wrong.map_or(Ok(()), |(id, bytes)| {
-            let reason = format!("register {id} has {} bytes", bytes.len());
-            let kind = Self::KIND;
-            Err(LoadError::Malformed { kind, reason })
-        })
-    }
-
     /// Turns the extensions of `vcpu`, which has never run, on or off as they were, and sets its
     /// ids. Returns what the guest needs and this host lacks, one line for each.
     ///
