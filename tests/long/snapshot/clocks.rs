@@ -30,13 +30,14 @@ impl Moment {
         let before = host_date();
         let shown = guest.ok("echo $(cut -d' ' -f1 /proc/uptime) $(date +%s) \
              $(cat /sys/class/rtc/rtc0/since_epoch)");
-        let clocks = shown.split(' ').map(|clock| clock.parse());
-        let clocks: Vec<f64> = clocks.map(|clock| clock.expect("a number")).collect();
+        // After a jump, a line of the guest's kernel may come before it: see `is_content`.
+        let clocks = shown.lines().find_map(numbers);
+        let [uptime, date, rtc] = clocks.unwrap_or_else(|| panic!("no clocks: {shown}"));
         Moment {
             host: [before, host_date()],
-            uptime: clocks[0],
-            date: clocks[1],
-            rtc: clocks[2],
+            uptime,
+            date,
+            rtc,
         }
     }
 
@@ -65,6 +66,12 @@ impl Moment {
             assert!(uptime >= least - SECOND && uptime <= most + SECOND, "{all}");
         }
     }
+}
+
+/// The three numbers of a line that has nothing else.
+fn numbers(line: &str) -> Option<[f64; 3]> {
+    let words = line.split_whitespace().map(|word| word.parse().ok());
+    words.collect::<Option<Vec<f64>>>()?.try_into().ok()
 }
 
 /// The host's clock.
