@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::files::{TempDir, rvmm};
 use super::{Rvmm, Shell, Vm};
@@ -37,15 +38,35 @@ pub(crate) fn refused<I: IntoIterator<Item: AsRef<OsStr>>>(words: I) -> Vec<Stri
     error.lines().map(Into::into).collect()
 }
 
+/// The host's guest interrupt files, which all machines share. KVM does not show the interrupts of a
+/// hart that gets none, so rvmm refuses to save it.
+static GUEST_FILES: RwLock<()> = RwLock::new(());
+
 /// A directory for snapshots and sockets of one case.
 pub(crate) struct Freezer {
     pub(crate) scratch: TempDir,
+    _shared: Option<RwLockReadGuard<'static, ()>>,
+    _alone: Option<RwLockWriteGuard<'static, ()>>,
 }
 
 impl Freezer {
     pub(crate) fn new() -> Self {
+        let shared = GUEST_FILES.read().unwrap_or_else(PoisonError::into_inner);
         Self {
             scratch: TempDir::new(),
+            _shared: Some(shared),
+            _alone: None,
+        }
+    }
+
+    /// For a case that needs most guest interrupt files of the host. Waits until no other case
+    /// freezes machines.
+    pub(crate) fn alone() -> Self {
+        let alone = GUEST_FILES.write().unwrap_or_else(PoisonError::into_inner);
+        Self {
+            scratch: TempDir::new(),
+            _shared: None,
+            _alone: Some(alone),
         }
     }
 

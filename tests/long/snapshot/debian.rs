@@ -253,7 +253,7 @@ fn debian_goes_on_over_mmio() {
 #[test]
 fn ten_clones_under_fio() {
     const CLONES: usize = 10;
-    let freezer = Freezer::new();
+    let freezer = Freezer::alone();
     let image = empty_image(&freezer, 16);
     let root = format!("{},readonly", debian().display());
     let data = format!("{},id=data", image.display());
