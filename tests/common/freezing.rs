@@ -38,8 +38,8 @@ pub(crate) fn refused<I: IntoIterator<Item: AsRef<OsStr>>>(words: I) -> Vec<Stri
     error.lines().map(Into::into).collect()
 }
 
-/// The host's guest interrupt files, which all machines share. KVM does not show the interrupts of a
-/// hart that gets none, so rvmm refuses to save it.
+/// The host's guest interrupt files, which all machines share. KVM does not show the interrupts of
+/// a hart that gets none, so rvmm refuses to save it.
 static GUEST_FILES: RwLock<()> = RwLock::new(());
 
 /// A directory for snapshots and sockets of one case.
