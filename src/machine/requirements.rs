@@ -22,19 +22,21 @@ pub(super) fn complete(
     saved: &SavedMachine,
     hypervisor: &Arc<dyn Hypervisor>,
 ) -> Error {
-    let mut lines = disks(config);
+    let mut lines = match error.downcast_ref() {
+        Some(Unfit(lines)) => lines.clone(),
+        None => vec![format!("{error:#}")],
+    };
     // If the host refuses a VM, there is no more to know.
-    lines.extend(hardware(config, saved, hypervisor.as_ref()).unwrap_or_default());
-    let first = format!("{error:#}");
-    if error.is::<Unfit>() {
-        return Unfit(lines).into();
+    let hardware = hardware(config, saved, hypervisor.as_ref()).unwrap_or_default();
+    for line in disks(config).into_iter().chain(hardware) {
+        if !lines.iter().any(|known| known.ends_with(&line)) {
+            lines.push(line);
+        }
     }
-    lines.retain(|line| !first.ends_with(line));
-    if lines.is_empty() {
-        return error;
+    match lines.len() {
+        1 => error,
+        _ => Unfit(lines).into(),
     }
-    lines.insert(0, first);
-    Unfit(lines).into()
 }
 
 /// The disks that are missing.

@@ -1,6 +1,6 @@
 //! Restores a machine from a snapshot: reads its state, and gives each part its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::mem::take;
 use std::path::Path;
@@ -214,16 +214,12 @@ impl SavedMachine {
 
     /// What the guest uses and `vcpus`, which have never run, do not have.
     pub(super) fn lacks(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<Vec<String>> {
-        let mut lacks = Vec::new();
+        // Most harts lack the same.
+        let mut lacks = BTreeSet::new();
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
-            for line in state.fit(vcpu.as_ref())? {
-                // Most harts are alike.
-                if lacks.last() != Some(&line) && !lacks.contains(&line) {
-                    lacks.push(line);
-                }
-            }
+            lacks.extend(state.fit(vcpu.as_ref())?);
         }
-        Ok(lacks)
+        Ok(lacks.into_iter().collect())
     }
 
     /// What the guest was told of its AIA, if it has one.

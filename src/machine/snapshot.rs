@@ -177,8 +177,8 @@ impl Running<'_> {
             }
             What::Diff if dir.join(STATE).exists() => {
                 return Some(format!(
-                    "snapshot {dir:?} is there already, and the changes may be those since then: \
-                     choose another name"
+                    "snapshot {dir:?} is there already, and --diff replaces none, because the \
+                     changes may be those since that one: choose another name"
                 ));
             }
             _ => {

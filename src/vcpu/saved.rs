@@ -84,6 +84,9 @@ impl TryFrom<Hex> for Registers {
             if last.replace(id) >= Some(id) {
                 return Err("the registers are not in ascending order");
             }
+            if places.len() == REGISTERS_MAX {
+                return Err("there are more registers than any hart has");
+            }
             let at = bytes.len() - behind.len();
             places.push((id, at..at + width));
             rest = &behind[width..];
@@ -113,6 +116,9 @@ impl From<BTreeMap<u64, Vec<u8>>> for Registers {
         registers
     }
 }
+
+/// The most registers that a vCPU may have in a snapshot. KVM has hundreds.
+const REGISTERS_MAX: usize = 4096;
 
 /// The number in a value of at most 64 bits.
 fn number(value: &[u8]) -> Option<u64> {

@@ -183,11 +183,16 @@ fn hostile_registers_are_refused() {
     let pc = [&regs::PC.0.to_le_bytes()[..], &[0; 8]].concat();
     let twice = [&pc[..], &pc].concat();
     let no_width = [0xff; 64].to_vec();
+    // Each has one byte.
+    let one = |id: u64| [&id.to_le_bytes()[..], &[0]].concat();
+    let many = |count| (0..count).flat_map(one).collect::<Vec<u8>>();
+    assert!(Registers::try_from(Hex(many(4096))).is_ok());
     for (bytes, line) in [
         (pc[..15].to_vec(), "a register has no value"),
         (pc[..7].to_vec(), "a register has no number"),
         (twice, "the registers are not in ascending order"),
         (no_width, "a register has no value"),
+        (many(4097), "there are more registers than any hart has"),
     ] {
         assert_eq!(Registers::try_from(Hex(bytes)), Err(line));
     }
