@@ -65,10 +65,8 @@ fn copy_disks(last: &SavedMachine, new: &NewSnapshot) -> Result<Vec<File>> {
     let copy = |(name, from): (String, File)| {
         let to = new.create(&name)?;
         let failed = || format!("Failed to copy {:?}", path.join(&name));
-        if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
-            let size = from.metadata().with_context(failed)?.len();
-            image::copy_all(&from, &to, size).with_context(failed)?;
-        }
+        let size = from.metadata().with_context(failed)?.len();
+        image::share_or_copy(&from, &to, size).with_context(failed)?;
         Ok(to)
     };
     disks.into_iter().map(copy).collect()

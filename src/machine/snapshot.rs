@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use log::{info, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -67,23 +67,26 @@ impl Running<'_> {
     /// Fails if the machine cannot go on. That there can be no snapshot is a reply.
     pub(super) fn snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Reply> {
         let runs = vcpus.state() == State::Running;
-        let begun = self.begin_snapshot(of, vcpus)?;
-        let frozen_before = begun
-            .as_ref()
-            .map_or(Duration::ZERO, |taking| taking.frozen);
+        let taking = match self.begin_snapshot(of, vcpus)? {
+            Ok(taking) => taking,
+            Err(reply) => {
+                self.end_tracking(vcpus)?;
+                return Ok(reply);
+            }
+        };
+        let frozen_before = taking.frozen;
         let began = Instant::now();
         self.pause(vcpus)?;
         vcpus.freeze()?;
         if self.main.has_vcpu_stopped() {
             // The main loop handles that next. The guest does not go on before.
-            drop(begun);
+            drop(taking);
             self.end_tracking(vcpus)?;
             return Ok(Reply::Refused(STOPPED.into()));
         }
-        let settled = self.settle(vcpus)?;
-        let written = match (begun, settled) {
-            (Ok(taking), Ok(time)) => self.write(taking, vcpus, &time, &of.dir)?,
-            (Err(error), _) | (_, Err(error)) => Err(error),
+        let written = match self.settle(vcpus)? {
+            Ok(time) => self.write(taking, vcpus, &time, &of.dir)?,
+            Err(error) => Err(error),
         };
         if runs {
             if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
@@ -108,7 +111,7 @@ impl Running<'_> {
                     memory,
                 })
             }
-            Err(error) => Reply::Refused(format!("{error:#}")),
+            Err(error) => refused(&error),
         };
         self.end_tracking(vcpus)?;
         Ok(reply)
@@ -133,15 +136,22 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Prepares the directory. With `--live`, also copies RAM while the guest runs. The inner
-    /// result is that of the snapshot, and the outer one that of the machine.
-    fn begin_snapshot(&mut self, of: &SnapshotOf, vcpus: &mut Vcpus) -> Result<Result<Taking>> {
+    /// Prepares the directory. With `--live`, also copies RAM while the guest runs. Returns a reply
+    /// if there can be no snapshot.
+    ///
+    /// # Errors
+    /// As [`Running::snapshot`].
+    fn begin_snapshot(
+        &mut self,
+        of: &SnapshotOf,
+        vcpus: &mut Vcpus,
+    ) -> Result<Result<Taking, Reply>> {
         if let Some(reason) = self.refusal(of) {
-            return Ok(Err(anyhow!(reason)));
+            return Ok(Err(Reply::Refused(reason)));
         }
         let mut taking = match self.new_snapshot(of) {
             Ok(taking) => taking,
-            Err(error) => return Ok(Err(error)),
+            Err(error) => return Ok(Err(refused(&error))),
         };
         if !of.live || vcpus.state() != State::Running {
             return Ok(Ok(taking));
@@ -151,16 +161,17 @@ impl Running<'_> {
         self.pause(vcpus)?;
         let tracked = self.track(true);
         if let Err(error) = self.go_on(vcpus, Clock::Stop)? {
-            return Ok(Err(error.into()));
+            return Ok(Err(super::command::stays_paused(error)));
         }
         taking.frozen = began.elapsed();
         let ram = self.machine.ram();
         let copy = || tracked.and_then(|()| copy(ram, &taking.memory, &of.dir));
         let copied = self.main.while_serving(copy)?;
-        Ok(copied.map(|()| {
-            taking.is_copied = true;
-            taking
-        }))
+        taking.is_copied = true;
+        Ok(match copied {
+            Ok(()) => Ok(taking),
+            Err(error) => Err(refused(&error)),
+        })
     }
 
     /// Why there can be no such snapshot. None if nothing is against it.
@@ -241,8 +252,8 @@ impl Running<'_> {
         Ok(vcpus.frozen().context("the guest's time is unknown"))
     }
 
-    /// Writes the state and the RAM of the paused machine. The results are as those of
-    /// [`Running::begin_snapshot`].
+    /// Writes the state and the RAM of the paused machine. The inner result is that of the
+    /// snapshot, and the outer one that of the machine.
     fn write(
         &mut self,
         mut taking: Taking,
@@ -335,6 +346,11 @@ impl Machine {
         self.backends.pin(&mut config);
         Ok(config)
     }
+}
+
+/// The reply that there is no snapshot.
+fn refused(error: &anyhow::Error) -> Reply {
+    Reply::Refused(format!("{error:#}"))
 }
 
 /// The paths of files in `config`.

@@ -103,9 +103,7 @@ impl Disks {
             let path = image.path();
             let failed = || format!("Failed to copy {name} ({path:?})");
             let (from, to) = (image.open_again().with_context(failed)?, create(name)?);
-            if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
-                memory::image::copy_all(&from, &to, image.len()).with_context(failed)?;
-            }
+            memory::image::share_or_copy(&from, &to, image.len()).with_context(failed)?;
             Ok(to)
         };
         self.0

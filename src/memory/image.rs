@@ -176,6 +176,18 @@ pub fn copy_all(from: &File, to: &File, size: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes `to`, which is empty, a copy of the first `size` bytes of `from`. Where the file system
+/// can do that, the two share the blocks of all of `from`.
+///
+/// # Errors
+/// Fails if a file cannot be read or written.
+pub fn share_or_copy(from: &File, to: &File, size: u64) -> io::Result<()> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => Ok(()),
+        Err(_) => copy_all(from, to, size),
+    }
+}
+
 /// Copies a range of bytes to the same place in another file.
 fn copy_range(from: &File, to: &File, range: Range<usize>) -> io::Result<()> {
     let mut bytes = vec![0; (1 << 20).min(range.len())];

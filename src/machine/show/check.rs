@@ -2,12 +2,9 @@
 
 use std::fmt::Write;
 use std::fs::File;
-use std::path::absolute;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
-use crate::config::DiskConfig;
 use crate::machine::names::overlay_file;
 use crate::machine::restore::SavedMachine;
 use crate::machine::virtio::disk_copy;
@@ -15,7 +12,7 @@ use crate::memory::image;
 use crate::snapshot::directory::MEMORY;
 use crate::snapshot::{Parts, State};
 use crate::util::ByteSize;
-use crate::virtio::blk::SavedOverlay;
+use crate::virtio::blk::{SavedDisk, SavedOverlay};
 
 /// Reads all of the snapshot's memory, and compares it with its checksums. Returns the file.
 ///
@@ -55,45 +52,31 @@ pub(in crate::machine) fn disks(saved: &SavedMachine) -> Result<Vec<(String, Fil
             checked.with_context(|| format!("{id:?} is damaged"))?;
             files.push((id, file));
         }
-        files.extend(copy(saved, &name, disk)?);
+        files.extend(copy(saved, &name)?);
     }
     Ok(files)
 }
 
 /// The copy of a disk, if there is one.
-fn copy(saved: &SavedMachine, name: &str, disk: &DiskConfig) -> Result<Option<(String, File)>> {
-    let snapshot = saved.snapshot();
-    let directory = absolute(snapshot.path()).context("Failed to find the working directory")?;
-    // A guest that was restored with the copy of its disk, and saved to the same place.
-    let needed = disk.path.strip_prefix(&directory);
-    if let Some(file) = needed.ok().and_then(|path| path.to_str()) {
-        snapshot.file(file)?;
-    }
+fn copy(saved: &SavedMachine, name: &str) -> Result<Option<(String, File)>> {
     let id = disk_copy(name);
-    let Some(file) = snapshot.file_if_there(&id)? else {
+    let Some(file) = saved.snapshot().file_if_there(&id)? else {
         return Ok(None);
     };
-    let (found, size) = (file.metadata()?.len(), disk_size(saved, name)?);
+    let SavedDisk { size, .. } = state(saved, name).with_context(|| name.to_owned())?;
+    let found = file.metadata()?.len();
     if found < size {
         bail!("{id:?} is cut short: it has {found} of {size} bytes");
     }
     Ok(Some((id, file)))
 }
 
-/// The size that the guest was told of a disk.
-fn disk_size(saved: &SavedMachine, name: &str) -> Result<u64> {
-    let states = saved.parts().filter(|(id, _)| *id == name);
-    let mut kinds = states.flat_map(|(_, kinds)| kinds);
-    let state = kinds.find(|state| state.kind == "virtio-blk");
-    let json = state.map(|state| serde_json::from_slice::<Value>(&state.json));
-    let size = json.transpose()?.and_then(|state| state["size"].as_u64());
-    Ok(size.unwrap_or(0))
-}
-
+/// The state of this type in the section `id`.
 fn state<S: State>(saved: &SavedMachine, id: &str) -> Result<S> {
-    let mut found = saved.parts().filter(|(name, _)| *name == id);
-    let kinds = found.next().map(|(_, kinds)| kinds.cloned().collect());
-    Ok(Parts::new(kinds.unwrap_or_default()).take()?)
+    let sections = saved.parts().filter(|(name, _)| *name == id);
+    let parts = sections.flat_map(|(_, parts)| parts);
+    let of_type = parts.filter(|part| part.kind == S::KIND);
+    Ok(Parts::new(of_type.cloned().collect()).take()?)
 }
 
 /// Checks all files of the snapshot. The state was checked when it was read. Returns the text to

@@ -124,9 +124,9 @@ impl Disk {
 /// state: its content is in the image, and in the overlay ([`Image::overlay`]).
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SavedDisk {
+pub struct SavedDisk {
     /// In bytes.
-    size: u64,
+    pub size: u64,
     /// In bytes.
     block_size: u32,
     queues: u16,
