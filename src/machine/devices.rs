@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
-use super::names::is_no_device;
+use super::names::{device_id, numbered};
 use crate::bus::Device;
 use crate::snapshot::Parts;
 use crate::snapshot::file::Section;
@@ -20,12 +20,8 @@ impl Devices {
     /// choose the ids of disks), a number is appended. If a part that is no device has it in a
     /// snapshot, it gets another beginning.
     pub(super) fn add(&mut self, device: Arc<dyn Device>) {
-        let id = match device.id() {
-            id if is_no_device(id) => format!("device-{id}"),
-            id => id.to_owned(),
-        };
-        let numbered = (2..).map(|number| format!("{id}-{number}"));
-        let mut names = std::iter::once(id.clone()).chain(numbered);
+        let id = device_id(device.id());
+        let mut names = (0..).map(|before| numbered(&id, before));
         let is_free = |name: &String| self.0.iter().all(|(known, _)| known != name);
         let name = names.find(is_free).unwrap_or_default();
         self.0.push((name, device));

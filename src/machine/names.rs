@@ -7,6 +7,8 @@ pub(super) const CONSOLES: [&str; 2] = ["console-uart", "console-virtio"];
 
 const VCPU: &str = "vcpu";
 const OVERLAY: &str = "overlay-";
+/// The beginning of a device's name whose id is that of a part that is no device.
+const DEVICE: &str = "device-";
 
 /// The name under which the vCPU of hart `hart` is saved.
 pub(super) fn vcpu_id(hart: usize) -> String {
@@ -21,6 +23,22 @@ pub(super) fn overlay_file(disk: &str) -> String {
 /// The disk whose overlay has this name.
 pub(super) fn overlay_of(name: &str) -> Option<&str> {
     name.strip_prefix(OVERLAY)
+}
+
+/// The name under which a device with this id is saved, if no other device has that name.
+pub(super) fn device_id(id: &str) -> String {
+    match is_no_device(id) {
+        true => format!("{DEVICE}{id}"),
+        false => id.to_owned(),
+    }
+}
+
+/// The name of a device if `before` others have its name.
+pub(super) fn numbered(name: &str, before: usize) -> String {
+    match before {
+        0 => name.to_owned(),
+        _ => format!("{name}-{}", before + 1),
+    }
 }
 
 /// Whether the state of something that is no device has this name, or may have it.

@@ -59,7 +59,7 @@ impl Freezer {
         }
     }
 
-    /// For a case that needs most guest interrupt files of the host. Waits until no other case
+    /// For a case that needs many guest interrupt files of the host. Waits until no other case
     /// freezes machines.
     pub(crate) fn alone() -> Self {
         let alone = GUEST_FILES.write().unwrap_or_else(PoisonError::into_inner);

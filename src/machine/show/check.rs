@@ -5,7 +5,7 @@ use std::fs::File;
 
 use anyhow::{Context, Result, bail};
 
-use crate::machine::names::overlay_file;
+use crate::machine::names::{device_id, numbered, overlay_file};
 use crate::machine::restore::SavedMachine;
 use crate::machine::virtio::disk_copy;
 use crate::memory::image;
@@ -63,12 +63,23 @@ fn copy(saved: &SavedMachine, name: &str) -> Result<Option<(String, File)>> {
     let Some(file) = saved.snapshot().file_if_there(&id)? else {
         return Ok(None);
     };
-    let SavedDisk { size, .. } = state(saved, name).with_context(|| name.to_owned())?;
+    let SavedDisk { size, .. } = disk(saved, name).with_context(|| name.to_owned())?;
     let found = file.metadata()?.len();
     if found < size {
         bail!("{id:?} is cut short: it has {found} of {size} bytes");
     }
     Ok(Some((id, file)))
+}
+
+/// The state of the disk `name`. Its section has another name if another device has that one.
+fn disk(saved: &SavedMachine, name: &str) -> Result<SavedDisk> {
+    let id = device_id(name);
+    let mut ids = (0..=saved.config().disk.len()).map(|before| numbered(&id, before));
+    let has_disk = |id: &String| {
+        let mut sections = saved.parts().filter(|(name, _)| name == id);
+        sections.any(|(_, mut parts)| parts.any(|part| part.kind == SavedDisk::KIND))
+    };
+    state(saved, &ids.find(has_disk).unwrap_or(id))
 }
 
 /// The state of this type in the section `id`.

@@ -160,6 +160,22 @@ fn the_files_of_disks_are_verified() {
     );
 }
 
+/// The machine has another device with the name of its disk.
+#[test]
+fn a_numbered_disk_is_verified() {
+    let mut chain = Chain::new("numbered");
+    for section in &mut chain.sections {
+        if section.id == "disk0" {
+            section.id.push_str("-2");
+        }
+    }
+    let path = chain.write("one", 1, None);
+    assert!(verified(&path).unwrap().contains("disk-disk0: "));
+    fs::write(path.join("disk-disk0"), "short").unwrap();
+    let found = line(verified(&path));
+    assert!(found.contains("it has 5 of 8192 bytes"), "{found}");
+}
+
 #[test]
 fn changes_are_called_so() {
     let chain = Chain::new("changes");

@@ -178,7 +178,7 @@ fn start_load(vm: &mut Vm, tap: &Tap, partner: &Partner) {
 
 /// A Debian with four vCPUs, in the middle of fio with verification, iperf3, and a TCP stream.
 fn debian_goes_on(transport: &str) {
-    let (freezer, tap) = (Freezer::new(), Tap::new(true));
+    let (freezer, tap) = (Freezer::alone(), Tap::new(true));
     let programs = Programs::of(&debian());
     let partner = Partner::start(&programs, &tap);
     let image = empty_image(&freezer, 32);
